@@ -1,0 +1,39 @@
+"""What an expert changed in one tensor: dense, or as two low-rank factors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """delta = up @ down, of rank r at most.    up (o, r), down (r, i), float32 or better.
+
+    An adapter's delta (alpha / r) B A, with the scale folded into `up` (Hu et al. 2022, arXiv:2106.09685, section 4.1).
+    """
+
+    up: Tensor
+    down: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.up.shape[0], self.down.shape[1]))
+
+    @property
+    def rank(self) -> int:
+        return self.up.shape[1]
+
+    def dense(self) -> Tensor:
+        """The delta as one tensor, (o, i)."""
+        return self.up @ self.down
+
+
+Delta = Tensor | LowRank
+
+
+def dense(delta: Delta) -> Tensor:
+    """A delta as one tensor, whichever form it has."""
+    return delta.dense() if isinstance(delta, LowRank) else delta

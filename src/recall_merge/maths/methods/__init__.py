@@ -1,0 +1,7 @@
+"""Merge methods: pure functions (base, deltas, weights, *, options) -> merged tensor, found by name in `METHODS`."""
+
+from recall_merge.maths.methods import averages as averages
+from recall_merge.maths.methods.registry import METHODS as METHODS
+from recall_merge.maths.methods.registry import Draws as Draws
+from recall_merge.maths.methods.registry import Method as Method
+from recall_merge.maths.methods.registry import method as method
