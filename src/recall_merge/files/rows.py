@@ -64,7 +64,7 @@ def read_records(source: str | Path, *, split: str = "train") -> Iterator[Any]:
         if not path.is_file():
             raise DataError("there is no such file", where=path, fix="give the path of a .jsonl, .json or .parquet file")
         if path.suffix == ".parquet":
-            import pyarrow.parquet as parquet
+            from pyarrow import parquet
 
             try:
                 yield from parquet.read_table(path).to_pylist()
