@@ -1,0 +1,204 @@
+"""A run, typed: what `recall merge` is told. Strict: an unknown key is refused, and models and data have no defaults."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator
+
+from recall_merge.errors import Fault, RunError, did_you_mean
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def _bytes(value: Any) -> Any:
+    """'5GB' -> 5000000000; decimal units, as the hub counts."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?B?)\s*", str(value), re.IGNORECASE)
+    unit = match[2].upper() if match else ""
+    return int(float(match[1]) * _UNITS[unit if unit.endswith("B") or not unit else unit + "B"]) if match else value
+
+
+class Section(BaseModel):
+    """One part of a run: frozen, and strict about its keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ExpertEntry(Section):
+    name: str = Field(min_length=1, description="its name, everywhere")
+    path: str = Field(min_length=1, description="a folder or hub name: a full checkpoint or an adapter, told from its files")
+    same_base: bool = Field(False, description="an adapter was trained on the run's base, although its config names another")
+
+
+class Samples(Section):
+    """The newest expert's own data, and how its typical samples are chosen."""
+
+    path: str = Field(description="rows of the newest expert's data: .jsonl, .json, .parquet, or a `datasets` name")
+    split: str = Field("train", description="split, for a `datasets` name")
+    count: int = Field(20, ge=1, description="typical samples, the paper's m")
+    pool: int = Field(2000, ge=1, description="rows that are embedded at most; the first of a shuffle keyed by the seed")
+    space: Literal["last", "middle", "several"] = Field("last", description="depth whose embedding is clustered")
+    max_tokens: int = Field(512, ge=1, description="longer rows are cut")
+    template: bool = Field(True, description="apply the model's chat template where it has one")
+
+
+class Representations(Section):
+    """How representations become weights: the open choices of RECALL, each at its default (arXiv:2510.20479, as reconstructed)."""
+
+    kernel: Literal["rbf", "cka", "cosine"] = Field("rbf", description="similarity of two models' representations")
+    bandwidth: Literal["median", "dimension"] | Positive = Field("median", description="sigma of the rbf kernel: a rule, or a number")
+    temperature: Positive = Field(1.0, description="tau of the softmax; smaller sharpens")
+    pooling: Literal["mean", "last"] = Field("mean", description="over a sample's tokens: their masked mean, or the last of them")
+    base_in_pool: Literal["single", "always", "never"] = Field(
+        "single", description="the base as one of the models: beside a single expert only, or always, or never"
+    )
+    outside_blocks: Literal["nearest", "uniform", "newest"] = Field("nearest", description="weights of embedding, final norm and head")
+    control: Literal["none", "uniform", "tilt", "ramp", "permuted"] = Field(
+        "none", description="replace the weights by a control, to see if they matter"
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the forward passes; pooling and what follows is float32 or better"
+    )
+
+
+class Out(Section):
+    path: Path = Field(description="folder of the result")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: tensor by tensor the base's own")
+    shard_size: Annotated[int, BeforeValidator(_bytes), Field(gt=0)] = Field(5 * 10**9, description="bytes a file, at most; '5GB'")
+    overwrite: bool = Field(False, description="replace a model that is there")
+
+
+def _kind_of_weights(value: Any) -> str:
+    return "numbers" if isinstance(value, list) else "uniform" if isinstance(value, str) else "representations"
+
+
+Weights = Annotated[
+    Annotated[Literal["uniform"], Tag("uniform")]
+    | Annotated[list[Annotated[float, Field(ge=0, allow_inf_nan=False)]], Tag("numbers")]
+    | Annotated[Representations, Tag("representations")],
+    Discriminator(_kind_of_weights),
+]
+
+
+class MergeRun(Section):
+    """One merge."""
+
+    base: str = Field(min_length=1, description="folder, or hub name with optional @revision")
+    experts: list[ExpertEntry] = Field(min_length=1, description="this order is the order everywhere; the last is the newest")
+    method: str = Field(description="one of `recall methods`")
+    options: dict[str, Any] = Field(default_factory=dict, description="options of the method")
+    weights: Weights = Field(
+        "uniform", description="uniform, one number an expert, or the options of RECALL's weights; `method: recall` has its own"
+    )
+    samples: Samples | None = Field(None, description="needed where representations are compared")
+    vocabulary: Literal["base", "newest", "union"] | None = Field(None, description="whose tokens, where tokenizers differ")
+    skip: list[str] = Field(default_factory=list, description="tensors to keep from the base: names, or patterns with *")
+    out: Out
+    seed: int = 0
+    threads: int | None = Field(None, ge=1, description="default: one a core; does not change the result")
+
+    @field_validator("experts")
+    @classmethod
+    def _distinct(cls, experts: list[ExpertEntry]) -> list[ExpertEntry]:
+        for entry in experts:
+            if [other.name for other in experts].count(entry.name) > 1 or entry.name == "base":
+                raise ValueError(f"the name '{entry.name}' is taken twice" if entry.name != "base" else "'base' names the base")
+        return experts
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def load_run(path: Path, overrides: Mapping[str, Any] | None = None) -> MergeRun:
+    """Read a run from YAML; a relative path in it is looked for from its own folder, then from the current one.
+
+    Args:
+        overrides: dotted keys of `--set`, e.g. {"options.temperature": 0.5}; they win over the file.
+
+    Raises:
+        RunError: with every fault of the file.
+    """
+    try:
+        data = yaml.safe_load(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise RunError("there is no such run", where=path, fix="give the path of a YAML file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise RunError(
+            f"this is not readable YAML: {' '.join(str(error).split())}", where=path, fix="see docs/run.md for the form"
+        ) from error
+    if not isinstance(data, dict):
+        raise RunError("a run is a mapping of keys to values", where=path, fix="see docs/run.md for the form")
+    data = _relative_to(path.parent, data)
+    for key, value in (overrides or {}).items():
+        _assign(data, key, value)
+    return parse(MergeRun, data, where=str(path))
+
+
+def parse(model: type[M], data: Any, *, where: str) -> M:
+    """Validate data, turning every fault of pydantic's into one of ours.
+
+    Raises:
+        RunError: with all of them; an unknown key comes with a suggestion.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise RunError(_fault(model, detail, where) for detail in error.errors()) from None
+
+
+def _fault(model: type[BaseModel], detail: Any, where: str) -> Fault:
+    place = [part for part in detail["loc"] if not _is_union_branch(part)]
+    key = ".".join(map(str, place))
+    if detail["type"] == "extra_forbidden":
+        return Fault(f"unknown key '{key}'", where, did_you_mean(str(place[-1]), _known_keys(model, place[:-1])))
+    if detail["type"] == "missing":
+        return Fault(f"'{key}' is missing", where, "add it")
+    return Fault(f"'{key}': {detail['msg'].removeprefix('Value error, ')}", where, f"it is {detail['input']!r} now")
+
+
+def _is_union_branch(part: Any) -> bool:
+    """pydantic names the branch of a union that it tried; a reader of YAML need not know."""
+    return part in {"uniform", "numbers", "representations", "constrained-float", "float"} or (isinstance(part, str) and "[" in part)
+
+
+def _known_keys(model: type[BaseModel], place: list[Any]) -> list[str]:
+    """The keys that are allowed at a place of a model."""
+    for part in place:
+        if isinstance(part, int) or part not in model.model_fields:
+            continue
+        inner = [model.model_fields[part].annotation, *getattr(model.model_fields[part].annotation, "__args__", ())]
+        model = next((kind for kind in inner if isinstance(kind, type) and issubclass(kind, BaseModel)), model)
+    return list(model.model_fields)
+
+
+def _assign(data: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+        if not isinstance(data, dict):
+            raise RunError(f"--set {key}: '{parent}' is not a mapping", fix="set the key itself")
+    data[last] = value
+
+
+def _relative_to(folder: Path, data: dict[str, Any]) -> dict[str, Any]:
+    """Paths in a run file are meant from where the file lies; hub names are left alone."""
+
+    def resolve(value: Any) -> Any:
+        there = folder / str(value)
+        return str(there) if isinstance(value, str) and there.exists() else value
+
+    data = dict(data)
+    if "base" in data:
+        data["base"] = resolve(data["base"])
+    if isinstance(data.get("experts"), list):
+        data["experts"] = [{**e, "path": resolve(e["path"])} if isinstance(e, dict) and "path" in e else e for e in data["experts"]]
+    if isinstance(data.get("samples"), dict) and "path" in data["samples"]:
+        data["samples"] = {**data["samples"], "path": resolve(data["samples"]["path"])}
+    if isinstance(data.get("out"), dict) and isinstance(data["out"].get("path"), str):
+        data["out"] = {**data["out"], "path": str(folder / data["out"]["path"])}
+    return data

@@ -1,0 +1,237 @@
+"""An expert as the merge sees it: for each tensor of the base, what it changed there. One face for checkpoints and adapters."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from recall_merge.errors import CheckpointError, Faults
+from recall_merge.files.adapter import CONFIG, WEIGHTS, Adapter
+from recall_merge.files.checkpoint import Checkpoint
+from recall_merge.files.safetensors import Spec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from recall_merge.maths.deltas import Delta
+
+
+class Digest:
+    """The content of a model as one number: SHA-256 over (name, dtype, shape, SHA-256 of the bytes) of its tensors, by name.
+
+    It does not depend on how the tensors lie in shards, nor on the order in which they are read.
+    """
+
+    def __init__(self) -> None:
+        self._lines: dict[str, str] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        self._lines[name] = f"{name} {tensor.dtype} {tuple(tensor.shape)} {hash_tensor(tensor)}"
+
+    def hexdigest(self) -> str:
+        return hashlib.sha256("\n".join(self._lines[name] for name in sorted(self._lines)).encode()).hexdigest()
+
+
+class Expert(Protocol):
+    """What a merge needs to know of an expert. Tensors are float32 or better, in the names and shapes of the base."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that reading it once takes."""
+        ...
+
+    def spec(self, name: str) -> Spec | None:
+        """Its own version of a tensor; None where it has the base's."""
+        ...
+
+    def delta(self, name: str, base: Tensor) -> Delta | None:
+        """What it adds to `base`, (*s); None where it changes nothing."""
+        ...
+
+    def own(self, name: str, base: Tensor) -> Tensor:
+        """Its own tensor, which for token tensors may have other rows than `base`."""
+        ...
+
+    def hashes(self) -> dict[str, str]:
+        """What it consisted of, for the record."""
+        ...
+
+
+@dataclass(frozen=True)
+class FullExpert:
+    """An expert that is a whole checkpoint."""
+
+    name: str
+    checkpoint: Checkpoint
+    digest: Digest = field(default_factory=Digest, compare=False, repr=False)
+
+    @property
+    def folder(self) -> Path:
+        return self.checkpoint.folder
+
+    @property
+    def nbytes(self) -> int:
+        return self.checkpoint.nbytes
+
+    def spec(self, name: str) -> Spec | None:
+        return self.checkpoint.tensors[name].spec
+
+    def delta(self, name: str, base: Tensor) -> Delta | None:
+        stored = self.checkpoint.read(name)
+        self.digest.add(name, stored)
+        return stored.to(base.dtype).sub_(base) if stored.dtype != base.dtype else stored.sub_(base)
+
+    def own(self, name: str, base: Tensor) -> Tensor:
+        return self.checkpoint.read(name).to(base.dtype)
+
+    def hashes(self) -> dict[str, str]:
+        return {"tensors": self.digest.hexdigest()}
+
+
+@dataclass(frozen=True)
+class AdapterExpert:
+    """An expert that is an adapter on the base."""
+
+    name: str
+    adapter: Adapter
+
+    @property
+    def folder(self) -> Path:
+        return self.adapter.folder
+
+    @property
+    def nbytes(self) -> int:
+        return self.adapter.nbytes
+
+    def spec(self, name: str) -> Spec | None:
+        edit = self.adapter.edits.get(name)
+        return edit.replace.spec if edit and edit.replace else None
+
+    def delta(self, name: str, base: Tensor) -> Delta | None:
+        edit = self.adapter.edits.get(name)
+        return edit.delta(base) if edit else None
+
+    def own(self, name: str, base: Tensor) -> Tensor:
+        edit = self.adapter.edits.get(name)
+        return edit.apply(base) if edit else base
+
+    def hashes(self) -> dict[str, str]:
+        return {file: hash_file(self.folder / file) for file in (CONFIG, WEIGHTS)}
+
+
+@dataclass(frozen=True)
+class BaseExpert:
+    """The base as a member of the pool of models: it changes nothing."""
+
+    base: Checkpoint
+    name: str = "base"
+
+    @property
+    def folder(self) -> Path:
+        return self.base.folder
+
+    @property
+    def nbytes(self) -> int:
+        return 0
+
+    def spec(self, name: str) -> Spec | None:
+        return None
+
+    def delta(self, name: str, base: Tensor) -> Delta | None:
+        return None
+
+    def own(self, name: str, base: Tensor) -> Tensor:
+        return base
+
+    def hashes(self) -> dict[str, str]:
+        return {}
+
+
+HARMLESS = {  # settings of a config that may differ from the base's without changing what the weights mean
+    "_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout", "auto_map", "bos_token_id", "dtype", "eos_token_id",
+    "hidden_dropout", "hidden_dropout_prob", "attn_pdrop", "embd_pdrop", "resid_pdrop", "initializer_range", "max_length", "pad_token_id", "task_specific_params",
+    "tokenizer_class", "torch_dtype", "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache", "vocab_size", "router_aux_loss_coef", "output_router_logits",
+}  # fmt: skip
+
+
+def check_checkpoint(name: str, expert: Checkpoint, base: Checkpoint, skipped: Callable[[str], bool] = lambda _: False) -> None:
+    """Check that a checkpoint is of the base's architecture, tensor by tensor; token tensors may differ in their rows.
+
+    `skipped` tells the tensors that the run does not merge: an expert may lack them, or have them otherwise.
+
+    Raises:
+        CheckpointError: with every difference (the first few of each kind).
+    """
+    faults = Faults()
+    where, config = expert.folder, expert.folder / "config.json"
+    if expert.folder.resolve() == base.folder.resolve() or expert.fingerprint == base.fingerprint:
+        faults.add(f"expert '{name}' is the base itself", where=where, fix="list only models that were fine-tuned from the base")
+        faults.raise_any(CheckpointError)
+    theirs_all, ours_all = ({t for t in model.tensors if not skipped(t)} for model in (expert, base))
+    different = _differences(expert.config, base.config)
+    for key, (theirs, ours) in list(different.items())[:8]:
+        fix = "experts must be fine-tuned from the base, with the same architecture"
+        faults.add(f"expert '{name}' has {key} {theirs!r}; the base has {ours!r}", where=config, fix=fix)
+    fix = "fine-tune it from this base, or name the tensor under `skip:` to keep the base's"
+    for kind, names in (("lacks", ours_all - theirs_all), ("has the extra", theirs_all - ours_all)):
+        for tensor in sorted(names)[:3]:
+            faults.add(f"expert '{name}' {kind} tensor '{tensor}'" + _more(names), where=where, fix=fix)
+    shared = sorted(theirs_all & ours_all)
+    rows = set(base.token_tensors) & set(expert.token_tensors)
+    shapes = {t: (expert.tensors[t].spec, base.tensors[t].spec) for t in shared}
+    wrong = [t for t, (theirs, ours) in shapes.items() if theirs.shape[t in rows :] != ours.shape[t in rows :]]
+    for tensor in wrong[:3]:
+        theirs, ours = shapes[tensor]
+        what = f"expert '{name}' has '{tensor}' of shape {theirs.shape}; the base has {ours.shape}" + _more(wrong)
+        faults.add(what, where=expert.tensors[tensor].file, fix=fix)
+    faults.raise_any(CheckpointError)
+
+
+def own_tensors(expert: Expert, base: Checkpoint) -> dict[str, Tensor]:
+    """A whole model of the expert, in float32, under the base's names: what its forward pass is made from."""
+    import torch
+
+    def own(name: str) -> torch.Tensor:
+        stored = base.read(name)
+        return expert.own(name, stored.to(torch.promote_types(stored.dtype, torch.float32))) if stored.is_floating_point() else stored
+
+    return {name: own(name) for name in base.tensors}
+
+
+def hash_tensor(tensor: Tensor) -> str:
+    import torch
+
+    return hashlib.sha256(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _differences(expert: Mapping[str, Any], base: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Settings that differ; one that either config leaves out is at its default, and the weights' shapes speak for it."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key, ours in base.items():
+        theirs = expert.get(key)
+        if key in HARMLESS or ours is None or theirs is None or ours == theirs:
+            continue
+        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+            found |= _differences(theirs, ours, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = (theirs, ours)
+    return found
+
+
+def _more(names: Any) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

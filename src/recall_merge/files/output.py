@@ -1,0 +1,192 @@
+"""A result folder: written beside its place as `.partial`, put in its place in one step when complete, or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from recall_merge.errors import OutputError
+from recall_merge.files.checkpoint import INDEX, SINGLE
+from recall_merge.files.safetensors import Spec, encode_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MARKER = ".recall-unfinished"  # tells our own leftovers from a folder of the user's
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a model: its name and its tensors in order."""
+
+    file: str
+    specs: Mapping[str, Spec]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.specs.values())
+
+
+def plan_shards(specs: Mapping[str, Spec], shard_size: int) -> list[Shard]:
+    """Fill shards in the given order up to `shard_size` bytes each; a larger tensor has a shard of its own.
+
+    >>> [shard.file for shard in plan_shards({"a": Spec("F32", (2,)), "b": Spec("F32", (2,))}, shard_size=8)]
+    ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
+    """
+    groups: list[dict[str, Spec]] = [{}]
+    filled = 0
+    for name, spec in specs.items():
+        if groups[-1] and filled + spec.nbytes > shard_size:
+            groups.append({})
+            filled = 0
+        groups[-1][name] = spec
+        filled += spec.nbytes
+    if len(groups) == 1:
+        return [Shard(SINGLE, groups[0])]
+    return [Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", group) for i, group in enumerate(groups, start=1)]
+
+
+class OutputFolder:
+    """A folder in the making. Use as a context: on an exception what was written is removed, and nothing else is touched.
+
+    >>> with OutputFolder(Path("merged"), overwrite=False) as folder:      # doctest: +SKIP
+    ...     (folder.path / "config.json").write_text("{}")
+    ...     folder.commit()
+    """
+
+    def __init__(self, target: Path, *, overwrite: bool) -> None:
+        self.target = target
+        self.overwrite = overwrite
+        self.path = target.with_name(target.name + ".partial")
+
+    def check(self, protected: Mapping[str, Path]) -> None:
+        """Check that the folder can be made, without making it.
+
+        Args:
+            protected: folders that the run reads; the target may be neither one of them nor around one of them.
+
+        Raises:
+            OutputError: if something is in the way.
+        """
+        target = self.target.absolute()
+        for what, folder in protected.items():
+            if folder.resolve().is_relative_to(target.resolve()) or target.resolve().is_relative_to(folder.resolve()):
+                raise OutputError(f"the output would lie in, or over, {what}", where=self.target, fix="choose another folder for `out`")
+        if target.exists() and not target.is_dir():
+            raise OutputError("the output's place is taken by a file", where=self.target, fix="choose another folder for `out`")
+        if target.is_dir() and any(target.iterdir()):
+            if not self.overwrite:
+                raise OutputError(
+                    "the output folder is not empty", where=self.target, fix="choose another, or give --overwrite to replace it"
+                )
+            if not (target / "config.json").exists():
+                raise OutputError(
+                    "the output folder holds something that is no model; --overwrite replaces models only",
+                    where=self.target,
+                    fix="choose another folder for `out`",
+                )
+        if self.path.exists() and not (self.path / MARKER).exists():
+            raise OutputError("a folder that is not ours lies where the result is to be built", where=self.path, fix="move it away")
+        parent = _existing(target.parent)
+        if not os.access(parent, os.W_OK):
+            raise OutputError("there is no permission to write here", where=parent, fix="choose another folder for `out`")
+
+    def free_bytes(self) -> int:
+        return shutil.disk_usage(_existing(self.target.absolute().parent)).free
+
+    def __enter__(self) -> OutputFolder:
+        if self.path.exists():
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True)
+        (self.path / MARKER).touch()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.path.exists():
+            shutil.rmtree(self.path)
+
+    def commit(self) -> None:
+        """Put the finished folder in its place. What was there stays until the new one stands."""
+        (self.path / MARKER).unlink()
+        for file in self.path.iterdir():
+            _sync(file)
+        _sync(self.path)
+        old = self.target.with_name(self.target.name + ".replaced.partial")
+        if self.target.exists():
+            self.target.rename(old)
+        try:
+            self.path.rename(self.target)
+        except OSError:
+            if old.exists():
+                old.rename(self.target)
+            raise
+        _sync(self.target.absolute().parent)
+        if old.exists():
+            shutil.rmtree(old)
+
+
+class WeightWriter:
+    """Writes the planned tensors, in the planned order, straight into their places in the shards; hashes each file as it goes."""
+
+    def __init__(self, folder: Path, shards: list[Shard]) -> None:
+        self.hashes: dict[str, str] = {}
+        self._folder = folder
+        self._shards = iter(shards)
+        self._expected: list[tuple[str, Spec]] = []
+        self._file = None
+        self._digest = hashlib.sha256()
+        if len(shards) > 1:
+            total = sum(shard.nbytes for shard in shards)
+            index = {"metadata": {"total_size": total}, "weight_map": {name: shard.file for shard in shards for name in shard.specs}}
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Append the next tensor. It must be the next one of the plan, in the planned dtype and shape."""
+        import torch
+
+        if not self._expected:
+            self._next_shard()
+        wanted, spec = self._expected.pop(0)
+        if (name, tensor.dtype, tuple(tensor.shape)) != (wanted, spec.torch_dtype, spec.shape):
+            raise AssertionError(f"the plan expects {wanted} {spec}, got {name} {tensor.dtype} {tuple(tensor.shape)}")
+        if spec.nbytes:
+            self._write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+        if not self._expected:
+            self.close()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self.hashes[Path(self._file.name).name] = self._digest.hexdigest()
+            self._file.close()
+            self._file = None
+
+    def _next_shard(self) -> None:
+        shard = next(self._shards)
+        self._expected = list(shard.specs.items())
+        self._file = (self._folder / shard.file).open("wb", buffering=0)
+        self._digest = hashlib.sha256()
+        self._write(memoryview(encode_header(shard.specs)))
+
+    def _write(self, data: memoryview) -> None:
+        assert self._file is not None
+        self._digest.update(data)
+        while data:
+            data = data[self._file.write(data) :]
+
+
+def _existing(folder: Path) -> Path:
+    return next(place for place in (folder, *folder.parents) if place.exists())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,192 @@
+"""The safetensors format, read by byte range and written one tensor at a time.
+
+A file is an 8-byte little-endian length N, N bytes of JSON header, then the tensors' bytes without holes. The header maps each name to
+{"dtype", "shape", "data_offsets": [begin, end]}, offsets counted from the end of the header. It is checked whole before any use.
+Source: the format's specification, https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recall_merge.errors import CheckpointError, Fault
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_HEADER = 100_000_000  # bytes, as the format's own reader
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+OTHERS = {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
+PACKED = {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "U32": 4, "U64": 8, "C64": 8}  # valid, but not for merging
+SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1} | PACKED
+CODES = {torch_name: code for code, torch_name in (FLOATS | OTHERS).items()}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a header says of a tensor: its dtype, as the format writes it (F32, BF16, ...), and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * SIZES[self.dtype]
+
+    @property
+    def is_float(self) -> bool:
+        return self.dtype in FLOATS
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        import torch
+
+        return getattr(torch, (FLOATS | OTHERS)[self.dtype])
+
+    def __str__(self) -> str:
+        return f"{(FLOATS | OTHERS).get(self.dtype, self.dtype)} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor's bytes lie: from `begin` (counted from the start of the file) in `file`."""
+
+    spec: Spec
+    file: Path
+    begin: int
+
+    def read(self) -> torch.Tensor:
+        """Read the tensor, in its own dtype, into memory of its own.
+
+        Raises:
+            CheckpointError: if the file has become shorter than its header says.
+        """
+        import torch
+
+        raw = torch.empty(self.spec.nbytes, dtype=torch.uint8)
+        if self.spec.nbytes:
+            self.fill(memoryview(raw.numpy()))
+        return raw.view(self.spec.torch_dtype).reshape(self.spec.shape)
+
+    def fill(self, buffer: memoryview, start: int = 0) -> None:
+        """Fill a buffer with the tensor's bytes from `start` on."""
+        descriptor = os.open(self.file, os.O_RDONLY)
+        try:
+            done = 0
+            while done < len(buffer):  # subtle: one call gives at most 2 GiB
+                count = os.preadv(descriptor, [buffer[done:]], self.begin + start + done)
+                if count == 0:
+                    missing = len(buffer) - done
+                    fix = "it changed while it was read: restore it, and run again"
+                    raise CheckpointError(f"the file ended {missing} bytes early", where=self.file, fix=fix)
+                done += count
+        finally:
+            os.close(descriptor)
+
+    def same_bytes(self, other: Stored, piece: int = 1 << 24) -> bool:
+        """Whether two tensors are equal to the bit; reads piece by piece."""
+        if self.spec != other.spec:
+            return False
+        ours, theirs = bytearray(piece), bytearray(piece)
+        for start in range(0, self.spec.nbytes, piece):
+            length = min(piece, self.spec.nbytes - start)
+            for stored, buffer in ((self, ours), (other, theirs)):
+                stored.fill(memoryview(buffer)[:length], start)
+            if ours[:length] != theirs[:length]:
+                return False
+        return True
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """Read and check one file's header; tensors in the order of their bytes.
+
+    Raises:
+        CheckpointError: with every fault of the header.
+    """
+
+    def broken(what: str) -> CheckpointError:
+        return CheckpointError(what, where=path, fix="the file is damaged or incomplete: copy or download it again")
+
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            if len(start) < 8:
+                raise broken(f"a safetensors file has at least 8 bytes, this one has {size}")
+            length = int.from_bytes(start, "little")
+            if length > min(MAX_HEADER, size - 8):
+                raise broken(f"the header claims {length} bytes, the file has {size - 8} after its length")
+            text = file.read(length)
+    except OSError as error:
+        raise CheckpointError(
+            f"the file cannot be read: {error.strerror}", where=path, fix="check the path and your permissions"
+        ) from error
+    try:
+        header = json.loads(text, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise broken(f"the header is not JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise broken("the header is not a JSON object")
+    header.pop("__metadata__", None)
+    faults = [f"tensor '{name}': {fault}" for name, entry in header.items() for fault in _entry_faults(entry)]
+    if faults:
+        raise CheckpointError(Fault(what, str(path), "the file is damaged: copy or download it again") for what in faults[:10])
+    stored = {name: (Spec(entry["dtype"], tuple(entry["shape"])), *entry["data_offsets"]) for name, entry in header.items()}
+    ordered = dict(sorted(stored.items(), key=lambda item: item[1][1:]))
+    end = 0
+    for name, (_, begin, stop) in ordered.items():
+        if begin != end:
+            raise broken(f"tensor '{name}' begins at byte {begin}, where {end} is expected: offsets overlap or leave holes")
+        end = stop
+    if 8 + length + end != size:
+        raise broken(f"the header describes {8 + length + end} bytes, the file has {size}")
+    return {name: Stored(spec, path, 8 + length + begin) for name, (spec, begin, _) in ordered.items()}
+
+
+def encode_header(specs: Mapping[str, Spec]) -> bytes:
+    """The first bytes of a file that holds these tensors in this order, padded so that the data starts at a multiple of 8."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, spec in specs.items():
+        entries[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [end, end + spec.nbytes]}
+        end += spec.nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _entry_faults(entry: Any) -> Iterable[str]:
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
+        return ["its entry lacks dtype, shape or data_offsets"]
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in SIZES:
+        return [f"unknown dtype {dtype!r}"]
+    if not isinstance(shape, list) or not all(_whole(n) for n in shape):
+        return [f"shape {shape!r} is not a list of whole numbers"]
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_whole(n) for n in offsets) or offsets[0] > offsets[1]:
+        return [f"data_offsets {offsets!r} are not a begin and an end"]
+    wanted = math.prod(shape) * SIZES[dtype]
+    if offsets[1] - offsets[0] != wanted:
+        return [f"{dtype} {tuple(shape)} needs {wanted} bytes, its offsets span {offsets[1] - offsets[0]}"]
+    return []
+
+
+def _whole(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 0
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return found

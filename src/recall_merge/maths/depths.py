@@ -1,0 +1,67 @@
+"""Depth: which parameters belong to the embedding (0), to block i (1..L), and to the final norm and head (L + 1)."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+_INPUT_SIDE = re.compile(r"emb|wte|wpe")
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_embeddings?)\.")
+
+
+@dataclass(frozen=True)
+class Depths:
+    """Where the blocks of a decoder-only model lie among its tensor names.
+
+    `prefix` is the dotted name of the list of blocks ('model.layers', 'h', ...), `blocks` their number L.
+
+    >>> depths = Depths("model.layers", 2)
+    >>> [depths.of(f"model.{name}") for name in ("embed_tokens.weight", "layers.0.mlp.weight", "layers.1.mlp.weight", "norm.weight")]
+    [0, 1, 2, 3]
+    """
+
+    prefix: str
+    blocks: int
+
+    @property
+    def last(self) -> int:
+        """The depth of the final norm and head, L + 1."""
+        return self.blocks + 1
+
+    def of(self, name: str) -> int:
+        """The depth of one tensor, from its name.
+
+        Outside the blocks, an input side calls itself an embedding in every decoder of transformers (embed_tokens, wte, wpe,
+        word_embeddings_layernorm, ...); the rest follows the blocks. An output head may be named after an embedding (embed_out) too.
+        """
+        if name.startswith(self.prefix + "."):
+            return 1 + int(name[len(self.prefix) + 1 :].split(".", 1)[0])
+        return 0 if _INPUT_SIDE.search(name) and not _HEAD.search(name) else self.last
+
+
+def find_depths(names: Iterable[str], blocks: int) -> Depths:
+    """Find the list of blocks from the tensor names alone: the one prefix whose numbers are exactly 0..L-1.
+
+    Args:
+        names: the tensor names of one checkpoint.
+        blocks: L, as the model's config says; a mixture of experts numbers its experts too, inside the blocks.
+
+    Raises:
+        ValueError: if no prefix, or more than one, has exactly the numbers 0..blocks-1.
+
+    >>> find_depths(["h.0.w", "h.1.w", "h.1.experts.0.w", "h.1.experts.1.w", "norm.w"], blocks=2)
+    Depths(prefix='h', blocks=2)
+    """
+    numbers: defaultdict[str, set[int]] = defaultdict(set)
+    for name in names:
+        parts = name.split(".")
+        first = next((place for place, part in enumerate(parts) if part.isdecimal()), None)
+        if first:  # subtle: only the first number of a name counts, so nested lists (experts) cannot pose as blocks
+            numbers[".".join(parts[:first])].add(int(parts[first]))
+    matching = sorted(prefix for prefix, found in numbers.items() if found == set(range(blocks)))
+    if len(matching) != 1:
+        seen = ", ".join(f"{prefix} ({len(found)})" for prefix, found in sorted(numbers.items())) or "none"
+        raise ValueError(f"the config says {blocks} blocks; numbered lists among the tensor names: {seen}")
+    return Depths(matching[0], blocks)
