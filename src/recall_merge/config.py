@@ -67,10 +67,11 @@ class Representations(Section):
 
 
 class Out(Section):
-    path: Path = Field(description="folder of the result")
+    path: Path | None = Field(None, description="folder of the result; needed by all that writes one")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: tensor by tensor the base's own")
     shard_size: Annotated[int, BeforeValidator(_bytes), Field(gt=0)] = Field(5 * 10**9, description="bytes a file, at most; '5GB'")
     overwrite: bool = Field(False, description="replace a model that is there")
+    reload: bool = Field(True, description="load the result and run it once before it is put in its place; needs memory for one model")
 
 
 def _kind_of_weights(value: Any) -> str:
@@ -98,7 +99,7 @@ class MergeRun(Section):
     samples: Samples | None = Field(None, description="needed where representations are compared")
     vocabulary: Literal["base", "newest", "union"] | None = Field(None, description="whose tokens, where tokenizers differ")
     skip: list[str] = Field(default_factory=list, description="tensors to keep from the base: names, or patterns with *")
-    out: Out
+    out: Out = Field(default_factory=lambda: Out.model_validate({}))
     seed: int = 0
     threads: int | None = Field(None, ge=1, description="default: one a core; does not change the result")
 
@@ -135,7 +136,7 @@ def load_run(path: Path, overrides: Mapping[str, Any] | None = None) -> MergeRun
         raise RunError("a run is a mapping of keys to values", where=path, fix="see docs/run.md for the form")
     data = _relative_to(path.parent, data)
     for key, value in (overrides or {}).items():
-        _assign(data, key, value)
+        assign(data, key, value)
     return parse(MergeRun, data, where=str(path))
 
 
@@ -176,7 +177,8 @@ def _known_keys(model: type[BaseModel], place: list[Any]) -> list[str]:
     return list(model.model_fields)
 
 
-def _assign(data: dict[str, Any], key: str, value: Any) -> None:
+def assign(data: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key in nested mappings."""
     *parents, last = key.split(".")
     for parent in parents:
         data = data.setdefault(parent, {})

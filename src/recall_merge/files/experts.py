@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from recall_merge.errors import CheckpointError, Faults
 from recall_merge.files.adapter import CONFIG, WEIGHTS, Adapter
 from recall_merge.files.checkpoint import Checkpoint
-from recall_merge.files.safetensors import Spec
+from recall_merge.files.safetensors import Spec, bytes_of
 
 if TYPE_CHECKING:
     import torch
@@ -197,21 +197,29 @@ def check_checkpoint(name: str, expert: Checkpoint, base: Checkpoint, skipped: C
     faults.raise_any(CheckpointError)
 
 
-def own_tensors(expert: Expert, base: Checkpoint) -> dict[str, Tensor]:
-    """A whole model of the expert, in float32, under the base's names: what its forward pass is made from."""
-    import torch
+def own_tensors(expert: Expert, base: Checkpoint, merges: Callable[[str], bool]) -> dict[str, Tensor]:
+    """A whole model of the expert, in float32, under the base's names: what its forward pass is made from.
+
+    `merges` tells the tensors that are the expert's own; the others are the base's, as in the result.
+    """
 
     def own(name: str) -> torch.Tensor:
         stored = base.read(name)
-        return expert.own(name, stored.to(torch.promote_types(stored.dtype, torch.float32))) if stored.is_floating_point() else stored
+        return expert.own(name, widen(stored)) if merges(name) else stored
 
     return {name: own(name) for name in base.tensors}
 
 
-def hash_tensor(tensor: Tensor) -> str:
+def widen(tensor: Tensor) -> Tensor:
+    """In float32, or in its own dtype where that is better."""
     import torch
 
-    return hashlib.sha256(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())).hexdigest()
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def hash_tensor(tensor: Tensor) -> str:
+    """SHA-256 of the bytes of a tensor."""
+    return hashlib.sha256(bytes_of(tensor)).hexdigest()
 
 
 def hash_file(path: Path) -> str:

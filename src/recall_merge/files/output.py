@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from recall_merge.errors import OutputError
 from recall_merge.files.checkpoint import INDEX, SINGLE
-from recall_merge.files.safetensors import Spec, encode_header
+from recall_merge.files.safetensors import Spec, bytes_of, encode_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,9 +97,6 @@ class OutputFolder:
         if not os.access(parent, os.W_OK):
             raise OutputError("there is no permission to write here", where=parent, fix="choose another folder for `out`")
 
-    def free_bytes(self) -> int:
-        return shutil.disk_usage(_existing(self.target.absolute().parent)).free
-
     def __enter__(self) -> OutputFolder:
         if self.path.exists():
             shutil.rmtree(self.path)
@@ -148,15 +145,13 @@ class WeightWriter:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Append the next tensor. It must be the next one of the plan, in the planned dtype and shape."""
-        import torch
-
         if not self._expected:
             self._next_shard()
         wanted, spec = self._expected.pop(0)
         if (name, tensor.dtype, tuple(tensor.shape)) != (wanted, spec.torch_dtype, spec.shape):
             raise AssertionError(f"the plan expects {wanted} {spec}, got {name} {tensor.dtype} {tuple(tensor.shape)}")
         if spec.nbytes:
-            self._write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+            self._write(bytes_of(tensor))
         if not self._expected:
             self.close()
 
@@ -178,6 +173,11 @@ class WeightWriter:
         self._digest.update(data)
         while data:
             data = data[self._file.write(data) :]
+
+
+def free_bytes(target: Path) -> int:
+    """Free bytes on the disk where a folder will be."""
+    return shutil.disk_usage(_existing(target.absolute().parent)).free
 
 
 def _existing(folder: Path) -> Path:

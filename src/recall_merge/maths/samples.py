@@ -35,7 +35,7 @@ def typical_samples(embeddings: np.ndarray, count: int, *, seed: int = 0) -> Typ
     from threadpoolctl import threadpool_limits
 
     with threadpool_limits(1):
-        fitted = KMeans(count, n_init=4, random_state=seed).fit(points)
+        fitted = KMeans(count, n_init=4, random_state=seed).fit(points)  # pyright: ignore[reportArgumentType]
     nearest = {}
     for cluster in range(count):
         members = np.flatnonzero(fitted.labels_ == cluster)

@@ -14,13 +14,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def build_model(folder: Path, tensors: Mapping[str, Tensor] | None = None, *, dtype: str = "float32") -> Any:
+def build_model(
+    folder: Path, tensors: Mapping[str, Tensor] | None = None, *, dtype: str = "float32", vocabulary_size: int | None = None
+) -> Any:
     """A causal language model in evaluation mode.
 
     Args:
         folder: gives the config; and the weights too, when `tensors` is None.
         tensors: a whole model under the names of its files; what transformers renames or fuses on loading, it does here as well.
         dtype: 'float32', 'bfloat16', ... or 'auto' for the dtype of the config.
+        vocabulary_size: rows of the token tensors, where they are not those of the config.
 
     Raises:
         CheckpointError: if transformers does not know the architecture, or finds tensors missing or unexpected.
@@ -30,7 +33,9 @@ def build_model(folder: Path, tensors: Mapping[str, Tensor] | None = None, *, dt
     with quiet():
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            if vocabulary_size is not None:
+                config.get_text_config().vocab_size = vocabulary_size
+            architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
             source = folder if tensors is None else None
             state = None if tensors is None else dict(tensors)
             model, info = architecture.from_pretrained(source, config=config, state_dict=state, dtype=dtype, output_loading_info=True)

@@ -1,0 +1,136 @@
+"""The `recall` command. Only here are errors of the library turned into words and an exit status."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from recall_merge.commands.options import AsJson, Base, ExpertFlags, MethodName, Quiet, RunFile, SamplesPath, Sets, Target, gather
+from recall_merge.errors import RecallError
+
+app = typer.Typer(
+    name="recall",
+    help="Keep one language model that knows everything you ever fine-tuned into it: merge models by what they represent.",
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the model that is there, as a whole.")]
+
+
+@app.command()
+def merge(
+    run: RunFile = None,
+    base: Base = None,
+    expert: ExpertFlags = None,
+    method: MethodName = None,
+    samples: SamplesPath = None,
+    out: Target = None,
+    overwrite: Overwrite = False,
+    sets: Sets = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Merge a base and experts into one Hugging Face folder.
+
+    Example: recall merge run.yaml --set options.temperature=0.5
+    """
+    from recall_merge.commands import show
+    from recall_merge.commands.console import progress
+    from recall_merge.recipes.merge import merge as recipe
+
+    told = gather(run, base=base, experts=expert, method=method, samples=samples, out=out, overwrite=overwrite, sets=sets)
+    show.merged(recipe(told, progress=progress(quiet or as_json)), as_json=as_json, quiet=quiet)
+
+
+@app.command()
+def plan(
+    run: RunFile = None,
+    base: Base = None,
+    expert: ExpertFlags = None,
+    method: MethodName = None,
+    samples: SamplesPath = None,
+    out: Target = None,
+    overwrite: Overwrite = False,
+    sets: Sets = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say everything that merge would check and do; write nothing.
+
+    Example: recall plan run.yaml
+    """
+    from recall_merge.commands import show
+    from recall_merge.recipes.estimate import estimate
+    from recall_merge.recipes.plan import make_plan
+
+    told = gather(run, base=base, experts=expert, method=method, samples=samples, out=out, overwrite=overwrite, sets=sets)
+    made = make_plan(told, download=False)
+    show.planned(made, estimate(made), as_json=as_json)
+
+
+@app.command()
+def weights(
+    run: RunFile = None,
+    base: Base = None,
+    expert: ExpertFlags = None,
+    method: MethodName = None,
+    samples: SamplesPath = None,
+    sets: Sets = None,
+    picture: Annotated[Path | None, typer.Option(help="Save a picture: .png, .svg or .html.", show_default=False)] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Similarity and weights by depth, without merging.
+
+    Example: recall weights run.yaml --picture weights.png
+    """
+    from recall_merge.commands import show
+    from recall_merge.commands.console import progress
+    from recall_merge.recipes.plan import make_plan
+    from recall_merge.recipes.weigh import weigh
+
+    told = gather(run, base=base, experts=expert, method=method, samples=samples, sets=sets)
+    show.weighed(weigh(make_plan(told, writes=False), progress(quiet or as_json)), picture=picture, as_json=as_json, quiet=quiet)
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="A method; all of them when left out.", show_default=False)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the merge methods, or tell formula, source and options of one.
+
+    Example: recall methods recall
+    """
+    from recall_merge.commands import show
+
+    show.methods(name, as_json=as_json)
+
+
+@app.command()
+def verify(folder: Annotated[Path, typer.Argument(help="The folder of a result.", show_default=False)], as_json: AsJson = False) -> None:
+    """Tell whether a result still matches its record.
+
+    Example: recall verify merged
+    """
+    from recall_merge.commands import show
+    from recall_merge.recipes.verify import verify as recipe
+
+    show.verified(folder, recipe(folder), as_json=as_json)
+
+
+def main() -> None:
+    """Run the command; every fault that the library names is printed, and the exit status is 0 only on success."""
+    try:
+        app()
+    except RecallError as error:
+        from recall_merge.commands.console import report
+
+        report(error)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,149 @@
+"""What commands print: tables for people, JSON for machines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recall_merge.commands.console import err, out
+from recall_merge.config import Representations
+from recall_merge.errors import RunError, did_you_mean
+
+if TYPE_CHECKING:
+    from recall_merge.recipes.estimate import Estimate
+    from recall_merge.recipes.merge import MergeResult
+    from recall_merge.recipes.plan import Plan
+    from recall_merge.recipes.weigh import Weighting
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))  # noqa: T201
+
+
+def merged(result: MergeResult, *, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        return print_json({"path": str(result.path), "record": result.record})
+    if not quiet:
+        _weights_table(result.weighting)
+        notes(result.notes)
+    out().print(f"merged by {result.record['method']['name']} into {result.path}", markup=False)
+    return None
+
+
+def weighed(weighting: Weighting, *, picture: Path | None, as_json: bool, quiet: bool) -> None:
+    similarity = None if weighting.similarity is None else weighting.table(weighting.similarity)
+    weights = weighting.table(weighting.weights)
+    if picture is not None:
+        from recall_merge.report.charts import draw_weights
+
+        draw_weights(similarity, weights, picture)
+    if as_json:
+        samples = [{"row": sample.row, "tokens": sample.tokens, "cluster": sample.cluster} for sample in weighting.samples]
+        return print_json({"similarity": similarity, "weights": weights, "samples": samples, "notes": list(weighting.notes)})
+    _weights_table(weighting)
+    if not quiet:
+        notes(weighting.notes)
+    if picture is not None:
+        out().print(f"picture: {picture}", markup=False)
+    return None
+
+
+def planned(plan: Plan, estimate: Estimate, *, as_json: bool) -> None:
+    facts: dict[str, Any] = {
+        "base": plan.run.base,
+        "experts": {expert.name: str(plan.located[expert.name].folder) for expert in plan.experts},
+        "method": plan.method.name,
+        "options": dict(plan.options),
+        "weights": "representations" if isinstance(plan.weights, Representations) else list(plan.weights),
+        "blocks": plan.base.depths.blocks,
+        "tensors": len(plan.specs),
+        "shards": len(plan.shards),
+        "bytes_read": plan.bytes_read,
+        "bytes_written": plan.bytes_written,
+        "memory": plan.memory,
+        "seconds": round(estimate.seconds, 1),
+        "notes": plan.notes,
+    }
+    if isinstance(plan.weights, Representations):
+        facts["weights_options"] = plan.weights.model_dump()
+    if as_json:
+        return print_json(facts)
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None)
+    for name, value in facts.items():
+        if name != "notes":
+            table.add_row(name.replace("_", " "), _words(name, value))
+    out().print(table)
+    notes(plan.notes)
+    out().print("no faults found; nothing was written. The time is a guess from a short probe of this machine.")
+    return None
+
+
+def methods(name: str | None, *, as_json: bool) -> None:
+    from recall_merge.maths.methods import METHODS
+
+    if name is None:
+        if as_json:
+            return print_json({m.name: {"source": m.source, "summary": m.doc.splitlines()[0]} for m in METHODS.values()})
+        from rich.table import Table
+
+        table = Table("method", "what it does", "source", box=None)
+        for method in METHODS.values():
+            table.add_row(method.name, method.doc.splitlines()[0], method.source)
+        out().print(table)
+        return None
+    if name not in METHODS:
+        raise RunError(f"there is no method '{name}'", fix=did_you_mean(name, METHODS))
+    method = METHODS[name]
+    options = {key: str(parameter.default) for key, parameter in method.options.items()}
+    described = {key: (str(field.default), field.description or "") for key, field in Representations.model_fields.items()}
+    if as_json:
+        return print_json(
+            {"name": name, "source": method.source, "doc": method.doc, "options": options, "weights": described if name == "recall" else {}}
+        )
+    console = out()
+    console.print(f"{method.name}\n\n{method.doc}\n\nsource: {method.source}", markup=False)
+    console.print("options: " + (", ".join(f"{key} = {default}" for key, default in options.items()) or "none"), markup=False)
+    if name == "recall":
+        console.print("options of its weights:")
+        for key, (default, meaning) in described.items():
+            console.print(f"  {key} = {default}: {meaning}", markup=False)
+    return None
+
+
+def verified(folder: Path, record: Mapping[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        return print_json({"path": str(folder), "files": record["files"], "matches": True})
+    out().print(f"{folder} matches its record: {len(record['files'])} files, merged by {record['method']['name']}", markup=False)
+    return None
+
+
+def notes(found: Any) -> None:
+    for note in found:
+        err().print(f"note: {note}", markup=False)
+
+
+def _weights_table(weighting: Weighting) -> None:
+    from rich.table import Table
+
+    table = Table("depth", *(f"w {name}" for name in weighting.models), box=None)
+    if weighting.similarity is not None:
+        for name in weighting.models[:-1]:
+            table.add_column(f"S {name}")
+    for depth, row in enumerate(weighting.weights.tolist()):
+        alike = weighting.similarity[depth].tolist()[:-1] if weighting.similarity is not None and depth < len(weighting.similarity) else []
+        table.add_row(str(depth), *(f"{number:.4f}" for number in (*row, *alike)))
+    out().print(table)
+
+
+def _words(name: str, value: Any) -> str:
+    if name.startswith("bytes") or name == "memory":
+        return f"{value / 1e6:,.1f} MB"
+    if name == "seconds":
+        return f"about {value:,.1f}"
+    if isinstance(value, dict):
+        return "\n".join(f"{key}: {inner}" for key, inner in value.items()) or "defaults"
+    return str(value)

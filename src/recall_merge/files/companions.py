@@ -1,0 +1,77 @@
+"""What lies beside the weights of a model: config, generation config, tokenizer, chat template, code files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from recall_merge.files.checkpoint import read_json
+from recall_merge.files.vocabulary import TOKENIZER_FILES, Vocabulary, add_tokens
+
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def write_companions(target: Path, base: Path, experts: Sequence[Path], vocabulary: Vocabulary | None, dtype: str | None) -> None:
+    """Write everything but weights, card and record.
+
+    Config, generation config and code files are the base's; tokenizer and chat template are those of the vocabulary's choice.
+
+    Args:
+        dtype: the dtype of the result's weights where the run gives one; None keeps what the base's config says.
+    """
+    config = read_json(base / "config.json")
+    config.pop("_name_or_path", None)  # may be a path of somebody's machine
+    if dtype is not None:
+        config.pop("torch_dtype", None)  # the older name of the same setting
+        config["dtype"] = dtype
+    for file in (*base.glob("*.py"), *_existing(base, ("generation_config.json", "preprocessor_config.json", "processor_config.json"))):
+        shutil.copyfile(file, target / file.name)
+    if vocabulary is None:
+        _copy_tokenizer(base, target)
+    else:
+        (config if "vocab_size" in config else config["text_config"])["vocab_size"] = vocabulary.size
+        if vocabulary.added:
+            _extended_tokenizer(base, experts, vocabulary).save_pretrained(target)
+        else:
+            _copy_tokenizer(vocabulary.tokenizer, target)
+            _take_token_ids(vocabulary.tokenizer, target, config)
+    _write_json(target / "config.json", config)
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    for file in _existing(source, TOKENIZER_FILES):
+        shutil.copyfile(file, target / file.name)
+    if (source / "additional_chat_templates").is_dir():
+        shutil.copytree(source / "additional_chat_templates", target / "additional_chat_templates")
+
+
+def _extended_tokenizer(base: Path, experts: Sequence[Path], vocabulary: Vocabulary) -> Any:
+    from transformers import AutoTokenizer
+
+    from recall_merge.files.vocabulary import read_vocabulary
+
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+    donors = [AutoTokenizer.from_pretrained(place, trust_remote_code=False) for place in experts if read_vocabulary(place) is not None]
+    add_tokens(tokenizer, vocabulary, donors)
+    return tokenizer
+
+
+def _take_token_ids(donor: Path, target: Path, config: dict[str, Any]) -> None:
+    """Start, end and padding are ids: with another's tokens they are another's ids."""
+    if not (donor / "config.json").exists():
+        return
+    theirs = read_json(donor / "config.json")
+    config |= {key: theirs[key] for key in TOKEN_IDS if key in theirs}
+    if (donor / "generation_config.json").exists():
+        shutil.copyfile(donor / "generation_config.json", target / "generation_config.json")
+
+
+def _existing(folder: Path, names: Sequence[str]) -> list[Path]:
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")

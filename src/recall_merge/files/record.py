@@ -1,0 +1,67 @@
+"""`record.json`: what a result was made from and how, beside the result; and the check that it still is what it says."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from recall_merge.errors import Faults, ResultError
+from recall_merge.files.checkpoint import read_json
+from recall_merge.files.experts import hash_file
+
+RECORD = "record.json"
+FORMAT = 1
+PACKAGES = ("recall-merge", "torch", "transformers", "safetensors", "huggingface_hub", "peft", "scikit-learn", "numpy", "tokenizers")
+
+
+def versions() -> dict[str, str]:
+    """Python, machine and the packages that a result depends on."""
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write the record with the hashes of all other files of the folder. Its weight files' hashes may be given, to spare reading them."""
+    known = dict(record.get("files", {}))
+    names = sorted(file.name for file in folder.iterdir() if file.is_file() and file.name != RECORD and not file.name.startswith("."))
+    files = {name: known.get(name) or hash_file(folder / name) for name in names}
+    text = json.dumps({"format": FORMAT, **record, "files": files}, indent=2, ensure_ascii=False) + "\n"
+    (folder / RECORD).write_text(text, "utf-8")
+
+
+def verify_files(folder: Path) -> dict[str, Any]:
+    """Compare a result's files with its record.
+
+    Returns:
+        The record.
+
+    Raises:
+        ResultError: with every file that is missing, changed, or new.
+    """
+    record = read_json(folder / RECORD) if (folder / RECORD).exists() else None
+    if record is None or record.get("format") != FORMAT or not isinstance(record.get("files"), dict):
+        what = f"there is no {RECORD}" if record is None else f"{RECORD} is not of a form this version knows"
+        raise ResultError(what, where=folder, fix="give the folder of a result of `recall merge`")
+    faults = Faults()
+    for name, wanted in record["files"].items():
+        file = folder / name
+        if Path(name).name != name:
+            faults.add(f"the record names '{name}', outside its folder", where=folder, fix="do not trust this folder")
+        elif not file.is_file():
+            faults.add(f"'{name}' is missing", where=folder, fix="merge again")
+        elif hash_file(file) != wanted:
+            faults.add(f"'{name}' has changed since the merge", where=file, fix="merge again, or restore it")
+    for file in sorted(folder.iterdir()):
+        if file.suffix == ".safetensors" and file.name not in record["files"]:
+            faults.add(f"'{file.name}' was not part of the result", where=file, fix="move it away: loaders may take it for the model")
+    faults.raise_any(ResultError)
+    return record

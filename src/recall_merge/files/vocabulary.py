@@ -1,0 +1,187 @@
+"""Models with different tokenizers: whose tokens the result has, and which row of which model each of them is.
+
+Rows are matched by token, never by position. A token that the base lacks gets the row that Hugging Face's own resize gives it, the
+mean of the base's rows. An expert that lacks a token has no say in its row: the others' weighted mean stands in for its delta.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from recall_merge.errors import CheckpointError, Fault
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+Choice = Literal["base", "newest", "union"]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The result's tokens.
+
+    Attributes:
+        size: rows of the result's token tensors.
+        rows: for the base, then each expert: (size,) its own row of each token, -1 where it has none.
+        tokenizer: the folder whose tokenizer files the result gets; with `added`, to which those tokens are added.
+        added: tokens of the experts that the base lacks, in the order of the experts ('union' only).
+    """
+
+    size: int
+    rows: tuple[Tensor, ...]
+    tokenizer: Path
+    added: tuple[str, ...] = ()
+
+    def align_base(self, own: Tensor) -> Tensor:
+        """The base's rows in the result's order; the mean row where it has none.    own (v, *s) -> (size, *s)"""
+        rows = self.rows[0]
+        aligned = own[rows.clamp(min=0)]
+        aligned[rows < 0] = own.mean(0)
+        return aligned
+
+    def align_deltas(self, base: Tensor, own: Sequence[Tensor], weights: Sequence[float]) -> list[Tensor]:
+        """Each expert's delta to the aligned base.    base (size, *s), own k of (v_q, *s) -> k of (size, *s)
+
+        Where expert q lacks token t: delta_q(t) = sum_p w_p delta_p(t) / sum_p w_p over the experts p that have it; 0 if none has.
+        """
+        import torch
+
+        present = [rows >= 0 for rows in self.rows[1:]]
+        deltas = [tensor[rows.clamp(min=0)] - base for tensor, rows in zip(own, self.rows[1:], strict=True)]
+        shape = (-1,) + (1,) * (base.dim() - 1)
+        votes = torch.stack([weight * has for weight, has in zip(weights, present, strict=True)]).to(base.dtype)  # (k, size)
+        total = votes.sum(0)
+        shares = torch.where(total > 0, votes / total.clamp(min=torch.finfo(base.dtype).tiny), torch.zeros_like(votes))
+        agreed = torch.zeros_like(base)
+        for delta, share in zip(deltas, shares, strict=True):
+            agreed += share.view(shape) * delta
+        return [torch.where(has.view(shape), delta, agreed) for delta, has in zip(deltas, present, strict=True)]
+
+
+def read_vocabulary(folder: Path) -> dict[str, int] | None:
+    """Token -> id of a folder's tokenizer; None if the folder has no tokenizer.
+
+    Raises:
+        CheckpointError: if there is one that cannot be read.
+    """
+    try:
+        if (folder / "tokenizer.json").exists():
+            from tokenizers import Tokenizer
+
+            return Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True)
+        if any((folder / file).exists() for file in ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")):
+            from transformers import AutoTokenizer
+
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
+    except Exception as error:  # the tokenizers library raises bare exceptions
+        fix = "the file is damaged: copy or download it again"
+        raise CheckpointError(f"the tokenizer cannot be read: {error}", where=folder, fix=fix) from error
+    return None
+
+
+def plan_vocabulary(
+    base: tuple[Path, int], experts: Mapping[str, tuple[Path, int]], choice: Choice | None
+) -> tuple[Vocabulary | None, list[str]]:
+    """Decide the result's tokens.
+
+    Args:
+        base: its folder and the rows of its embedding.
+        experts: name -> the same, in the order of the run; a folder without a tokenizer shares the base's.
+        choice: whose tokens; None = they are all expected to be the same.
+
+    Returns:
+        The vocabulary, or None if every model has the base's tokens and rows; and what a reader of the plan should know.
+
+    Raises:
+        CheckpointError: if they differ and no choice was made, or rows have no tokens that could tell what they are.
+    """
+    folder, size = base
+    tokens = read_vocabulary(folder)
+    theirs: dict[str, Mapping[str, int] | None] = {name: read_vocabulary(place) for name, (place, _) in experts.items()}
+    different = {n: place for n, place in experts.items() if place[1] != size or (theirs[n] is not None and theirs[n] != tokens)}
+    if not different:
+        return None, []
+    if choice is None:
+        fix = "say whose tokens the result has: `vocabulary: base`, `newest` or `union`; or align the models first"
+        raise CheckpointError(
+            Fault(_difference(n, theirs[n], rows, tokens, size), str(place), fix) for n, (place, rows) in different.items()
+        )
+    without = [folder] * (tokens is None) + [place for n, (place, rows) in experts.items() if theirs[n] is None and rows != size]
+    if tokens is None or without:
+        fix = "put the model's tokenizer files into its folder"
+        raise CheckpointError(Fault("its rows cannot be matched by token: it has no tokenizer", str(place), fix) for place in without)
+    known: dict[str, Mapping[str, int]] = {n: found if found is not None else tokens for n, found in theirs.items()}
+    added: tuple[str, ...] = ()
+    if choice == "newest":
+        name = list(experts)[-1]
+        donor, size = experts[name]
+        target: Mapping[str, int] = known[name]
+    elif choice == "base":
+        donor, target = folder, tokens
+    else:
+        donor = folder
+        added = tuple(
+            dict.fromkeys(token for n in known for token, _ in sorted(known[n].items(), key=lambda item: item[1]) if token not in tokens)
+        )
+        target = {**tokens, **{token: len(tokens) + place for place, token in enumerate(added)}}
+        size = max(size, len(target))
+    sizes = [base[1], *(rows for _, rows in experts.values())]
+    rows = tuple(_rows(target, size, own, count) for own, count in zip([tokens, *known.values()], sizes, strict=True))
+    notes = [f"tokenizers differ: the result has the tokens of {choice}, {len(target)} of them in {size} rows"]
+    if choice != "union":
+        lost = {n: len(set(own) - set(target)) for n, own in known.items()}
+        notes += [f"{count} tokens of expert '{n}' are not among them and are left out" for n, count in lost.items() if count]
+    return Vocabulary(size, rows, donor, added), notes
+
+
+def add_tokens(tokenizer: Any, vocabulary: Vocabulary, donors: Sequence[Any]) -> None:
+    """Add the experts' tokens to the base's tokenizer, special ones as special.
+
+    Raises:
+        CheckpointError: if the tokenizer gives a token another id than its row.
+    """
+    for place, token in enumerate(vocabulary.added, start=len(tokenizer)):
+        special = any(token in donor.all_special_tokens for donor in donors)
+        tokenizer.add_tokens([token], special_tokens=special)
+        if tokenizer.convert_tokens_to_ids(token) != place:
+            raise CheckpointError(f"the base's tokenizer cannot take the token {token!r} at row {place}", where=vocabulary.tokenizer)
+
+
+def _rows(target: Mapping[str, int], size: int, own: Mapping[str, int], count: int) -> Tensor:
+    import torch
+
+    rows = torch.full((size,), -1, dtype=torch.int64)
+    for token, row in target.items():
+        if own.get(token, count) < count and row < size:
+            rows[row] = own[token]
+    if own == target:  # padding rows have no tokens; between models of the same tokens they match by position
+        spare = torch.arange(size)
+        rows = torch.where((rows < 0) & (spare < count), spare, rows)
+    return rows
+
+
+def _difference(name: str, theirs: Mapping[str, int] | None, rows: int, tokens: Mapping[str, int] | None, size: int) -> str:
+    if rows != size:
+        return f"expert '{name}' has {rows} rows of tokens; the base has {size}"
+    if tokens is None or theirs is None:
+        return f"expert '{name}' has a tokenizer; the base has none"
+    moved = next((token for token, row in theirs.items() if tokens.get(token) != row), None)
+    token = moved if moved is not None else next(token for token in tokens if token not in theirs)
+    return f"expert '{name}' has another tokenizer: {json.dumps(token)} is {theirs.get(token)} there and {tokens.get(token)} in the base"

@@ -1,0 +1,99 @@
+"""The pass over the parameters: read each tensor of each model once, merge it, and hand it on in the order of the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from recall_merge.errors import CheckpointError, ResultError
+from recall_merge.files.experts import Digest, widen
+from recall_merge.parallel import in_order
+from recall_merge.recipes.finite import is_finite, refuse_not_finite
+from recall_merge.recipes.plan import Plan
+from recall_merge.recipes.weigh import Weighting
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from recall_merge.maths.deltas import Delta
+
+
+def fuse(plan: Plan, weighting: Weighting, digest: Digest, advance: Callable[[int], None] = lambda _: None) -> Iterator[tuple[str, Tensor]]:
+    """The result's tensors in the plan's order and dtypes; arithmetic in float32 or better.
+
+    What an expert leaves alone is not touched: where no expert changes a tensor, the base's own numbers are the result, whatever the
+    method (each promises that zero deltas give back the base).
+
+    Args:
+        digest: is told of every tensor of the base.
+        advance: is told the bytes of each tensor when it is done.
+
+    Raises:
+        CheckpointError: if a model holds NaN or infinity; all such tensors are named.
+        ResultError: if the merge overflows.
+    """
+
+    def one(name: str) -> tuple[str, Tensor]:
+        return name, merge_tensor(plan, weighting, name, digest)
+
+    try:
+        for name, merged in in_order(one, plan.specs, plan.threads):
+            yield name, merged
+            advance(plan.specs[name].nbytes)
+    except _NotFinite as found:
+        refuse_not_finite(plan)
+        raise ResultError(
+            f"the merge overflows {plan.specs[found.tensor].dtype} in '{found.tensor}'", fix="lower `scale`, or give `out.dtype: float32`"
+        ) from None
+
+
+def merge_tensor(plan: Plan, weighting: Weighting, name: str, digest: Digest) -> Tensor:
+    """One tensor of the result."""
+    stored = plan.base.read(name)
+    digest.add(name, stored)
+    spec = plan.specs[name]
+    if not plan.merges(name) and not _aligned(plan, name):
+        return stored.to(spec.torch_dtype)
+    weights = weighting.of_experts(plan.base.depths.of(name))
+    base, deltas = _deltas(plan, name, widen(stored), weights)
+    if all(delta is None for delta in deltas):
+        merged = base
+    else:
+        from recall_merge.maths.methods import Draws
+
+        method = plan.method
+        ready = [_ready(delta, base, method.factors) for delta in deltas]
+        draws = {"draws": Draws(plan.run.seed, name, tuple(expert.name for expert in plan.experts))} if method.random else {}
+        merged = method.function(base, ready, weights, **plan.options, **draws)
+    merged = merged.to(spec.torch_dtype)
+    if not is_finite(merged):
+        raise _NotFinite(name)
+    return merged
+
+
+def _aligned(plan: Plan, name: str) -> bool:
+    return plan.vocabulary is not None and name in plan.base.token_tensors
+
+
+def _deltas(plan: Plan, name: str, base: Tensor, weights: list[float]) -> tuple[Tensor, list[Delta | None]]:
+    """What each expert adds to the base, both in the rows of the result."""
+    if plan.vocabulary is not None and _aligned(plan, name):
+        own = [expert.own(name, base) for expert in plan.experts]
+        base = plan.vocabulary.align_base(base)
+        return base, list(plan.vocabulary.align_deltas(base, own, weights))
+    return base, [expert.delta(name, base) for expert in plan.experts]
+
+
+def _ready(delta: Delta | None, base: Tensor, factors: bool) -> Delta:
+    """A delta in the form that the method takes."""
+    from recall_merge.maths.deltas import dense
+
+    if delta is None:
+        return base.new_zeros(base.shape)
+    return delta if factors else dense(delta)
+
+
+class _NotFinite(CheckpointError):
+    def __init__(self, tensor: str) -> None:
+        super().__init__(f"'{tensor}' is not finite")
+        self.tensor = tensor

@@ -1,0 +1,164 @@
+"""The main job: base and experts in, one Hugging Face folder out, whole or not at all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recall_merge.config import MergeRun
+from recall_merge.errors import CheckpointError, ResultError
+from recall_merge.files.checkpoint import open_checkpoint
+from recall_merge.files.companions import write_companions
+from recall_merge.files.experts import Digest, hash_file
+from recall_merge.files.model_card import write_card
+from recall_merge.files.output import OutputFolder, WeightWriter
+from recall_merge.files.record import versions, write_record
+from recall_merge.progress import Progress, Silent
+from recall_merge.recipes.fuse import fuse
+from recall_merge.recipes.plan import Plan, make_plan
+from recall_merge.recipes.weigh import Weighting, weigh
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What a merge made.
+
+    Attributes:
+        path: the folder of the result.
+        weighting: similarity and weights by depth, and the typical samples.
+        record: what `record.json` says.
+        notes: what a reader should know.
+    """
+
+    path: Path
+    weighting: Weighting
+    record: dict[str, Any]
+    notes: tuple[str, ...]
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names of the columns of `similarity` and `weights`, the newest last."""
+        return self.weighting.models
+
+    @property
+    def similarity(self) -> Tensor | None:
+        """(L + 1, models), depths 0..L; None where weights were given."""
+        return self.weighting.similarity
+
+    @property
+    def weights(self) -> Tensor:
+        """(L + 2, models); each row sums to 1."""
+        return self.weighting.weights
+
+
+def merge(run: MergeRun, *, progress: Progress | None = None) -> MergeResult:
+    """Merge as the run says.
+
+    Raises:
+        RecallError: with every fault of the run and its files, before any work starts; or with what went wrong later. Nothing is
+            left of a merge that fails, and what stood in the output's place stands as it was.
+    """
+    return apply(make_plan(run), progress=progress)
+
+
+def apply(plan: Plan, *, progress: Progress | None = None) -> MergeResult:
+    """Carry out a plan: weights, the pass over the parameters, everything beside them, checks; then the folder takes its place."""
+    progress, timings = progress or Silent(), Timings()
+    with timings.of("weigh"):
+        weighting = weigh(plan, progress)
+    with OutputFolder(plan.target, overwrite=plan.run.out.overwrite) as out:
+        writer, digest = WeightWriter(out.path, plan.shards), Digest()
+        with timings.of("fuse"), progress.stage(f"merging by {plan.method.name}", plan.bytes_written, "bytes") as advance:
+            for name, tensor in fuse(plan, weighting, digest, advance):
+                writer.add(name, tensor)
+        dtype = None if plan.run.out.dtype == "auto" else plan.run.out.dtype
+        write_companions(out.path, plan.base.folder, [expert.folder for expert in plan.experts], plan.vocabulary, dtype)
+        with timings.of("check"), progress.stage("checking the result", 1, "steps") as advance:
+            check_result(plan, out.path)
+            advance(1)
+        record = _record(plan, weighting, digest, timings)
+        sources = list(dict.fromkeys(place.repo for place in plan.located.values() if place.repo))
+        write_card(out.path, base=_public(plan, "base"), base_folder=plan.base.folder, sources=sources, record=record)
+        write_record(out.path, {**record, "files": writer.hashes})
+        out.commit()
+    return MergeResult(plan.target, weighting, record, (*plan.notes, *weighting.notes))
+
+
+def check_result(plan: Plan, folder: Path) -> None:
+    """Read the result as a stranger would: headers against the plan, then, unless the run says no, transformers' own loading and one pass.
+
+    Raises:
+        ResultError: if anything is not as planned.
+    """
+    try:
+        found = open_checkpoint(folder).specs
+        if found != dict(plan.specs):
+            raise ResultError("the result's tensors are not those of the plan", where=plan.target)
+        if not plan.run.out.reload:
+            return
+        from recall_merge.models.build import build_model
+
+        model = build_model(folder, dtype="auto")
+    except CheckpointError as error:
+        fix = "give `out.reload: false` if the architecture is not one of transformers' own"
+        raise ResultError(f"the result cannot be loaded: {error.faults[0].what}", where=plan.target, fix=fix) from error
+    import torch
+
+    with torch.inference_mode():
+        logits = model(input_ids=torch.arange(min(8, plan.base.vocabulary_size)).unsqueeze(0), use_cache=False).logits
+    if not logits.isfinite().all():
+        raise ResultError("the result's forward pass gives numbers that are not finite", where=plan.target, fix="give `out.dtype: float32`")
+
+
+def _record(plan: Plan, weighting: Weighting, digest: Digest, timings: Timings) -> dict[str, Any]:
+    run = plan.run.model_dump(mode="json")
+    run["base"] = _public(plan, "base")
+    for entry in run["experts"]:
+        entry["path"] = _public(plan, entry["name"])
+    run["out"]["path"] = plan.target.name
+    record: dict[str, Any] = {"run": run, "method": {"name": plan.method.name, "source": plan.method.source, "options": dict(plan.options)}}
+    if plan.run.samples is not None:
+        data = Path(plan.run.samples.path)
+        run["samples"]["path"] = data.name if data.exists() else plan.run.samples.path
+        record["samples"] = {
+            "sha256": hash_file(data) if data.is_file() else None,
+            "rows": [sample.row for sample in weighting.samples],
+            "cluster_sizes": [sample.cluster for sample in weighting.samples],
+        }
+    record["models"] = {"base": {"tensors": digest.hexdigest()}, **{expert.name: expert.hashes() for expert in plan.experts}}
+    record["weights"] = weighting.table(weighting.weights)
+    if weighting.similarity is not None:
+        record["similarity"] = weighting.table(weighting.similarity)
+    record["notes"] = [*plan.notes, *weighting.notes]
+    record["versions"] = versions()
+    record["seconds"] = dict(timings.seconds)
+    record["created"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return record
+
+
+def _public(plan: Plan, name: str) -> str:
+    """How a model is called where others may read it: its hub name and commit, or the mere name of its folder."""
+    place = plan.located[name]
+    return f"{place.repo}@{place.revision}" if place.repo else place.folder.resolve().name
+
+
+class Timings:
+    """Seconds by part of the work."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def of(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[part] = round(time.perf_counter() - start, 3)

@@ -1,0 +1,282 @@
+"""The plan of a merge: everything that it will check and do, from headers alone. All faults at once, nothing written."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from pydantic import ConfigDict, create_model
+
+from recall_merge.config import MergeRun, Representations, Samples, parse
+from recall_merge.errors import CheckpointError, Faults, OutputError, RunError, did_you_mean
+from recall_merge.files.adapter import is_adapter, open_adapter
+from recall_merge.files.checkpoint import Checkpoint, open_checkpoint
+from recall_merge.files.experts import AdapterExpert, Expert, FullExpert, check_checkpoint
+from recall_merge.files.hub import Located, locate
+from recall_merge.files.output import OutputFolder, Shard, free_bytes, plan_shards
+from recall_merge.files.rows import Row, read_rows
+from recall_merge.files.safetensors import CODES, Spec
+from recall_merge.files.vocabulary import Vocabulary, plan_vocabulary
+
+if TYPE_CHECKING:
+    from recall_merge.maths.methods import Method
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A merge that has passed all checks which need no weights."""
+
+    run: MergeRun
+    base: Checkpoint
+    experts: tuple[Expert, ...]
+    method: Method
+    options: Mapping[str, Any]
+    weights: tuple[float, ...] | Representations
+    """One number an expert, summing to 1; or how representations give them."""
+    rows: list[Row]
+    vocabulary: Vocabulary | None
+    specs: Mapping[str, Spec]
+    """The result's tensors in the order of writing: by depth, then as in the base."""
+    shards: list[Shard]
+    located: Mapping[str, Located]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def samples(self) -> Samples:
+        assert self.run.samples is not None
+        return self.run.samples
+
+    @property
+    def target(self) -> Path:
+        """The folder of the result."""
+        assert self.run.out.path is not None
+        return self.run.out.path
+
+    @property
+    def threads(self) -> int:
+        return self.run.threads or len(os.sched_getaffinity(0))
+
+    def merges(self, name: str) -> bool:
+        """Whether a tensor is merged, or kept from the base: by `skip`, or because it does not hold floating-point numbers."""
+        return self.specs[name].is_float and not skipped(name, self.run.skip)
+
+    @cached_property
+    def bytes_read(self) -> int:
+        """Of the models, by the pass over the parameters."""
+        return self.base.nbytes + sum(expert.nbytes for expert in self.experts)
+
+    @cached_property
+    def bytes_written(self) -> int:
+        return sum(shard.nbytes for shard in self.shards)
+
+    @cached_property
+    def memory(self) -> int:
+        """Bytes of memory at most, beside the interpreter's own: the larger of a forward pass and of the pass over the parameters.
+
+        A forward pass holds one model at a time, twice for a moment while it is built; the pass over the parameters holds, for each
+        thread, one tensor of base, experts and result in float32, and finished ones that wait for their turn.
+        """
+        numbers = [spec.numel for spec in self.specs.values()]
+        fusing = 4 * (len(self.experts) + 3) * sum(sorted(numbers)[-self.threads :]) + 4 * sum(sorted(numbers)[-self.threads :])
+        width = 4 if isinstance(self.weights, Representations) and self.weights.precision == "float32" else 2
+        return max(fusing, 2 * width * sum(numbers) if isinstance(self.weights, Representations) else 0)
+
+
+def make_plan(run: MergeRun, *, writes: bool = True, download: bool = True) -> Plan:
+    """Check a run against its files.
+
+    Args:
+        writes: a result is to be written, so the place for it is checked as well.
+        download: fetch the weights of hub models too; False reads only their headers.
+
+    Raises:
+        RecallError: with every fault that can be found without reading weights.
+    """
+    faults = Faults()
+    rules: _Rules | None = None
+    with faults.collect():
+        rules = _rules(run)
+    rows: list[Row] = []
+    if run.samples is not None:
+        with faults.collect():
+            rows = read_rows(run.samples.path, split=run.samples.split)
+    elif rules is not None and isinstance(rules.weights, Representations):
+        faults.add(
+            "`samples` are missing: representations are compared on the newest expert's data", fix="add `samples: {path: rows.jsonl}`"
+        )
+
+    located: dict[str, Located] = {}
+    for name, reference in {"base": run.base, **{entry.name: entry.path for entry in run.experts}}.items():
+        with faults.collect():
+            located[name] = locate(reference, weights=download)
+    base: Checkpoint | None = None
+    experts: list[Expert] = []
+    if "base" in located:
+        with faults.collect():
+            base = _open_base(located["base"])
+    if base is not None:
+        _same_folder_twice(run, located, faults)
+        for entry in run.experts:
+            if entry.name in located:
+                with faults.collect():
+                    experts.append(_open_expert(entry.name, entry.same_base, located[entry.name], base, run))
+    if writes:
+        with faults.collect():
+            _check_output(run, located)
+    if base is None or rules is None or len(experts) < len(run.experts):
+        faults.raise_any()
+    assert base is not None and rules is not None
+
+    vocabulary, notes = None, []
+    with faults.collect():
+        vocabulary, notes = plan_vocabulary(
+            (base.folder, base.vocabulary_size), {e.name: _tokens_of(e, base) for e in experts}, run.vocabulary
+        )
+    for pattern in run.skip:
+        if not any(skipped(name, [pattern]) for name in base.tensors):
+            faults.add(
+                f"`skip` names no tensor of the base: '{pattern}'", fix="write a tensor's whole name, or a pattern such as '*.norm.weight'"
+            )
+    if run.out.dtype == "auto":
+        for expert in experts:
+            if isinstance(expert, FullExpert) and expert.checkpoint.dtypes != base.dtypes:
+                what = f"expert '{expert.name}' is in {_words(expert.checkpoint.dtypes)}, the base in {_words(base.dtypes)}"
+                faults.add(what, where=expert.folder, fix="say what the result shall be, e.g. `dtype: bfloat16` under `out:`")
+    specs = _result_specs(run, base, vocabulary)
+    if writes and run.out.path is not None:
+        needed, free = sum(spec.nbytes for spec in specs.values()), free_bytes(run.out.path)
+        if free < needed:
+            faults.add(
+                f"the result needs {needed:,} bytes of disk, {free:,} are free", where=run.out.path, fix="make room, or choose another disk"
+            )
+    faults.raise_any()
+    notes += [note for expert in experts for note in _adapter_notes(expert, base)]
+    shards = plan_shards(specs, run.out.shard_size)
+    return Plan(run, base, tuple(experts), rules.method, rules.options, rules.weights, rows, vocabulary, specs, shards, located, notes)
+
+
+def skipped(name: str, patterns: list[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+@dataclass(frozen=True)
+class _Rules:
+    method: Method
+    options: dict[str, Any]
+    weights: tuple[float, ...] | Representations
+
+
+def _rules(run: MergeRun) -> _Rules:
+    """The method with its options, and where its weights come from."""
+    from recall_merge.maths.methods import METHODS
+    from recall_merge.maths.weights import normalised
+
+    if run.method not in METHODS:
+        raise RunError(f"there is no method '{run.method}'", where="method", fix=did_you_mean(run.method, METHODS))
+    method = METHODS[run.method]
+    faults = Faults()
+    fewest, most = method.experts
+    if not fewest <= len(run.experts) <= (most or len(run.experts)):
+        wanted = f"{fewest} or more" if most is None else f"{fewest}" if fewest == most else f"{fewest} to {most}"
+        faults.add(
+            f"method '{run.method}' merges {wanted} experts, the run lists {len(run.experts)}", where="experts", fix="choose another method"
+        )
+    options, weights = dict(run.options), run.weights
+    if run.method == "recall":
+        if weights != "uniform":
+            faults.add("`method: recall` has weights of its own", where="weights", fix="leave `weights` out, or use another method")
+        with faults.collect():
+            own = {key: options.pop(key) for key in list(options) if key in Representations.model_fields}
+            weights = parse(Representations, own, where="options")
+    elif isinstance(weights, list) and len(weights) != len(run.experts):
+        faults.add(f"there are {len(weights)} weights for {len(run.experts)} experts", where="weights", fix="give one number an expert")
+    with faults.collect():
+        options = _options(method, options)
+    faults.raise_any(RunError)
+    if isinstance(weights, Representations):
+        return _Rules(method, options, weights)
+    try:
+        return _Rules(method, options, tuple(normalised([1.0] * len(run.experts) if weights == "uniform" else weights)))
+    except ValueError as error:
+        raise RunError(str(error), where="weights") from error
+
+
+def _options(method: Method, given: dict[str, Any]) -> dict[str, Any]:
+    """Check options against the signature of the method's function."""
+    hints = get_type_hints(method.function, include_extras=True)
+    weight_options = list(Representations.model_fields) if method.name == "recall" else []
+    for key in given:
+        if key not in method.options:
+            known = [*method.options, *weight_options]
+            fix = did_you_mean(key, known) if known else "it has no options"
+            raise RunError(f"method '{method.name}' has no option '{key}'", where="options", fix=fix)
+    fields: Any = {name: (hints[name], parameter.default) for name, parameter in method.options.items()}
+    schema = create_model(method.name, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
+    return parse(schema, given, where="options").model_dump()
+
+
+def _open_base(place: Located) -> Checkpoint:
+    if is_adapter(place.folder):
+        raise CheckpointError("the base is an adapter", where=place.folder, fix="give the model that the adapter was trained on")
+    return open_checkpoint(place.folder)
+
+
+def _open_expert(name: str, same_base: bool, place: Located, base: Checkpoint, run: MergeRun) -> Expert:
+    if is_adapter(place.folder):
+        adapter = open_adapter(place.folder, base)
+        check_adapter_base(name, adapter, base, run.base, same_base)
+        return AdapterExpert(name, adapter)
+    checkpoint = open_checkpoint(place.folder)
+    check_checkpoint(name, checkpoint, base, lambda tensor: skipped(tensor, run.skip))
+    return FullExpert(name, checkpoint)
+
+
+def _check_output(run: MergeRun, located: Mapping[str, Located]) -> None:
+    if run.out.path is None:
+        raise OutputError("the run does not say where the result goes", where="out", fix="add `out: {path: FOLDER}`, or give --out FOLDER")
+    OutputFolder(run.out.path, overwrite=run.out.overwrite).check(
+        {f"the folder of {name}": place.folder for name, place in located.items()}
+    )
+
+
+def _same_folder_twice(run: MergeRun, located: Mapping[str, Located], faults: Faults) -> None:
+    seen: dict[Any, str] = {}
+    for entry in run.experts:
+        if entry.name not in located:
+            continue
+        folder = located[entry.name].folder.resolve()
+        if folder in seen:
+            faults.add(f"experts '{seen[folder]}' and '{entry.name}' are the same folder", where=folder, fix="list each expert once")
+        seen.setdefault(folder, entry.name)
+
+
+def _tokens_of(expert: Expert, base: Checkpoint) -> Any:
+    """An expert's folder, and the rows of its embedding."""
+    spec = expert.spec(base.embedding)
+    return expert.folder, spec.shape[0] if spec is not None else base.vocabulary_size
+
+
+def _result_specs(run: MergeRun, base: Checkpoint, vocabulary: Vocabulary | None) -> dict[str, Spec]:
+    specs: dict[str, Spec] = {}
+    for name in sorted(base.tensors, key=base.depths.of):  # a stable sort: within a depth, the base's own order
+        spec = base.tensors[name].spec
+        dtype = CODES[run.out.dtype] if run.out.dtype != "auto" and spec.is_float else spec.dtype
+        rows = (vocabulary.size,) if vocabulary is not None and name in base.token_tensors else spec.shape[:1]
+        specs[name] = Spec(dtype, (*rows, *spec.shape[1:]))
+    return specs
+
+
+def _adapter_notes(expert: Expert, base: Checkpoint) -> list[str]:
+    if not isinstance(expert, AdapterExpert) or len(base.token_tensors) > 1:
+        return []
+    edit = expert.adapter.edits.get(base.embedding)
+    return [f"expert '{expert.name}' trains the embedding, to which the head is tied: both change, as in PEFT's own merge"] if edit else []
+
+
+def _words(dtypes: set[str]) -> str:
+    return " and ".join(sorted(dtypes))

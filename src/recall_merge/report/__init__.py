@@ -1,0 +1,1 @@
+"""Pictures and pages of results. Nothing here computes what it shows."""
