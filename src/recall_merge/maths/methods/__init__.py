@@ -1,6 +1,11 @@
 """Merge methods: pure functions (base, deltas, weights, *, options) -> merged tensor, found by name in `METHODS`."""
 
 from recall_merge.maths.methods import averages as averages
+from recall_merge.maths.methods import families as families
+from recall_merge.maths.methods import moments as moments
+from recall_merge.maths.methods import recall as recall
+from recall_merge.maths.methods import spectral as spectral
+from recall_merge.maths.methods import sphere as sphere
 from recall_merge.maths.methods.registry import METHODS as METHODS
 from recall_merge.maths.methods.registry import Draws as Draws
 from recall_merge.maths.methods.registry import Method as Method

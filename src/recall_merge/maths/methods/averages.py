@@ -1,16 +1,19 @@
-"""Weighted sums of deltas: the plain average and task arithmetic."""
+"""Weighted sums of deltas: the plain average, task arithmetic and WiSE-FT."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
+from annotated_types import Interval
 from torch import Tensor
 
+from recall_merge.maths.methods.options import Scale
 from recall_merge.maths.methods.registry import method
 
 
 @method("linear", source="Wortsman et al. 2022, Model soups, arXiv:2203.05482", elementwise=True)
-def linear(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], *, scale: float = 1.0) -> Tensor:
+def linear(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], *, scale: Scale = 1.0) -> Tensor:
     """Weighted average of the experts.
 
     theta = theta_0 + scale * sum_q w_q delta_q.    base (*s), deltas k of (*s) -> (*s)
@@ -27,7 +30,7 @@ def linear(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], *, 
 
 
 @method("task_arithmetic", source="Ilharco et al. 2023, Editing models with task arithmetic, arXiv:2212.04089", elementwise=True)
-def task_arithmetic(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], *, scale: float = 1.0) -> Tensor:
+def task_arithmetic(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], *, scale: Scale = 1.0) -> Tensor:
     """Sum of the experts' deltas: with uniform weights each counts in full, not 1/k of it.
 
     theta = theta_0 + scale * k * sum_q w_q delta_q.    base (*s), deltas k of (*s) -> (*s)
@@ -38,3 +41,25 @@ def task_arithmetic(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[fl
     tensor([4., 4.])
     """
     return linear(base, deltas, weights, scale=scale * len(deltas))
+
+
+@method(
+    "wise_ft", source="Wortsman et al. 2022, Robust fine-tuning of zero-shot models, arXiv:2109.01903", elementwise=True, experts=(1, 1)
+)
+def wise_ft(
+    base: Tensor,
+    deltas: Sequence[Tensor],
+    weights: Sequence[float],
+    *,
+    alpha: Annotated[float, Interval(ge=0, le=1), "place on the line from the base (0) to the expert (1)"] = 0.5,
+) -> Tensor:
+    """A point on the line between the base and its one expert.
+
+    theta = (1 - alpha) theta_0 + alpha theta_1 = theta_0 + alpha * w_1 delta_1.    base (*s), one delta (*s) -> (*s)
+    The expert's weight w_1 is 1, unless the base is in the pool. For several experts, `linear` with a scale is the same line.
+
+    >>> import torch
+    >>> wise_ft(torch.zeros(2), [torch.ones(2)], [1.0], alpha=0.25)
+    tensor([0.2500, 0.2500])
+    """
+    return linear(base, deltas, weights, scale=alpha)

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from recall_merge.maths.methods.averages import linear
+from recall_merge.maths.methods.options import Scale
 from recall_merge.maths.methods.registry import method
 
 
 @method("recall", source="RECALL, Wang et al. 2025, arXiv:2510.20479, as reconstructed", elementwise=True)
-def recall(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], *, scale: float = 1.0) -> Tensor:
+def recall(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], *, scale: Scale = 1.0) -> Tensor:
     """Average of the experts, weighted depth by depth by how alike they represent the newest task.
 
     theta^i = theta_0^i + scale * sum_q w_q^i delta_q^i.    base (*s), deltas k of (*s) -> (*s)

@@ -6,10 +6,11 @@ import hashlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, get_args, get_origin
 
 import numpy as np
 import torch
+from annotated_types import Interval
 from torch import Tensor
 
 
@@ -36,6 +37,10 @@ class Method:
     """Fewest and most experts that it merges; None = any number."""
     factors: bool = False
     """It takes deltas as `LowRank` factors where the expert has them; otherwise it is given dense deltas."""
+    matrices: bool = False
+    """It is made for the matrices of linear maps: give embedding tables to `linear` instead, as it does itself with other shapes."""
+    ordered: bool = False
+    """The order of the experts matters to it; the newest is the last."""
     options: dict[str, inspect.Parameter] = field(default_factory=dict, compare=False)
 
     @property
@@ -44,7 +49,34 @@ class Method:
 
     @property
     def doc(self) -> str:
-        return inspect.getdoc(self.function) or ""
+        """Formula, convention and options, as `recall methods NAME` shows them."""
+        text = inspect.getdoc(self.function) or ""
+        if not self.options:
+            return text
+        return text + "\n\nOptions:\n" + "\n".join(f"    {explained(option)}" for option in self.options.values())
+
+
+def explained(option: inspect.Parameter) -> str:
+    """One line on an option, from its annotation: `Annotated[type, range, "what it means"]`.
+
+    >>> from typing import Annotated
+    >>> def f(*, density: Annotated[float, Interval(gt=0, le=1), "share that stays"] = 0.2): ...
+    >>> explained(inspect.signature(f, eval_str=True).parameters["density"])
+    'density = 0.2: share that stays; in (0, 1]'
+    """
+    extras = getattr(option.annotation, "__metadata__", ())
+    meanings = [extra for extra in extras if isinstance(extra, str)][-1:]
+    ranges = [_range(extra) for extra in extras if isinstance(extra, Interval)]
+    bare = option.annotation.__origin__ if extras else option.annotation
+    choices = ["one of " + ", ".join(map(str, get_args(bare)))] if get_origin(bare) is Literal else []
+    return f"{option.name} = {option.default}: " + "; ".join(meanings + ranges + choices)
+
+
+def _range(interval: Interval) -> str:
+    low, high = (next((end for end in ends if end is not None), None) for ends in ((interval.ge, interval.gt), (interval.le, interval.lt)))
+    if high is None:
+        return f"{'at least' if interval.ge is not None else 'above'} {low}"
+    return f"in {'[' if interval.ge is not None else '('}{low}, {high}{']' if interval.le is not None else ')'}"
 
 
 METHODS: dict[str, Method] = {}
@@ -53,7 +85,14 @@ F = TypeVar("F", bound=Callable[..., Tensor])
 
 
 def method(
-    name: str, *, source: str, elementwise: bool = False, experts: tuple[int, int | None] = (1, None), factors: bool = False
+    name: str,
+    *,
+    source: str,
+    elementwise: bool = False,
+    experts: tuple[int, int | None] = (1, None),
+    factors: bool = False,
+    matrices: bool = False,
+    ordered: bool = False,
 ) -> Callable[[F], F]:
     """Register a merge function under `name`. A name is taken once; a second use is refused, naming both places."""
 
@@ -61,9 +100,9 @@ def method(
         if name in METHODS:
             first, second = (f"{f.__module__}.{f.__qualname__}" for f in (METHODS[name].function, function))
             raise ValueError(f"method '{name}' is registered twice: {first} and {second}")
-        parameters = inspect.signature(function).parameters.values()
+        parameters = inspect.signature(function, eval_str=True).parameters.values()
         options = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "draws"}
-        METHODS[name] = Method(name, function, source, elementwise, experts, factors, options)
+        METHODS[name] = Method(name, function, source, elementwise, experts, factors, matrices, ordered, options)
         return function
 
     return register
@@ -84,6 +123,11 @@ class Draws:
 
     def uniform(self, expert: int, shape: Sequence[int]) -> Tensor:
         """Numbers in [0, 1), float32, one stream an expert; Philox keyed by SHA-256 of seed, expert name and tensor name."""
+        return self.stream(expert)(shape)
+
+    def stream(self, expert: int) -> Callable[[Sequence[int]], Tensor]:
+        """The numbers of `uniform` piece by piece: every call of what is returned gives the next ones, in the shape it is asked for."""
         words = f"{self.seed}\0{self.experts[expert]}\0{self.tensor}".encode()
         key = int.from_bytes(hashlib.sha256(words).digest()[:16], "little")
-        return torch.from_numpy(np.random.Generator(np.random.Philox(key=key)).random(tuple(shape), dtype=np.float32))
+        generator = np.random.Generator(np.random.Philox(key=key))
+        return lambda shape: torch.from_numpy(generator.random(tuple(shape), dtype=np.float32))

@@ -1,0 +1,159 @@
+"""Methods that look at the experts' deltas together, entry by entry or by their angles: Model Stock, SCE, MagMax, PCB."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor
+
+from recall_merge.maths.methods.consensus import agreeing, weighted_sum
+from recall_merge.maths.methods.options import Scale, Share
+from recall_merge.maths.methods.order import kth_largest
+from recall_merge.maths.methods.pieces import in_pieces, pieces, rows
+from recall_merge.maths.methods.registry import method
+from recall_merge.maths.methods.sphere import gram
+
+Filters = Annotated[Literal["whole", "rows"], "what has an angle of its own: the whole tensor, or each row (along its last axis)"]
+Selected = Annotated[Share, "share of the entries that vary between experts which is merged, those of largest variance"]
+Competing = Annotated[Share, "share of each delta's entries that stay, those of the highest score"]
+
+
+@method("model_stock", source="Jang et al. 2024, Model Stock, arXiv:2403.19522")
+def model_stock(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], *, vectors: Filters = "whole") -> Tensor:
+    """The average of the experts, drawn back to the base the more, the wider the angle between their deltas.
+
+    theta = theta_0 + t * sum_q w_q delta_q,  t = k c / (1 + (k - 1) c),  c = mean over pairs p < q of cos(delta_p, delta_q).
+    base (*s), deltas k of (*s) -> (*s)
+    One tensor at a time, as in the paper; its average is uniform, ours has the run's weights. Opposed deltas (c < 0) give the base, t = 0,
+    where the formula would extrapolate and at c = -1 / (k - 1) divide by 0. A delta of 0 has c = 0 with all others; one expert has t = 1.
+    """
+    k = len(deltas)
+    products = gram(deltas, vectors)  # (r, k, k)
+    norms = products.diagonal(dim1=1, dim2=2).sqrt()
+    scales = norms[:, :, None] * norms[:, None, :]
+    cosines = torch.where(scales > 0, products / scales.clamp(min=torch.finfo(scales.dtype).tiny), 0.0)
+    first, second = torch.triu_indices(k, k, 1)
+    c = cosines[:, first, second].mean(1).clamp(0, 1) if k > 1 else torch.ones(len(products), dtype=torch.float64)
+    t = k * c / (1 + (k - 1) * c)
+    if vectors == "whole":
+        return in_pieces(lambda piece, *changes: torch.add(piece, weighted_sum(changes, weights), alpha=float(t)), [base, *deltas])
+    average = weighted_sum([rows(delta) for delta in deltas], weights)
+    return base + average.mul_(t[:, None].to(base.dtype)).reshape(base.shape)
+
+
+@method("magmax", source="Marczak et al. 2024, MagMax, arXiv:2407.06322", elementwise=True)
+def magmax(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], *, scale: Scale = 1.0) -> Tensor:
+    """Per entry the delta of largest size.
+
+    theta = theta_0 + scale * v_q*,  v_q = k w_q delta_q,  q* = argmax_q |v_q|, entry by entry.    base (*s), deltas k of (*s) -> (*s)
+    With uniform weights v_q = delta_q, the paper's rule. Of two entries of equal size and opposite sign the positive one is taken, so
+    that the order of the experts does not matter. With the plain rule on experts that were trained one after another, as in the paper,
+    deltas are from the common base too.
+    """
+    factors = [len(deltas) * weight for weight in weights]
+
+    def largest(piece: Tensor, *changes: Tensor) -> Tensor:
+        scaled = [change * factor for change, factor in zip(changes, factors, strict=True)]
+        high, low = reduce(torch.maximum, scaled), reduce(torch.minimum, scaled)
+        return torch.add(piece, torch.where(high >= -low, high, low), alpha=scale)
+
+    return in_pieces(largest, [base, *deltas])
+
+
+@method("sce", source="Wan et al. 2024, FuseChat, arXiv:2408.07990")
+def sce(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], *, density: Selected = 0.1, scale: Scale = 1.0) -> Tensor:
+    """Select the entries where experts differ, calculate each expert's weight from them, erase minority signs.
+
+    theta = theta_0 + scale * sum_{q in A} eta_q delta_q / sum_{q in A} eta_q on the selected entries, theta_0 elsewhere, with
+    eta_q ~ w_q * (sum of delta_q^2 over the selected entries),  A = {q : sign(delta_q) = sign(sum_p delta_p)}, + for an even vote.
+    base (*s), deltas k of (*s) -> (*s)
+    Selected: the share `density` of the entries whose variance over experts is not 0, the largest, with ties; all of them where every
+    variance is 0 (one expert, or all alike). Uniform w_q give the paper's eta, which has none. Experts of weight 0 are left out.
+    """
+    present = [(delta, weight) for delta, weight in zip(deltas, weights, strict=True) if weight]
+    if not present:
+        return base.clone()
+    changes, shares = [delta for delta, _ in present], [weight for _, weight in present]
+    variance = in_pieces(_variance, changes)
+    varying = int(torch.count_nonzero(variance))
+    threshold = kth_largest(variance, max(1, int(density * varying))) if varying and density < 1 else 0.0
+
+    def selected(*found: Tensor) -> list[Tensor]:
+        chosen = (found[0] >= threshold).to(found[0].dtype)
+        return [change * chosen for change in found[1:]]
+
+    squares = [0.0] * len(changes)
+    for found in pieces(variance, *changes):
+        for place, change in enumerate(selected(*found)):
+            squares[place] += float(change.square().sum(dtype=torch.float64))
+    etas = [share * square for share, square in zip(shares, squares, strict=True)]
+    total = sum(etas)
+    if not total:
+        return base.clone()
+    etas = [eta / total for eta in etas]
+    return in_pieces(
+        lambda piece, *found: torch.add(piece, agreeing(selected(*found), etas, elect="unweighted"), alpha=scale),
+        [base, variance, *changes],
+    )
+
+
+@method("pcb", source="Du et al. 2024, Parameter competition balancing, arXiv:2410.02396, and its code, github.com/duguodong7/pcb-merging")
+def pcb(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], *, density: Competing = 0.1, scale: Scale = 1.0) -> Tensor:
+    """Let the entries of each delta compete: within it by size, between experts by agreement; keep the winners, weighted by score.
+
+    theta = theta_0 + scale * sum_q w_q s_q v_q / sum_q w_q s_q,  entry by entry, 0 / 0 = 0.    base (*s), deltas k of (*s) -> (*s)
+    v_q = delta_q with its size clamped between the int(n / 10000)-th smallest and largest of the tensor's n;
+    score_q = exp(k norm(|v_q|)^2) tanh(delta_q sum_p delta_p);  s_q = norm(score_q, where below its (1 - density) quantile set to it),
+    norm(x) = (x - min x) / (max x - min x) over the tensor, 1 where all are equal.
+    This is the form of the authors' code; the paper's text has softmax for exp. The code always clamps at least one largest entry, which
+    in a tensor of fewer than 10000 entries we do not. Experts of weight 0 are left out; uniform weights give the paper's rule.
+    """
+    present = [(delta, weight) for delta, weight in zip(deltas, weights, strict=True) if weight]
+    if not present or not base.numel():
+        return base.clone()
+    total = in_pieces(lambda *changes: weighted_sum(changes, [1.0] * len(changes)), [delta for delta, _ in present])
+    above, divisor = base.new_zeros(base.shape), base.new_zeros(base.shape)
+    for delta, weight in present:
+        low, high = _ends(delta)
+        score = in_pieces(lambda change, summed, low=low, high=high: _score(change, summed, low, high, len(present)), [delta, total])
+        floor = kth_largest(score, max(1, delta.numel() - int(delta.numel() * (1 - density))))
+        top = kth_largest(score, 1)
+        for change, scored, numerator, denominator in pieces(delta, score, above, divisor):
+            share = _norm(scored.clamp_min_(floor), floor, top).mul_(weight)
+            numerator.addcmul_(_clamped(change, low, high), share)
+            denominator.add_(share)
+    return in_pieces(
+        lambda piece, numerator, denominator: piece + scale * numerator / denominator.clamp_min_(torch.finfo(piece.dtype).tiny),
+        [base, above, divisor],
+    )
+
+
+def _variance(*changes: Tensor) -> Tensor:
+    """Variance over experts, entry by entry (divided by k); measured from the first of them, so that equal entries give exactly 0."""
+    apart = [change - changes[0] for change in changes]
+    mean = weighted_sum(apart, [1 / len(changes)] * len(changes))
+    return weighted_sum([change.sub_(mean).square_() for change in apart], [1 / len(changes)] * len(changes))
+
+
+def _ends(delta: Tensor) -> tuple[float, float]:
+    """The sizes at which PCB clamps a delta."""
+    n = delta.numel()
+    beyond = n // 10_000
+    return kth_largest(delta, n - beyond, size=True), kth_largest(delta, 1 + beyond, size=True)
+
+
+def _clamped(change: Tensor, low: float, high: float) -> Tensor:
+    return change.abs().clamp_(low, high).mul_(change.sign())
+
+
+def _score(change: Tensor, summed: Tensor, low: float, high: float, k: int) -> Tensor:
+    # subtle: exp(k (x - 1)) for exp(k x), a factor that the next norm takes out again, so that many experts cannot overflow
+    inside = _norm(change.abs().clamp_(low, high), low, high).square_().sub_(1).mul_(k).exp_()
+    return inside.mul_((change * summed).tanh_())
+
+
+def _norm(x: Tensor, low: float, high: float) -> Tensor:
+    return x.sub(low).div_(high - low) if high > low else torch.ones_like(x)

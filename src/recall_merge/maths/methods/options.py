@@ -1,0 +1,16 @@
+"""Options that several methods share: a type, its range, and in words what it means (the last string of each `Annotated`)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from annotated_types import Interval
+
+Share = Annotated[float, Interval(gt=0, le=1)]
+Density = Annotated[Share, "share of each delta's entries that stay"]
+Scale = Annotated[float, "factor on the merged change, the papers' lambda or alpha"]
+Vectors = Annotated[
+    Literal["whole", "rows", "columns"],
+    "what is one vector: the whole tensor, each row (along its last axis) or each column (along its first)",
+]
+Sphere = Annotated[Literal["weights", "deltas"], "which vectors lie on the sphere: the experts' weights or their deltas"]

@@ -1,0 +1,260 @@
+"""Every method in `METHODS` keeps the same promises."""
+
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError, create_model
+from torch import Tensor
+
+from recall_merge.maths.deltas import LowRank
+from recall_merge.maths.methods import METHODS, Draws, Method, method
+
+SHAPES = [(), (1,), (7,), (5, 8), (8, 5), (2, 3, 4)]
+NAMES = ("french", "sentiment", "law")
+
+# What a method gives for one expert at weight 1, or for several identical ones at uniform weights: the expert, with these
+# options. None: its formula does not say so (why is in the comment). A new method has to take its place here.
+ONE: dict[str, dict[str, Any] | None] = {
+    "linear": {},
+    "recall": {},
+    "task_arithmetic": {},
+    "wise_ft": {"alpha": 1.0},
+    "ties": {"density": 1.0},
+    "dare_linear": {"density": 1.0},
+    "dare_ties": {"density": 1.0},
+    "breadcrumbs": {"density": 1.0},
+    "breadcrumbs_ties": {"density": 1.0},
+    "della": {"density": 1.0},
+    "della_linear": {"density": 1.0},
+    "slerp": None,  # takes two
+    "nuslerp": None,  # takes two
+    "karcher": {},
+    "model_stock": {},
+    "magmax": {},
+    "sce": {},
+    "pcb": None,  # the entry of lowest score is always dropped
+    "tsv": {},
+    "isotropic": None,  # its singular values are made equal
+    "opcm": {},
+}
+ALIKE: dict[str, dict[str, Any] | None] = ONE | {
+    "task_arithmetic": None,  # a sum: k times the delta
+    "wise_ft": None,  # takes one
+    "slerp": {},
+    "nuslerp": {},
+    "tsv": {"rank": 8},  # of each it keeps only rank / k otherwise
+}
+# Options beside the defaults with which the promises are checked too.
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "ties": [{"elect": "unweighted", "mean": "count"}, {"elect": "count", "mean": "none"}, {"rescale": "l1"}, {"density": 1.0}],
+    "dare_linear": [{"rescale": "l1"}, {"rescale": "none", "density": 0.9}],
+    "dare_ties": [{"rescale": "l1"}],
+    "breadcrumbs": [{"density": 0.5, "gamma": 0.2}, {"density": 0.9, "gamma": 0.3, "rescale": "l1"}],
+    "della": [{"rescale": "l1"}, {"density": 0.1, "epsilon": 0.5}],
+    "slerp": [{"vectors": "rows"}, {"vectors": "columns"}, {"sphere": "deltas"}],
+    "nuslerp": [{"vectors": "rows"}, {"vectors": "columns"}, {"sphere": "weights"}],
+    "karcher": [{"sphere": "deltas"}],
+    "model_stock": [{"vectors": "rows"}],
+    "sce": [{"density": 1.0}],
+    "pcb": [{"density": 1.0}],
+    "tsv": [{"rank": 1}],
+    "isotropic": [{"common": 0.5}, {"common": 0.0}],
+    "opcm": [{"growth": "sqrt", "alpha": 1.0}, {"alpha": 0.0}],
+}
+CASES = [
+    pytest.param(found, options, id=f"{found.name}-{i}" if i else found.name)
+    for found in METHODS.values()
+    for i, options in enumerate([{}, *VARIANTS.get(found.name, [])])
+]
+every_method = pytest.mark.parametrize("found", METHODS.values(), ids=lambda found: found.name)
+every_case = pytest.mark.parametrize(("found", "options"), CASES)
+
+
+def count(found: Method) -> int:
+    fewest, most = found.experts
+    return max(fewest, min(3, most or 3))
+
+
+def made(shape: tuple[int, ...], k: int, *, seed: int = 0, size: float = 0.1, dtype: torch.dtype = torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    base, *deltas = torch.randn(k + 1, *shape, generator=generator, dtype=dtype)
+    return base, [delta * size for delta in deltas]
+
+
+def uneven(k: int) -> list[float]:
+    return [[1.0], [0.7, 0.3], [0.5, 0.3, 0.2]][k - 1]
+
+
+def run(found: Method, base: Tensor, deltas: list[Any], weights: list[float], options: dict[str, Any], *, seed=0, names=NAMES) -> Tensor:
+    draws = {"draws": Draws(seed, "w", tuple(names[: len(deltas)]))} if found.random else {}
+    return found.function(base, deltas, weights, **draws, **options)
+
+
+def test_every_method_has_a_place_in_the_tables():
+    assert set(ONE) == set(METHODS)
+    assert set(VARIANTS) <= set(METHODS)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@every_case
+def test_zero_deltas_give_the_base(found, options, shape):
+    base, deltas = made(shape, count(found))
+    merged = run(found, base, [torch.zeros_like(delta) for delta in deltas], uneven(len(deltas)), options)
+    # the sphere of weights goes through lengths and angles; elsewhere not one bit may change
+    on_weights = found.name == "karcher" or options.get("sphere") == "weights" or (found.name == "slerp" and "sphere" not in options)
+    torch.testing.assert_close(merged, base, rtol=1e-6 if on_weights else 0, atol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("name", "options"), [case for case in ONE.items() if case[1] is not None])
+def test_one_expert_at_weight_one_is_the_expert(name, options, shape):
+    base, deltas = made(shape, 1)
+    torch.testing.assert_close(run(METHODS[name], base, deltas, [1.0], options), base + deltas[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("name", "options"), [case for case in ALIKE.items() if case[1] is not None])
+def test_identical_experts_give_the_expert(name, options, shape):
+    found = METHODS[name]
+    k = max(2, count(found))
+    base, deltas = made(shape, 1)
+    torch.testing.assert_close(run(found, base, deltas * k, [1 / k] * k, options), base + deltas[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(7,), (5, 8)])
+@every_case
+def test_the_order_of_experts_does_not_matter(found, options, shape):
+    k = count(found)
+    base, deltas = made(shape, k)
+    there, back = (
+        run(found, base, deltas[::step], uneven(k)[::step], options, names=NAMES[:k][::step]) for step in (1, -1)
+    )  # fmt: skip
+    if found.ordered and k > 1 and len(shape) == 2:
+        assert not torch.allclose(there, back, rtol=1e-3)
+    else:
+        torch.testing.assert_close(there, back, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES)
+@every_case
+def test_shape_and_dtype_are_kept_and_inputs_are_not_modified(found, options, shape, dtype):
+    base, deltas = made(shape, count(found), dtype=dtype)
+    before = [tensor.clone() for tensor in (base, *deltas)]
+    merged = run(found, base, deltas, uneven(len(deltas)), options)
+    assert merged.shape == base.shape
+    assert merged.dtype == dtype
+    assert merged.isfinite().all()
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip((base, *deltas), before, strict=True))
+    merged.fill_(9.0)  # the result is a tensor of its own
+    assert torch.equal(base, before[0])
+
+
+@every_case
+def test_something_is_merged(found, options):
+    base, deltas = made((5, 8), count(found))
+    assert not torch.equal(run(found, base, deltas, uneven(len(deltas)), options), base)
+
+
+@every_case
+def test_the_same_seed_gives_the_same_bytes(found, options):
+    base, deltas = made((5, 8), count(found))
+    one, two, other = (run(found, base, deltas, uneven(len(deltas)), options, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(one, two)
+    assert found.random != torch.equal(one, other)
+
+
+@every_case
+def test_layout_in_memory_does_not_matter(found, options):
+    base, deltas = made((5, 8), count(found))
+    strided = [tensor.T.contiguous().T for tensor in (base, *deltas)]
+    there = run(found, base, deltas, uneven(len(deltas)), options)
+    back = run(found, strided[0], strided[1:], uneven(len(deltas)), options)
+    torch.testing.assert_close(there, back, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("cut", [1, 3, 17])
+@pytest.mark.parametrize(("found", "options"), [case for case in CASES if case.values[0].elementwise])
+def test_elementwise_methods_merge_in_pieces(found, options, cut):
+    base, deltas = made((40,), count(found))
+    weights = uneven(len(deltas))
+    whole = run(found, base, deltas, weights, options)
+    parts = [run(found, base[part], [delta[part] for delta in deltas], weights, options) for part in (slice(0, cut), slice(cut, None))]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("shape", [(12, 9), (9, 12), (16, 16)])
+@pytest.mark.parametrize(("found", "options"), [case for case in CASES if case.values[0].factors])
+def test_factors_and_dense_deltas_give_the_same(found, options, shape):
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(shape, generator=generator)
+    low = [LowRank(torch.randn(shape[0], r, generator=generator), torch.randn(r, shape[1], generator=generator)) for r in (2, 1, 3)]
+    dense = [delta.dense() for delta in low]
+    weights = uneven(3)
+    expected = run(found, base, dense, weights, options)
+    torch.testing.assert_close(run(found, base, low, weights, options), expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(run(found, base, [low[0], dense[1], low[2]], weights, options), expected, rtol=1e-3, atol=1e-4)
+
+
+def hard_deltas(delta: Tensor, k: int) -> dict[str, list[Tensor]]:
+    zero = torch.zeros_like(delta)
+    return {
+        "tiny": [delta * 1e-12] * k,
+        "huge": [delta * 1e6, *[delta] * (k - 1)],
+        "one of them zero": [delta, *[zero] * (k - 1)],
+        "opposite": [delta, *[-delta] * (k - 1)],
+        "cancelling": [delta, *[-delta / max(1, k - 1)] * (k - 1)],
+        "constant": [torch.ones_like(delta)] * k,
+        "one entry": [torch.where(delta == delta.max(), delta, zero)] * k,
+    }
+
+
+@pytest.mark.parametrize("weights", ["uneven", "first", "none"])
+@pytest.mark.parametrize("kind", hard_deltas(torch.zeros(1), 2))
+@pytest.mark.parametrize("shape", [(), (7,), (5, 8)])
+@every_case
+def test_hard_cases_stay_finite(found, options, shape, kind, weights):
+    k = count(found)
+    base, deltas = made(shape, 1)
+    given = {"uneven": uneven(k), "first": [1.0, *[0.0] * (k - 1)], "none": [0.0] * k}[weights]
+    merged = run(found, base, hard_deltas(deltas[0], k)[kind], given, options)
+    assert merged.isfinite().all()
+
+
+@every_method
+def test_options_are_typed_ranged_and_explained(found):
+    fields: Any = {name: (option.annotation, option.default) for name, option in found.options.items()}
+    model = create_model("Options", __config__={"extra": "forbid", "validate_default": True}, **fields)
+    model()
+    for name, option in found.options.items():
+        assert f"\n    {name} = {option.default}: " in found.doc
+        assert len(found.doc.split(f"\n    {name} = {option.default}: ")[1].split("\n")[0]) > 10
+        with pytest.raises(ValidationError):
+            model(**{name: "nonsense"})
+        if getattr(option.annotation, "__metadata__", ()) and "in (0, 1]" in found.doc.split(f"    {name} = ")[1].split("\n")[0]:
+            with pytest.raises(ValidationError):
+                model(**{name: 0.0})
+
+
+@every_method
+def test_the_docstring_gives_formula_and_source(found):
+    assert "theta = " in found.doc or "theta^i = " in found.doc
+    assert "arXiv:" in found.source or "doi:" in found.source or "github.com" in found.source
+    assert found.doc.splitlines()[0].endswith(".")
+
+
+def test_a_name_is_taken_once():
+    with pytest.raises(ValueError, match=r"'linear' is registered twice: recall_merge.maths.methods.averages.linear and .*again"):
+
+        @method("linear", source="")
+        def again(base, deltas, weights):
+            return base
+
+
+def test_draws_come_in_pieces_as_in_one():
+    draws = Draws(3, "w", NAMES)
+    stream = draws.stream(1)
+    assert torch.equal(torch.cat([stream((n,)) for n in (1, 2, 7, 90)]), draws.uniform(1, (100,)))
+    assert not torch.equal(draws.uniform(0, (9,)), draws.uniform(1, (9,)))
+    assert not torch.equal(Draws(3, "v", NAMES).uniform(1, (9,)), draws.uniform(1, (9,)))
