@@ -126,7 +126,7 @@ def verify(folder: Annotated[Path, typer.Argument(help="The folder of a result."
 def main() -> None:
     """Run the command; every fault that the library names is printed, and the exit status is 0 only on success."""
     try:
-        app()
+        app(prog_name="recall")
     except RecallError as error:
         from recall_merge.commands.console import report
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -50,6 +50,11 @@ class Expert(Protocol):
         """Bytes that reading it once takes."""
         ...
 
+    @property
+    def tensors(self) -> Iterable[str]:
+        """Names of the tensors that it has, or changes."""
+        ...
+
     def spec(self, name: str) -> Spec | None:
         """Its own version of a tensor; None where it has the base's."""
         ...
@@ -83,6 +88,10 @@ class FullExpert:
     def nbytes(self) -> int:
         return self.checkpoint.nbytes
 
+    @property
+    def tensors(self) -> Iterable[str]:
+        return self.checkpoint.tensors
+
     def spec(self, name: str) -> Spec | None:
         return self.checkpoint.tensors[name].spec
 
@@ -112,6 +121,10 @@ class AdapterExpert:
     @property
     def nbytes(self) -> int:
         return self.adapter.nbytes
+
+    @property
+    def tensors(self) -> Iterable[str]:
+        return self.adapter.edits
 
     def spec(self, name: str) -> Spec | None:
         edit = self.adapter.edits.get(name)
@@ -143,6 +156,10 @@ class BaseExpert:
     @property
     def nbytes(self) -> int:
         return 0
+
+    @property
+    def tensors(self) -> Iterable[str]:
+        return ()
 
     def spec(self, name: str) -> Spec | None:
         return None

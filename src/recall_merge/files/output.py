@@ -129,7 +129,10 @@ class OutputFolder:
 
 
 class WeightWriter:
-    """Writes the planned tensors, in the planned order, straight into their places in the shards; hashes each file as it goes."""
+    """Writes the planned tensors, in the planned order, straight into their places in the shards; hashes each file as it goes.
+
+    Use as a context, which closes the file that is open.
+    """
 
     def __init__(self, folder: Path, shards: list[Shard]) -> None:
         self.hashes: dict[str, str] = {}
@@ -153,13 +156,19 @@ class WeightWriter:
         if spec.nbytes:
             self._write(bytes_of(tensor))
         if not self._expected:
-            self.close()
+            self._finish_shard()
 
-    def close(self) -> None:
+    def __enter__(self) -> WeightWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._file is not None:
-            self.hashes[Path(self._file.name).name] = self._digest.hexdigest()
             self._file.close()
-            self._file = None
+
+    def _finish_shard(self) -> None:
+        assert self._file is not None
+        self.hashes[Path(self._file.name).name] = self._digest.hexdigest()
+        self._file.close()
 
     def _next_shard(self) -> None:
         shard = next(self._shards)

@@ -74,8 +74,9 @@ def apply(plan: Plan, *, progress: Progress | None = None) -> MergeResult:
     with timings.of("weigh"):
         weighting = weigh(plan, progress)
     with OutputFolder(plan.target, overwrite=plan.run.out.overwrite) as out:
-        writer, digest = WeightWriter(out.path, plan.shards), Digest()
-        with timings.of("fuse"), progress.stage(f"merging by {plan.method.name}", plan.bytes_written, "bytes") as advance:
+        digest = Digest()
+        bar = progress.stage(f"merging by {plan.method.name}", plan.bytes_written, "bytes")
+        with timings.of("fuse"), bar as advance, WeightWriter(out.path, plan.shards) as writer:
             for name, tensor in fuse(plan, weighting, digest, advance):
                 writer.add(name, tensor)
         dtype = None if plan.run.out.dtype == "auto" else plan.run.out.dtype

@@ -1,0 +1,333 @@
+"""Every fault of a run is told before any work, all at once, and the disk stays as it was. The file layer's faults have tests of their own."""
+
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny import edit_json, fine_tuned, load_tensors, lora, make_model, make_tokenizer, save_model, write_rows
+
+from recall_merge import MergeRun, RecallError, make_plan, merge
+from recall_merge.recipes.estimate import estimate
+
+ROWS = [{"prompt": f"is the fox {word}?", "completion": " yes"} for word in ("quick", "lazy", "good", "bad")]
+
+
+@pytest.fixture
+def world(llama, tmp_path):
+    """A folder with a base, two experts and rows, and the description of a run over them that has no fault."""
+    base = Path(shutil.copytree(llama, tmp_path / "base"))
+    for seed, name in enumerate("ab"):
+        fine_tuned(base, tmp_path / name, seed=seed + 1)
+    write_rows(tmp_path / "rows.jsonl", ROWS)
+    return tmp_path
+
+
+def a_run(world, **changes):
+    run = {
+        "base": str(world / "base"),
+        "experts": [{"name": name, "path": str(world / name)} for name in "ab"],
+        "method": "recall",
+        "samples": {"path": str(world / "rows.jsonl"), "count": 2},
+        "out": {"path": world / "out"},
+    }
+    return MergeRun.model_validate(run | changes)
+
+
+def disk(folder: Path) -> dict[str, tuple[int, bytes]]:
+    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+
+
+def faults_of(world, **changes) -> list[tuple[str, str, str]]:
+    """The faults of a merge that is refused, after checking that nothing was written."""
+    run, before = a_run(world, **changes), disk(world)
+    with pytest.raises(RecallError) as caught:
+        merge(run)
+    assert disk(world) == before
+    assert sorted(path.name for path in world.iterdir()) == sorted({path.split("/")[0] for path in before})
+    assert all(fault.what for fault in caught.value.faults)
+    return [(fault.what, fault.where, fault.fix) for fault in caught.value.faults]
+
+
+def one_fault(world, **changes) -> tuple[str, str, str]:
+    found = faults_of(world, **changes)
+    assert len(found) == 1, found
+    return found[0]
+
+
+def test_a_sound_run_has_a_plan(world):
+    plan = make_plan(a_run(world))
+    numbers = sum(tensor.numel() for tensor in load_tensors(world / "base").values())
+    assert plan.bytes_written == 4 * numbers
+    assert plan.bytes_read == 3 * 4 * numbers
+    assert plan.memory >= 2 * 4 * numbers
+    assert plan.base.depths.blocks == 2
+    assert list(plan.specs)[0] == "model.embed_tokens.weight"
+    assert {"model.norm.weight", "lm_head.weight"} == set(list(plan.specs)[-2:])
+    assert estimate(plan).seconds > 0
+    assert not (world / "out").exists()
+
+
+def test_all_faults_come_at_once(world):
+    (world / "a" / "config.json").write_text("{")
+    write_rows(world / "rows.jsonl", [{"question": "?"}])
+    (world / "out").mkdir()
+    (world / "out" / "mine.txt").write_text("mine")
+    found = faults_of(world, options={"temprature": 2, "kernel": "rfb"})
+    text = "\n".join(" | ".join(fault) for fault in found)
+    for part in ("temprature", "did you mean 'temperature'", "kernel", "accepted forms", "config.json cannot be read", "output folder is not empty"):
+        assert part in text, part
+
+
+@pytest.mark.parametrize(
+    ("changes", "what", "fix"),
+    [
+        ({"method": "recal"}, "there is no method 'recal'", "did you mean 'recall'?"),
+        ({"method": "linear", "options": {"scal": 1}}, "method 'linear' has no option 'scal'", "did you mean 'scale'?"),
+        ({"method": "linear", "options": {"scale": "big"}}, "'scale'", "it is 'big' now"),
+        ({"method": "linear", "weights": [1.0]}, "there are 1 weights for 2 experts", "one number an expert"),
+        ({"method": "linear", "weights": [0.0, 0.0]}, "not all 0", ""),
+        ({"weights": [0.5, 0.5]}, "`method: recall` has weights of its own", "leave `weights` out"),
+        ({"samples": None}, "`samples` are missing", "add `samples"),
+        ({"options": {"temperature": 0}}, "'temperature'", "it is 0 now"),
+        ({"options": {"bandwidth": "mean"}}, "'bandwidth'", "it is 'mean' now"),
+        ({"skip": ["*.nothing"]}, "`skip` names no tensor: '*.nothing'", "pattern"),
+        ({"out": {}}, "the run does not say where the result goes", "--out"),
+    ],
+)
+def test_what_the_run_says(world, changes, what, fix):
+    found = faults_of(world, **changes)
+    assert any(what in fault[0] and fix in fault[2] for fault in found), found
+
+
+def test_missing_models_are_all_named(world):
+    found = faults_of(world, experts=[{"name": name, "path": str(world / f"no-{name}")} for name in "ab"])
+    assert len(found) == 2
+    assert all(f"no-{name}" in " ".join(fault) for name, fault in zip("ab", found, strict=True))
+
+
+def test_base_listed_as_an_expert(world):
+    what, _, fix = one_fault(world, experts=[{"name": "a", "path": str(world / "a")}, {"name": "b", "path": str(world / "base")}])
+    assert what == "expert 'b' is the base itself"
+    assert "fine-tuned from the base" in fix
+    shutil.copytree(world / "base", world / "copy")
+    assert one_fault(world, experts=[{"name": "c", "path": str(world / "copy")}])[0] == "expert 'c' is the base itself"
+
+
+def test_expert_listed_twice(world):
+    what, where, _ = one_fault(world, experts=[{"name": "a", "path": str(world / "a")}, {"name": "b", "path": str(world / "a")}])
+    assert what == "experts 'a' and 'b' are the same folder"
+    assert where == str(world / "a")
+
+
+def test_names_taken_twice():
+    entries = [{"name": "a", "path": "x"}, {"name": "a", "path": "y"}]
+    with pytest.raises(ValueError, match="the name 'a' is taken twice"):
+        MergeRun.model_validate({"base": "b", "experts": entries, "method": "linear"})
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "what"),
+    [
+        ("qwen2", {}, "model_type 'qwen2'; the base has 'llama'"),
+        ("llama", {"num_hidden_layers": 3}, "num_hidden_layers 3; the base has 2"),
+        ("llama", {"hidden_size": 64}, "hidden_size 64; the base has 32"),
+        ("llama", {"intermediate_size": 48}, "intermediate_size 48; the base has 64"),
+        ("llama", {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, "rope_parameters.rope_theta 500000.0"),
+    ],
+)
+def test_another_architecture(world, family, settings, what):
+    save_model(make_model(family, seed=3, **settings), world / "other")
+    found = faults_of(world, experts=[{"name": "other", "path": str(world / "other")}])
+    assert any(what in fault[0] and fault[0].startswith("expert 'other' has") for fault in found), found
+
+
+def test_missing_extra_and_reshaped_tensors(world):
+    tensors = load_tensors(world / "a")
+    gone, grown = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"
+    del tensors[gone]
+    tensors[grown] = torch.zeros(65, 32)
+    tensors["model.layers.0.more.weight"] = torch.zeros(2)
+    save_file(tensors, world / "a" / "model.safetensors", metadata={"format": "pt"})
+    found = [fault[0] for fault in faults_of(world)]
+    assert f"expert 'a' lacks tensor '{gone}'" in found
+    assert "expert 'a' has the extra tensor 'model.layers.0.more.weight'" in found
+    assert f"expert 'a' has '{grown}' of shape (65, 32); the base has (64, 32)" in found
+    merge(a_run(world, method="linear", skip=["*.up_proj.weight", "*.more.weight"]))  # the run says what to do
+
+
+def test_dtypes_that_differ_need_a_word(world):
+    model = make_model("llama", dtype="bfloat16", seed=5)
+    save_model(model, world / "half")
+    entries = [{"name": "half", "path": str(world / "half")}]
+    what, _, fix = one_fault(world, experts=entries)
+    assert what == "expert 'half' is in bfloat16, the base in float32"
+    assert "dtype: bfloat16" in fix
+    make_plan(a_run(world, experts=entries, out={"path": world / "out", "dtype": "float32"}))
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", ["recall", "linear"])
+def test_numbers_that_are_not_finite(world, poison, method):
+    for name in "ab":
+        tensors = load_tensors(world / name)
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = poison
+        tensors["model.norm.weight"][2] = poison
+        save_file(tensors, world / name / "model.safetensors", metadata={"format": "pt"})
+    found = faults_of(world, method=method, samples={"path": str(world / "rows.jsonl")} if method == "recall" else None)
+    assert [fault[0] for fault in found] == [
+        f"expert '{name}' holds NaN or infinity in '{tensor}'" for tensor in ("model.layers.1.mlp.up_proj.weight", "model.norm.weight") for name in "ab"
+    ]
+
+
+def test_a_merge_that_overflows_its_dtype(world):
+    tensors = load_tensors(world / "a")
+    tensors["model.norm.weight"] += 1e6
+    save_file(tensors, world / "a" / "model.safetensors", metadata={"format": "pt"})
+    what, _, fix = one_fault(world, method="linear", samples=None, out={"path": world / "out", "dtype": "float16"})
+    assert what == "the merge overflows F16 in 'model.norm.weight'"
+    assert "float32" in fix
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("", "there are no rows"),
+        ('{"prompt": "a"', "this is not JSON"),
+        ('{"prompt": "a"}', "field `answer` must be text, it is missing"),
+        ('{"prompt": 3, "completion": "b"}', "field `prompt` must be text, it is int"),
+        ('{"prompt": "a", "completion": "b", "choices": ["c"]}', "is not among its choices"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "the last of `messages` must be the assistant's"),
+        ("[1]", "a row must be an object"),
+    ],
+)
+def test_rows(world, text, what):
+    (world / "rows.jsonl").write_text(text + "\n")
+    found, where, _ = one_fault(world)
+    assert what in found
+    assert "rows.jsonl" in where
+
+
+def test_rows_without_text(world):
+    write_rows(world / "rows.jsonl", [{"prompt": "", "completion": " "}])
+    assert one_fault(world)[0] == "no row has any text"
+
+
+@pytest.mark.parametrize("place", ["base", "a", ".", "base/inner"])
+def test_output_over_an_input(world, place):
+    what, _, _ = one_fault(world, out={"path": world / place, "overwrite": True})
+    assert "the output would lie in, or over, the folder of" in what
+
+
+def test_overwrite_spares_what_is_no_model(world):
+    (world / "out").mkdir()
+    (world / "out" / "thesis.tex").write_text("years of work")
+    assert "holds something that is no model" in one_fault(world, out={"path": world / "out", "overwrite": True})[0]
+
+
+def test_too_little_disk(world, monkeypatch):
+    import recall_merge.recipes.plan as module
+
+    monkeypatch.setattr(module, "free_bytes", lambda target: 1000)
+    what, _, fix = one_fault(world)
+    assert "bytes of disk, 1,000 are free" in what
+    assert "make room" in fix
+
+
+def test_shrunken_after_the_plan(world):
+    """A file that is cut after its header was read is refused when its bytes are missed, and nothing is left."""
+    from recall_merge.recipes.merge import apply
+
+    plan = make_plan(a_run(world, method="linear", samples=None))
+    file = world / "b" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(RecallError, match="the file ended .* bytes early"):
+        apply(plan)
+    assert not (world / "out").exists()
+    assert not (world / "out.partial").exists()
+
+
+def test_a_header_that_lies(world):
+    file = world / "a" / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", 10**9) + file.read_bytes()[8:])
+    (world / "b" / "model.safetensors").write_bytes(b"")
+    found = faults_of(world)
+    assert any("the header claims 1000000000 bytes" in fault[0] for fault in found)
+    assert any("at least 8 bytes, this one has 0" in fault[0] for fault in found)
+
+
+def test_adapter_of_another_base(world):
+    other = save_model(make_model("llama", seed=9), world / "other-base")
+    lora(other, world / "c", r=2, target_modules=["q_proj"])
+    what, _, fix = one_fault(world, experts=[{"name": "c", "path": str(world / "c")}])
+    assert "another base" in what or "base" in what
+    assert "same_base: true" in fix
+    make_plan(a_run(world, experts=[{"name": "c", "path": str(world / "c"), "same_base": True}]))
+
+
+# --- vocabularies ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def grown(world):
+    """An expert with two tokens more than the base, at the end of longer token tensors; and one with two tokens swapped."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<think>", "<tool>"])
+    for name, rows in (("a", 98),):
+        tensors = load_tensors(world / name)
+        for key in ("model.embed_tokens.weight", "lm_head.weight"):
+            more = torch.arange(2 * 32, dtype=torch.float32).reshape(2, 32) / 64
+            tensors[key] = torch.cat([tensors[key], more])
+        save_file(tensors, world / name / "model.safetensors", metadata={"format": "pt"})
+        edit_json(world / name / "config.json", vocab_size=rows)
+        tokenizer.save_pretrained(world / name)
+    return world
+
+
+def test_vocabularies_that_differ_need_a_word(grown):
+    what, _, fix = one_fault(grown)
+    assert what == "expert 'a' has 98 rows of tokens; the base has 96"
+    assert "`vocabulary: base`, `newest` or `union`" in fix
+
+
+def test_tokens_at_other_ids_need_a_word(world):
+    path = world / "b" / "tokenizer.json"
+    data = json.loads(path.read_text())
+    vocabulary = data["model"]["vocab"]
+    first, second = [token for token in vocabulary if token.isalpha()][:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    path.write_text(json.dumps(data))
+    what, _, _ = one_fault(world)
+    assert what.startswith("expert 'b' has another tokenizer: ")
+    out = {"path": world / "out"}
+    merge(a_run(world, method="linear", samples=None, vocabulary="base", out=out))
+    key = "model.embed_tokens.weight"
+    start, ours, theirs, found = (load_tensors(world / name)[key] for name in ("base", "a", "b", "out"))
+    rows = list(range(len(start)))
+    one, two = vocabulary[first], vocabulary[second]
+    rows[one], rows[two] = two, one  # b's rows, by token
+    torch.testing.assert_close(found, start + 0.5 * (ours - start) + 0.5 * (theirs[rows] - start))
+
+
+@pytest.mark.parametrize("choice", ["base", "newest", "union"])
+def test_the_three_vocabularies(grown, choice):
+    experts = [{"name": name, "path": str(grown / name)} for name in "ba"]  # the newest is the one that has more tokens
+    merge(a_run(grown, experts=experts, vocabulary=choice, options={"scale": 1.0}))
+    from transformers import AutoTokenizer
+
+    from recall_merge.models.build import build_model
+
+    found, expert, base = (load_tensors(grown / name) for name in ("out", "a", "base"))
+    key = "lm_head.weight"
+    assert len(found[key]) == (96 if choice == "base" else 98)
+    tokenizer = AutoTokenizer.from_pretrained(grown / "out")
+    assert (tokenizer.convert_tokens_to_ids("<tool>") == 97) is (choice != "base")
+    if choice != "base":  # only 'a' knows the two tokens: its rows are taken whole, not thinned by those who never saw them
+        torch.testing.assert_close(found[key][96:], expert[key][96:])
+    weights = json.loads((grown / "out" / "record.json").read_text())["weights"]["rows"][-1]
+    b, a = load_tensors(grown / "b")[key], expert[key][:96]
+    torch.testing.assert_close(found[key][:96], base[key] + weights[0] * (b - base[key]) + weights[1] * (a - base[key]))
+    build_model(grown / "out")
