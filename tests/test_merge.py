@@ -270,4 +270,4 @@ def test_result_reports_rows_that_were_left_out(two, tmp_path):
     result = merge(a_run(base, {"a": a, "b": b}, tmp_path / "out", method="recall", samples={"path": str(data), "count": 30}))
     assert f"2 of {len(ROWS) + 2} rows are empty or repeat another and were left out" in result.notes
     assert any("no more than the 30 samples asked for" in note for note in result.notes)
-    assert result.record["samples"]["rows"] == list(range(len(ROWS)))
+    assert [sample["row"] for sample in result.record["samples"]] == list(range(len(ROWS)))

@@ -78,7 +78,14 @@ def test_all_faults_come_at_once(world):
     (world / "out" / "mine.txt").write_text("mine")
     found = faults_of(world, options={"temprature": 2, "kernel": "rfb"})
     text = "\n".join(" | ".join(fault) for fault in found)
-    for part in ("temprature", "did you mean 'temperature'", "kernel", "accepted forms", "config.json cannot be read", "output folder is not empty"):
+    for part in (
+        "temprature",
+        "did you mean 'temperature'",
+        "kernel",
+        "accepted forms",
+        "config.json cannot be read",
+        "output folder is not empty",
+    ):
         assert part in text, part
 
 
@@ -179,7 +186,9 @@ def test_numbers_that_are_not_finite(world, poison, method):
         save_file(tensors, world / name / "model.safetensors", metadata={"format": "pt"})
     found = faults_of(world, method=method, samples={"path": str(world / "rows.jsonl")} if method == "recall" else None)
     assert [fault[0] for fault in found] == [
-        f"expert '{name}' holds NaN or infinity in '{tensor}'" for tensor in ("model.layers.1.mlp.up_proj.weight", "model.norm.weight") for name in "ab"
+        f"expert '{name}' holds NaN or infinity in '{tensor}'"
+        for tensor in ("model.layers.1.mlp.up_proj.weight", "model.norm.weight")
+        for name in "ab"
     ]
 
 

@@ -13,13 +13,14 @@ from recall_merge.config import MergeRun
 from recall_merge.errors import CheckpointError, ResultError
 from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.files.companions import write_companions
-from recall_merge.files.experts import Digest, hash_file
+from recall_merge.files.experts import Digest
 from recall_merge.files.model_card import write_card
 from recall_merge.files.output import OutputFolder, WeightWriter
-from recall_merge.files.record import versions, write_record
+from recall_merge.files.record import RECORD, verify_files, write_record
 from recall_merge.progress import Progress, Silent
 from recall_merge.recipes.fuse import fuse
 from recall_merge.recipes.plan import Plan, make_plan
+from recall_merge.recipes.provenance import hash_models, made_from, made_of, public_name, weighting_from
 from recall_merge.recipes.weigh import Weighting, weigh
 
 if TYPE_CHECKING:
@@ -84,12 +85,38 @@ def apply(plan: Plan, *, progress: Progress | None = None) -> MergeResult:
         with timings.of("check"), progress.stage("checking the result", 1, "steps") as advance:
             check_result(plan, out.path)
             advance(1)
-        record = _record(plan, weighting, digest, timings)
+        record = {
+            **made_from(plan),
+            "models": {"base": {"tensors": digest.hexdigest()}, **{expert.name: expert.hashes() for expert in plan.experts}},
+            **made_of(weighting),
+            "notes": [*plan.notes, *weighting.notes],
+            "seconds": dict(timings.seconds),
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
         sources = list(dict.fromkeys(place.repo for place in plan.located.values() if place.repo))
-        write_card(out.path, base=_public(plan, "base"), base_folder=plan.base.folder, sources=sources, record=record)
+        write_card(out.path, base=public_name(plan, "base"), base_folder=plan.base.folder, sources=sources, record=record)
         write_record(out.path, {**record, "files": writer.hashes})
         out.commit()
     return MergeResult(plan.target, weighting, record, (*plan.notes, *weighting.notes))
+
+
+def reuse(run: MergeRun) -> MergeResult | None:
+    """The result of an earlier merge, if the same run on the same bytes with the same versions made it and it has not changed since.
+
+    Reads every input once, to hash it; names and times of files are not trusted.
+    """
+    if run.out.path is None or not (run.out.path / RECORD).is_file():
+        return None
+    plan = make_plan(run.model_copy(update={"out": run.out.model_copy(update={"overwrite": True})}))
+    try:
+        record = verify_files(plan.target)
+    except ResultError:
+        return None
+    wanted = made_from(plan)
+    wanted["run"]["out"]["overwrite"] = record.get("run", {}).get("out", {}).get("overwrite")  # how it got there does not matter
+    if any(record.get(key) != value for key, value in wanted.items()) or record.get("models") != hash_models(plan):
+        return None
+    return MergeResult(plan.target, weighting_from(record), record, tuple(record["notes"]))
 
 
 def check_result(plan: Plan, folder: Path) -> None:
@@ -116,38 +143,6 @@ def check_result(plan: Plan, folder: Path) -> None:
         logits = model(input_ids=torch.arange(min(8, plan.base.vocabulary_size)).unsqueeze(0), use_cache=False).logits
     if not logits.isfinite().all():
         raise ResultError("the result's forward pass gives numbers that are not finite", where=plan.target, fix="give `out.dtype: float32`")
-
-
-def _record(plan: Plan, weighting: Weighting, digest: Digest, timings: Timings) -> dict[str, Any]:
-    run = plan.run.model_dump(mode="json")
-    run["base"] = _public(plan, "base")
-    for entry in run["experts"]:
-        entry["path"] = _public(plan, entry["name"])
-    run["out"]["path"] = plan.target.name
-    record: dict[str, Any] = {"run": run, "method": {"name": plan.method.name, "source": plan.method.source, "options": dict(plan.options)}}
-    if plan.run.samples is not None:
-        data = Path(plan.run.samples.path)
-        run["samples"]["path"] = data.name if data.exists() else plan.run.samples.path
-        record["samples"] = {
-            "sha256": hash_file(data) if data.is_file() else None,
-            "rows": [sample.row for sample in weighting.samples],
-            "cluster_sizes": [sample.cluster for sample in weighting.samples],
-        }
-    record["models"] = {"base": {"tensors": digest.hexdigest()}, **{expert.name: expert.hashes() for expert in plan.experts}}
-    record["weights"] = weighting.table(weighting.weights)
-    if weighting.similarity is not None:
-        record["similarity"] = weighting.table(weighting.similarity)
-    record["notes"] = [*plan.notes, *weighting.notes]
-    record["versions"] = versions()
-    record["seconds"] = dict(timings.seconds)
-    record["created"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    return record
-
-
-def _public(plan: Plan, name: str) -> str:
-    """How a model is called where others may read it: its hub name and commit, or the mere name of its folder."""
-    place = plan.located[name]
-    return f"{place.repo}@{place.revision}" if place.repo else place.folder.resolve().name
 
 
 class Timings:

