@@ -24,6 +24,7 @@ ALLOWED = {
     "errors": {"errors"},
     "progress": {"progress"},
     "parallel": {"parallel"},
+    "__main__": {"commands"},
 }
 
 

@@ -123,6 +123,25 @@ def verify(folder: Annotated[Path, typer.Argument(help="The folder of a result."
     show.verified(folder, recipe(folder), as_json=as_json)
 
 
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option("--out", "-o", help="Where the demo works; what is valid there is reused.")] = Path("demo"),
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """The whole loop on a real small language model: train experts, compare, merge, score. Minutes on two cores.
+
+    Example: recall demo
+    """
+    from recall_merge.commands import show
+    from recall_merge.commands.console import err, progress
+    from recall_merge.recipes.demo import demo as recipe
+
+    console = err()
+    say = (lambda words: None) if quiet or as_json else (lambda words: console.print(words, style="bold"))
+    show.demo(recipe(folder, progress=progress(quiet or as_json), say=say), as_json=as_json)
+
+
 def main() -> None:
     """Run the command; every fault that the library names is printed, and the exit status is 0 only on success."""
     try:

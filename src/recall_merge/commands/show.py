@@ -12,6 +12,7 @@ from recall_merge.config import Representations
 from recall_merge.errors import RunError, did_you_mean
 
 if TYPE_CHECKING:
+    from recall_merge.recipes.demo import DemoResult
     from recall_merge.recipes.estimate import Estimate
     from recall_merge.recipes.merge import MergeResult
     from recall_merge.recipes.plan import Plan
@@ -111,6 +112,45 @@ def methods(name: str | None, *, as_json: bool) -> None:
         console.print("options of its weights:")
         for key, (default, meaning) in described.items():
             console.print(f"  {key} = {default}: {meaning}", markup=False)
+    return None
+
+
+def demo(result: DemoResult, *, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    if as_json:
+        scores = {
+            model: {task: {"score": s.score, "stderr": s.stderr, "n": s.n} for task, s in row.items()}
+            for model, row in result.scores.items()
+        }
+        facts = {"scores": scores, "answers": [asdict(answer) for answer in result.answers], "reused": list(result.reused)}
+        return print_json({"merged": str(result.merged.path), "picture": str(result.picture), **facts})
+    from rich.table import Table
+
+    console = out()
+    console.print()
+    table = Table("model", *(task.name for task in result.tasks), "mean", box=None)
+    for model, row in result.scores.items():
+        numbers = [row[task.name] for task in result.tasks]
+        shown = [f"{s.score:.2f} ± {s.stderr or 0:.2f}" for s in numbers]
+        name = f"expert {model}" if any(model == task.name for task in result.tasks) else model
+        table.add_row(name, *shown, f"{sum(s.score for s in numbers) / len(numbers):.3f}")
+    console.print(table)
+    rows = next(iter(result.scores.values()))
+    console.print(
+        "scores on test rows, ± standard error: "
+        + ", ".join(f"{t.name} = {t.kind}, {rows[t.name].n} rows, {rows[t.name].metric}" for t in result.tasks),
+        markup=False,
+    )
+    for answer in result.answers:
+        console.print(f"\nquestion: {answer.question}\n   right: {answer.right}", markup=False)
+        for model, words in answer.said.items():
+            console.print(f"   {model}: {' '.join(words.split())}", markup=False)
+    console.print()
+    if result.reused:
+        console.print("kept from an earlier run, unchanged to the byte: " + ", ".join(result.reused), markup=False)
+    console.print(f"picture of similarity and weights: {result.picture}", markup=False)
+    console.print(f"the merged model: {result.merged.path}", markup=False)
     return None
 
 

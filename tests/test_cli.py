@@ -1,0 +1,134 @@
+"""The commands as a user types them: a table of arguments, what is printed, and the exit status."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from tiny import fine_tuned, write_rows
+from typer.testing import CliRunner
+
+from recall_merge.commands.app import app, main
+from recall_merge.errors import RecallError
+from recall_merge.maths.methods import METHODS
+
+ROWS = [{"prompt": f"is the fox {word}?", "completion": " yes"} for word in ("quick", "lazy", "good", "bad")]
+RUN = """\
+# recall merge run.yaml
+base: base
+experts:
+  - {name: a, path: a}
+  - {name: b, path: b}
+method: recall
+samples: {path: rows.jsonl, count: 2}
+out: {path: merged}
+"""
+
+
+@pytest.fixture
+def here(llama, tmp_path, monkeypatch):
+    """A folder with all that `RUN` names, and the current one."""
+    shutil.copytree(llama, tmp_path / "base")
+    for seed, name in enumerate("ab"):
+        fine_tuned(tmp_path / "base", tmp_path / name, seed=seed + 1)
+    write_rows(tmp_path / "rows.jsonl", ROWS)
+    (tmp_path / "run.yaml").write_text(RUN)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def recall(*arguments: str):
+    """Run the command; errors come back as the exit status and words that `main` would print."""
+    return CliRunner().invoke(app, list(arguments))
+
+
+FLAGS = ["--base", "base", "-e", "a=a", "-e", "b=b", "-m", "linear"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "printed"),
+    [
+        (["merge", "run.yaml"], ["depth", "w a", "w b", "S a", "merged by recall into merged"]),
+        (["merge", *FLAGS, "-o", "flags"], ["merged by linear into flags"]),
+        (["merge", "run.yaml", "--set", "method=task_arithmetic", "--set", "out.path=other", "--quiet"], ["merged by task_arithmetic into other"]),
+        (["plan", "run.yaml"], ["bytes read", "kernel: rbf", "nothing was written"]),
+        (["plan", *FLAGS, "--out", "x"], ["linear", "0.5, 0.5"]),
+        (["weights", "run.yaml"], ["depth", "S a"]),
+        (["methods"], ["recall", "linear", "task_arithmetic"]),
+        (["methods", "recall"], ["arXiv:2510.20479", "as reconstructed", "temperature = 1.0", "bandwidth = median"]),
+        (["methods", "linear"], ["scale", "arXiv:2203.05482"]),
+    ],
+)  # fmt: skip
+def test_commands(here, arguments, printed):
+    result = recall(*arguments)
+    assert result.exit_code == 0, result.output
+    for part in printed:
+        assert part in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what", "fix"),
+    [
+        (["merge"], "no run was given", "--base"),
+        (["merge", "nothing.yaml"], "there is no such run", "YAML"),
+        (["merge", "run.yaml", "--set", "options.temprature=2"], "no option 'temprature'", "did you mean 'temperature'"),
+        (["merge", "run.yaml", "--set", "metod=linear"], "unknown key 'metod'", "did you mean 'method'"),
+        (["merge", "run.yaml", "--set", "seed"], "not of the form KEY=VALUE", "--set"),
+        (["plan", "--base", "base", "-e", "a"], "--expert a: no '=' in it", "NAME=PATH"),
+        (["plan", *FLAGS], "does not say where the result goes", "--out"),
+        (["methods", "lineer"], "there is no method 'lineer'", "did you mean 'linear'"),
+        (["verify", "base"], "there is no record.json", "result of `recall merge`"),
+        (["verify", "nowhere"], "there is no such folder", ""),
+        (["weights", "run.yaml", "--picture", "weights.bmp"], "a picture cannot be saved as '.bmp'", ".png"),
+    ],
+)
+def test_faults(here, arguments, what, fix):
+    result = recall(*arguments)
+    assert isinstance(result.exception, RecallError), result.output
+    assert any(what in fault.what and fix in fault.fix for fault in result.exception.faults), str(result.exception)
+
+
+def test_main_prints_faults_and_exits_with_one(here, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["recall", "plan", "run.yaml", "--set", "method=recal", "--set", "base=gone"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    printed = capsys.readouterr()
+    assert stopped.value.code == 1
+    assert printed.out == ""
+    assert "1. error: there is no method 'recal'" in printed.err
+    assert "2. error: " in printed.err
+    assert "gone" in printed.err
+
+
+def test_json_is_json_and_nothing_else(here):
+    merged = json.loads(recall("merge", "run.yaml", "--json").stdout)
+    assert merged["path"] == "merged"
+    assert merged["record"]["weights"]["experts"] == ["a", "b"]
+    weights = json.loads(recall("weights", "run.yaml", "--json").stdout)
+    assert weights["weights"] == merged["record"]["weights"]
+    assert [sample["cluster"] for sample in weights["samples"]] and sum(s["cluster"] for s in weights["samples"]) == len(ROWS)
+    plan = json.loads(recall("plan", "run.yaml", "--json", "--overwrite").stdout)
+    assert plan["weights"] == "representations"
+    assert set(json.loads(recall("methods", "--json").stdout)) == set(METHODS)
+    assert json.loads(recall("verify", "merged", "--json").stdout)["matches"] is True
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "html"])
+def test_pictures(here, suffix):
+    result = recall("weights", "run.yaml", "--picture", f"weights.{suffix}")
+    assert result.exit_code == 0, result.output
+    data = (here / f"weights.{suffix}").read_bytes()
+    starts = {"png": b"\x89PNG", "svg": b"<svg", "html": b"<!DOCTYPE html>"}
+    assert data.lstrip().startswith(starts[suffix])
+    if suffix == "svg":
+        assert b"similarity to the newest" in data
+
+
+def test_the_installed_command_runs_in_a_process_of_its_own(here):
+    run = subprocess.run([sys.executable, "-m", "recall_merge", "plan", "run.yaml", "--json"], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["method"] == "recall"
+    run = subprocess.run([sys.executable, "-m", "recall_merge", "verify", "base"], capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert run.stderr.startswith("error: there is no record.json")
