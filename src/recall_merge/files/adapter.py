@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from recall_merge.errors import CheckpointError, Faults
 from recall_merge.files.checkpoint import Checkpoint, read_json
-from recall_merge.files.safetensors import Stored, read_header
+from recall_merge.files.safetensors import Remote, Stored, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,8 +122,27 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).exists()
 
 
-def open_adapter(folder: Path, base: Checkpoint) -> Adapter:
+def adapter_weights(present: Collection[str], where: object) -> str:
+    """The name of an adapter's weight file.
+
+    Raises:
+        CheckpointError: if it is not among the files that are present.
+    """
+    if WEIGHTS in present:
+        return WEIGHTS
+    pickled = "adapter_model.bin" in present
+    raise CheckpointError(
+        "the adapter's weights are pickled; loading a pickle runs code" if pickled else f"there is no {WEIGHTS}",
+        where=where,
+        fix="load it with PEFT where you trust it, and save_pretrained again" if pickled else "copy the whole adapter folder",
+    )
+
+
+def open_adapter(folder: Path, base: Checkpoint, remote: Mapping[str, Remote] = MappingProxyType({})) -> Adapter:
     """Read an adapter's config and header, and find the base tensor behind each of its parts.
+
+    Args:
+        remote: file name -> what is known of a weight file that is still on the hub.
 
     Raises:
         CheckpointError: with every fault: another kind of adapter, pickled or damaged weights, parts that fit no tensor of the base.
@@ -133,14 +153,8 @@ def open_adapter(folder: Path, base: Checkpoint) -> Adapter:
     with faults.collect():
         config = read_json(folder / CONFIG)
     with faults.collect():
-        if not (folder / WEIGHTS).exists():
-            pickled = (folder / "adapter_model.bin").exists()
-            raise CheckpointError(
-                "the adapter's weights are pickled; loading a pickle runs code" if pickled else f"there is no {WEIGHTS}",
-                where=folder,
-                fix="load it with PEFT where you trust it, and save_pretrained again" if pickled else "copy the whole adapter folder",
-            )
-        stored = read_header(folder / WEIGHTS)
+        present = {path.name for path in folder.iterdir()} | set(remote)
+        stored = read_header(folder / adapter_weights(present, folder), remote.get(WEIGHTS))
     if config:
         _check_kind(folder, config, faults)
     faults.raise_any(CheckpointError)

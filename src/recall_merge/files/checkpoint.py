@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from recall_merge.errors import CheckpointError, Faults
-from recall_merge.files.safetensors import FLOATS, Spec, Stored, read_header
+from recall_merge.files.safetensors import FLOATS, PACKED, Remote, Spec, Stored, read_header
 from recall_merge.maths.depths import Depths, find_depths
 
 if TYPE_CHECKING:
@@ -23,14 +24,18 @@ SINGLE = "model.safetensors"
 BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # the spellings of L in transformers' configs
 HEADS = re.compile(r"(^|\.)(lm_head|embed_out)\.(weight|bias)$")
 POSITIONS = re.compile(r"wpe|pos")
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state")  # pickles that a trainer leaves beside the weights
+OTHER_FORMATS = (".gguf", ".onnx", ".h5", ".msgpack")
+AGAIN = "the model is damaged: copy or download it again"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """One model in a folder. Only headers are held; `read` fetches a tensor's bytes.
 
-    `tensors` lists every tensor once: a head that is tied to the embedding, and stored beside it, is left out.
+    `tensors` lists every parameter once. A head that is tied to the embedding and stored beside it is left out, and so are tables
+    that transformers computes by itself (rotary frequencies, causal masks), which old files hold and new ones do not.
     """
 
     folder: Path
@@ -76,14 +81,15 @@ class Checkpoint:
         for name in sorted(self.tensors):
             stored = self.tensors[name]
             digest.update(f"{name} {stored.spec}".encode())
-            with stored.file.open("rb") as file:
-                file.seek(stored.begin)
-                digest.update(file.read(min(256, stored.spec.nbytes)))
+            digest.update(stored.identity())
         return digest.hexdigest()
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, remote: Mapping[str, Remote] = MappingProxyType({})) -> Checkpoint:
     """Read a folder's config and headers.
+
+    Args:
+        remote: file name -> what is known of a weight file that is still on the hub.
 
     Raises:
         CheckpointError: with every fault found: missing, damaged or pickled weights, a bad index, quantised weights, unknown depths.
@@ -94,23 +100,37 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     with faults.collect():
         config = read_json(folder / "config.json")
     with faults.collect():
-        for file in _weight_files(folder):
-            with faults.collect():
-                stored |= read_header(file)
-        _check_index(folder, stored)
+        stored = _read_headers(folder, remote)
     faults.raise_any(CheckpointError)
 
     if config.get("quantization_config"):
         faults.add("the weights are quantised", where=folder / "config.json", fix="dequantise the model first, and merge that")
-    for name, tensor in stored.items():
-        if tensor.spec.dtype not in FLOATS and tensor.spec.numel > 4096 and tensor.spec.dtype != "BOOL":
-            faults.add(f"tensor '{name}' is of dtype {tensor.spec.dtype}", where=tensor.file, fix="merge a model in F32, F16 or BF16")
-            break
+    unfit = [name for name, tensor in stored.items() if tensor.spec.dtype in PACKED or (not tensor.spec.is_float and "weight" in name)]
+    if unfit:
+        what = f"tensor '{unfit[0]}' is of dtype {stored[unfit[0]].spec.dtype}" + (f" (and {len(unfit) - 1} more)" if unfit[1:] else "")
+        faults.add(what, where=stored[unfit[0]].file, fix="merge a model in F32, F16 or BF16")
     faults.raise_any(CheckpointError)
     depths = _depths(folder, config, stored)
     checkpoint = Checkpoint(folder, config, _without_tied_head(folder, config, stored, depths), depths)
     _ = checkpoint.embedding  # config and weights must agree on the vocabulary
     return checkpoint
+
+
+def named_like(checkpoint: Checkpoint, base: Checkpoint) -> Checkpoint:
+    """The checkpoint with the base's names, where the two differ by leading words: 'h.0.ln_1.weight' and 'transformer.h.0.ln_1.weight'.
+
+    Some models were stored without the name that their class gives to the decoder, and get it when they are saved again.
+    """
+    ours, theirs = base.depths.prefix, checkpoint.depths.prefix
+    if ours.endswith(f".{theirs}"):
+        lead = ours.removesuffix(theirs)
+        names = {name: lead + name if lead + name in base.tensors else name for name in checkpoint.tensors}
+    elif theirs.endswith(f".{ours}"):
+        names = {name: name.removeprefix(theirs.removesuffix(ours)) for name in checkpoint.tensors}
+    else:
+        return checkpoint
+    tensors = {names[name]: tensor for name, tensor in checkpoint.tensors.items()}
+    return replace(checkpoint, tensors=tensors, depths=Depths(ours, checkpoint.depths.blocks))
 
 
 def block_count(config: Mapping[str, Any]) -> int | None:
@@ -143,52 +163,73 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    single, index = folder / SINGLE, folder / INDEX
-    if single.exists() and index.exists():
+def weight_files(folder: Path, present: Collection[str], where: object) -> list[str]:
+    """The names of a model's weight files, from the files that are present and the index, which must be in `folder` if there is one.
+
+    Raises:
+        CheckpointError: if there are two models, none, or a pickled one; if the index is damaged, unsafe, or names a missing file.
+    """
+    if SINGLE in present and INDEX in present:
         raise CheckpointError(
             f"the folder holds two models, {SINGLE} and {INDEX}: loaders take the first without a word",
-            where=folder,
+            where=where,
             fix="delete the one that is out of date",
         )
-    if index.exists():
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-            raise CheckpointError("the index has no weight_map", where=index, fix="the file is damaged: copy or download it again")
+    if INDEX in present:
+        names = _weight_map(folder / INDEX)
         faults = Faults()
-        files = [folder / name for name in sorted(set(names.values()))]
-        for file in files:
-            if file.name != str(file.relative_to(folder)) or file.suffix != ".safetensors":
-                faults.add(
-                    f"the index names '{file.relative_to(folder)}', outside its folder or not safetensors", where=index, fix="do not use it"
-                )
-            elif not file.exists():
-                faults.add(f"the index names '{file.name}', which is missing", where=folder, fix="copy or download the missing file")
+        for name in sorted(set(names.values())):
+            if not re.fullmatch(r"[^/\\\0]+\.safetensors", name):
+                what = f"the index names {name!r}, which is outside its folder or not safetensors"
+                faults.add(what, where=f"{where}/{INDEX}", fix="do not use this model")
+            elif name not in present:
+                faults.add(f"the index names '{name}', which is missing", where=where, fix="copy or download the missing file")
         faults.raise_any(CheckpointError)
-        return files
-    if single.exists():
-        return [single]
-    pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
+        return sorted(set(names.values()))
+    if SINGLE in present:
+        return [SINGLE]
+    pickles = sorted(name for name in present if name.endswith(PICKLES) and not name.startswith(NO_WEIGHTS))
     if pickles:
         raise CheckpointError(
             f"the weights are pickled ({', '.join(pickles[:3])}); loading a pickle runs code, so it is never done here",
-            where=folder,
+            where=where,
             fix="convert them where you trust them: AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)",
         )
-    raise CheckpointError("there are no weights in this folder", where=folder, fix=f"it should hold {SINGLE}, or {INDEX} and its shards")
+    others = sorted(name for name in present if name.endswith(OTHER_FORMATS))
+    what = f"the weights are not safetensors ({others[0]})" if others else "there are no weights in this folder"
+    raise CheckpointError(what, where=where, fix=f"give a folder that holds {SINGLE}, or {INDEX} and its shards")
 
 
-def _check_index(folder: Path, stored: Mapping[str, Stored]) -> None:
-    index = folder / INDEX
-    if not index.exists() or not stored:
-        return
-    promised = read_json(index)["weight_map"]
-    faults = Faults()
-    for name in sorted(set(promised) - set(stored))[:5]:
-        faults.add(f"the index promises tensor '{name}', which no shard holds", where=index, fix="copy or download the model again")
-    for name in sorted(set(stored) - set(promised))[:5]:
-        faults.add(f"a shard holds tensor '{name}', which the index does not list", where=stored[name].file, fix="copy the model again")
+def _weight_map(index: Path) -> dict[str, str]:
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise CheckpointError("the index has no weight_map", where=index, fix="the file is damaged: copy or download it again")
+    return names
+
+
+def _read_headers(folder: Path, remote: Mapping[str, Remote]) -> dict[str, Stored]:
+    """The tensors of all weight files. A tensor must lie where the index says, once."""
+    present = {path.name for path in folder.iterdir()} | set(remote) if folder.is_dir() else set()
+    faults, headers = Faults(), {}
+    for name in weight_files(folder, present, folder):
+        with faults.collect():
+            headers[name] = read_header(folder / name, remote.get(name))
     faults.raise_any(CheckpointError)
+    stored = {name: tensor for header in headers.values() for name, tensor in header.items()}
+    if INDEX in present:
+        promised = _weight_map(folder / INDEX)
+        found = {(name, file) for file, header in headers.items() for name in header}
+        for name, file in sorted(set(promised.items()) - found)[:5]:
+            faults.add(f"the index promises tensor '{name}', which '{file}' does not hold", where=folder / INDEX, fix=AGAIN)
+        for name, file in sorted(found - set(promised.items()))[:5]:
+            faults.add(f"'{file}' holds tensor '{name}', which the index does not list there", where=folder / INDEX, fix=AGAIN)
+    faults.raise_any(CheckpointError)
+    return {name: tensor for name, tensor in stored.items() if not _is_buffer(name, tensor.spec)}
+
+
+def _is_buffer(name: str, spec: Spec) -> bool:
+    """Whether a tensor is no parameter but a table that old versions of transformers stored and new ones compute."""
+    return name.endswith((".rotary_emb.inv_freq", ".masked_bias")) or (name.endswith(".bias") and len(spec.shape) == 4)
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -203,8 +244,9 @@ def _embedding(config: Mapping[str, Any], names: Mapping[str, Stored], depths: D
         if depths.of(name) == 0 and len(stored.spec.shape) == 2 and stored.spec.shape[0] == rows and not POSITIONS.search(name)
     ]
     if len(found) != 1:
+        count = "more than one tensor" if found else "no tensor"
         raise CheckpointError(
-            f"the config says vocab_size {rows}; {'no tensor' if not found else 'more than one tensor'} before the blocks has that many rows",
+            f"the config says vocab_size {rows}; {count} before the blocks has that many rows",
             where=next(iter(names.values())).file.parent,
             fix="config and weights must be of the same model: copy or download it again",
         )

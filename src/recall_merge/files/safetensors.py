@@ -7,11 +7,12 @@ Source: the format's specification, https://github.com/huggingface/safetensors#f
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 MAX_HEADER = 100_000_000  # bytes, as the format's own reader
+PEEK = 1 << 16  # bytes of a tensor on the hub that are worth a request
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 OTHERS = {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
 PACKED = {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "U32": 4, "U64": 8, "C64": 8}  # valid, but not for merging
@@ -58,28 +60,52 @@ class Spec:
 
 
 @dataclass(frozen=True)
+class Remote:
+    """A file of which only the header is here.
+
+    Attributes:
+        start: its first bytes, at least to the end of the header.
+        size: its bytes in all.
+        content: a hash that names its content.
+        peek: fetches `count` bytes of it from `begin` on: for a look, not for whole tensors.
+    """
+
+    start: bytes = field(repr=False)
+    size: int
+    content: str
+    peek: Callable[[int, int], bytes] = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
 class Stored:
     """Where a tensor's bytes lie: from `begin` (counted from the start of the file) in `file`."""
 
     spec: Spec
     file: Path
     begin: int
+    remote: Remote | None = None
 
     def read(self) -> torch.Tensor:
         """Read the tensor, in its own dtype, into memory of its own.
 
         Raises:
-            CheckpointError: if the file has become shorter than its header says.
+            CheckpointError: if the file is not downloaded, or has become shorter than its header says.
         """
         import torch
 
         raw = torch.empty(self.spec.nbytes, dtype=torch.uint8)
         if self.spec.nbytes:
-            self.fill(memoryview(raw.numpy()))
+            self.fill(bytes_of(raw))
         return raw.view(self.spec.torch_dtype).reshape(self.spec.shape)
 
     def fill(self, buffer: memoryview, start: int = 0) -> None:
         """Fill a buffer with the tensor's bytes from `start` on."""
+        if self.remote is not None:
+            raise CheckpointError(
+                "the weights in this file are not downloaded, only their header is",
+                where=self.file,
+                fix="locate the model with its weights",
+            )
         descriptor = os.open(self.file, os.O_RDONLY)
         try:
             done = 0
@@ -94,9 +120,11 @@ class Stored:
             os.close(descriptor)
 
     def same_bytes(self, other: Stored, piece: int = 1 << 24) -> bool:
-        """Whether two tensors are equal to the bit; reads piece by piece."""
+        """Whether two tensors are equal to the bit; reads piece by piece. Of tensors that are still on the hub it compares the start."""
         if self.spec != other.spec:
             return False
+        if self.remote is not None or other.remote is not None:
+            return self._start(PEEK) == other._start(PEEK)
         ours, theirs = bytearray(piece), bytearray(piece)
         for start in range(0, self.spec.nbytes, piece):
             length = min(piece, self.spec.nbytes - start)
@@ -106,9 +134,32 @@ class Stored:
                 return False
         return True
 
+    def identity(self) -> bytes:
+        """Bytes that tell this tensor's content from others': its first 256, or where it lies in a file that is still on the hub."""
+        return self._start(256) if self.remote is None else f"{self.remote.content} {self.begin}".encode()
 
-def read_header(path: Path) -> dict[str, Stored]:
+    def _start(self, count: int) -> bytes:
+        count = min(count, self.spec.nbytes)
+        if self.remote is not None:
+            return self.remote.peek(self.begin, count) if count else b""
+        buffer = bytearray(count)
+        self.fill(memoryview(buffer))
+        return bytes(buffer)
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, not copied; writing to them writes to the tensor."""
+    import torch
+
+    flat: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
+
+
+def read_header(path: Path, remote: Remote | None = None) -> dict[str, Stored]:
     """Read and check one file's header; tensors in the order of their bytes.
+
+    Args:
+        remote: what is known of the file where it is not at `path` yet.
 
     Raises:
         CheckpointError: with every fault of the header.
@@ -118,8 +169,8 @@ def read_header(path: Path) -> dict[str, Stored]:
         return CheckpointError(what, where=path, fix="the file is damaged or incomplete: copy or download it again")
 
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        size = path.stat().st_size if remote is None else remote.size
+        with path.open("rb") if remote is None else io.BytesIO(remote.start) as file:
             start = file.read(8)
             if len(start) < 8:
                 raise broken(f"a safetensors file has at least 8 bytes, this one has {size}")
@@ -132,7 +183,7 @@ def read_header(path: Path) -> dict[str, Stored]:
             f"the file cannot be read: {error.strerror}", where=path, fix="check the path and your permissions"
         ) from error
     try:
-        header = json.loads(text, object_pairs_hook=_no_duplicates)
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
         raise broken(f"the header is not JSON: {error}") from error
     if not isinstance(header, dict):
@@ -150,7 +201,7 @@ def read_header(path: Path) -> dict[str, Stored]:
         end = stop
     if 8 + length + end != size:
         raise broken(f"the header describes {8 + length + end} bytes, the file has {size}")
-    return {name: Stored(spec, path, 8 + length + begin) for name, (spec, begin, _) in ordered.items()}
+    return {name: Stored(spec, path, 8 + length + begin, remote) for name, (spec, begin, _) in ordered.items()}
 
 
 def encode_header(specs: Mapping[str, Spec]) -> bytes:
