@@ -8,10 +8,11 @@ from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 from recall_merge.maths.methods.consensus import agreeing, weighted_sum
 from recall_merge.maths.methods.options import Scale, Share
-from recall_merge.maths.methods.order import kth_largest
+from recall_merge.maths.methods.order import below, kth_largest
 from recall_merge.maths.methods.pieces import in_pieces, pieces, rows
 from recall_merge.maths.methods.registry import method
 from recall_merge.maths.methods.sphere import gram
@@ -56,9 +57,10 @@ def magmax(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], *, 
     factors = [len(deltas) * weight for weight in weights]
 
     def largest(piece: Tensor, *changes: Tensor) -> Tensor:
-        scaled = [change * factor for change, factor in zip(changes, factors, strict=True)]
+        scaled = [change if factor == 1 else change * factor for change, factor in zip(changes, factors, strict=True)]
         high, low = reduce(torch.maximum, scaled), reduce(torch.minimum, scaled)
-        return torch.add(piece, torch.where(high >= -low, high, low), alpha=scale)
+        positive = (high + low).sign_().add_(0.5).clamp_(0, 1).ceil_()  # 1 where high >= -low, else 0; torch.where takes twice as long
+        return torch.add(piece, (high * positive).addcmul_(low, 1 - positive), alpha=scale)
 
     return in_pieces(largest, [base, *deltas])
 
@@ -82,13 +84,13 @@ def sce(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], *, den
     threshold = kth_largest(variance, max(1, int(density * varying))) if varying and density < 1 else 0.0
 
     def selected(*found: Tensor) -> list[Tensor]:
-        chosen = (found[0] >= threshold).to(found[0].dtype)
+        chosen = hardshrink(found[0], below(threshold, variance)).sign_() if threshold else torch.ones_like(found[0])
         return [change * chosen for change in found[1:]]
 
     squares = [0.0] * len(changes)
     for found in pieces(variance, *changes):
         for place, change in enumerate(selected(*found)):
-            squares[place] += float(change.square().sum(dtype=torch.float64))
+            squares[place] += float(change.square_().sum())
     etas = [share * square for share, square in zip(shares, squares, strict=True)]
     total = sum(etas)
     if not total:
@@ -120,7 +122,7 @@ def pcb(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], *, den
         low, high = _ends(delta)
         score = in_pieces(lambda change, summed, low=low, high=high: _score(change, summed, low, high, len(present)), [delta, total])
         floor = kth_largest(score, max(1, delta.numel() - int(delta.numel() * (1 - density))))
-        top = kth_largest(score, 1)
+        top = float(score.max())
         for change, scored, numerator, denominator in pieces(delta, score, above, divisor):
             share = _norm(scored.clamp_min_(floor), floor, top).mul_(weight)
             numerator.addcmul_(_clamped(change, low, high), share)

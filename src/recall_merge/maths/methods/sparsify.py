@@ -132,9 +132,9 @@ def _ranks(piece: Tensor) -> Tensor:
     keys = piece.abs().float().contiguous().numpy().view(np.int32).astype(np.int64) << 32
     keys |= np.arange(n)
     keys.sort(axis=-1)
-    ranks = np.empty(piece.shape, np.float32)
-    np.put_along_axis(ranks, keys & 0xFFFFFFFF, np.linspace(0, 1, n, dtype=np.float32)[None], axis=-1)
-    return torch.from_numpy(ranks).to(piece.dtype)
+    keys &= 0xFFFFFFFF  # positions, from the smallest entry of each row to its largest
+    ranks = torch.linspace(0, 1, n, dtype=piece.dtype).expand(piece.shape)
+    return torch.empty_like(ranks, memory_format=torch.contiguous_format).scatter_(-1, torch.from_numpy(keys), ranks)
 
 
 def _rescaled(begin: Callable[[], Trim], delta: Tensor, rescale: str, *, by_row: bool = False) -> Trim:
@@ -144,8 +144,8 @@ def _rescaled(begin: Callable[[], Trim], delta: Tensor, rescale: str, *, by_row:
     trim = begin()
     before, after = 0.0, 0.0
     for (piece,) in pieces(delta, by_row=by_row):
-        before += float(piece.abs().sum(dtype=torch.float64))
-        after += float(trim(piece).abs().sum(dtype=torch.float64))
+        before += float(piece.abs().sum())
+        after += float(trim(piece).abs_().sum())
     factor = before / after if after else 1.0
     again = begin()
     return lambda piece: again(piece).mul_(factor)

@@ -1,7 +1,7 @@
 """Interpolation on a sphere: SLERP, NuSLERP and the Karcher mean.
 
-A point between vectors on a sphere is a weighted sum of them. So each method here computes the Gram matrix of its vectors once (in
-float64), finds the coefficients from that k x k matrix alone, and forms the weighted sum: two walks over the tensors, whatever the steps.
+A point between vectors on a sphere is a weighted sum of them. So each method here computes the inner products of its vectors once, finds
+the coefficients from that k x k matrix alone, in float64, and forms the weighted sum: two walks over the tensors, whatever the steps.
 """
 
 from __future__ import annotations
@@ -130,20 +130,25 @@ def _shares(weights: Sequence[float], k: int) -> Tensor:
 
 
 def gram(tensors: Sequence[Tensor], vectors: Vectors = "whole") -> Tensor:
-    """Inner products of n tensors in float64, whole or vector by vector.    n of (*s) -> (r, n, n), r = 1 for whole
+    """Inner products of n tensors, whole or vector by vector.    n of (*s) -> (r, n, n) in float64, r = 1 for whole
+
+    Summed in the tensors' precision within a piece or row, in float64 over the pieces. No BLAS: its sums depend on where a tensor lies
+    in memory, and the same merge must give the same bytes.
 
     >>> gram([torch.tensor([1.0, 2.0]), torch.tensor([0.0, 3.0])]).tolist()
     [[[5.0, 6.0], [6.0, 9.0]]]
     """
     if vectors == "columns":
         tensors = [tensor.movedim(0, -1) if tensor.ndim else tensor for tensor in tensors]
-    products = []
-    for found in pieces(*tensors, by_row=vectors != "whole"):
-        x = torch.stack(found).double()
-        products.append(torch.einsum("n...i,m...i->...nm", x, x))
-    if vectors != "whole":
-        return torch.cat(products)
-    return torch.stack(products).sum(0, keepdim=True) if products else torch.zeros(1, len(tensors), len(tensors), dtype=torch.float64)
+    first, second = torch.triu_indices(len(tensors), len(tensors)).tolist()
+    found = []
+    for piece in pieces(*tensors, by_row=vectors != "whole"):
+        products = [(piece[p] * piece[q]).sum(-1) for p, q in zip(first, second, strict=True)]
+        found.append(torch.stack(products, dim=-1).double())
+    sums = torch.stack(found).sum(0, keepdim=True) if vectors == "whole" else torch.cat(found)
+    matrices = sums.new_zeros(len(sums), len(tensors), len(tensors))
+    matrices[:, first, second] = matrices[:, second, first] = sums
+    return matrices
 
 
 def _grams(base: Tensor, deltas: Sequence[Tensor], vectors: Vectors, sphere: Sphere) -> Tensor:

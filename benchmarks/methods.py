@@ -1,0 +1,61 @@
+"""Time of every method relative to `linear`, on one thread: python benchmarks/methods.py [--size 4096] [--experts 3] [--dense] [methods]
+
+Methods that take low-rank factors get experts of rank 16; with --dense they get dense deltas too, which takes minutes at 4096 (singular
+value decompositions). Every result is checked to be finite. Times are processor time, the best of three runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+
+from recall_merge.maths.deltas import LowRank
+from recall_merge.maths.methods import METHODS, Draws, Method
+
+
+def best(work: Callable[[], torch.Tensor], runs: int = 3) -> float:
+    times = []
+    for _ in range(runs):
+        start = time.thread_time()
+        merged = work()
+        times.append(time.thread_time() - start)
+        assert merged.isfinite().all()
+    return min(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", nargs="*", default=list(METHODS))
+    parser.add_argument("--size", type=int, default=4096)
+    parser.add_argument("--experts", type=int, default=3)
+    parser.add_argument("--dense", action="store_true")
+    args = parser.parse_args()
+
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    n = args.size
+    base = torch.randn(n, n, generator=generator)
+    deltas = [torch.randn(n, n, generator=generator) * 0.01 for _ in range(args.experts)]
+    low = [LowRank(torch.randn(n, 16, generator=generator), torch.randn(16, n, generator=generator) * 0.01) for _ in range(args.experts)]
+
+    def timed(method: Method, given: list) -> float:
+        k = min(len(given), method.experts[1] or len(given))
+        draws = {"draws": Draws(0, "w", tuple("abcdefgh"[:k]))} if method.random else {}
+        return best(lambda: method.function(base, given[:k], [1 / k] * k, **draws), runs=1 if method.factors and given is deltas else 3)
+
+    linear = timed(METHODS["linear"], deltas)
+    print(f"{n} x {n} float32, {args.experts} experts, 1 thread, torch {torch.__version__}; linear {linear * 1e3:.1f} ms")
+    print(f"{'method':18} {'experts':>12} {'ms':>9} {'/ linear':>9}")
+    for name in args.methods:
+        method = METHODS[name]
+        for kind, given in [("rank 16", low), *([("dense", deltas)] if args.dense else [])] if method.factors else [("dense", deltas)]:
+            seconds = timed(method, given)
+            k = min(args.experts, method.experts[1] or args.experts)
+            print(f"{name:18} {f'{k} {kind}':>12} {seconds * 1e3:9.1f} {seconds / linear:9.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
