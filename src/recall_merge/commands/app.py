@@ -17,6 +17,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
     rich_markup_mode=None,
+    pretty_exceptions_enable=False,  # a fault that we did not foresee is a plain traceback
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the model that is there, as a whole.")]

@@ -173,9 +173,14 @@ def _weights_table(weighting: Weighting) -> None:
     if weighting.similarity is not None:
         for name in weighting.models[:-1]:
             table.add_column(f"S {name}")
+    rows: list[tuple[int, int, list[str]]] = []  # first and last depth, and the numbers they share
     for depth, row in enumerate(weighting.weights.tolist()):
         alike = weighting.similarity[depth].tolist()[:-1] if weighting.similarity is not None and depth < len(weighting.similarity) else []
-        table.add_row(str(depth), *(f"{number:.4f}" for number in (*row, *alike)))
+        numbers = [f"{number:.4f}" for number in (*row, *alike)]
+        first = rows.pop()[0] if rows and rows[-1][2] == numbers else depth
+        rows.append((first, depth, numbers))
+    for first, last, numbers in rows:
+        table.add_row(str(first) if first == last else f"{first} to {last}", *numbers)
     out().print(table)
 
 
