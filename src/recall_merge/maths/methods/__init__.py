@@ -1,5 +1,6 @@
 """Merge methods: pure functions (base, deltas, weights, *, options) -> merged tensor, found by name in `METHODS`."""
 
+from recall_merge.maths.methods import aligned as aligned
 from recall_merge.maths.methods import averages as averages
 from recall_merge.maths.methods import families as families
 from recall_merge.maths.methods import moments as moments

@@ -18,7 +18,8 @@ class MergeFunction(Protocol):
     """base (*s), deltas k of (*s), weights k numbers -> merged (*s); float32 or better throughout.
 
     delta_q = theta_q - theta_0 is what expert q changed in this tensor, weights[q] its weight at the tensor's depth.
-    Keyword-only arguments are the method's options; `draws`, where a method names it, is its source of randomness.
+    Keyword-only arguments are the method's options; `draws`, where a method names it, is its source of randomness, and `moments` what the
+    experts' cards say of this tensor's inputs.
     """
 
     def __call__(self, base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], **options: Any) -> Tensor: ...
@@ -46,6 +47,11 @@ class Method:
     @property
     def random(self) -> bool:
         return "draws" in inspect.signature(self.function).parameters
+
+    @property
+    def informed(self) -> bool:
+        """It takes `moments`, one of each expert, for tensors that are linear maps: from the experts' cards."""
+        return "moments" in inspect.signature(self.function).parameters
 
     @property
     def doc(self) -> str:
@@ -80,6 +86,7 @@ def _range(interval: Interval) -> str:
 
 
 METHODS: dict[str, Method] = {}
+GIVEN = ("draws", "moments")  # what a method is given besides its options, where it names it
 
 F = TypeVar("F", bound=Callable[..., Tensor])
 
@@ -101,7 +108,7 @@ def method(
             first, second = (f"{f.__module__}.{f.__qualname__}" for f in (METHODS[name].function, function))
             raise ValueError(f"method '{name}' is registered twice: {first} and {second}")
         parameters = inspect.signature(function, eval_str=True).parameters.values()
-        options = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "draws"}
+        options = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in GIVEN}
         METHODS[name] = Method(name, function, source, elementwise, experts, factors, matrices, ordered, options)
         return function
 

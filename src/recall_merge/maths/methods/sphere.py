@@ -92,18 +92,18 @@ def _karcher(products: Tensor, share: Tensor) -> Tensor:
 
     Every iterate is sum_q a_q u_q with u_q the unit vectors, so a step needs only a and the cosines C: <mu, u_q> = (C a)_q.
     """
-    norms = products.diagonal().sqrt()
+    norms, plain = products.diagonal().sqrt(), share
     length = (share * norms).sum()
     share = torch.where(norms > 0, share, 0.0)
     if not share.sum() > 0:
-        return share
+        return plain
     share = share / share.sum()
     norms = torch.where(norms > 0, norms, 1.0)
     cosines = products / torch.outer(norms, norms)
     a = share
     size = _norm(cosines, a)
     if size < 1e-7:
-        return share * length / norms
+        return plain
     a = a / size
     for _ in range(100):
         dots = (cosines @ a).clamp(-1, 1)
