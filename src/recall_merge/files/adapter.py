@@ -9,24 +9,22 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from recall_merge.errors import CheckpointError, Faults
-from recall_merge.files.checkpoint import Checkpoint, read_json
+from recall_merge.files.checkpoint import Checkpoint, files_in, open_checkpoint, read_json, same_model
+from recall_merge.files.edits import Edit
+from recall_merge.files.names import Names
 from recall_merge.files.safetensors import Remote, Stored, read_header
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from recall_merge.maths.deltas import Delta
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that alter the base's own weights
-UNSUPPORTED = (  # settings of LoRA whose effect is not a change of weights, or not one that a merge could keep
+UNSUPPORTED = (  # settings of LoRA that are no plain change of one tensor
     "alora_invocation_tokens",
     "arrow_config",
     "kasa_config",
@@ -38,71 +36,14 @@ UNSUPPORTED = (  # settings of LoRA whose effect is not a change of weights, or 
     "use_qalora",
     "velora_config",
 )
+MERGE_FIRST = "merge it into its base with PEFT (merge_and_unload), and give that folder"
+OTHER_BASE = "give the base it was trained on"
+CONV1D = ("gpt2", "openai-gpt")  # model types whose blocks hold transformers' Conv1D, which stores (in, out)
 _PARTS = re.compile(
-    r"^(?P<module>.+?)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B"
-    r"|lora_magnitude_vector(?:\.weight)?|base_layer\.weight|base_layer\.bias|token_adapter\.trainable_tokens_delta|weight|bias)$"
+    r"^(?P<module>.+?)\.(?P<copy>modules_to_save\.|original_module\.)?(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A"
+    r"|lora_embedding_B|lora_magnitude_vector(?:\.weight)?|base_layer\.weight|base_layer\.bias|token_adapter\.trainable_tokens_delta"
+    r"|weight|bias)$"
 )
-
-
-@dataclass
-class Edit:
-    """How an adapter changes one tensor of the base: put another in its place, add a low-rank product, rescale, set rows."""
-
-    replace: Stored | None = None
-    up: Stored | None = None  # B (o, r)
-    down: Stored | None = None  # A (r, i)
-    scale: float = 1.0  # alpha / r, or alpha / sqrt(r)
-    transpose: bool = False  # the base stores this tensor as (in, out), or it is an embedding
-    magnitude: Stored | None = None
-    rows: Stored | None = None
-    row_ids: tuple[int, ...] = ()
-    add: Stored | None = None
-
-    @property
-    def parts(self) -> list[Stored]:
-        return [part for part in (self.replace, self.up, self.down, self.magnitude, self.rows, self.add) if part is not None]
-
-    def shape(self, base: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the edited tensor, which must be the base's unless the expert has another vocabulary."""
-        if self.replace is not None:
-            return self.replace.spec.shape
-        if self.up is not None and self.down is not None:
-            product = (self.up.spec.shape[0], self.down.spec.shape[1])
-            return product[::-1] if self.transpose else product
-        return self.add.spec.shape if self.add is not None else base
-
-    def delta(self, base: Tensor) -> Delta:
-        """What this edit adds to `base`, (*s) in float32 or better; as factors if it is nothing but a low-rank product."""
-        product = self._product(base.dtype)
-        if product is not None and (self.replace, self.magnitude, self.rows) == (None, None, None):
-            return product
-        return self.apply(base) - base
-
-    def apply(self, base: Tensor) -> Tensor:
-        """The edited tensor. `base` is in float32 or better."""
-        start = base if self.replace is None else self.replace.read().to(base.dtype)
-        edited = start
-        product = self._product(base.dtype)
-        if product is not None:
-            edited = start + product.dense()
-        if self.magnitude is not None:  # DoRA: m * (W + dW) / |W + dW|, one magnitude for each output
-            outputs = 0 if self.transpose else 1  # the axis that the norm runs over
-            magnitude = self.magnitude.read().to(base.dtype).unsqueeze(outputs)
-            edited = edited * (magnitude / edited.norm(dim=outputs, keepdim=True))
-        if self.rows is not None:
-            edited = edited.clone()
-            edited[list(self.row_ids)] = self.rows.read().to(base.dtype)
-        if self.add is not None:
-            edited = edited + self.scale * self.add.read().to(base.dtype)
-        return edited
-
-    def _product(self, dtype: Any) -> Any:
-        if self.up is None or self.down is None:
-            return None
-        from recall_merge.maths.deltas import LowRank
-
-        up, down = self.scale * self.up.read().to(dtype), self.down.read().to(dtype)
-        return LowRank(down.T, up.T) if self.transpose else LowRank(up, down)
 
 
 @dataclass(frozen=True)
@@ -153,29 +94,56 @@ def open_adapter(folder: Path, base: Checkpoint, remote: Mapping[str, Remote] = 
     with faults.collect():
         config = read_json(folder / CONFIG)
     with faults.collect():
-        present = {path.name for path in folder.iterdir()} | set(remote)
-        stored = read_header(folder / adapter_weights(present, folder), remote.get(WEIGHTS))
+        stored = read_header(folder / adapter_weights(files_in(folder, remote), folder), remote.get(WEIGHTS))
     if config:
-        _check_kind(folder, config, faults)
+        _check_config(folder, config, faults)
     faults.raise_any(CheckpointError)
 
-    names = _Names(base)
-    edits: defaultdict[str, Edit] = defaultdict(Edit)
+    parts = _Parts(folder, config, base)
     for key, part in stored.items():
         with faults.collect():
-            _place(key, part, config, names, edits, folder)
+            parts.place(key, part)
     faults.raise_any(CheckpointError)
-    for name, edit in edits.items():
-        with faults.collect():
-            _check_edit(name, edit, base, folder)
+    parts.check(faults)
     faults.raise_any(CheckpointError)
-    return Adapter(folder, config, dict(edits))
+    return Adapter(folder, config, dict(parts.edits))
 
 
-def _check_kind(folder: Path, config: Mapping[str, Any], faults: Faults) -> None:
+def check_adapter_base(expert: str, adapter: Adapter, base: Checkpoint, base_reference: str, same_base: bool) -> None:
+    """Check that an adapter was trained on the run's base: that its config names it, or names a model here that is the same.
+
+    Args:
+        expert: the expert's name.
+        base_reference: the base as the run names it, a folder or a name on the hub.
+        same_base: the user vouches for it.
+
+    Raises:
+        CheckpointError: if the config names another model, one that is not here to be compared, or none.
+    """
+    from recall_merge.files.hub import Reference, cached_folder, meaning
+
+    if same_base:
+        return
+    named, revision = adapter.config.get("base_model_name_or_path"), adapter.config.get("revision")
+    where, fix = adapter.folder / CONFIG, "set `same_base: true` on the expert if it is the same model under another name"
+    if not isinstance(named, str) or not named:
+        raise CheckpointError(f"the adapter '{expert}' does not say which model it was trained on", where=where, fix=fix)
+    theirs, ours = meaning(named, revision), meaning(base_reference)
+    if theirs is not None and ours is not None and (theirs == ours or (isinstance(theirs, Reference) and theirs.covers(ours))):
+        return
+    folder = cached_folder(theirs) if isinstance(theirs, Reference) else theirs
+    if folder is not None:
+        with suppress(CheckpointError):  # a folder that is no model that we could merge is not the base either
+            if same_model(open_checkpoint(folder), base):
+                return
+    what = f"the adapter '{expert}' was trained on '{named}', the run's base is '{base_reference}'"
+    raise CheckpointError(what + ("" if folder else ", and the former is not here to be compared"), where=where, fix=fix)
+
+
+def _check_config(folder: Path, config: Mapping[str, Any], faults: Faults) -> None:
     where = folder / CONFIG
     if (kind := config.get("peft_type")) != "LORA":
-        faults.add(f"the adapter is of type {kind}, not LORA", where=where, fix="merge it into its base with PEFT, and give that folder")
+        faults.add(f"the adapter is of type {kind}, not LORA", where=where, fix=MERGE_FIRST)
         return
     start = str(config.get("init_lora_weights", True)).lower()
     if start.startswith(CHANGES_THE_BASE):
@@ -183,113 +151,150 @@ def _check_kind(folder: Path, config: Mapping[str, Any], faults: Faults) -> None
         faults.add(f"the adapter was initialised with {start}, which changes the base's own weights", where=where, fix=fix)
     for key in UNSUPPORTED:
         if config.get(key):
-            faults.add(f"the adapter uses `{key}`, which no merge of weights can keep", where=where, fix="train without it")
-
-
-class _Names:
-    """Finds the base tensor that an adapter means; the two may differ by leading words ('transformer.h.0' for 'h.0')."""
-
-    def __init__(self, base: Checkpoint) -> None:
-        self.base = base
-        self._by_tail: defaultdict[str, list[str]] = defaultdict(list)
-        for name in base.tensors:
-            parts = name.split(".")
-            for start in range(len(parts)):
-                self._by_tail[".".join(parts[start:])].append(name)
-
-    def find(self, wanted: str) -> str | None:
-        if wanted in self.base.tensors:
-            return wanted
-        parts = wanted.split(".")
-        for start in range(len(parts) - 1):  # the longest tail that the two have in common, if whole on one side
-            found = self._by_tail.get(".".join(parts[start:]), [])
-            whole = found if start == 0 else [name for name in found if name == ".".join(parts[start:])]
-            if len(whole) == 1:
-                return whole[0]
-        return None
-
-    def tied(self, wanted: str) -> str | None:
-        """The embedding, where `wanted` is a head that the base does not store because it is tied."""
-        is_head = wanted.endswith(("lm_head.weight", "embed_out.weight"))
-        return self.base.embedding if is_head else None
-
-
-def _place(key: str, part: Stored, config: Mapping[str, Any], names: _Names, edits: dict[str, Edit], folder: Path) -> None:
-    match = _PARTS.match(key.removeprefix(PREFIX))
-    if match is None:
-        raise CheckpointError(
-            f"the adapter holds '{key}', which is not part of a LoRA", where=folder / WEIGHTS, fix="merge it with PEFT first"
-        )
-    module, kind = match["module"], match["part"].removesuffix(".weight") if "lora" in match["part"] else match["part"]
-    wanted = f"{module}.{'bias' if kind.endswith('bias') else 'weight'}"
-    name = names.find(wanted)
-    if name is None and kind == "weight" and (name := names.tied(wanted)):
-        existing = edits[name].replace
-        if existing is None:
-            edits[name].replace = part
-        elif not existing.same_bytes(part):
-            raise CheckpointError(
-                f"the adapter trains the head '{module}' apart from the embedding, to which the base ties it",
-                where=folder / WEIGHTS,
-                fix="train with ensure_weight_tying=True, or untie the base first",
+            faults.add(
+                f"the adapter uses `{key}`, which is more than a change of the base's tensors one by one", where=where, fix=MERGE_FIRST
             )
-        return
-    if name is None:
-        raise CheckpointError(
-            f"the adapter changes '{wanted}', which the base does not have", where=folder / WEIGHTS, fix="give the base it was trained on"
-        )
-    edit = edits[name]
-    match kind:
-        case "lora_A" | "lora_embedding_A":
-            edit.down = part
-            edit.scale = _scale(module, config, rank=part.spec.shape[0])
-            edit.transpose = kind == "lora_embedding_A" or bool(config.get("fan_in_fan_out"))
-        case "lora_B" | "lora_embedding_B":
-            edit.up = part
-        case "lora_B.bias":
-            edit.add = part
-            edit.scale = _scale(module, config, rank=None)
-        case "lora_magnitude_vector":
-            edit.magnitude = part
-        case "token_adapter.trainable_tokens_delta":
-            edit.rows = part
-            edit.row_ids = _token_ids(module, config)
-        case _:
-            if edit.replace is not None and not edit.replace.same_bytes(part):
-                raise CheckpointError(f"the adapter gives '{wanted}' twice, with different values", where=folder / WEIGHTS)
-            edit.replace = part
+    numbers = {key: config.get(key) for key in ("r", "lora_alpha")}
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(pattern) or {}
+        numbers |= {f"{pattern}.{key}": value for key, value in patterns.items()} if isinstance(patterns, dict) else {pattern: patterns}
+        for key in patterns:
+            try:
+                re.compile(key)
+            except re.error as error:
+                faults.add(
+                    f"`{pattern}` of the adapter holds '{key}', which is no pattern: {error}", where=where, fix="copy the adapter again"
+                )
+    for key, value in numbers.items():
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            faults.add(f"`{key}` of the adapter is {value!r}, not a number above 0", where=where, fix="copy the adapter again")
 
 
-def _scale(module: str, config: Mapping[str, Any], rank: int | None) -> float:
-    """alpha / r, or alpha / sqrt(r) for rsLoRA, with the patterns of the config, matched as PEFT does."""
+class _Parts:
+    """Sorts an adapter's stored parts into edits of the base's tensors."""
 
-    def pattern(key: str, otherwise: str) -> Any:
-        for expression, value in (config.get(key) or {}).items():
-            if re.match(rf"(.*\.)?({expression})$", module):
-                return value
-        return config[otherwise]
+    def __init__(self, folder: Path, config: Mapping[str, Any], base: Checkpoint) -> None:
+        self.edits: defaultdict[str, Edit] = defaultdict(Edit)
+        self._where = folder / WEIGHTS
+        self._config = config
+        self._base = base
+        self._names = Names(base)
+        self._head: dict[str, Stored] = {}  # kind -> what the adapter says of a head that the base ties
+        self._trained_whole: set[str] = set()
 
-    r = pattern("rank_pattern", "r") if rank is None else rank
-    return pattern("alpha_pattern", "lora_alpha") / (r**0.5 if config.get("use_rslora") else r)
+    def place(self, key: str, part: Stored) -> None:
+        match = _PARTS.match(key.removeprefix(PREFIX))
+        if match is None:
+            raise CheckpointError(f"the adapter holds '{key}', which is not part of a LoRA", where=self._where, fix=MERGE_FIRST)
+        if match["copy"] == "original_module.":  # the base's own tensor, kept aside; `bias="all"` stores it too
+            return
+        module, kind = match["module"], match["part"].removesuffix(".weight") if "lora" in match["part"] else match["part"]
+        wanted = f"{module}.{'bias' if kind.endswith('bias') else 'weight'}"
+        name = self._names.find(wanted)
+        if name is None and self._names.is_tied_head(wanted):
+            self._head[kind] = part
+            return
+        if name is None and kind == "lora_B.bias":
+            what = f"the adapter adds a bias to '{module}', which has none in the base"
+            raise CheckpointError(what, where=self._where, fix="train without `lora_bias`")
+        if name is None:
+            raise CheckpointError(f"the adapter changes '{wanted}', which the base does not have", where=self._where, fix=OTHER_BASE)
+        self._put(self.edits[name], name, module, kind, part)
+
+    def _put(self, edit: Edit, name: str, module: str, kind: str, part: Stored) -> None:
+        match kind:
+            case "lora_A" | "lora_embedding_A":
+                edit.down = part
+                edit.scale = self._scale(module, rank=part.spec.shape[0] if part.spec.shape else 0)
+                edit.transpose = kind == "lora_embedding_A"
+            case "lora_B" | "lora_embedding_B":
+                edit.up = part
+            case "lora_B.bias":
+                edit.add = part
+                edit.scale = self._scale(module, rank=None)
+            case "lora_magnitude_vector":
+                edit.magnitude = part
+            case "token_adapter.trainable_tokens_delta":
+                edit.rows = part
+                edit.row_ids = self._token_ids(module)
+            case _:
+                if edit.replace is not None and not edit.replace.same_bytes(part):
+                    raise CheckpointError(
+                        f"the adapter gives '{name}' twice, with different values", where=self._where, fix="copy it again"
+                    )
+                edit.replace = part
+                if not kind.startswith("base_layer"):
+                    self._trained_whole.add(name)
+
+    def check(self, faults: Faults) -> None:
+        """Find what does not fit once all parts are placed; drop what changes nothing."""
+        for name, edit in list(self.edits.items()):
+            own = self._base.tensors[name]
+            if edit.replace is not None and name not in self._trained_whole and edit.replace.same_bytes(own):
+                edit.replace = None  # PEFT stores the base's own tensor beside a trained embedding
+            if not edit.parts:
+                del self.edits[name]
+                continue
+            if not edit.transpose:
+                edit.transpose = self._is_stored_transposed(name, edit)
+            for misfit in edit.misfits(own.spec.shape, tokens=name in self._base.token_tensors):
+                faults.add(f"the adapter changes '{name}' {misfit}", where=self._where, fix=OTHER_BASE)
+        if len(self._base.token_tensors) == 1 and not self._head_follows():
+            faults.add(
+                f"the adapter trains the head apart from the embedding '{self._base.embedding}', to which the base ties it",
+                where=self._where,
+                fix="train both with `ensure_weight_tying=True`, or untie the base first",
+            )
+
+    def _is_stored_transposed(self, name: str, edit: Edit) -> bool:
+        """Whether the base stores a tensor as (in, out). PEFT asks the module's class; its shape tells too, unless it is square."""
+        if edit.up is None or edit.down is None or edit.up.spec.shape[:1] == edit.down.spec.shape[1:]:
+            return self._base.config.get("model_type") in CONV1D and 0 < self._base.depths.of(name) < self._base.depths.last
+        return edit.down.spec.shape[1:] + edit.up.spec.shape[:1] == self._base.tensors[name].spec.shape
+
+    def _head_follows(self) -> bool:
+        """Whether what the adapter says of a tied head is what it says of the embedding."""
+        embedding = self._base.embedding
+        edit = self.edits.get(embedding, Edit())
+        own = edit.replace or self._base.tensors[embedding]
+        if embedding in self._trained_whole and "weight" not in self._head:
+            return False
+        told = {"weight": edit.replace, "base_layer.weight": own, "token_adapter.trainable_tokens_delta": edit.rows}
+        for kind, part in self._head.items():
+            same = told.get(kind)
+            factor = {"lora_A": edit.up, "lora_B": edit.down}.get(kind)
+            if not (same is not None and part.same_bytes(same)) and not (factor is not None and _is_transpose(part, factor)):
+                return False
+        return True
+
+    def _scale(self, module: str, rank: int | None) -> float:
+        """alpha / r, or alpha / sqrt(r) for rsLoRA, with the patterns of the config, matched as PEFT does."""
+
+        def pattern(key: str, otherwise: str) -> Any:
+            for expression, value in (self._config.get(key) or {}).items():
+                if re.match(rf"(.*\.)?({expression})$", module):
+                    return value
+            return self._config[otherwise]
+
+        r = pattern("rank_pattern", "r") if rank is None else rank
+        if not r:
+            raise CheckpointError(f"the adapter's factors of '{module}' are of rank 0", where=self._where, fix="copy the adapter again")
+        return pattern("alpha_pattern", "lora_alpha") / (r**0.5 if self._config.get("use_rslora") else r)
+
+    def _token_ids(self, module: str) -> tuple[int, ...]:
+        ids = self._config.get("trainable_token_indices")
+        if isinstance(ids, Mapping):
+            ids = next((found for layer, found in ids.items() if f".{module}".endswith(f".{layer}")), None)
+        if not isinstance(ids, list) or not all(isinstance(row, int) for row in ids):
+            what = f"`trainable_token_indices` of the adapter names no tokens of '{module}'"
+            raise CheckpointError(what, where=self._where.with_name(CONFIG), fix="copy the adapter again")
+        return tuple(ids)
 
 
-def _token_ids(module: str, config: Mapping[str, Any]) -> tuple[int, ...]:
-    ids = config.get("trainable_token_indices")
-    if isinstance(ids, Mapping):
-        ids = next((found for layer, found in ids.items() if module.rsplit(".", maxsplit=1)[-1] == layer.split(".")[-1]), None)
-    return tuple(ids or ())
+def _is_transpose(part: Stored, factor: Stored) -> bool:
+    """Whether two stored factors are each other's transpose; of what is still on the hub, the shapes decide."""
+    import torch
 
-
-def _check_edit(name: str, edit: Edit, base: Checkpoint, folder: Path) -> None:
-    where = folder / WEIGHTS
-    if (edit.up is None) != (edit.down is None):
-        raise CheckpointError(f"the adapter has only one of the two factors of '{name}'", where=where, fix="copy the adapter again")
-    shape = base.tensors[name].spec.shape
-    if edit.rows is not None and edit.rows.spec.shape != (len(edit.row_ids), *shape[1:]):
-        raise CheckpointError(f"the adapter's trained tokens of '{name}' do not fit its config", where=where, fix="copy the adapter again")
-    found = edit.shape(shape)
-    same_but_rows = name in base.token_tensors and edit.replace is not None and found[1:] == shape[1:]
-    if found != shape and not same_but_rows:
-        raise CheckpointError(
-            f"the adapter changes '{name}' of shape {found}; the base has {shape}", where=where, fix="give the base it was trained on"
-        )
+    if part.spec.shape != factor.spec.shape[::-1]:
+        return False
+    return part.remote is not None or factor.remote is not None or torch.equal(part.read(), factor.read().T)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -116,21 +116,14 @@ def open_checkpoint(folder: Path, remote: Mapping[str, Remote] = MappingProxyTyp
     return checkpoint
 
 
-def named_like(checkpoint: Checkpoint, base: Checkpoint) -> Checkpoint:
-    """The checkpoint with the base's names, where the two differ by leading words: 'h.0.ln_1.weight' and 'transformer.h.0.ln_1.weight'.
-
-    Some models were stored without the name that their class gives to the decoder, and get it when they are saved again.
-    """
-    ours, theirs = base.depths.prefix, checkpoint.depths.prefix
-    if ours.endswith(f".{theirs}"):
-        lead = ours.removesuffix(theirs)
-        names = {name: lead + name if lead + name in base.tensors else name for name in checkpoint.tensors}
-    elif theirs.endswith(f".{ours}"):
-        names = {name: name.removeprefix(theirs.removesuffix(ours)) for name in checkpoint.tensors}
-    else:
-        return checkpoint
-    tensors = {names[name]: tensor for name, tensor in checkpoint.tensors.items()}
-    return replace(checkpoint, tensors=tensors, depths=Depths(ours, checkpoint.depths.blocks))
+def same_model(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether two checkpoints hold the same weights, by fingerprint; where one is still on the hub, by a look at a few tensors."""
+    if one.fingerprint == other.fingerprint:
+        return True
+    if not any(stored.remote for model in (one, other) for stored in model.tensors.values()) or one.specs != other.specs:
+        return False
+    names = list(one.tensors)
+    return all(one.tensors[name].same_bytes(other.tensors[name]) for name in (names[0], names[len(names) // 2], names[-1]))
 
 
 def block_count(config: Mapping[str, Any]) -> int | None:
@@ -140,6 +133,11 @@ def block_count(config: Mapping[str, Any]) -> int | None:
             if isinstance(part.get(key), int):
                 return part[key]
     return None
+
+
+def files_in(folder: Path, remote: Collection[str]) -> set[str]:
+    """The names of a model's files, here and on the hub."""
+    return {path.name for path in folder.iterdir()} | set(remote) if folder.is_dir() else set(remote)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -209,7 +207,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _read_headers(folder: Path, remote: Mapping[str, Remote]) -> dict[str, Stored]:
     """The tensors of all weight files. A tensor must lie where the index says, once."""
-    present = {path.name for path in folder.iterdir()} | set(remote) if folder.is_dir() else set()
+    present = files_in(folder, remote)
     faults, headers = Faults(), {}
     for name in weight_files(folder, present, folder):
         with faults.collect():

@@ -56,6 +56,12 @@ class Reference:
     def __str__(self) -> str:
         return f"{self.repo}@{self.revision or 'main'}"
 
+    def covers(self, other: object) -> bool:
+        """Whether both may mean the same model: the same repository, and no two different revisions."""
+        if not isinstance(other, Reference) or self.repo.casefold() != other.repo.casefold():
+            return False
+        return self.revision is None or other.revision is None or self.revision == other.revision
+
 
 def locate(reference: str, *, weights: bool = True, progress: Progress | None = None) -> Located:
     """Find a model's files, and fetch those that are not here.
@@ -114,6 +120,15 @@ def parse_reference(reference: str) -> Reference | None:
     if match is None or any(part.startswith((".", "-")) or part.endswith((".", "-")) for part in match["repo"].split("/")):
         return None
     return Reference(match["repo"], match["revision"])
+
+
+def meaning(reference: str, revision: str | None = None) -> Path | Reference | None:
+    """What a text means: a folder, where it exists, or else a name on the hub; None if it can be neither."""
+    folder = Path(reference).expanduser()
+    if folder.is_dir() and not CACHED.fullmatch(str(folder.absolute())):
+        return folder.resolve()
+    name = parse_reference(str(folder.absolute()) if folder.is_dir() else reference)
+    return Reference(name.repo, name.revision or revision) if name is not None else None
 
 
 def cached_folder(reference: Reference) -> Path | None:

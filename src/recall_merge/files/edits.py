@@ -1,0 +1,91 @@
+"""What an adapter does to one tensor of the base, and whether it fits there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from recall_merge.files.safetensors import Stored
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from recall_merge.maths.deltas import Delta
+
+
+@dataclass
+class Edit:
+    """How an adapter changes one tensor of the base: put another in its place, add a low-rank product, rescale, set rows, add."""
+
+    replace: Stored | None = None
+    up: Stored | None = None  # B (o, r)
+    down: Stored | None = None  # A (r, i)
+    scale: float = 1.0  # alpha / r, or alpha / sqrt(r)
+    transpose: bool = False  # the base stores this tensor as (in, out), or it is an embedding
+    magnitude: Stored | None = None
+    rows: Stored | None = None
+    row_ids: tuple[int, ...] = ()
+    add: Stored | None = None
+
+    @property
+    def parts(self) -> list[Stored]:
+        return [part for part in (self.replace, self.up, self.down, self.magnitude, self.rows, self.add) if part is not None]
+
+    def delta(self, base: Tensor) -> Delta:
+        """What this edit adds to `base`, (*s) in float32 or better; as factors if it is nothing but a low-rank product."""
+        product = self._product(base.dtype)
+        if product is not None and (self.replace, self.magnitude, self.rows) == (None, None, None):
+            return product
+        return self.apply(base) - base
+
+    def apply(self, base: Tensor) -> Tensor:
+        """The edited tensor. `base` is in float32 or better."""
+        edited = base if self.replace is None else self.replace.read().to(base.dtype)
+        product = self._product(base.dtype)
+        if product is not None:
+            edited = edited + product.dense()
+        if self.magnitude is not None:  # DoRA: m * (W + dW) / |W + dW|, one magnitude for each output
+            axis = 0 if self.transpose else 1  # that the norm runs over: the inputs
+            magnitude = self.magnitude.read().to(base.dtype).unsqueeze(axis)
+            edited = edited * (magnitude / edited.norm(dim=axis, keepdim=True))
+        if self.rows is not None:
+            edited = edited.clone()
+            edited[list(self.row_ids)] = self.rows.read().to(base.dtype)
+        if self.add is not None:
+            edited = edited + self.scale * self.add.read().to(base.dtype)
+        return edited
+
+    def misfits(self, shape: tuple[int, ...], *, tokens: bool) -> Iterator[str]:
+        """What does not fit a tensor of this shape, in words; of a token tensor the rows may be others."""
+        start = shape if self.replace is None else self.replace.spec.shape
+        if start[tokens:] != shape[tokens:]:
+            yield f"in its shape {start}; the base has {shape}"
+            return
+        if (self.up is None) != (self.down is None):
+            yield "by one of two factors; the other is missing"
+        elif self.up is not None and self.down is not None:
+            product = self.up.spec.shape[:1] + self.down.spec.shape[1:]
+            if self.up.spec.shape[1:] != self.down.spec.shape[:1]:
+                yield f"by factors of shapes {self.up.spec.shape} and {self.down.spec.shape}, which cannot be multiplied"
+            elif (product[::-1] if self.transpose else product) != start:
+                yield f"in its shape {product[::-1] if self.transpose else product}; the base has {start}"
+        if self.magnitude is not None and self.magnitude.spec.shape != start[self.transpose :][:1]:
+            yield f"by magnitudes of shape {self.magnitude.spec.shape}; it has {start[self.transpose]} outputs"
+        if self.rows is not None and self.rows.spec.shape != (len(self.row_ids), *start[1:]):
+            yield f"in rows of shape {self.rows.spec.shape}; its config names {len(self.row_ids)} tokens"
+        elif self.rows is not None and not all(0 <= row < start[0] for row in self.row_ids):
+            yield f"in row {max(self.row_ids)}; the base has {start[0]} rows"
+        if self.add is not None and self.add.spec.shape != start:
+            yield f"in its shape {self.add.spec.shape}; the base has {start}"
+        for part in self.parts:
+            if not part.spec.is_float:
+                yield f"by numbers of dtype {part.spec.dtype}"
+
+    def _product(self, dtype: Any) -> Any:
+        if self.up is None or self.down is None:
+            return None
+        from recall_merge.maths.deltas import LowRank
+
+        up, down = self.scale * self.up.read().to(dtype), self.down.read().to(dtype)
+        return LowRank(down.T, up.T) if self.transpose else LowRank(up, down)
