@@ -14,6 +14,7 @@ from torch import Tensor
 
 from recall_merge.maths.methods import METHODS, Draws
 from recall_merge.maths.methods.informed import fisher, regmean
+from recall_merge.maths.moments import Moment
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("a", "b", "c")
@@ -228,8 +229,20 @@ def test_numpy_agrees(name, options, reference, weights):
 
 
 def test_every_method_has_a_numpy_reference():
-    trivial = {"recall", "wise_ft"}  # linear under another name
-    assert {name for name, _, _ in NUMPY} | trivial == set(METHODS)
+    others = {"recall", "wise_ft", "aligned"}  # linear under other names; and one with a test of its own, below
+    assert {name for name, _, _ in NUMPY} | others == set(METHODS)
+
+
+def test_numpy_agrees_on_aligned():
+    base, deltas = made(3)
+    d, w = torch.stack(deltas).double().numpy(), np.array([0.5, 0.3, 0.2])[:, None, None]
+    generator = torch.Generator().manual_seed(5)
+    moments = [Moment(torch.randn(40, 4, generator=generator), torch.rand(40, generator=generator)) for _ in deltas]
+    g = torch.stack([moment.dense() for moment in moments]).double().numpy()
+    g = g * (0.7 + 0.3 * np.eye(40)) / np.diagonal(g, axis1=1, axis2=2).mean(1)[:, None, None]
+    expected = (w * d @ g).sum(0) @ np.linalg.inv((w * g).sum(0) + 0.01 * np.eye(40))
+    found = ours("aligned", base, deltas, [0.5, 0.3, 0.2], moments=moments, keep=0.7, ridge=0.01, scale=2.0)
+    np.testing.assert_allclose(found.numpy(), base.double().numpy() + 2 * expected, rtol=1e-4, atol=1e-5)
 
 
 def test_numpy_agrees_on_fisher_and_regmean():
