@@ -32,6 +32,7 @@ class Section(BaseModel):
 class ExpertEntry(Section):
     name: str = Field(min_length=1, description="its name, everywhere")
     path: str = Field(min_length=1, description="a folder or hub name: a full checkpoint or an adapter, told from its files")
+    card: str | None = Field(None, description="folder of its card, if that does not lie in its own")
     same_base: bool = Field(False, description="an adapter was trained on the run's base, although its config names another")
 
 

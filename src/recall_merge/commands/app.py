@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from recall_merge.commands import workspace
 from recall_merge.commands.options import AsJson, Base, ExpertFlags, MethodName, Quiet, RunFile, SamplesPath, Sets, Target, gather
 from recall_merge.errors import RecallError
 
@@ -113,6 +114,32 @@ def methods(
 
 
 @app.command()
+def card(
+    run: RunFile = None,
+    base: Base = None,
+    expert: ExpertFlags = None,
+    samples: SamplesPath = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder of the card; the expert's own by default.", show_default=False)
+    ] = None,
+    rank: Annotated[int, typer.Option(min=0, help="Directions kept of each moment.")] = 8,
+    sets: Sets = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make the card of the newest expert: what its layers read on its own typical samples. `aligned` merges by cards; they hold no text.
+
+    Example: recall card --base base -e french=out/french -s french.jsonl
+    """
+    from recall_merge.commands import show
+    from recall_merge.commands.console import progress
+    from recall_merge.recipes.card import make_card
+
+    told = gather(run, base=base, experts=expert, method=None if run else "aligned", samples=samples, sets=sets)
+    show.card(make_card(told, rank=rank, folder=out, progress=progress(quiet or as_json)), as_json=as_json)
+
+
+@app.command()
 def verify(folder: Annotated[Path, typer.Argument(help="The folder of a result.", show_default=False)], as_json: AsJson = False) -> None:
     """Tell whether a result still matches its record.
 
@@ -141,6 +168,10 @@ def demo(
     console = err()
     say = (lambda words: None) if quiet or as_json else (lambda words: console.print(words, style="bold"))
     show.demo(recipe(folder, progress=progress(quiet or as_json), say=say), as_json=as_json)
+
+
+for command in workspace.COMMANDS:
+    app.command()(command)
 
 
 def main() -> None:

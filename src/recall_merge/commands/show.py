@@ -12,6 +12,7 @@ from recall_merge.config import Representations
 from recall_merge.errors import RunError, did_you_mean
 
 if TYPE_CHECKING:
+    from recall_merge.files.cards import Card
     from recall_merge.recipes.demo import DemoResult
     from recall_merge.recipes.estimate import Estimate
     from recall_merge.recipes.merge import MergeResult
@@ -61,6 +62,7 @@ def planned(plan: Plan, estimate: Estimate, *, as_json: bool) -> None:
         "blocks": plan.base.depths.blocks,
         "tensors": len(plan.specs),
         "shards": len(plan.shards),
+        "bytes_to_download": plan.bytes_to_download,
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
         "memory": plan.memory,
@@ -107,11 +109,19 @@ def methods(name: str | None, *, as_json: bool) -> None:
         )
     console = out()
     console.print(f"{method.name}\n\n{method.doc}\n\nsource: {method.source}", markup=False)
-    console.print("options: " + (", ".join(f"{key} = {default}" for key, default in options.items()) or "none"), markup=False)
     if name == "recall":
-        console.print("options of its weights:")
+        console.print("\nOptions of its weights:")
         for key, (default, meaning) in described.items():
-            console.print(f"  {key} = {default}: {meaning}", markup=False)
+            console.print(f"    {key} = {default}: {meaning}", markup=False)
+    return None
+
+
+def card(made: Card, *, as_json: bool) -> None:
+    facts = {key: value for key, value in made.facts.items() if key != "tensors"}
+    if as_json:
+        return print_json({"path": str(made.folder), "bytes": made.nbytes, "tensors": len(made.facts["tensors"]), **facts})
+    words = f"{made.nbytes / 1e6:.1f} MB on {len(made.facts['tensors'])} linear maps, from {facts['samples']} typical samples, {facts['tokens']} tokens"
+    out().print(f"card in {made.folder}: {words}; it holds no text", markup=False)
     return None
 
 

@@ -56,19 +56,37 @@ def merge_tensor(plan: Plan, weighting: Weighting, name: str, digest: Digest) ->
         return stored.to(spec.torch_dtype)
     weights = weighting.of_experts(plan.base.depths.of(name))
     base, deltas = _deltas(plan, name, widen(stored), weights)
-    if all(delta is None for delta in deltas):
-        merged = base
-    else:
-        from recall_merge.maths.methods import Draws
-
-        method = plan.method
-        ready = [_ready(delta, base, method.factors) for delta in deltas]
-        draws = {"draws": Draws(plan.run.seed, name, tuple(expert.name for expert in plan.experts))} if method.random else {}
-        merged = method.function(base, ready, weights, **plan.options, **draws)
+    merged = base if all(delta is None for delta in deltas) else _merge(plan, name, base, deltas, weights)
     merged = merged.to(spec.torch_dtype)
     if not is_finite(merged):
         raise _NotFinite(name)
     return merged
+
+
+def _merge(plan: Plan, name: str, base: Tensor, deltas: list[Delta | None], weights: list[float]) -> Tensor:
+    """Apply the method. Tables of tokens are no linear maps: methods that are made for those leave them to `linear`."""
+    from recall_merge.maths.methods import METHODS, Draws
+
+    method, given = plan.method, dict(plan.options)
+    if method.matrices and name in plan.base.token_tensors:
+        method, given = METHODS["linear"], {key: value for key, value in given.items() if key == "scale"}
+    ready = [_ready(delta, base, method.factors) for delta in deltas]
+    if method.random:
+        given["draws"] = Draws(plan.run.seed, name, tuple(expert.name for expert in plan.experts))
+    if not method.informed:
+        return method.function(base, ready, weights, **given)
+    known = [None if card is None else card.moment(name) for card in plan.cards]
+    moments = [None if found is None else found[0] for found in known]
+    if any(found is not None and found[1] == 0 for found in known):  # stored as (i, o): the mathematics wants (o, i)
+        turned = [_transposed(delta) for delta in ready]
+        return method.function(base.mT.contiguous(), turned, weights, moments=moments, **given).mT.contiguous()
+    return method.function(base, ready, weights, moments=moments, **given)
+
+
+def _transposed(delta: Delta) -> Delta:
+    from recall_merge.maths.deltas import LowRank
+
+    return LowRank(delta.down.mT, delta.up.mT) if isinstance(delta, LowRank) else delta.mT.contiguous()
 
 
 def _aligned(plan: Plan, name: str) -> bool:
@@ -91,6 +109,20 @@ def _ready(delta: Delta | None, base: Tensor, factors: bool) -> Delta:
     if delta is None:
         return base.new_zeros(base.shape)
     return delta if factors else dense(delta)
+
+
+def conditions(plan: Plan, weighting: Weighting) -> dict[str, float]:
+    """Of each tensor that the experts' cards tell of, a bound of the condition number of the system that the merge solves."""
+    from recall_merge.maths.methods.aligned import condition
+
+    found: dict[str, float] = {}
+    options = {key: plan.options[key] for key in ("keep", "ridge")}
+    for name in plan.specs:
+        known = [None if card is None else card.moment(name) for card in plan.cards]
+        if any(known):
+            moments = [None if one is None else one[0] for one in known]
+            found[name] = condition(moments, weighting.of_experts(plan.base.depths.of(name)), **options)
+    return found
 
 
 class _NotFinite(CheckpointError):

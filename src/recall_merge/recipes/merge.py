@@ -18,7 +18,7 @@ from recall_merge.files.model_card import write_card
 from recall_merge.files.output import OutputFolder, WeightWriter
 from recall_merge.files.record import RECORD, verify_files, write_record
 from recall_merge.progress import Progress, Silent
-from recall_merge.recipes.fuse import fuse
+from recall_merge.recipes.fuse import conditions, fuse
 from recall_merge.recipes.plan import Plan, make_plan
 from recall_merge.recipes.provenance import hash_models, made_from, made_of, public_name, weighting_from
 from recall_merge.recipes.weigh import Weighting, weigh
@@ -89,6 +89,7 @@ def apply(plan: Plan, *, progress: Progress | None = None) -> MergeResult:
             **made_from(plan),
             "models": {"base": {"tensors": digest.hexdigest()}, **{expert.name: expert.hashes() for expert in plan.experts}},
             **made_of(weighting),
+            **({"cards": _cards(plan, weighting)} if plan.method.informed else {}),
             "notes": [*plan.notes, *weighting.notes],
             "seconds": dict(timings.seconds),
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -143,6 +144,16 @@ def check_result(plan: Plan, folder: Path) -> None:
         logits = model(input_ids=torch.arange(min(8, plan.base.vocabulary_size)).unsqueeze(0), use_cache=False).logits
     if not logits.isfinite().all():
         raise ResultError("the result's forward pass gives numbers that are not finite", where=plan.target, fix="give `out.dtype: float32`")
+
+
+def _cards(plan: Plan, weighting: Weighting) -> dict[str, Any]:
+    """What the cards were, and how well the systems that they make are conditioned (a bound for each tensor)."""
+    facts = {
+        e.name: {key: card.facts[key] for key in ("samples", "tokens", "rank")}
+        for e, card in zip(plan.experts, plan.cards, strict=True)
+        if card
+    }
+    return {"experts": facts, "condition": conditions(plan, weighting)}
 
 
 class Timings:

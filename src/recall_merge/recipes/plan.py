@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +14,12 @@ from pydantic import ConfigDict, create_model
 
 from recall_merge.config import MergeRun, Representations, Samples, parse
 from recall_merge.errors import CheckpointError, Faults, OutputError, RunError, did_you_mean
-from recall_merge.files.adapter import is_adapter, open_adapter
+from recall_merge.files.adapter import check_adapter_base, is_adapter, open_adapter
+from recall_merge.files.cards import Card, open_card
 from recall_merge.files.checkpoint import Checkpoint, open_checkpoint
-from recall_merge.files.experts import AdapterExpert, Expert, FullExpert, check_checkpoint
+from recall_merge.files.experts import AdapterExpert, Expert, FullExpert, check_checkpoint, hash_expert
 from recall_merge.files.hub import Located, locate
+from recall_merge.files.names import named_like
 from recall_merge.files.output import OutputFolder, Shard, free_bytes, plan_shards
 from recall_merge.files.rows import Row, read_rows
 from recall_merge.files.safetensors import CODES, Spec
@@ -44,6 +46,8 @@ class Plan:
     """The result's tensors in the order of writing: by depth, then as in the base."""
     shards: list[Shard]
     located: Mapping[str, Located]
+    cards: tuple[Card | None, ...] = ()
+    """Of each expert; read only if the method wants them."""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -69,6 +73,11 @@ class Plan:
     def bytes_read(self) -> int:
         """Of the models, by the pass over the parameters."""
         return self.base.nbytes + sum(expert.nbytes for expert in self.experts)
+
+    @property
+    def bytes_to_download(self) -> int:
+        """Of hub models, by a merge."""
+        return sum(place.to_download for place in self.located.values())
 
     @cached_property
     def bytes_written(self) -> int:
@@ -154,8 +163,13 @@ def make_plan(run: MergeRun, *, writes: bool = True, download: bool = True) -> P
             )
     faults.raise_any()
     notes += [note for expert in experts for note in _adapter_notes(expert, base)]
+    cards = _cards(rules.method, experts, run, faults)
+    notes += [f"expert '{e.name}' has no card: all its inputs count alike" for e, card in zip(experts, cards, strict=False) if card is None]
+    faults.raise_any()
     shards = plan_shards(specs, run.out.shard_size)
-    return Plan(run, base, tuple(experts), rules.method, rules.options, rules.weights, rows, vocabulary, specs, shards, located, notes)
+    return Plan(
+        run, base, tuple(experts), rules.method, rules.options, rules.weights, rows, vocabulary, specs, shards, located, cards, notes
+    )
 
 
 def skipped(name: str, patterns: list[str]) -> bool:
@@ -221,15 +235,15 @@ def _options(method: Method, given: dict[str, Any]) -> dict[str, Any]:
 def _open_base(place: Located) -> Checkpoint:
     if is_adapter(place.folder):
         raise CheckpointError("the base is an adapter", where=place.folder, fix="give the model that the adapter was trained on")
-    return open_checkpoint(place.folder)
+    return open_checkpoint(place.folder, place.remote)
 
 
 def _open_expert(name: str, same_base: bool, place: Located, base: Checkpoint, run: MergeRun) -> Expert:
     if is_adapter(place.folder):
-        adapter = open_adapter(place.folder, base)
+        adapter = open_adapter(place.folder, base, place.remote)
         check_adapter_base(name, adapter, base, run.base, same_base)
         return AdapterExpert(name, adapter)
-    checkpoint = open_checkpoint(place.folder)
+    checkpoint = named_like(open_checkpoint(place.folder, place.remote), base)
     check_checkpoint(name, checkpoint, base, lambda tensor: skipped(tensor, run.skip))
     return FullExpert(name, checkpoint)
 
@@ -274,6 +288,24 @@ def _adapter_notes(expert: Expert, base: Checkpoint) -> list[str]:
         return []
     edit = expert.adapter.edits.get(base.embedding)
     return [f"expert '{expert.name}' trains the embedding, to which the head is tied: both change, as in PEFT's own merge"] if edit else []
+
+
+def _cards(method: Method, experts: Sequence[Expert], run: MergeRun, faults: Faults) -> tuple[Card | None, ...]:
+    """The experts' cards, where the method wants them. A card of another state of its expert would mislead, so it is refused."""
+    if not method.informed:
+        return ()
+    cards: list[Card | None] = []
+    for expert, entry in zip(experts, run.experts, strict=True):
+        card = None
+        with faults.collect():
+            card = open_card(Path(entry.card) if entry.card else expert.folder)
+            if card is None and entry.card:
+                raise CheckpointError("there is no card in this folder", where=entry.card, fix="make it with `recall card`")
+            if card is not None and card.facts["expert"] != hash_expert(expert):
+                what = f"the card of expert '{expert.name}' was made for another state of it"
+                raise CheckpointError(what, where=card.folder, fix="make it again with `recall card`")
+        cards.append(card)
+    return tuple(cards)
 
 
 def _words(dtypes: set[str]) -> str:

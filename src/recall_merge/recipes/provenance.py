@@ -9,7 +9,8 @@ from typing import Any
 from recall_merge.files.experts import Digest, FullExpert, hash_file
 from recall_merge.files.record import versions
 from recall_merge.recipes.plan import Plan
-from recall_merge.recipes.weigh import TypicalSample, Weighting
+from recall_merge.recipes.typical import TypicalSample
+from recall_merge.recipes.weigh import Weighting
 
 
 def made_from(plan: Plan) -> dict[str, Any]:

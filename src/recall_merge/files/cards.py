@@ -1,0 +1,88 @@
+"""An expert's card in its folder: for every linear map the second moment of its inputs on the expert's typical samples. It holds no text.
+
+`recall-card.safetensors` holds, for each group of maps that read the same hidden state, a factor (i, r) and a diagonal (i,);
+`recall-card.json` says which tensors of the base belong to which group, what the card was made from, and of which bytes of the expert.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recall_merge.errors import CheckpointError
+from recall_merge.files.checkpoint import read_json
+from recall_merge.files.safetensors import CODES, Spec, Stored, bytes_of, encode_header, read_header
+
+if TYPE_CHECKING:
+    from recall_merge.maths.moments import Moment
+
+CARD, WEIGHTS = "recall-card.json", "recall-card.safetensors"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is known of the inputs of an expert's maps, by the names of the base's tensors. Moments are read when asked for."""
+
+    folder: Path
+    facts: Mapping[str, Any]
+    stored: Mapping[str, Stored]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(stored.spec.nbytes for stored in self.stored.values())
+
+    def moment(self, name: str) -> tuple[Moment, int] | None:
+        """The moment of a tensor's inputs, and the axis along which they run; None where the card tells nothing of it."""
+        from recall_merge.maths.moments import Moment
+
+        entry = self.facts["tensors"].get(name)
+        if entry is None:
+            return None
+        group, axis = entry
+        return Moment(self.stored[f"{group}.factor"].read(), self.stored[f"{group}.rest"].read()), axis
+
+
+def write_card(folder: Path, groups: Mapping[str, Moment], tensors: Mapping[str, tuple[str, int]], facts: Mapping[str, Any]) -> Path:
+    """Write a card into a folder: the numbers first, then, in one step, the file that makes them a card.
+
+    Args:
+        groups: name of a group -> its moment.
+        tensors: name of a tensor of the base -> its group, and the axis of its inputs.
+        facts: what it was made from; `expert` holds the hashes that tell whether it still belongs to the expert.
+    """
+    parts = {f"{group}.{part}": getattr(moment, part) for group, moment in groups.items() for part in ("factor", "rest")}
+    specs = {name: Spec(CODES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape)) for name, tensor in parts.items()}
+    partial = folder / f"{WEIGHTS}.partial"
+    with partial.open("wb") as file:
+        file.write(encode_header(specs))
+        for tensor in parts.values():
+            file.write(bytes_of(tensor))
+    partial.replace(folder / WEIGHTS)
+    text = json.dumps({"format": FORMAT, **facts, "tensors": {name: list(entry) for name, entry in tensors.items()}}, indent=1) + "\n"
+    partial = folder / f"{CARD}.partial"
+    partial.write_text(text, "utf-8")
+    partial.replace(folder / CARD)
+    return folder / CARD
+
+
+def open_card(folder: Path) -> Card | None:
+    """The card of a folder; None if it has none.
+
+    Raises:
+        CheckpointError: if it is damaged, or of a form that this version does not know.
+    """
+    if not (folder / CARD).exists():
+        return None
+    facts = read_json(folder / CARD)
+    fix = "make it again with `recall card`"
+    if facts.get("format") != FORMAT or not isinstance(facts.get("tensors"), dict):
+        raise CheckpointError("the card is of a form that this version does not know", where=folder / CARD, fix=fix)
+    stored = read_header(folder / WEIGHTS)
+    wanted = {f"{group}.{part}" for group, _ in facts["tensors"].values() for part in ("factor", "rest")}
+    if missing := sorted(wanted - set(stored)):
+        raise CheckpointError(f"the card lacks '{missing[0]}'", where=folder / WEIGHTS, fix=fix)
+    return Card(folder, facts, stored)

@@ -1,0 +1,54 @@
+"""Second moments of a linear layer's inputs, kept small: a few directions and a diagonal. They are what a card holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Moment:
+    """G = factor factor^T + diag(rest), an estimate of E[x x^T].    factor (i, r), rest (i,) >= 0, float32 or better"""
+
+    factor: Tensor
+    rest: Tensor
+
+    @property
+    def diagonal(self) -> Tensor:
+        """diag(G), (i,)."""
+        return self.factor.square().sum(1) + self.rest
+
+    def dense(self) -> Tensor:
+        """G itself, (i, i)."""
+        return self.factor @ self.factor.mT + torch.diag(self.rest)
+
+    def shrunk(self, keep: float) -> Moment:
+        """keep * G + (1 - keep) * diag(G): the off-diagonal entries times `keep`, in float64 and scaled to a mean diagonal of 1.
+
+        A moment of inputs that are all zero has no directions: it becomes the identity.
+        """
+        factor, rest = self.factor.double(), self.rest.double()
+        mean = float(self.diagonal.double().mean())
+        if mean == 0:
+            return identity(len(rest))
+        return Moment(factor * (keep / mean) ** 0.5, (rest + (1 - keep) * factor.square().sum(1)) / mean)
+
+
+def identity(size: int) -> Moment:
+    """The moment of inputs of which nothing is known: all directions alike."""
+    return Moment(torch.zeros(size, 0, dtype=torch.float64), torch.ones(size, dtype=torch.float64))
+
+
+def compress(moment: Tensor, rank: int) -> Moment:
+    """The leading `rank` eigenvectors of a moment, and a diagonal that keeps diag(G) as it is.    (i, i) -> Moment
+
+    >>> compress(torch.diag(torch.tensor([4.0, 1.0])), rank=1).dense()
+    tensor([[4., 0.],
+            [0., 1.]])
+    """
+    values, vectors = torch.linalg.eigh(moment.double())
+    factor = vectors[:, len(values) - min(rank, len(values)) :] * values[len(values) - min(rank, len(values)) :].clamp(min=0).sqrt()
+    rest = (moment.diagonal().double() - factor.square().sum(1)).clamp(min=0)
+    return Moment(factor.float(), rest.float())

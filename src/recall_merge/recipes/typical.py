@@ -1,0 +1,98 @@
+"""Typical samples of the newest expert's rows, and the models that read them."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from recall_merge.config import Representations
+from recall_merge.errors import CheckpointError, DataError
+from recall_merge.files.experts import Expert, own_tensors
+from recall_merge.progress import Progress
+from recall_merge.recipes.finite import refuse_not_finite
+from recall_merge.recipes.plan import Plan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TypicalSample:
+    """A row that stands for a cluster: its position in the file, the tokens the newest expert reads, and the cluster's size."""
+
+    row: int
+    tokens: int
+    cluster: int
+
+
+def typical_texts(plan: Plan, rule: Representations, progress: Progress) -> tuple[list[str], tuple[TypicalSample, ...], list[str]]:
+    """The texts of the typical samples, chosen by the newest expert from the pool of its rows; where they stand; and what to tell of it.
+
+    Raises:
+        DataError: if no row has any text.
+        CheckpointError: if the expert cannot be run.
+    """
+    from recall_merge.maths.samples import typical_samples
+    from recall_merge.models.hidden import representations, tokenize
+    from recall_merge.models.text import render
+
+    newest, wanted = plan.experts[-1], plan.samples
+    tokenizer = expert_tokenizer(plan, newest)
+    seen: dict[str, int] = {}  # text -> its first row
+    for row in plan.rows:
+        text = "".join(render(row, tokenizer, template=wanted.template))
+        if row.plain.strip() or row.completion.strip():
+            seen.setdefault(text, row.index)
+    if not seen:
+        raise DataError("no row has any text", where=wanted.path, fix="give rows with text")
+    notes = []
+    if len(seen) < len(plan.rows):
+        notes.append(f"{len(plan.rows) - len(seen)} of {len(plan.rows)} rows are empty or repeat another and were left out")
+    texts = list(seen)
+    if len(texts) > wanted.pool:
+        notes.append(f"{wanted.pool} of {len(texts)} rows were drawn for the pool (seed {plan.run.seed})")
+        texts = [texts[place] for place in sorted(random.Random(plan.run.seed).sample(range(len(texts)), wanted.pool))]
+    tokens = tokenize(texts, tokenizer, max_tokens=wanted.max_tokens)
+    cut = sum(len(ids) == wanted.max_tokens for ids in tokens)
+    if cut:
+        notes.append(f"{cut} rows reach {wanted.max_tokens} tokens and were cut there")
+    if len(texts) <= wanted.count:
+        notes.append(f"there are {len(texts)} different rows, no more than the {wanted.count} samples asked for: all of them are typical")
+        chosen, sizes = range(len(texts)), [1] * len(texts)
+    else:
+        blocks = plan.base.depths.blocks
+        spaces = {"last": [blocks], "middle": [(blocks + 1) // 2], "several": sorted({(blocks + 3) // 4, (blocks + 1) // 2, blocks})}
+        with progress.stage(f"choosing typical samples with {newest.name}", sum(map(len, tokens)), "tokens") as advance:
+            model = build_expert(plan, newest, rule)
+            states = representations(
+                model, tokens, plan.base.depths, at=spaces[wanted.space], pooling=rule.pooling, threads=plan.threads, progress=advance
+            )
+        check_finite(plan, states, newest)
+        typical = typical_samples(states.transpose(0, 1).flatten(1).numpy(), wanted.count, seed=plan.run.seed)
+        chosen, sizes = typical.rows, typical.sizes
+    samples = tuple(TypicalSample(seen[texts[place]], len(tokens[place]), size) for place, size in zip(chosen, sizes, strict=True))
+    return [texts[place] for place in chosen], samples, notes
+
+
+def build_expert(plan: Plan, expert: Expert, rule: Representations) -> Any:
+    from recall_merge.models.build import build_model
+
+    tensors = own_tensors(expert, plan.base, plan.merges)
+    return build_model(plan.base.folder, tensors, dtype=rule.precision, vocabulary_size=len(tensors[plan.base.embedding]))
+
+
+def expert_tokenizer(plan: Plan, expert: Expert) -> Any:
+    """The expert's own tokenizer where vocabularies differ, else the base's: then all models read the same tokens."""
+    from recall_merge.files.vocabulary import read_vocabulary
+    from recall_merge.models.build import load_tokenizer
+
+    own = plan.vocabulary is not None and read_vocabulary(expert.folder) is not None
+    return load_tokenizer(expert.folder if own else plan.base.folder)
+
+
+def check_finite(plan: Plan, states: Tensor, expert: Expert) -> None:
+    if not states.isfinite().all():
+        refuse_not_finite(plan)
+        fix = "its weights are finite, so the forward pass overflows: look at the training that made it"
+        raise CheckpointError(f"expert '{expert.name}' represents the samples by numbers that are not finite", where=expert.folder, fix=fix)
