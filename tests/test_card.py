@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-from tiny import edit_json, load_model, load_tensors, lora, merged_by_peft, write_rows
 
 from recall_merge import MergeRun, RecallError, make_plan, merge
 from recall_merge.files.cards import open_card
@@ -14,6 +13,7 @@ from recall_merge.maths.methods.informed import regmean
 from recall_merge.maths.moments import Moment, compress, identity
 from recall_merge.models.moments import input_moments
 from recall_merge.recipes.card import make_card
+from tiny import edit_json, load_model, load_tensors, lora, merged_by_peft, write_rows
 
 ROWS = [{"prompt": f"is the {word} {verb}?", "completion": " yes"} for word in ("fox", "dog", "film") for verb in ("quick", "lazy", "good")]
 TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"], "mixtral": ["q_proj"]}

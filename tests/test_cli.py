@@ -6,12 +6,12 @@ import subprocess
 import sys
 
 import pytest
-from tiny import fine_tuned, write_rows
 from typer.testing import CliRunner
 
 from recall_merge.commands.app import app, main
 from recall_merge.errors import RecallError
 from recall_merge.maths.methods import METHODS
+from tiny import fine_tuned, write_rows
 
 ROWS = [{"prompt": f"is the fox {word}?", "completion": " yes"} for word in ("quick", "lazy", "good", "bad")]
 RUN = """\

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny import load_tensors, lora, merged_by_peft, write_rows
 
 from recall_merge import MergeRun, merge, verify
 from recall_merge.models.smollm import unpack
+from tiny import load_tensors, lora, merged_by_peft, write_rows
 
 pytestmark = pytest.mark.slow
 
