@@ -58,6 +58,10 @@ class ResultError(RecallError):
     """A result does not pass its checks, or no longer matches its record."""
 
 
+class WorkspaceError(RecallError):
+    """A workspace is none, is damaged or in use, or does not allow what was asked of it."""
+
+
 class MissingExtra(RecallError):
     """A command needs an optional part of the package that is not installed."""
 

@@ -56,10 +56,8 @@ def gather(
     given |= {key: value for key, value in {"method": method, "samples.path": samples, "out.path": out}.items() if value is not None}
     if overwrite:
         given["out.overwrite"] = True
-    for word in sets or []:
-        with faults.collect():
-            key, value = _setting(word)
-            given[key] = value
+    with faults.collect():
+        given |= settings_of(sets)
     faults.raise_any(RunError)
     if file is not None:
         return load_run(file, given)
@@ -71,6 +69,21 @@ def gather(
     for key, value in given.items():
         assign(data, key, value)
     return parse(MergeRun, data, where="the command line")
+
+
+def settings_of(words: list[str] | None) -> dict[str, Any]:
+    """The settings of `--set`, by their dotted keys.
+
+    Raises:
+        RunError: with every word that is none.
+    """
+    faults, found = Faults(), {}
+    for word in words or []:
+        with faults.collect():
+            key, value = _setting(word)
+            found[key] = value
+    faults.raise_any(RunError)
+    return found
 
 
 def _setting(word: str) -> tuple[str, Any]:

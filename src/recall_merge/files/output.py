@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from recall_merge.errors import OutputError
 from recall_merge.files.checkpoint import INDEX, SINGLE
+from recall_merge.files.record import RECORD
 from recall_merge.files.safetensors import Spec, bytes_of, encode_header
 
 if TYPE_CHECKING:
@@ -91,13 +92,14 @@ class OutputFolder:
                     where=self.target,
                     fix="choose another folder for `out`",
                 )
-        if self.path.exists() and not (self.path / MARKER).exists():
+        if self.path.exists() and not _is_ours(self.path):
             raise OutputError("a folder that is not ours lies where the result is to be built", where=self.path, fix="move it away")
         parent = _existing(target.parent)
         if not os.access(parent, os.W_OK):
             raise OutputError("there is no permission to write here", where=parent, fix="choose another folder for `out`")
 
     def __enter__(self) -> OutputFolder:
+        self._mend()
         if self.path.exists():
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True)
@@ -114,18 +116,30 @@ class OutputFolder:
         for file in self.path.iterdir():
             _sync(file)
         _sync(self.path)
-        old = self.target.with_name(self.target.name + ".replaced.partial")
         if self.target.exists():
-            self.target.rename(old)
+            self.target.rename(self._old)
         try:
             self.path.rename(self.target)
         except OSError:
-            if old.exists():
-                old.rename(self.target)
+            self._mend()
             raise
         _sync(self.target.absolute().parent)
-        if old.exists():
-            shutil.rmtree(old)
+        if self._old.exists():
+            shutil.rmtree(self._old)
+
+    @property
+    def _old(self) -> Path:
+        """Where what is replaced waits until the new folder stands."""
+        return self.target.with_name(self.target.name + ".replaced.partial")
+
+    def _mend(self) -> None:
+        """Finish what a replacement that was stopped has left: the old folder goes back if no new one stands, and away if one does."""
+        if not self._old.exists():
+            return
+        if self.target.exists():
+            shutil.rmtree(self._old)
+        else:
+            self._old.rename(self.target)
 
 
 class WeightWriter:
@@ -187,6 +201,11 @@ class WeightWriter:
 def free_bytes(target: Path) -> int:
     """Free bytes on the disk where a folder will be."""
     return shutil.disk_usage(_existing(target.absolute().parent)).free
+
+
+def _is_ours(partial: Path) -> bool:
+    """Whether a folder was left by us, stopped at any instant: before it had its marker, with it, or after a record took its place."""
+    return partial.is_dir() and (not any(partial.iterdir()) or any((partial / name).exists() for name in (MARKER, RECORD)))
 
 
 def _existing(folder: Path) -> Path:

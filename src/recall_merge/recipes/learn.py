@@ -1,0 +1,243 @@
+"""One stage of a workspace: check, train, merge, score, commit.
+
+Each part puts its artefact in its place in one step, and is done once: what is there is used again if it was made from the same bytes in
+the same way. So a stage that was stopped, wherever that was, is finished by asking again, with the result that it would have had.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from recall_merge.config import MergeRun
+from recall_merge.errors import Faults, WorkspaceError
+from recall_merge.files.adapter import is_adapter
+from recall_merge.files.output import OutputFolder
+from recall_merge.files.record import RECORD
+from recall_merge.files.workspace import (
+    Lesson,
+    Model,
+    Scores,
+    Stage,
+    State,
+    fingerprint,
+    found_path,
+    note,
+    now,
+    opened,
+    stored_path,
+    write_state,
+)
+from recall_merge.progress import Progress, Silent
+from recall_merge.recipes.lesson import Check, Ready, Request, draft, locate_model, refuse_other
+from recall_merge.recipes.merge import MergeResult, merge, reuse
+from recall_merge.recipes.scores import Kept, Target, score, scores_key
+
+SCRATCH = "scratch"  # whole models that are made from adapters for one merge
+TRAVELS = (".json", ".safetensors", ".txt", ".jinja", ".model")  # of a given adapter's folder: never a pickle
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a stage has made.
+
+    Attributes:
+        stage: it, as the state keeps it.
+        state: the workspace now.
+        merge: the merge, with its weights.
+        scores: role -> task -> score with its items.
+        notes: what a reader should know.
+    """
+
+    stage: Stage
+    state: State
+    merge: MergeResult
+    scores: Kept
+    notes: tuple[str, ...]
+
+
+def learn(folder: Path, request: Request | None = None, *, progress: Progress | None = None) -> Learned:
+    """Learn one task: fine-tune, merge, score all tasks so far.
+
+    Args:
+        request: what to learn; None goes on with a stage that was begun and stopped. The same request does so, too.
+
+    Raises:
+        RecallError: with every fault that can be found before the work begins, the disk as it was; or with what went wrong later.
+    """
+    name = request.task if request else None
+    with ExitStack() as stack:
+        state, ready = _check(folder, request, shlex.join(["recall", "learn", str(folder), *(["--task", name] if name else [])]), stack)
+        work = Work(folder, state, ready, progress or Silent())
+        work.begin()
+        expert = work.train()
+        merged, made = work.merge(expert)
+        scores = work.score(expert, merged)
+        return work.commit(expert, merged, made, scores)
+
+
+def _check(folder: Path, request: Request | None, command: str, stack: ExitStack) -> tuple[State, Ready]:
+    """Lock the workspace as long as the stack lasts, and check everything."""
+    faults = Faults()
+    state: State | None = None
+    with faults.collect():
+        state = stack.enter_context(opened(folder, command))
+    if request is not None:
+        lesson = draft(folder, state, request)
+    elif state is not None and state.unfinished is not None:
+        lesson = state.unfinished
+    else:
+        if state is not None:
+            faults.add(
+                "nothing is unfinished, and nothing new is asked for", where=folder, fix="say what to learn: --task, --train and --test"
+            )
+        faults.raise_any(WorkspaceError)
+        raise AssertionError("there is a fault")
+    check = Check(folder, state, lesson, same_base=request is not None and request.same_base)
+    faults.extend(check.faults)
+    if state is not None and not len(faults):
+        with faults.collect():
+            refuse_other(folder, state, check.ready().lesson)
+    faults.raise_any(WorkspaceError)
+    assert state is not None
+    return state, check.ready()
+
+
+class Work:
+    """The parts of a stage, in order. Each is skipped where its result is there already."""
+
+    def __init__(self, folder: Path, state: State, ready: Ready, progress: Progress) -> None:
+        self._folder = folder.absolute().resolve()
+        self._state, self._ready, self._lesson = state, ready, ready.lesson
+        self._lineage = state.lineage()
+        self._progress = progress
+
+    def begin(self) -> None:
+        """Write down what is to be learnt. From here on the stage is finished or given up, and never half there."""
+        if self._state.unfinished != self._lesson:
+            shutil.rmtree(self._folder / SCRATCH, ignore_errors=True)
+            self._state = self._state.changed(unfinished=self._lesson)
+            write_state(self._folder, self._state)
+            self._note("begin", "done")
+
+    def train(self) -> Model:
+        """The expert: trained here, or given. A given adapter is copied; a given checkpoint stays where it is."""
+        lesson, target = self._lesson, self._folder / "experts" / f"{self._lesson.id}-{self._lesson.task.name}"
+        with self._noted("train"):
+            if lesson.given is not None:
+                place = locate_model(self._folder, lesson.given)
+                if not is_adapter(place):
+                    return lesson.given
+                if not target.exists() or fingerprint(target) != lesson.given.fingerprint:
+                    _copy_adapter(place, target)
+            else:
+                from recall_merge.models.train import train
+
+                if target.exists() and not (target / RECORD).exists():
+                    shutil.rmtree(target)  # copied for a stage of this number that was given up
+                settings = self._ready.settings.training_settings()
+                train(self._start(lesson), self._ready.rows, target, settings, overwrite=True, progress=self._progress)
+            return self._model(target)
+
+    def merge(self, expert: Model) -> tuple[Model, MergeResult]:
+        """All experts, or the merge before and the newest, in one model. The newest expert's training rows are the samples."""
+        lesson, target = self._lesson, self._folder / "merges" / str(self._lesson.id)
+        with self._noted("merge"):
+            newest = {"name": lesson.task.name, "path": str(self._whole(lesson, expert)), "same_base": True}
+            if self._ready.settings.strategy == "sequential":
+                before = [{"name": "merged", "path": str(self._before)}] if self._lineage else []
+            else:
+                before = [{"name": s.task.name, "path": str(self._whole(s, s.expert)), "same_base": True} for s in self._lineage]
+            rows = str(found_path(self._folder, lesson.train.path)) if lesson.train else None
+            run = self._ready.settings.run(base=str(self._ready.base), experts=[*before, newest], rows=rows, out=str(target))
+            made = reuse(run) or merge(run, progress=self._progress)
+            return self._model(target), made
+
+    def score(self, expert: Model, merged: Model) -> Kept:
+        """New tasks on the base and on the merge before, the expert's task on the expert, all tasks on the merge."""
+        lesson, base, specs = self._lesson, self._ready.base, self._ready.specs
+        with self._noted("score"):
+            on_base = {name for stage in self._lineage for name in stage.scores.base}
+            targets = [Target("base", base, base, self._state.base.fingerprint, tuple(name for name in specs if name not in on_base))]
+            if self._lineage and self._ready.has_before:
+                last = self._lineage[-1]
+                new = tuple(name for name in specs if name not in last.scores.merged)
+                targets.append(Target("before", self._before, base, last.merged.fingerprint, new))
+            place = locate_model(self._folder, expert)
+            targets.append(Target("expert", place, self._start(lesson), expert.fingerprint, (lesson.task.name,)))
+            targets.append(Target("merged", found_path(self._folder, merged.path), base, merged.fingerprint, tuple(specs)))
+            tasks = (lesson.task, *lesson.unseen, *(stage.task for stage in self._lineage))
+            hashes = {task.name: [task.test.sha256 if task.test else None, task.metric] for task in tasks}
+            key = scores_key(targets, hashes, self._ready.settings)
+            self._scores_file.parent.mkdir(exist_ok=True)
+            return score(self._scores_file, targets, list(specs.values()), self._ready.settings, key, self._progress)
+
+    def commit(self, expert: Model, merged: Model, made: MergeResult, scores: Kept) -> Learned:
+        """Make the stage part of the workspace, and its merge the workspace's model."""
+        plain = {role: {name: found["score"] for name, found in tasks.items()} for role, tasks in scores.items()}
+        with self._noted("commit"):
+            stage = Stage(
+                **self._lesson.model_dump(),
+                expert=expert,
+                merged=merged,
+                samples=tuple(sample.row for sample in made.weighting.samples),
+                scores=Scores(file=stored_path(self._folder, self._scores_file), **({"before": {}} | plain)),
+                created=now(),
+            )
+            state = self._state.changed(stages=(*self._state.stages, stage), head=stage.id, unfinished=None)
+            write_state(self._folder, state)
+        shutil.rmtree(self._folder / SCRATCH, ignore_errors=True)
+        return Learned(stage, state, made, scores, (*self._notes(), *made.notes))
+
+    @property
+    def _before(self) -> Path:
+        return found_path(self._folder, self._lineage[-1].merged.path)
+
+    @property
+    def _scores_file(self) -> Path:
+        return self._folder / "scores" / f"{self._lesson.id}.json"
+
+    def _start(self, lesson: Lesson) -> Path:
+        """What an expert was, or is to be, fine-tuned from."""
+        if lesson.start == "base" or lesson.parent == 0:
+            return self._ready.base
+        return found_path(self._folder, self._state.stages[lesson.parent - 1].merged.path)
+
+    def _whole(self, lesson: Lesson, expert: Model) -> Path:
+        """An expert in a form that is one on the base: an adapter on a merge is put into that merge first."""
+        place, start = locate_model(self._folder, expert), self._start(lesson)
+        if start == self._ready.base or not is_adapter(place):
+            return place
+        target = self._folder / SCRATCH / place.name
+        entry = {"name": lesson.task.name, "path": str(place), "same_base": True}
+        out = {"path": str(target), "overwrite": True, "reload": False}
+        run = MergeRun.model_validate({"base": str(start), "experts": [entry], "method": "linear", "out": out})
+        return (reuse(run) or merge(run, progress=self._progress)).path
+
+    def _model(self, place: Path) -> Model:
+        return Model(path=stored_path(self._folder, place), fingerprint=fingerprint(place))
+
+    def _notes(self) -> Iterator[str]:
+        if self._lineage and not self._ready.has_before:
+            yield f"the merge of stage {self._lineage[-1].id} is not there, so it was not scored on what is new"
+
+    @contextmanager
+    def _noted(self, part: str) -> Iterator[None]:
+        self._note(part, "begun")
+        yield
+        self._note(part, "done")
+
+    def _note(self, part: str, event: str) -> None:
+        note(self._folder, stage=self._lesson.id, task=self._lesson.task.name, part=part, event=event)
+
+
+def _copy_adapter(source: Path, target: Path) -> None:
+    with OutputFolder(target, overwrite=True) as out:
+        for file in sorted(source.iterdir()):
+            if file.is_file() and file.suffix in TRAVELS and file.name != RECORD:
+                shutil.copyfile(file, out.path / file.name)
+        out.commit()

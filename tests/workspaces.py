@@ -1,0 +1,62 @@
+"""Tiny workspaces for the tests: three tasks of a few rows, settings for training in a second, and what two workspaces have in common."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from recall_merge.recipes.learn import Learned, learn
+from recall_merge.recipes.lesson import Request
+from recall_merge.recipes.workspace import init
+from tiny import write_rows
+
+SETTINGS = {"training.rank": 2, "training.alpha": 4, "training.epochs": 1, "training.batch_size": 4, "samples.count": 3}
+
+
+def write_tasks(folder: Path, names: str = "abc") -> Path:
+    """NAME-train.jsonl and NAME-test.jsonl for tasks of one letter each; no two files share a row."""
+    for number, name in enumerate(names):
+        draws = random.Random(number)
+        rows = [
+            {
+                "prompt": f"is {name} {draws.choice(['quick', 'lazy'])} {i}?",
+                "completion": draws.choice(["yes", "no"]),
+                "choices": ["yes", "no"],
+            }
+            for i in range(20)
+        ]
+        write_rows(folder / f"{name}-train.jsonl", rows[:12])
+        write_rows(folder / f"{name}-test.jsonl", rows[12:])
+    return folder
+
+
+def make_workspace(folder: Path, base: Path, **settings: Any) -> Path:
+    init(folder, str(base), SETTINGS | {key.replace("__", "."): value for key, value in settings.items()})
+    return folder
+
+
+def request(data: Path, name: str, **more: Any) -> Request:
+    return Request(name, data / f"{name}-test.jsonl", more.pop("train", data / f"{name}-train.jsonl"), **more)
+
+
+def teach(workspace: Path, data: Path, name: str, **more: Any) -> Learned:
+    return learn(workspace, request(data, name, **more))
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Every file below a folder, by its hash; but a lock file, which a stopped command leaves behind with its name in it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "lock")
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def essence(workspace: Path) -> dict[str, Any]:
+    """What a workspace is, but for times: its state, the bytes of its tensors and of its scores, and the names of all else."""
+    state = json.loads((workspace / "workspace.json").read_text())
+    for stage in state["stages"]:
+        del stage["created"]
+    files = tree(workspace)
+    kept = {name: digest for name, digest in files.items() if name.endswith(".safetensors") or name.startswith("scores/")}
+    return {"state": state, "bytes": kept, "names": sorted(files)}
