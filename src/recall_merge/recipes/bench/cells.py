@@ -65,8 +65,13 @@ class Trained:
 
     @cached_property
     def key(self) -> str:
-        parts = [self.base.key, hash_rows(self.rows), self.settings.model_dump(mode="json"), self.start and self.start.key]
+        parts = [self.base.key, hash_rows(self.rows), self._told, self.start and self.start.key]
         return hashed(["trained", *parts, *([self.anchor.key, self.strength] if self.anchor else [])])
+
+    @property
+    def _told(self) -> dict[str, Any]:
+        """What the settings say beyond the defaults: a setting that a later version adds leaves the key as it is."""
+        return self.settings.model_dump(mode="json", exclude_defaults=True)
 
     @property
     def cost(self) -> float:
@@ -164,7 +169,7 @@ class Scores:
 
     @cached_property
     def key(self) -> str:
-        return hashed([self.score_key(question) for question in self.questions])
+        return hashed(sorted(self.score_key(question) for question in self.questions))
 
     def score_key(self, question: Question) -> str:
         return hashed(["score", self.model.key, question.key])
@@ -195,7 +200,7 @@ def full_run(merged: Merged, folders: Mapping[str, Path], base: Path, samples: P
     else:
         told.pop("samples", None)
     experts = [{"name": name, "path": str(folders[name]), "same_base": True} for name, _ in merged.experts]
-    return MergeRun.model_validate({**told, "base": str(base), "experts": experts})
+    return MergeRun.model_validate({**told, "base": str(base), "experts": experts, "threads": 1})
 
 
 class Store:
@@ -247,7 +252,7 @@ class Store:
         return self.folder / "scores" / f"{key}.json"
 
     def _write(self, path: Path, content: Mapping[str, Any]) -> None:
-        self._write_text(path, json.dumps(content, ensure_ascii=False) + "\n")
+        self._write_text(path, json.dumps(content, ensure_ascii=False, default=float) + "\n")
 
     def _write_text(self, path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 from recall_merge.config import MergeRun, Representations, Samples, parse
@@ -16,8 +16,8 @@ from recall_merge.files.rows import Row, read_rows
 from recall_merge.models.tasks import TaskSpec, check_tasks
 from recall_merge.models.train_settings import check_arguments
 from recall_merge.recipes.bench.cells import Anchor, Base, Merged, Model, Question, Scores, Trained
-from recall_merge.recipes.bench.scenario import BASELINES, EwcOptions, Kind, MethodEntry, ReplayOptions, Scenario, TestRows
-from recall_merge.recipes.plan import rules_of
+from recall_merge.recipes.bench.scenario import BASELINES, EwcOptions, Kind, MethodEntry, ReplayOptions, Scenario
+from recall_merge.recipes.plan import _rules as rules_of
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,12 @@ class Design:
     questions: Mapping[str, Question]
     experts: Mapping[tuple[int, str], Scores]
     """(seed, task) -> the score of that task's own expert."""
+    train_rows: Mapping[str, int]
+    """How many rows each task is trained on."""
 
 
 def make_design(scenario: Scenario) -> Design:
-    """Read the rows of a scenario and lay out its trials, in the order of the methods, then the seeds, then the orders.
+    """Read the rows of a scenario and lay out its trials: by kind, seed and order, and for each of them the methods as they are listed.
 
     Raises:
         RecallError: with every fault of the scenario, its methods, its model and its files.
@@ -83,7 +85,7 @@ def make_design(scenario: Scenario) -> Design:
     maker = _Maker(scenario, base, train, questions)
     trials = tuple(maker.trials())
     experts = {(seed, task): maker.own_score(task, seed) for seed in scenario.seeds for task in train}
-    return Design(scenario, trials, questions, experts)
+    return Design(scenario, trials, questions, experts, {task: len(rows) for task, rows in train.items()})
 
 
 def _check_methods(scenario: Scenario, faults: Faults) -> None:
@@ -150,18 +152,16 @@ def _baseline_options(entry: MethodEntry) -> EwcOptions | ReplayOptions | None:
 class _Maker:
     """Makes the cells of a scenario's trials."""
 
-    def __init__(
-        self, scenario: Scenario, base: Base, train: Mapping[str, tuple[Row, ...]], questions: Mapping[str, Question]
-    ) -> None:
+    def __init__(self, scenario: Scenario, base: Base, train: Mapping[str, tuple[Row, ...]], questions: Mapping[str, Question]) -> None:
         self.scenario, self.base, self.train, self.questions = scenario, base, train, questions
         self.unseen = [task.name for task in scenario.unseen]
 
     def trials(self) -> Iterator[Trial]:
-        for entry in self.scenario.methods:
-            for kind in self.scenario.kinds:
-                for seed in self.scenario.seeds:
-                    for order in self._orders(entry, kind):
-                        yield self._trial(entry, kind, order, seed)
+        """The first order for every method, then the second: stopped at any time, the methods are compared on the same orders."""
+        for kind, seed in itertools.product(self.scenario.kinds, self.scenario.seeds):
+            orders = [[(entry, order) for order in self._orders(entry, kind)] for entry in self.scenario.methods]
+            for round_ in itertools.zip_longest(*orders):
+                yield from (self._trial(entry, kind, order, seed) for entry, order in filter(None, round_))
 
     def _orders(self, entry: MethodEntry, kind: Kind) -> list[tuple[str, ...]]:
         """The orders that a method is tried on: in the single-model scenario each task alone; one where the order says nothing."""
@@ -272,7 +272,7 @@ class _Maker:
         return Merged(f"{model.label}, written out", model.base, (("adapter", model),), {"method": "linear", "out": {"dtype": "float32"}})
 
     def _merge(self, entry: MethodEntry, experts: list[tuple[str, Model]], seed: int, label: str) -> Merged:
-        run = {**_run_of(entry), "seed": seed, "out": {"dtype": "float32"}, "threads": 1}
+        run = {**_run_of(entry), "seed": seed, "out": {"dtype": "float32"}}
         if not self._has_samples(entry):
             return Merged(label, self.base, tuple(experts), run)
         run["samples"] = {**self.scenario.samples, "template": self.scenario.template}

@@ -1,0 +1,195 @@
+"""The bench: lay out the cells, do those that are not done yet, and tell how long the rest will take."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from recall_merge.errors import OutputError
+from recall_merge.recipes.bench.cells import Cell, Store
+from recall_merge.recipes.bench.design import Design, make_design
+from recall_merge.recipes.bench.scenario import Scenario
+from recall_merge.recipes.bench.work import do
+
+if TYPE_CHECKING:
+    from recall_merge.recipes.bench.summary import Summary
+
+SECONDS_A_TOKEN = 0.01  # of a forward pass, before anything was measured
+CELLS = "cells"
+
+
+@dataclass(frozen=True)
+class Agenda:
+    """The cells of a design, each once and after those it needs, and how many of them are done."""
+
+    cells: tuple[Cell, ...]
+    done: frozenset[str]
+    """Keys of those that are done."""
+
+    @property
+    def left(self) -> list[Cell]:
+        return [cell for cell in self.cells if cell.key not in self.done]
+
+
+@dataclass(frozen=True)
+class CellDone:
+    """What a listener hears of when a cell is done."""
+
+    label: str
+    kind: str
+    seconds: float
+    number: int
+    """How many are done now, those of earlier runs included."""
+    total: int
+    seconds_left: float
+
+
+Listener = Callable[[CellDone], None]
+
+
+def bench(scenario: Scenario, *, command: str = "", listener: Listener = lambda _: None) -> Summary:
+    """Do all that a scenario asks for and is not done yet, and write the results.
+
+    Stopped at any moment, it goes on from there when asked again. With `workers` it runs as many processes of one thread each.
+
+    Args:
+        command: what a reader of the results should type to have them again.
+        listener: hears of every cell that is done.
+
+    Raises:
+        RecallError: with every fault of the scenario, before any work starts; or with what went wrong in a cell.
+    """
+    from recall_merge.recipes.bench.summary import summarise
+
+    design = make_design(scenario)
+    store = store_of(scenario)
+    with store.locked():
+        _work(make_agenda(design, store), store, scenario.workers, listener)
+        return summarise(design, store, out_of(scenario), command=command)
+
+
+def out_of(scenario: Scenario) -> Path:
+    if scenario.out is None:
+        raise OutputError("the scenario does not say where its results go", where="out", fix="add `out: FOLDER`, or give --out FOLDER")
+    return scenario.out
+
+
+def store_of(scenario: Scenario) -> Store:
+    return Store(out_of(scenario) / CELLS)
+
+
+def make_agenda(design: Design, store: Store) -> Agenda:
+    """All cells of a design in the order of its trials, each after those that it needs."""
+    found: dict[str, Cell] = {}
+
+    def add(cell: Cell) -> None:
+        if cell.key in found:
+            return
+        for need in cell.needs:
+            add(need)
+        found[cell.key] = cell
+
+    for trial in design.trials:
+        for cell in trial.cells:
+            add(cell)
+    for cell in design.experts.values():
+        add(cell)
+    wanted = _wanted([*found.values()], store)
+    return Agenda(tuple(found.values()), frozenset(found) - wanted)
+
+
+def _wanted(cells: Sequence[Cell], store: Store) -> set[str]:
+    """Keys of the cells to do: all scores that are missing, and of the others those that they cannot do without."""
+    wanted: set[str] = set()
+    for cell in reversed(cells):  # a cell comes after its needs, so here before them
+        asked = cell.key in wanted or type(cell).__name__ == "Scores"
+        if asked and not store.is_done(cell):
+            wanted.add(cell.key)
+            wanted.update(need.key for need in cell.needs)
+        else:
+            wanted.discard(cell.key)
+    return wanted
+
+
+def seconds_left(cells: Sequence[Cell], store: Store, workers: int) -> float:
+    """A guess from what the cells done so far took, kind by kind."""
+    seconds: dict[str, float] = {}
+    costs: dict[str, float] = {}
+    for note in store.notes():
+        for kind in (note["kind"], "all"):
+            seconds[kind] = seconds.get(kind, 0.0) + note["seconds"]
+            costs[kind] = costs.get(kind, 0.0) + note["cost"]
+
+    def rate(kind: str) -> float:
+        known = next((name for name in (kind, "all") if costs.get(name)), None)
+        return seconds[known] / costs[known] if known else SECONDS_A_TOKEN
+
+    return sum(cell.cost * rate(type(cell).__name__.lower()) for cell in cells) / workers
+
+
+def _work(agenda: Agenda, store: Store, workers: int, listener: Listener) -> None:
+    left = {cell.key: cell for cell in agenda.left}
+
+    def finished(cell: Cell, seconds: float) -> None:
+        del left[cell.key]
+        number, kind = len(agenda.cells) - len(left), type(cell).__name__.lower()
+        remaining = seconds_left([*left.values()], store, workers)
+        listener(CellDone(cell.label, kind, seconds, number, len(agenda.cells), remaining))
+
+    if workers == 1:
+        for cell in list(left.values()):
+            finished(cell, do(cell, store))
+        return
+    with _pool(workers) as pool:
+        running: dict[Future[float], Cell] = {}
+        while left:
+            at_work = {cell.key for cell in running.values()}
+            for cell in left.values():
+                if len(running) == workers:
+                    break
+                if cell.key not in at_work and not any(need.key in left for need in cell.needs):
+                    running[pool.submit(do, cell, store)] = cell
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                finished(running.pop(future), future.result())
+
+
+@contextmanager
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes of one thread each: two of them do more on two cores than one with two threads."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"  # subtle: it is read when torch is first loaded, so each process must be started with it
+    try:
+        pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_begin)
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+        pool.shutdown()
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+def _begin() -> None:
+    """Of each process: one thread, and an end when the process that started it ends, however that ends."""
+    import torch
+
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
