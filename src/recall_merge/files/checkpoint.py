@@ -62,7 +62,7 @@ class Checkpoint:
     @cached_property
     def vocabulary_size(self) -> int:
         """Rows of the input embedding, as the config says; often more than the tokenizer has tokens."""
-        return _text_config(self.config)["vocab_size"]
+        return _vocab_size(self.config)
 
     @cached_property
     def embedding(self) -> str:
@@ -128,7 +128,7 @@ def same_model(one: Checkpoint, other: Checkpoint) -> bool:
 
 def block_count(config: Mapping[str, Any]) -> int | None:
     """L as a config states it, at its top level or in its text model's part."""
-    for part in (config, config.get("text_config") or {}):
+    for part in (config, _text_part(config)):
         for key in BLOCK_COUNTS:
             if isinstance(part.get(key), int):
                 return part[key]
@@ -230,12 +230,18 @@ def _is_buffer(name: str, spec: Spec) -> bool:
     return name.endswith((".rotary_emb.inv_freq", ".masked_bias")) or (name.endswith(".bias") and len(spec.shape) == 4)
 
 
-def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    return config if "vocab_size" in config else config.get("text_config") or {}
+def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a config of text and other things says of the text model."""
+    part = config.get("text_config")
+    return part if isinstance(part, Mapping) else {}
+
+
+def _vocab_size(config: Mapping[str, Any]) -> Any:
+    return config.get("vocab_size", _text_part(config).get("vocab_size"))
 
 
 def _embedding(config: Mapping[str, Any], names: Mapping[str, Stored], depths: Depths) -> str:
-    rows = _text_config(config).get("vocab_size")
+    rows = _vocab_size(config)
     found = [
         name
         for name, stored in names.items()
@@ -253,7 +259,7 @@ def _embedding(config: Mapping[str, Any], names: Mapping[str, Stored], depths: D
 
 def _without_tied_head(folder: Path, config: Mapping[str, Any], stored: dict[str, Stored], depths: Depths) -> dict[str, Stored]:
     """Leave out a head that is the embedding stored a second time. Where the config does not say, equal bytes say that it is tied."""
-    tied = config.get("tie_word_embeddings", (config.get("text_config") or {}).get("tie_word_embeddings"))
+    tied = config.get("tie_word_embeddings", _text_part(config).get("tie_word_embeddings"))
     head = next((name for name in stored if HEADS.search(name) and name.endswith("weight")), None)
     if tied is False or head is None:
         return stored
