@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from recall_merge.commands.options import AsJson, Quiet, Sets
+from recall_merge.commands.options import AsJson, Quiet, Sets, settings_of
 
 if TYPE_CHECKING:
-    from recall_merge.recipes.bench.run import Agenda, CellDone
+    from recall_merge.recipes.bench.run import CellDone
     from recall_merge.recipes.bench.scenario import Scenario
     from recall_merge.recipes.bench.summary import Summary
+
+PLACES = {"model": "MODEL", "data": "DATA"}  # keys whose values are folders of this machine
 
 
 def bench(
@@ -28,15 +31,73 @@ def bench(
 
     Example: recall bench benchmarks/five_tasks.yaml --set data=DATA --set model=MODEL --out runs/five_tasks
     """
-    from recall_merge.commands.options import settings_of
-    from recall_merge.recipes.bench import run, summary as results
+    from recall_merge.recipes.bench import run
     from recall_merge.recipes.bench.design import make_design
     from recall_merge.recipes.bench.scenario import load_scenario
+    from recall_merge.recipes.bench.summary import summarise
 
-    told = load_scenario(scenario, settings_of(sets) | ({"out": str(out)} if out is not None else {}))
+    overrides = settings_of(sets)
+    told = load_scenario(scenario, overrides | ({"out": str(out)} if out is not None else {}))
+    words = [f"--set {key}={PLACES.get(key, value)}" for key, value in overrides.items() if key != "out"]
+    command = " ".join(["recall bench", scenario.name, *words])
     if plan:
-        design, store = make_design(told), run.store_of(told)
-        return _planned(told, run.make_agenda(design, store), run, as_json=as_json)
-    if summary:
-        return _show(results.summarise(make_design(told), run.store_of(told), run.out_of(told)), as_json=as_json)
-    return _show(run.bench(told, listener=_silent if quiet or as_json else _tell), as_json=as_json)
+        _planned(told, as_json=as_json)
+    elif summary:
+        _show(summarise(make_design(told), run.store_of(told), run.out_of(told), command=command), as_json=as_json)
+    else:
+        _show(run.bench(told, command=command, listener=(lambda _: None) if quiet or as_json else _tell), as_json=as_json)
+
+
+def _planned(scenario: Scenario, *, as_json: bool) -> None:
+    from recall_merge.commands.console import out
+    from recall_merge.commands.show import print_json
+    from recall_merge.recipes.bench.design import make_design
+    from recall_merge.recipes.bench.run import make_agenda, seconds_left, store_of
+
+    design, store = make_design(scenario), store_of(scenario)
+    agenda = make_agenda(design, store)
+    left = Counter(type(cell).__name__.lower() for cell in agenda.left)
+    seconds = seconds_left(agenda.left, store, scenario.workers)
+    if as_json:
+        return print_json({"trials": len(design.trials), "cells": len(agenda.cells), "left": dict(left), "seconds_left": round(seconds)})
+    words = ", ".join(f"{kind} {count}" for kind, count in left.items()) or "nothing"
+    guess = "from the cells done so far" if store.notes() else "a rough guess, until cells have been done"
+    out().print(f"trials: {len(design.trials)}, of {len(agenda.cells)} cells; left: {words}; about {_time(seconds)} ({guess})")
+    out().print("no faults found; nothing was done.")
+    return None
+
+
+def _show(summary: Summary, *, as_json: bool) -> None:
+    from recall_merge.commands.console import err, out
+    from recall_merge.commands.show import print_json
+    from recall_merge.recipes.bench.page import SHORT, shown
+
+    if as_json:
+        return print_json(summary.to_json())
+    from rich.table import Table
+
+    table = Table("kind", "method", "trials", *SHORT.values(), box=None)
+    for row in summary.methods:
+        table.add_row(row.kind, row.method, str(row.trials), *shown(row).values())
+    out().print(table)
+    for (kind, method), count in summary.unfinished.items():
+        err().print(f"note: not finished: {method} ({kind}), {count} trials", markup=False)
+    out().print(f"results: {summary.folder / 'summary.md'}", markup=False)
+    return None
+
+
+def _tell(done: CellDone) -> None:
+    """A line a cell, on a terminal and in a log alike: cells take minutes."""
+    from recall_merge.commands.console import err
+
+    left = f"; about {_time(done.seconds_left)} left" if done.number < done.total else ""
+    err().print(f"{done.number}/{done.total} {done.kind}: {done.label} ({_time(done.seconds)}){left}", markup=False)
+
+
+def _time(seconds: float) -> str:
+    """Seconds in words.
+
+    >>> _time(42.4), _time(600), _time(9000)
+    ('42 s', '10 min', '2.5 h')
+    """
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

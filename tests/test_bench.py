@@ -1,0 +1,362 @@
+"""The bench on tiny models: what it runs, what it shares, what a stop leaves, and its baselines by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+from recall_merge.errors import RecallError, RunError
+from recall_merge.models.ewc import Consolidation, Pull, anchored, fisher, penalty
+from recall_merge.recipes.bench.cells import Scores, Store, Trained
+from recall_merge.recipes.bench.design import make_design
+from recall_merge.recipes.bench.run import bench, make_agenda, seconds_left, store_of
+from recall_merge.recipes.bench.scenario import Scenario, load_scenario
+from recall_merge.recipes.bench.summary import Summary, summarise
+from tiny import write_rows
+
+WORDS = ("the", "no")  # a token each
+
+
+def questions(right: str, count: int, place: str = "") -> list[dict[str, Any]]:
+    """Rows with two choices, of which one is always right."""
+    choices = [f" {word}" for word in WORDS]
+    return [{"prompt": f"{number}{place} the or no?", "completion": f" {right}", "choices": choices} for number in range(count)]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two tasks that ask the same and want the opposite, so that learning one is forgetting the other; and one that is not learnt."""
+    folder = tmp_path_factory.mktemp("bench-data")
+    for name, right in {"films": "the", "dogs": "no"}.items():
+        write_rows(folder / f"{name}-train.jsonl", questions(right, 8))
+        write_rows(folder / f"{name}-test.jsonl", questions(right, 6))
+    write_rows(folder / "quick-test.jsonl", [*questions("the", 2, " quick"), *questions("no", 4, " lazy")])
+    return folder
+
+
+def told(llama: Path, data: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    """A scenario of two tasks, as YAML would give it."""
+    return {
+        "model": str(llama),
+        "data": str(data),
+        "tasks": [{"name": name, "train": f"{name}-train.jsonl", "test": f"{name}-test.jsonl"} for name in ("films", "dogs")],
+        "unseen": [{"name": "quick", "test": "quick-test.jsonl"}],
+        "orders": {"count": 2},
+        "methods": ["experts", "linear"],
+        "training": {"rank": 4, "alpha": 8, "epochs": 4, "batch_size": 4, "learning_rate": 0.03},
+        "samples": {"count": 3},
+        "out": str(out),
+    } | changes
+
+
+ALL = [
+    "experts",
+    {"method": "linear", "name": "uniform"},
+    "recall",
+    "sequential",
+    {"method": "ewc", "options": {"strength": 10.0, "rows": 3}},
+    {"method": "replay", "options": {"share": 0.25}},
+    "joint",
+]
+
+
+@pytest.fixture(scope="session")
+def finished(llama: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Scenario, Summary]:
+    """A bench with every baseline, run once without a stop."""
+    torch.set_num_threads(1)
+    scenario = Scenario.model_validate(told(llama, data, tmp_path_factory.mktemp("bench") / "out", methods=ALL))
+    return scenario, bench(scenario, command="recall bench two.yaml")
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_method_has_its_trials_and_numbers(finished: tuple[Scenario, Summary]) -> None:
+    _, summary = finished
+    assert not summary.unfinished
+    trials = {row.method: row.trials for row in summary.methods}
+    assert trials == {"experts": 1, "uniform": 2, "recall": 2, "sequential": 2, "ewc": 2, "replay": 2, "joint": 1}
+    for row in summary.methods:
+        staged = row.method not in {"experts", "joint"}
+        assert 0 <= row.mean["average_performance"] <= 1
+        assert math.isnan(row.mean["backward_transfer"]) != staged
+        assert math.isnan(row.spread["average_performance"]) != staged  # one trial has no spread
+        assert math.isnan(row.mean["unseen_delta"]) == (row.method == "experts")
+        assert set(row.final) == ({"films", "dogs"} if row.method == "experts" else {"films", "dogs", "quick"})
+
+
+def test_one_task_after_another_forgets_and_an_expert_does_not(finished: tuple[Scenario, Summary]) -> None:
+    _, summary = finished
+    assert summary.experts == {"films": 1.0, "dogs": 1.0}
+    for one in (one for one in summary.measured if one.trial.method == "sequential"):
+        assert one.scores[1, 0] == one.scores[2, 1] == 1  # each task just after it was learnt
+        assert one.scores[2, 0] == 0 and one.numbers["backward_transfer"] == -1
+    mean = {row.method: row.mean["average_performance"] for row in summary.methods}
+    assert mean["experts"] == 1 and mean["sequential"] == 0.5  # no single model can have both
+
+
+def test_experts_are_trained_once_for_all_orders_and_methods(finished: tuple[Scenario, Summary]) -> None:
+    scenario, _ = finished
+    kinds = Counter(note["kind"] for note in store_of(scenario).notes())
+    # two experts; the second stage of sequential, ewc and replay in two orders; joint. Their first stages are the experts
+    assert kinds["trained"] == 2 + 3 * 2 + 1
+    assert kinds["anchor"] == 2
+
+
+def test_an_order_does_not_matter_to_a_plain_average(finished: tuple[Scenario, Summary]) -> None:
+    _, summary = finished
+    first, second = (one for one in summary.measured if one.trial.method == "uniform")
+    assert first.trial.order == second.trial.order[::-1]
+    assert first.trial.cells[-1].key == second.trial.cells[-1].key  # one cell, so one merge
+    assert first.scores[-1].tolist() == second.scores[-1, ::-1].tolist()
+
+
+def test_tables_and_page_say_the_same(finished: tuple[Scenario, Summary]) -> None:
+    from pyarrow import parquet
+
+    scenario, summary = finished
+    rows = read_csv(summary.folder / "scores.csv")
+    assert parquet.read_table(summary.folder / "scores.parquet").num_rows == len(rows) == len(summary.rows)
+    # films > dogs, uniform: base on three tasks, the expert on one, the merge on three
+    assert sum(row["method"] == "uniform" and row["order"] == "films > dogs" for row in rows) == 3 + 1 + 3
+    matrices = json.loads((summary.folder / "R.json").read_text("utf-8"))
+    uniform = next(matrix for matrix in matrices if matrix["method"] == "uniform")
+    assert uniform["stages"] == ["base", "films", "dogs"] and len(uniform["R"]) == 3
+    assert uniform["R"][1][1] is None  # dogs were not learnt yet
+    final = float(next(row["score"] for row in rows if (row["method"], row["stage"], row["task"]) == ("uniform", "2", "films")))
+    assert uniform["R"][2][0] == pytest.approx(final, abs=1e-6)
+    page = (summary.folder / "summary.md").read_text("utf-8")
+    assert "recall bench two.yaml" in page and "not data-free" in page and "divided by T - 1" in page
+    assert str(summary.folder) not in page and scenario.model not in page  # no paths of a machine
+    for picture in ("numbers.png", "R.png"):
+        assert (summary.folder / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_bench_that_was_stopped_ends_with_the_same_table(
+    finished: tuple[Scenario, Summary], llama: Path, data: Path, tmp_path: Path
+) -> None:
+    _, whole = finished
+    scenario = Scenario.model_validate(told(llama, data, tmp_path / "out", methods=ALL))
+
+    def stop(done: Any) -> None:
+        if done.number == 9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bench(scenario, listener=stop)
+    store = store_of(scenario)
+    partly = summarise(make_design(scenario), store, tmp_path / "out")
+    assert partly.unfinished and 0 < len(partly.measured) < len(whole.measured)
+    before = len(store.notes())
+    heard: list[Any] = []
+    bench(scenario, listener=heard.append)
+    assert len(heard) == len(store.notes()) - before  # nothing is done twice
+    assert heard[-1].number == heard[-1].total and heard[-1].seconds_left == 0
+    assert (tmp_path / "out" / "scores.csv").read_bytes() == (whole.folder / "scores.csv").read_bytes()
+    bench(scenario, listener=heard.append)
+    assert len(heard) == len(store.notes()) - before  # and a third time there is nothing to do
+
+
+def test_a_method_that_is_added_uses_what_is_there(finished: tuple[Scenario, Summary]) -> None:
+    scenario, _ = finished
+    more = Scenario.model_validate(scenario.model_dump(exclude_unset=True) | {"methods": ["ties"]})
+    agenda = make_agenda(make_design(more), store_of(more))
+    assert [type(cell).__name__ for cell in agenda.left] == ["Scores"]  # both orders end in the same merge
+    assert seconds_left(agenda.left, store_of(more), workers=1) > 0
+
+
+def models(scenario: Scenario, method: str) -> list[Any]:
+    """The models of a method's first trial, stage by stage, without the base."""
+    trial = next(trial for trial in make_design(scenario).trials if trial.method == method)
+    return [cell.model for cell in trial.cells[1:]]
+
+
+def test_replay_mixes_in_a_share_and_joint_takes_all(finished: tuple[Scenario, Summary]) -> None:
+    scenario, _ = finished
+    first, second = models(scenario, "replay")
+    assert (len(first.rows), len(second.rows)) == (8, 8 + 2)  # a quarter of the eight rows of the task before
+    assert [row.completion for row in second.rows] == [" no"] * 8 + [" the"] * 2
+    (joint,) = models(scenario, "joint")
+    assert len(joint.rows) == 16 and len({row.index for row in joint.rows}) == 16
+    assert joint.start is None and second.start is not None
+
+
+def test_a_key_knows_what_a_cell_depends_on_and_nothing_else(finished: tuple[Scenario, Summary]) -> None:
+    scenario, _ = finished
+    one, two = models(scenario, "sequential")
+    again = Trained("another name", one.base, one.rows, one.settings)
+    assert again.key == one.key != two.key
+    assert Trained("", one.base, one.rows[:-1], one.settings).key != one.key
+    assert Trained("", one.base, one.rows, one.settings.model_copy(update={"seed": 1})).key != one.key
+    assert Trained("", one.base, one.rows, one.settings, start=one).key != one.key
+
+
+@pytest.mark.parametrize("start", ["base", "merge"])
+def test_sequential_and_single_model_scenarios(start: str, llama: Path, data: Path, tmp_path: Path) -> None:
+    changes = {"kinds": ["sequential", "single-model"], "methods": ["experts", "linear"], "orders": [["films", "dogs"]]}
+    scenario = Scenario.model_validate(told(llama, data, tmp_path / "out", sequential={"start": start}, **changes))
+    summary = bench(scenario)
+    assert not summary.unfinished
+    found = {(row.kind, row.method): row for row in summary.methods}
+    assert set(found) == {(kind, method) for kind in ("sequential", "single-model") for method in ("experts", "linear")}
+    assert not math.isnan(found["sequential", "linear"].mean["backward_transfer"])
+    alone = found["single-model", "linear"]
+    assert alone.trials == 2 and not math.isnan(alone.mean["unseen_delta"])
+    # an average of a single expert is that expert
+    assert alone.mean["average_performance"] == found["single-model", "experts"].mean["average_performance"]
+    trained = Counter(note["kind"] for note in store_of(scenario).notes())["trained"]
+    assert trained == (2 if start == "base" else 3)  # from the last merge, the second expert is another
+
+
+def test_scores_before_learning_give_forward_transfer(llama: Path, data: Path, tmp_path: Path) -> None:
+    changes = {"methods": ["linear"], "orders": [["films", "dogs"]], "scoring": {"unlearnt": True}}
+    (row,) = bench(Scenario.model_validate(told(llama, data, tmp_path / "out", **changes))).methods
+    assert not math.isnan(row.mean["forward_transfer"])
+
+
+def test_fisher_is_the_mean_of_squared_gradients() -> None:
+    class Line(nn.Module):
+        """Loss w * (sum of the ids), so its gradient is that sum."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor([2.0]))
+
+        def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
+            return SimpleNamespace(loss=(self.w * input_ids.sum()).sum())
+
+    model, told_of = Line(), []
+    assert fisher(model, [([1, 2], [1, 2]), ([4], [4])], told_of.append)["w"].item() == (3**2 + 4**2) / 2
+    assert sum(told_of) == 2 and model.w.grad is None
+
+
+def test_the_anchor_of_two_tasks_pulls_as_both_do() -> None:
+    f, theta = torch.tensor([1.0, 0.0, 2.0]), torch.tensor([1.0, 5.0, 0.0])
+    g, phi = torch.tensor([3.0, 0.0, 0.0]), torch.tensor([-1.0, 6.0, 9.0])
+    both = anchored({"w": g}, {"w": phi}, anchored({"w": f}, {"w": theta}))
+    layer = nn.ParameterDict({"w": nn.Parameter(torch.tensor([2.0, 7.0, 4.0]))})
+    Consolidation(both, strength=0.5).on_step_begin(None, None, None, model=layer)
+    # .5 * (1 (2 - 1) + 3 (2 + 1)), nothing where nothing matters, .5 * 2 (4 - 0)
+    assert layer["w"].grad is not None and layer["w"].grad.tolist() == [5.0, 0.0, 4.0]
+    w = layer["w"].detach()
+    separate = [penalty({"w": Pull(a, m)}, {"w": w}, 0.5) for a, m in ((f, theta), (g, phi))]
+    moved = [penalty({"w": Pull(a, m)}, {"w": w + 1}, 0.5) for a, m in ((f, theta), (g, phi))]
+    difference = penalty(both, {"w": w + 1}, 0.5) - penalty(both, {"w": w}, 0.5)
+    assert difference == pytest.approx(sum(moved) - sum(separate))  # they differ by a constant
+
+
+def test_a_strong_penalty_holds_the_weights(llama: Path, data: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    methods = ["sequential", {"method": "ewc", "options": {"strength": 1e9}}]
+    changes = {"methods": methods, "orders": [["films", "dogs"]], "scoring": {"stages": "last"}, "unseen": []}
+    scenario = Scenario.model_validate(told(llama, data, tmp_path / "out", **changes))
+    bench(scenario)
+    store = store_of(scenario)
+    design = make_design(scenario)
+
+    def moved(method: str) -> float:
+        model = next(trial for trial in design.trials if trial.method == method).cells[-1].model
+        assert isinstance(model, Trained) and model.start is not None
+        start, end = (load_file(store.place(one) / "adapter_model.safetensors") for one in (model.start, model))
+        anchor = load_file(store.place(ewc.anchor))
+        return sum(
+            float((anchor[f"{name.replace('.weight', '.default.weight')}.importance"] * (end[name] - start[name]) ** 2).sum())
+            for name in end
+        )
+
+    ewc: Any = next(trial for trial in design.trials if trial.method == "ewc").cells[-1].model
+    assert moved("ewc") < moved("sequential") / 2
+
+
+def test_all_faults_of_a_scenario_file_are_told_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(
+        yaml.safe_dump({"modle": "x", "tasks": [{"name": "a"}], "methods": ["linear"], "orders": {"count": 0}, "workers": 0}), "utf-8"
+    )
+    with pytest.raises(RunError) as caught:
+        load_scenario(file)
+    words = str(caught.value)
+    assert "did you mean 'model'?" in words
+    for place in ("'model' is missing", "tasks.0.train", "tasks.0.test", "orders", "workers"):
+        assert place in words
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"orders": [["films"]]}, "an order names every task once"),
+        ({"orders": {"count": 3}}, "2 tasks have only 2 orders"),
+        ({"methods": ["linear", "linear"]}, "taken twice"),
+        ({"training": {"template": False}}, "`template` is given once"),
+        ({"unseen": [{"name": "films", "test": "films-test.jsonl"}]}, "films"),
+    ],
+)
+def test_what_a_scenario_does_not_allow(changes: dict[str, Any], words: str, llama: Path, data: Path, tmp_path: Path) -> None:
+    file = tmp_path / "scenario.yaml"
+    file.write_text(yaml.safe_dump(told(llama, data, tmp_path / "out", **changes)), "utf-8")
+    with pytest.raises(RunError, match=words):
+        load_scenario(file)
+
+
+def test_all_faults_of_methods_and_files_are_told_before_any_work(llama: Path, data: Path, tmp_path: Path) -> None:
+    methods = ["tiess", {"method": "linear", "options": {"scal": 2}}, {"method": "ewc", "options": {"strength": -1}}, "wise_ft"]
+    tasks = [{"name": "films", "train": "none.jsonl", "test": "films-test.jsonl", "metric": "f2"}]
+    tasks += [{"name": "dogs", "train": "dogs-train.jsonl", "test": "dogs-test.jsonl"}]
+    changes = {"methods": methods, "tasks": tasks, "samples": {"cout": 3}}
+    scenario = Scenario.model_validate(told(llama, data, tmp_path / "out", **changes))
+    with pytest.raises(RecallError) as caught:
+        bench(scenario)
+    words = str(caught.value)
+    for fault in ("did you mean 'ties'?", "no option 'scal'", "strength", "merges 1 experts", "no such file", "f2", "'cout'"):
+        assert fault in words, fault
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_bench_at_a_time(tmp_path: Path) -> None:
+    with Store(tmp_path).locked(), pytest.raises(RecallError, match="another bench"), Store(tmp_path).locked():
+        pass
+
+
+@pytest.mark.slow
+def test_processes_give_the_same_table(finished: tuple[Scenario, Summary], llama: Path, data: Path, tmp_path: Path) -> None:
+    _, whole = finished
+    bench(Scenario.model_validate(told(llama, data, tmp_path / "out", methods=ALL, workers=2)))
+    assert (tmp_path / "out" / "scores.csv").read_bytes() == (whole.folder / "scores.csv").read_bytes()
+
+
+def test_scores_share_questions_between_trials(finished: tuple[Scenario, Summary]) -> None:
+    scenario, _ = finished
+    design = make_design(scenario)
+    base = {trial.cells[0].key for trial in design.trials}
+    assert len(base) == 1 and all(isinstance(cell, Scores) for trial in design.trials for cell in trial.cells)
+
+
+def test_the_command_plans_runs_and_prints(finished: tuple[Scenario, Summary], tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from recall_merge.commands.app import app
+
+    scenario, _ = finished
+    file = tmp_path / "two.yaml"
+    file.write_text(yaml.safe_dump(json.loads(scenario.model_dump_json(exclude_unset=True))), "utf-8")
+    planned = CliRunner().invoke(app, ["bench", str(file), "--plan", "--json"])
+    assert json.loads(planned.stdout) == {"trials": 12, "cells": 24, "left": {}, "seconds_left": 0}
+    words = CliRunner().invoke(app, ["bench", str(file), "--plan", "--set", "methods=[ties]", "--set", "orders.count=1"])
+    assert "left: scores 1" in " ".join(words.stdout.split()), words.output
+    shown = CliRunner().invoke(app, ["bench", str(file), "--summary"])
+    assert shown.exit_code == 0 and "sequential" in shown.stdout and "summary.md" in shown.stdout
+    run = CliRunner().invoke(app, ["bench", str(file), "--json"])  # all is done already
+    assert {row["method"] for row in json.loads(run.stdout)["methods"]} == {row.method for row in finished[1].methods}
