@@ -76,10 +76,15 @@ def _show(summary: Summary, *, as_json: bool) -> None:
         return print_json(summary.to_json())
     from rich.table import Table
 
-    table = Table("kind", "method", "trials", *SHORT.values(), box=None)
-    for row in summary.methods:
-        table.add_row(row.kind, row.method, str(row.trials), *shown(row).values())
-    out().print(table)
+    for kind in dict.fromkeys(row.kind for row in summary.methods):
+        rows = [row for row in summary.methods if row.kind == kind]
+        known = [name for name in SHORT.values() if any(shown(row)[name] != "-" for row in rows)]
+        table = Table(box=None, title=kind, title_justify="left")
+        for name in ("method", "trials", *known):
+            table.add_column(name, no_wrap=name == "method")
+        for row in rows:
+            table.add_row(row.method, str(row.trials), *(shown(row)[name] for name in known))
+        out().print(table)
     for (kind, method), count in summary.unfinished.items():
         err().print(f"note: not finished: {method} ({kind}), {count} trials", markup=False)
     out().print(f"results: {summary.folder / 'summary.md'}", markup=False)
