@@ -181,13 +181,16 @@ def test_what_is_there_and_valid_is_used_and_told_by_its_content(base, expert, t
     assert same(kept, expert.folder)
 
 
-@pytest.mark.parametrize("change", ["rows", "settings", "base"])
+@pytest.mark.parametrize("change", ["rows", "settings", "base", "one number of the base"])
 def test_an_expert_of_something_else_is_not_used(base, expert, tmp_path, change):
     kept = tmp_path / "kept"
     shutil.copytree(expert.folder, kept)
     rows = ROWS[:-1] if change == "rows" else ROWS
     settings = SMALL.model_copy(update={"seed": 1}) if change == "settings" else SMALL
-    other = fine_tuned(base, tmp_path / "other", seed=1) if change == "base" else base
+    other = fine_tuned(base, tmp_path / "other", seed=1, scale=0.01 if change == "base" else 0.0) if "base" in change else base
+    if change == "one number of the base":
+        file = other / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1] + b"\x40")
     with pytest.raises(OutputError):
         train(other, rows, kept, settings)
     assert same(kept, expert.folder)

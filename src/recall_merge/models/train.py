@@ -154,13 +154,19 @@ def encode_rows(rows: Sequence[Row], tokenizer: Any, settings: TrainSettings) ->
 
 def _key(base: Path, encoded: Sequence[EncodedRow], settings: TrainSettings, init_from: Path | None) -> str:
     """SHA-256 of all that an expert depends on: contents, never names of files."""
+    open_checkpoint(base)
     parts = {
-        "base": open_checkpoint(base).fingerprint,
+        "base": _weights(base),
+        "config": hash_file(base / "config.json"),
         "rows": hashlib.sha256(json.dumps([[row.input_ids, row.labels] for row in encoded]).encode()).hexdigest(),
         "settings": settings.model_dump(mode="json"),
-        "init_from": [hash_file(file) for file in sorted(init_from.glob("*.safetensors"))] if init_from else None,
+        "init_from": _weights(init_from) if init_from else None,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _weights(folder: Path) -> list[str]:
+    return [hash_file(file) for file in sorted(folder.glob("*.safetensors"))]
 
 
 def _check_place(out: Path, overwrite: bool) -> None:

@@ -29,7 +29,7 @@ class Trainer(SFTTrainer):
         self.remove_callback(PrinterCallback)
         settings: Any = self.args
         plain = settings.loss_type == "nll" and not settings.label_smoothing_factor and not self.aux_loss_enabled
-        alone = settings.device.type == "cpu" and settings.world_size == 1 and not settings.packing
+        alone = settings.device.type == "cpu" and settings.world_size == 1 and not self.padding_free
         self._few = plain and alone and "logits_to_keep" in inspect.signature(self._causal.forward).parameters
 
     @property
