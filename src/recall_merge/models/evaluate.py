@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recall_merge.errors import DataError, Fault, Faults, RunError, did_you_mean
+from recall_merge.files.rows import Row
 from recall_merge.models import scoring
 from recall_merge.models.build import build_model, load_tokenizer
 from recall_merge.models.tasks import Definition, TaskSpec, build_task, check_tasks, define
@@ -73,8 +74,8 @@ def evaluate(
 ) -> list[TaskScore]:
     """The score of a model on each task, in the order of the tasks.
 
-    The batch size changes the time, and no score: float32 leaves nothing to the shapes that are multiplied but its last bits. (In
-    bfloat16 those are coarse enough to turn a close choice.)
+    The batch size changes the time, and no score. (Written answers keep this promise in float32; in bfloat16 the last bits, which
+    depend on the shapes that are multiplied, are coarse enough to turn a close word.)
 
     Args:
         model: a folder, or a loaded model, whose device and dtype are taken as they are.
@@ -210,7 +211,8 @@ def _own_score(task: TaskSpec, results: Mapping[str, Any]) -> TaskScore:
     """The score of a task from rows."""
     metric, samples = task.chosen_metric, results["samples"][task.name]
     found = {name: value for (name, _), value in _metrics(results["results"][task.name]).items()}
-    items = tuple(_item(sample, sample["doc"]["id"], _item_score(metric, sample[metric])) for sample in samples)
+    assert task.rows is not None
+    items = tuple(_own_item(task.rows[sample["doc_id"]], sample, _item_score(metric, sample[metric])) for sample in samples)
     if metric in scoring.CORPUS_METRICS:
         stderr = scoring.corpus_stderr(metric, [sample[metric] for sample in samples])
     else:
@@ -233,8 +235,7 @@ def _named_score(task: TaskSpec, results: Mapping[str, Any]) -> TaskScore:
     for part in parts:
         for sample in (sample for sample in results["samples"][part] if sample["filter"] in {chosen, "none"}):
             place = sample["doc_id"] if parts == [task.name] else f"{part}/{sample['doc_id']}"
-            value = sample.get(name)
-            items.append(_item(sample, place, float(value) if isinstance(value, bool | int | float) else None))
+            items.append(_named_item(place, sample, sample.get(name)))
     others = {other: found[key] for other, key in names.items() if other != metric}
     return TaskScore(
         task.name, metric, found[name, chosen], stderr if isinstance(stderr, float) else None, len(items), tuple(items), others
@@ -256,12 +257,25 @@ def _leaves(name: str, groups: Mapping[str, Sequence[str]]) -> list[str]:
     return [leaf for child in groups[name] for leaf in _leaves(child, groups)] if groups.get(name) else [name]
 
 
-def _item(sample: Mapping[str, Any], place: int | str, score: float | None) -> Item:
+def _own_item(row: Row, sample: Mapping[str, Any], score: float) -> Item:
+    prediction = row.choices[_likeliest(sample)] if row.choices else str(sample["filtered_resps"][0])
+    return Item(row.index, score, prediction.strip(), len(row.choices))
+
+
+def _named_item(place: int | str, sample: Mapping[str, Any], value: Any) -> Item:
     answers = sample["filtered_resps"]
-    if len(answers) > 1:  # one log-likelihood a choice
-        best = max(range(len(answers)), key=lambda choice: answers[choice][0])
-        return Item(place, score, str(sample["arguments"][best][1]), len(answers))
+    score = float(value) if isinstance(value, bool | int | float) else None
+    if len(answers) > 1:  # one log-likelihood a choice, which stands in the continuation, or else in the context
+        choices = [tuple(map(str, arguments)) for arguments in sample["arguments"]]
+        at = 1 if len({choice[1] for choice in choices}) > 1 else 0
+        return Item(place, score, choices[_likeliest(sample)][at].strip(), len(answers))
     return Item(place, score, str(answers[0]).strip())
+
+
+def _likeliest(sample: Mapping[str, Any]) -> int:
+    """The choice of the highest log-likelihood, the first of equals, as lm-eval takes it."""
+    likelihoods = [likelihood for likelihood, _ in sample["filtered_resps"]]
+    return likelihoods.index(max(likelihoods))
 
 
 def _item_score(metric: str, value: Any) -> float:

@@ -80,10 +80,9 @@ def _check_rows(task: TaskSpec, rows: Sequence[Row]) -> None:
         faults.add("there are no rows", where=where)
     with_choices = [bool(row.choices) for row in rows]
     if any(with_choices) and not all(with_choices):
-        first = with_choices.index(not with_choices[0])
-        faults.add(
-            f"some rows have choices and some have none, first row {rows[first].index + 1}", where=where, fix="make two tasks of them"
-        )
+        first = rows[with_choices.index(not with_choices[0])]
+        place = f"{where}, row {first.index + 1}"
+        faults.add("some rows have choices and some have none", where=place, fix="make two tasks of them")
     for row in rows:
         place = f"{where}, row {row.index + 1}"
         if not row.prompt:
@@ -172,7 +171,8 @@ def _generation(rows: Sequence[Row], tokenizer: Any, template: bool) -> dict[str
         raise CheckpointError("the tokenizer has no end token, so no answer ends", fix="set `eos_token` in its tokenizer_config.json")
     longest = max(map(len, tokenizer(completions, add_special_tokens=False)["input_ids"]))
     end = completions[0].removeprefix(_without_end(completions[0], rows[0].completion))
-    special = [token for token in tokenizer(end, add_special_tokens=False)["input_ids"] if token in tokenizer.all_special_ids]
+    added = tokenizer.added_tokens_decoder
+    special = [token for token in tokenizer(end, add_special_tokens=False)["input_ids"] if token in added and added[token].special]
     one_line = not any("\n" in row.completion.strip() for row in rows)
     return {
         "do_sample": False,
