@@ -163,6 +163,15 @@ def test_families_are_their_trim_and_their_consensus():
     torch.testing.assert_close(METHODS["breadcrumbs"].function(base, deltas, [0.6, 0.4]), 0.6 * middle[0] + 0.4 * middle[1])
 
 
+@pytest.mark.parametrize(("name", "trim"), [("dare_linear", drop_random), ("della_linear", drop_by_rank)])
+def test_the_sum_of_sizes_is_kept_over_the_tensor_with_the_same_numbers(name, trim):
+    draws = Draws(0, "w", ("a",))
+    delta = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1.0], [10.0], [100.0]])
+    kept = trim(delta, lambda: draws.stream(0), rescale="none")(delta)
+    found = METHODS[name].function(torch.zeros(3, 40), [delta], [1.0], draws=draws, rescale="l1")
+    torch.testing.assert_close(found, kept * delta.abs().sum() / kept.abs().sum())
+
+
 def test_a_family_walks_in_pieces_as_in_one(monkeypatch):
     deltas = [torch.randn(64, 40, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
     draws = Draws(0, "w", ("a", "b"))
@@ -201,6 +210,14 @@ def test_nuslerp_by_rows_and_columns():
     close(merge("nuslerp", [[0.0] * 2] * 2, turned, vectors="columns"), [[half, 3.0], [half, 0.0]])
 
 
+def test_the_straight_line_begins_at_the_threshold():
+    for cosine, straight in [(0.9996, True), (0.999, False), (-0.9996, True), (-0.999, False)]:
+        found = merge("slerp", [0.0, 0.0], [[1.0, 0.0], [cosine, math.sqrt(1 - cosine**2)]])
+        half = math.acos(cosine) / 2
+        on_the_circle = [math.cos(half), math.sin(half)]
+        close(found, [math.cos(half) ** 2, math.cos(half) * math.sin(half)] if straight else on_the_circle, 2e-5)
+
+
 def test_nearly_parallel_or_opposite_vectors_take_the_straight_line():
     close(merge("slerp", [0.0, 0.0], [[1.0, 0.0], [3.0, 0.01]]), [2.0, 0.005])
     close(merge("nuslerp", [0.0, 0.0], [[1.0, 0.0], [-3.0, 0.0]], [0.75, 0.25]), [0.0, 0.0])
@@ -212,7 +229,7 @@ def test_karcher_of_two_is_slerp_and_of_three_is_in_the_middle():
     pair = [[2.0, 0.0, 0.0], [0.0, 2.0, 0.0]]
     close(merge("karcher", base, pair, [0.3, 0.7]), merge("slerp", base, pair, [0.3, 0.7]).tolist())
     close(merge("karcher", base, [[1.0, 0, 0], [0, 2.0, 0], [0, 0, 3.0]]), [2 / math.sqrt(3)] * 3)
-    close(merge("karcher", [0.0], [[1.0], [-1.0]]), [0.0])
+    close(merge("karcher", [0.0], [[1.0], [-3.0]]), [-1.0])  # opposite: the plain mean
 
 
 # Moments
@@ -238,6 +255,7 @@ def test_sce_selects_calculates_and_erases():
     close(merge("sce", [0.0] * 4, [[1.0, 6.0, 2.0, 0.0], [3.0, 0.0, 2.0, 1.0]], density=0.5), [0.0, 6.0, 0.0, 0.0])
     # all entries: eta = 1^2 + 2^2 = 5 and 3^2 + 1^2 = 10 of 15; the second entry elects +, so -1 is erased
     close(merge("sce", [0.0] * 2, [[1.0, 2.0], [3.0, -1.0]], density=1.0), [(5 * 1 + 10 * 3) / 15, 2.0])
+    close(merge("sce", [0.0] * 2, [[1.0, 2.0], [3.0, 2.0]], density=1.0)[1:], [2.0])  # an entry in which they agree is one of all
 
 
 def test_pcb_keeps_winners():
@@ -247,6 +265,10 @@ def test_pcb_keeps_winners():
     close(found, [0.0, 0.0, 4.0])  # int(3 * 0.5) = 1 goes, the lowest that stays scores 0
     close(merge("pcb", [0.0] * 3, [delta, delta], density=1.0), [0.0, 2.0, 4.0])
     close(merge("pcb", [0.0] * 3, [delta, [-4.0, 2.0, 1.0]], density=1.0)[1:2], [2.0])
+
+
+def test_pcb_of_very_many_experts_does_not_overflow():
+    close(merge("pcb", [0.0] * 3, [[1.0, 2.0, 4.0]] * 200, density=1.0), [0.0, 0.0, 4.0])
 
 
 # Singular vectors
@@ -273,6 +295,11 @@ def test_tsv_cuts_each_expert_at_its_share_of_the_rank():
     close(merge("tsv", torch.zeros(4, 4).tolist(), [two, one], rank=1), torch.diag(torch.tensor([4.0, 0.0, 6.0, 0.0])).tolist())
 
 
+def test_tsv_leaves_out_experts_that_change_nothing():
+    full, none = [[2.0, 0.0], [0.0, 1.0]], [[0.0, 0.0], [0.0, 0.0]]
+    close(merge("tsv", none, [full, none]), full)  # all of its rank, not half
+
+
 def test_spectral_methods_average_what_is_no_matrix():
     for name in ("tsv", "isotropic"):
         close(merge(name, [1.0], [[2.0], [4.0]], [0.25, 0.75], scale=2.0), [8.0])
@@ -289,6 +316,16 @@ def test_isotropic_with_task_specific_directions():
     # the sum is diag(9, 8, 2, 1); half of its 4 directions are common: e1, e2. Beside them the first has 2 on e3, the second 1 on e4.
     deltas = [torch.diag(torch.tensor([9.0, 0.0, 2.0, 0.0])).tolist(), torch.diag(torch.tensor([0.0, 8.0, 0.0, 1.0])).tolist()]
     close(merge("isotropic", torch.zeros(4, 4).tolist(), deltas, common=0.5), (torch.eye(4) * 5).tolist())
+
+
+@pytest.mark.parametrize("factors", [False, True])
+def test_isotropic_takes_no_rounding_for_a_direction(factors):
+    turn = torch.linalg.qr(torch.randn(12, 12, generator=torch.Generator().manual_seed(0))).Q
+    # as above; the second lies in the common directions, so beside them it has nothing: the mean of 14, 8 and the first's 2
+    first, second = turn[:, :4] * torch.tensor([9.0, 8.0, 2.0, 1.0]), turn[:, :1] * 5
+    low = [LowRank(first, turn[:, :4].T.contiguous()), LowRank(second, turn[:, :1].T.contiguous())]
+    deltas = low if factors else [delta.dense().tolist() for delta in low]
+    close(merge("isotropic", torch.zeros(12, 12).tolist(), deltas, common=0.5), (turn[:, :3] @ turn[:, :3].T * 8).tolist())
 
 
 def test_opcm_adds_only_what_is_new():
@@ -341,6 +378,11 @@ def test_orthonormal_is_the_nearest_orthonormal_set():
     torch.testing.assert_close(found.T @ found, torch.eye(3, dtype=torch.float64))
     u, _, vt = np.linalg.svd(vectors.numpy(), full_matrices=False)
     np.testing.assert_allclose(found.numpy(), u @ vt, atol=1e-12)
+
+
+def test_orthonormal_takes_nearly_equal_vectors_for_one_direction():
+    half = math.sqrt(0.5)
+    close(orthonormal(torch.tensor([[1.0, 1.0], [0.0, 1e-6]])), [[half, half], [0.0, 0.0]])
 
 
 # Selection
