@@ -1,7 +1,8 @@
 """Time of every method relative to `linear`, on one thread: python benchmarks/methods.py [--size 4096] [--experts 3] [--dense] [methods]
 
-Methods that take low-rank factors get experts of rank 16; with --dense they get dense deltas too, which takes minutes at 4096 (singular
-value decompositions). Every result is checked to be finite. Times are processor time, the best of three runs.
+Methods that take low-rank factors get experts of rank 16 (and cards of rank 8, where they read them); with --dense they get dense deltas
+too, which takes minutes at 4096 (singular value decompositions). Every result is checked to be finite. Times are processor time, the best
+of three runs.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from recall_merge.maths.deltas import LowRank
 from recall_merge.maths.methods import METHODS, Draws, Method
+from recall_merge.maths.moments import Moment
 
 
 def best(work: Callable[[], torch.Tensor], runs: int = 3) -> float:
@@ -39,12 +42,15 @@ def main() -> None:
     n = args.size
     base = torch.randn(n, n, generator=generator)
     deltas = [torch.randn(n, n, generator=generator) * 0.01 for _ in range(args.experts)]
+    moments = [Moment(torch.randn(n, 8, generator=generator), torch.rand(n, generator=generator)) for _ in range(args.experts)]
     low = [LowRank(torch.randn(n, 16, generator=generator), torch.randn(16, n, generator=generator) * 0.01) for _ in range(args.experts)]
 
     def timed(method: Method, given: list) -> float:
         k = min(len(given), method.experts[1] or len(given))
-        draws = {"draws": Draws(0, "w", tuple("abcdefgh"[:k]))} if method.random else {}
-        return best(lambda: method.function(base, given[:k], [1 / k] * k, **draws), runs=1 if method.factors and given is deltas else 3)
+        more: dict[str, Any] = {"draws": Draws(0, "w", tuple(map(str, range(k))))} if method.random else {}
+        if method.informed:
+            more["moments"] = moments[:k]
+        return best(lambda: method.function(base, given[:k], [1 / k] * k, **more), runs=1 if method.factors and given is deltas else 3)
 
     linear = timed(METHODS["linear"], deltas)
     print(f"{n} x {n} float32, {args.experts} experts, 1 thread, torch {torch.__version__}; linear {linear * 1e3:.1f} ms")
