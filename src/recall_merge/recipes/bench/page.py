@@ -14,7 +14,7 @@ from recall_merge.files.record import versions
 from recall_merge.maths.metrics import FORMULAS
 from recall_merge.recipes.bench.cells import Store
 from recall_merge.recipes.bench.design import Design
-from recall_merge.recipes.bench.scenario import BASELINES, Scenario
+from recall_merge.recipes.bench.scenario import BASELINES, MethodEntry, Scenario
 
 if TYPE_CHECKING:
     from recall_merge.recipes.bench.summary import MethodRow, Summary
@@ -72,7 +72,7 @@ def _head(summary: Summary, design: Design, store: Store, command: str) -> list[
 def _stages(scenario: Scenario) -> str:
     return {
         "all": "all tasks learnt so far are scored after every stage",
-        "learnt": "after each stage the newest task is scored, and all tasks at the end",
+        "learnt": "after each stage the newest task is scored, and all at the end: forgetting is from there, or from the base",
         "last": "tasks are scored at the end only",
     }[scenario.scoring.stages]
 
@@ -115,8 +115,16 @@ def _numbers(summary: Summary, design: Design) -> list[str]:
                 "",
             ]
         lines += [f"- {SHORT[name]}: {FORMULAS[name]}" for name in known] + [""]
-    told = {entry.method: entry.name for entry in design.scenario.methods if entry.is_baseline}
-    return [*lines, *(f"- {name}: {BASELINES[method]}" for method, name in told.items()), ""]
+    return [*lines, *map(_entry, design.scenario.methods), ""]
+
+
+def _entry(entry: MethodEntry) -> str:
+    """What a method of the tables is."""
+    given: dict[str, object] = {**entry.options, **entry.training}
+    if entry.weights != "uniform":
+        given["weights"] = entry.model_dump(mode="json", exclude_unset=True)["weights"]
+    what = BASELINES.get(entry.method, f"the merge method `{entry.method}`")
+    return f"- {entry.name}: {what}" + (f" ({', '.join(f'{key} {value}' for key, value in given.items())})" if given else "")
 
 
 def _tasks(summary: Summary) -> list[str]:
@@ -124,7 +132,9 @@ def _tasks(summary: Summary) -> list[str]:
     for kind in dict.fromkeys(row.kind for row in summary.methods):
         methods = [row for row in summary.methods if row.kind == kind]
         tasks = list(dict.fromkeys(task for row in methods for task in row.final))
-        rows = [[row.method, *(_number(row.final.get(task)) for task in tasks)] for row in methods]
+        base = {row.task: row.score for row in summary.rows if row.stage == 0}
+        rows = [["the base", *(_number(base.get(task)) for task in tasks)]]
+        rows += [[row.method, *(_number(row.final.get(task)) for task in tasks)] for row in methods]
         lines += [f"Mean score of each task at the end, {kind}:", "", *_table(["method", *tasks], rows), ""]
     return lines
 

@@ -77,7 +77,7 @@ class MethodEntry(Section):
 
 
 class EwcOptions(Section):
-    strength: float = Field(default=1000.0, ge=0, allow_inf_nan=False, description="lambda: how much a change of what matters costs")
+    strength: float = Field(default=1e5, ge=0, allow_inf_nan=False, description="lambda: how much a change of what matters costs")
     rows: int = Field(default=64, ge=1, description="of each task, from which it is told what matters to it")
 
 
