@@ -421,6 +421,65 @@ def test_lm_evals_command_line_gives_the_same_score(tmp_path, model):
         assert results[score.task][f"{score.metric},none"] == pytest.approx(score.score, abs=1e-12)
 
 
+@pytest.fixture
+def named(tmp_path, monkeypatch, tokenizer):
+    """lm-eval with tasks of its own: those of a folder in place of the ten thousand that it has."""
+    from lm_eval.tasks import TaskManager
+
+    for task in (TaskSpec("choices", CHOICES), TaskSpec("f1", ANSWERS, "f1"), TaskSpec("more", CHOICES[:2])):
+        export_task(task, tmp_path / "tasks", tokenizer)
+    members = "task: [choices, more]\naggregate_metric_list:\n- {metric: acc, weight_by_size: true}\n"
+    (tmp_path / "tasks" / "both.yaml").write_text(f"group: both\n{members}")
+    (tmp_path / "tasks" / "far.yaml").write_text("task: far\ntag: distant\ndataset_path: nobody/nothing\noutput_type: multiple_choice\n")
+    (tmp_path / "tasks" / "farther.yaml").write_text("include: far.yaml\ntask: farther\n")
+    manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
+    monkeypatch.setattr("recall_merge.models.evaluate._manager", lambda: manager)
+
+
+def test_a_task_of_lm_evals_is_asked_by_its_name(named, model, tokenizer):
+    own = evaluate(model, [TaskSpec("choices", CHOICES), TaskSpec("f1", ANSWERS, "f1")], tokenizer=tokenizer)
+    theirs = evaluate(model, [TaskSpec("f1"), TaskSpec("choices")], tokenizer=tokenizer)
+    assert [score.task for score in theirs] == ["f1", "choices"], "the order of the tasks"
+    for ours, score in zip(own, reversed(theirs), strict=True):
+        assert (score.metric, score.n, dict(score.others)) == (ours.metric, ours.n, dict(ours.others))
+        assert (score.score, score.stderr) == (ours.score, pytest.approx(ours.stderr))
+        assert score.items == ours.items
+    [other] = evaluate(model, [TaskSpec("choices", metric="acc_norm")], tokenizer=tokenizer, limit=2)
+    assert (other.metric, other.n, set(other.others)) == ("acc_norm", 2, {"acc"})
+    with pytest.raises(RunError, match=r"has no metric 'acc_nrom'\n  fix: did you mean 'acc_norm'\?"):
+        evaluate(model, [TaskSpec("choices", metric="acc_nrom")], tokenizer=tokenizer)
+
+
+def test_a_group_of_lm_evals_has_one_score_over_its_tasks(named, model, tokenizer):
+    [both, rows] = evaluate(model, [TaskSpec("both"), TaskSpec("rows", CHOICES)], tokenizer=tokenizer)
+    right = [item.score for item in rows.items]
+    assert [item.id for item in both.items] == [f"choices/{i}" for i in range(4)] + [f"more/{i}" for i in range(2)]
+    assert [item.score for item in both.items] == right + right[:2]
+    assert both.score == pytest.approx(sum(right + right[:2]) / 6)
+    assert both.n == 6
+
+
+def test_a_name_that_means_no_one_task_is_refused(named, model, tokenizer):
+    with pytest.raises(RunError) as caught:
+        evaluate(model, [TaskSpec("choces"), TaskSpec("distant"), TaskSpec("zzz")], tokenizer=tokenizer)
+    first, second, third = map(str, caught.value.faults)
+    assert "no task 'choces'" in first
+    assert "did you mean 'choices'?" in first
+    assert "'distant' is a tag" in second
+    assert "far, farther" in second
+    assert "did you mean" not in third
+    with pytest.raises(DataError, match=r"lm-eval cannot load its tasks[^$]*where: far"):
+        evaluate(model, [TaskSpec("far")], tokenizer=tokenizer)
+
+
+def test_the_names_are_those_of_the_installed_lm_eval():
+    from recall_merge.models.evaluate import check_named
+
+    [fault] = check_named([TaskSpec("hellaswag"), TaskSpec("helaswag"), TaskSpec("rows", CHOICES)])
+    assert fault.what == "lm-eval has no task 'helaswag', and there is no such file"
+    assert "did you mean 'hellaswag'?" in fault.fix
+
+
 @contextmanager
 def at_rest():
     from recall_merge.models.engine import silence

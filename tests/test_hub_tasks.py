@@ -109,7 +109,7 @@ def test_rows_can_be_written_for_training(hub, tmp_path):
 )
 def test_a_record_that_cannot_be_a_row_is_refused(hub, monkeypatch, name, change, expected):
     monkeypatch.setattr(hub_tasks, "_records", lambda *_, **__: [RECORDS[name][0], RECORDS[name][1] | change])
-    with pytest.raises(DataError, match=f"{expected}[^$]*row 2"):
+    with pytest.raises(DataError, match=rf"{expected}[^$]*row 2"):
         load_hub_task(name)
 
 
