@@ -47,7 +47,7 @@ _MIDDLE = """Trim: in each tensor, the int(gamma * n) largest entries (outliers)
     entries that tie with one that stays stay too."""
 _RANDOM = "Trim: every entry stays with probability density, on its own; its random number depends only on seed, expert and tensor name."
 _RANK = """Trim: an entry stays with probability density + epsilon (2 r / (n - 1) - 1), r its rank by size among the n of its row.
-    Rows run along the last axis; a vector is one row. The paper's epsilon is the full width, twice ours (ours is mergekit's)."""
+    Rows run along the last axis; a vector is one row. epsilon is half the width of that range, as in mergekit."""
 
 FAMILY = (
     Row(
