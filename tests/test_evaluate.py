@@ -152,7 +152,9 @@ def test_what_is_longer_than_the_window_is_left_to_lm_eval(tokenizer):
     from lm_eval.models.huggingface import HFLM
 
     small = make_model(max_position_embeddings=16)
-    asked = [Asked("the quick brown fox jumps over the lazy dog", " and the other dog"), Asked("the", " dog")]
+    long = "the fox: " + "!?" * 4
+    asked = [Asked(long + "!", " y"), Asked(long + "!", " n"), Asked(long, " y"), Asked(long, " n")]
+    assert [len(tokenizer("".join(one.args))["input_ids"]) for one in asked[1:3]] == [18, 17], "17 and 16 are read"
     with at_rest():
         theirs = HFLM(pretrained=small, tokenizer=tokenizer, batch_size=1, add_bos_token=False).loglikelihood(asked, disable_tqdm=True)
         ours = engine(small, tokenizer).loglikelihood(asked)
