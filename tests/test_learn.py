@@ -6,22 +6,26 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from recall_merge.commands.app import app
 from recall_merge.errors import RecallError
 from recall_merge.files.rows import read_rows
 from recall_merge.files.workspace import read_journal, read_state
 from recall_merge.models.evaluate import evaluate
 from recall_merge.models.tasks import TaskSpec
 from recall_merge.recipes.learn import learn
-from recall_merge.recipes.lesson import Request
+from recall_merge.recipes.request import Request
 from recall_merge.recipes.workspace import rollback, status
 from tiny import load_tensors, lora, make_model, merged_by_peft, save_model, write_rows
 from workspaces import SETTINGS, essence, make_workspace, request, teach, tree, write_tasks
@@ -162,6 +166,7 @@ def test_scores_are_those_of_the_models(ws, data):
     items = json.loads((folder / "scores" / "3.json").read_text())["scores"]["merged"]["a"]["items"]
     assert [item["score"] for item in items] == [item.score for item in again[0].items]
     assert {item["prediction"] for item in items} == {""}  # words are kept on request alone
+    assert scores.base != scores.before != {name: scores.merged[name] for name in ("c", "strange")}  # so mixing them up would be seen
 
     line = status(folder).branches[0]
     assert line.unseen == ("strange",)
@@ -178,7 +183,7 @@ def test_an_unseen_task_is_scored_on_and_may_be_learnt_later(ws, data):
     line = status(folder).branches[0]
     assert line.tasks == ("a", "b", "c", "d-test")
     assert None not in [row[3] for row in line.r if row is not line.r[1]]
-    assert {item["prediction"] for item in learned.scores["merged"]["a"]["items"]} <= {"yes", "no"}  # asked for by `scoring.words`
+    assert {item["prediction"] for item in learned.scores["merged"]["a"]["items"]} <= {"y", "n"}  # words: they were asked for
 
 
 def test_settings_of_one_stage_are_its_own(ws, data):
@@ -187,6 +192,20 @@ def test_settings_of_one_stage_are_its_own(ws, data):
     assert stage.overrides == {"method": "ties", "options.density": 0.5}
     assert json.loads((folder / "merges" / "2" / "record.json").read_text())["method"]["name"] == "ties"
     assert teach(folder, data, "c").merge.record["method"]["name"] == "recall"
+
+
+def test_every_expert_leaves_a_card_so_a_later_stage_may_merge_by_cards(ws, data):
+    folder = ws("linear")
+    stage = teach(folder, data, "b", method="aligned", start="last").stage
+    assert (read_state(folder).stages[0].card, stage.card) == ("cards/1-a", "cards/2-b")
+    facts = json.loads((folder / "cards" / "1-a" / "recall-card.json").read_text())
+    assert (facts["samples"], facts["rank"]) == (SETTINGS["samples.count"], 8)
+    record = json.loads((folder / "merges" / "2" / "record.json").read_text())
+    assert set(record["cards"]["experts"]) == {"a", "b"}
+    assert not [note for note in record["notes"] if "has no card" in note]
+    shutil.rmtree(folder / "cards" / "2-b")
+    refused(folder, lambda: teach(folder, data, "c", method="aligned"), "the card of 'b' is missing")
+    assert teach(folder, data, "c", sets={"card_rank": 0}).stage.card is None
 
 
 # ---- experts from elsewhere
@@ -487,3 +506,80 @@ def test_a_changed_file_stops_the_going_on(processes, ws, data, tmp_path):
     assert killed(processes, folder, request(data, "b", train=Path(train)), "training", 1)
     shutil.copy(data / "c-train.jsonl", train)
     refused(folder, lambda: learn(folder), "the training file has changed since it was given")
+
+
+# ---- the command
+
+
+def recall(*arguments: object):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_learn_as_a_user_types_it(ws, data, monkeypatch, tmp_path):
+    folder = ws("linear")
+    files = ["--train", data / "b-train.jsonl", "--test", data / "b-test.jsonl"]
+    more = ["--metric", "acc", "--from", "last", "--unseen", f"{data / 'c-test.jsonl'},other={data / 'd-test.jsonl'}", "-m", "ties"]
+    result = recall("learn", folder, "--task", "b", *files, *more, "--set", "options.density=0.5")
+    assert result.exit_code == 0, result.output
+    for part in (
+        "task",
+        "its expert",
+        "c-test (unseen)",
+        "other (unseen)",
+        "average performance: 0.",
+        "(mean over all T tasks",
+        "merges/2",
+    ):
+        assert part in result.output
+    assert "\x1b" not in result.output
+    stage = read_state(folder).stages[1]
+    assert (stage.start, stage.task.metric, stage.overrides) == ("last", "acc", {"method": "ties", "options.density": 0.5})
+
+    result = recall("learn", folder, "--task", "c", "--train", data / "c-train.jsonl", "--test", data / "d-test.jsonl", "--json")
+    found = json.loads(result.output)
+    assert (found["stage"]["id"], found["line"], found["tasks"]) == (3, [1, 2, 3], ["a", "b", "c"])
+    assert found["R"][3] == [found["stage"]["scores"]["merged"][name] for name in "abc"]
+    assert found["model"] == f"{folder}/merges/3"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["--task", "b"], "a new task needs --test"),
+        (["--train", "x.jsonl"], "a new task needs --task and --test"),
+        (["--from", "middle"], "--from middle: there are base and last"),
+        (["--task", "b", "--test", "no.jsonl"], "the test file of 'b' is missing"),
+        (["--task", "b", "--test", "no.jsonl", "--set", "seed"], "not of the form KEY=VALUE"),
+        ([], "nothing is unfinished"),
+    ],
+)
+def test_learn_refused_as_a_user_types_it(ws, arguments, what):
+    folder = ws("linear")
+    result = recall("learn", folder, *arguments)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, RecallError)
+    assert what in str(result.exception)
+
+
+@pytest.mark.slow
+def test_a_real_command_that_is_killed_at_any_time_is_finished_by_the_next(made, data, tmp_path):
+    """Not at chosen instants, but at times spread over the command, by a signal from outside."""
+    files = ["--train", data / "b-train.jsonl", "--test", data / "b-test.jsonl"]
+    command = [sys.executable, "-m", "recall_merge", "learn", "ws", "--task", "b", *map(str, files)]
+    spent, wanted = 0.0, None
+    for number in range(10):
+        place = tmp_path / str(number)
+        shutil.copytree(made("recall"), place / "ws")
+        start = time.monotonic()
+        with subprocess.Popen(command, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+            if number:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(spent * number / 10)
+                process.kill()
+        spent = spent or time.monotonic() - start
+        assert (
+            "b" in {stage.task.name for stage in read_state(place / "ws").stages}
+            or subprocess.run(command, cwd=place, check=False).returncode == 0
+        )
+        wanted = wanted or essence(place / "ws")
+        assert essence(place / "ws") == wanted

@@ -11,11 +11,25 @@ import threading
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from recall_merge.commands.app import app
 from recall_merge.errors import RecallError, WorkspaceError
 from recall_merge.files.durable import append_line, write_whole
 from recall_merge.files.lock import holder
-from recall_merge.files.workspace import Model, Scores, Stage, State, Task, found_path, opened, read_journal, read_state
+from recall_merge.files.workspace import (
+    Lesson,
+    Model,
+    Scores,
+    Stage,
+    State,
+    Task,
+    found_path,
+    opened,
+    read_journal,
+    read_state,
+    write_state,
+)
 from recall_merge.recipes.learn import learn
 from recall_merge.recipes.workspace import branch, init, rollback, status
 from workspaces import essence, make_workspace, teach, tree, write_tasks
@@ -363,3 +377,94 @@ def test_a_workspace_can_be_moved(ws, data, tmp_path):
     assert not any(Path(stage.expert.path).is_absolute() or Path(stage.merged.path).is_absolute() for stage in state.stages)
     assert found_path(moved, state.stages[0].merged.path).is_dir()
     assert teach(moved, data, "c").stage.id == 3
+
+
+# ---- the commands
+
+
+def recall(*arguments: object):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_status_shows_lineage_and_r(ws, data, monkeypatch):
+    rollback(ws, 1)
+    teach(ws, data, "c")
+    monkeypatch.chdir(ws.parent)
+    result = recall("status", "ws")
+    assert result.exit_code == 0
+    lines = result.output.splitlines()
+    assert "model: ws/merges/3" in lines
+    tree_lines = [line for line in lines if "fine-tuned from" in line]
+    assert ["<- now" in line for line in tree_lines] == [False, False, True]
+    assert [re.search(r"\d \w", line)[0] for line in tree_lines] == ["1 a", "2 b", "3 c"]  # type: ignore[index]
+    first, second = (result.output.index(f"R, the line to stage {number}") for number in (3, 2))
+    assert first < second
+    scores = read_state(ws).stages[2].scores
+    row = next(line.split() for line in lines if line.startswith(" 3 c"))
+    assert row == ["3", "c", f"{scores.merged['a']:.3f}", f"{scores.merged['c']:.3f}"]
+    assert "average performance: " in result.output
+    assert "(mean over all T tasks of R[T, j])" in result.output
+    assert "\x1b" not in result.output  # plain text, where it does not go to a terminal
+
+    found = json.loads(recall("status", "ws", "--json").output)
+    assert (found["head"], found["model"]) == (3, "ws/merges/3")
+    assert [line["line"] for line in found["branches"]] == [[1, 3], [1, 2]]
+    assert found["branches"][0]["R"][2] == [scores.merged["a"], scores.merged["c"]]
+    assert found["branches"][0]["numbers"]["average_performance"] == pytest.approx((scores.merged["a"] + scores.merged["c"]) / 2)
+    assert set(found["branches"][0]["numbers"]) <= set(found["formulas"])
+
+
+def test_init_and_rollback_commands(ws, llama, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = recall("init", "new", "--base", llama, "--method", "ties", "--set", "training.epochs=1")
+    assert result.exit_code == 0, result.output
+    assert "a workspace in new" in result.output
+    assert json.loads(recall("status", "new", "--json").output)["settings"]["training"]["epochs"] == 1
+    assert "0 base" in recall("status", "new").output
+    assert "the model is ws/merges/1, of stage 1" in recall("rollback", "ws", "--to", 1).output
+    assert json.loads(recall("rollback", "ws", "--to", 0, "--json").output) == {"path": "ws", "head": 0, "model": str(llama.resolve())}
+    again = recall("init", "new", "--base", llama)
+    assert again.exit_code == 1
+    assert "there is a workspace already" in str(again.exception)
+
+
+def test_an_unfinished_stage_and_a_running_command_are_shown(ws):
+    state = read_state(ws)
+    lesson = Lesson(**state.stages[1].model_dump(include=set(Lesson.model_fields)) | {"id": 3, "parent": 2, "task": Task(name="c")})
+    write_state(ws, state.changed(unfinished=lesson))
+    append_line(ws / "journal.jsonl", json.dumps({"stage": 3, "part": "merge", "event": "begun"}))
+    shown = recall("status", ws).output
+    assert f"unfinished: stage 3 (c), in part 'merge'; `recall learn {ws}` goes on, `recall rollback {ws} --to 2` gives it up" in shown
+    assert json.loads(recall("status", ws, "--json").output)["unfinished"]["part"] == "merge"
+    with opened(ws, "recall learn ws"):
+        assert f"at work: process {os.getpid()}, `recall learn ws`, since" in recall("status", ws).output
+
+
+def test_evaluate_any_model_on_any_tasks(ws, data, llama, monkeypatch):
+    monkeypatch.chdir(ws.parent)
+    scores = read_state(ws).stages[1].scores
+    tasks = f"a={data / 'a-test.jsonl'},b={data / 'b-test.jsonl'}"
+
+    def scored(model: object, *more: object) -> dict[str, float]:
+        result = recall("evaluate", model, "--tasks", tasks, "--json", *more)
+        assert result.exit_code == 0, result.output
+        return {found["task"]: found["score"] for found in json.loads(result.output)["scores"]}
+
+    assert scored("ws") == scored("ws/merges/2") == scores.merged  # a workspace is its model of now
+    assert scored("ws/experts/2-b")["b"] == scores.expert["b"]  # an adapter names its base
+    assert scored("ws/experts/2-b", "--base", llama)["b"] == scores.expert["b"]
+    assert scored(llama)["b"] == scores.base["b"]
+    assert scored(llama) != scores.merged
+    limited = recall("evaluate", llama, "--tasks", tasks, "--metric", "b=acc_norm", "--limit", 3)
+    assert [line.split()[:2] + line.split()[-1:] for line in limited.output.splitlines()[1:]] == [["a", "acc", "3"], ["b", "acc_norm", "3"]]
+
+
+def test_evaluate_reports_all_faults(ws, data):
+    result = recall(
+        "evaluate", ws / "scores", "--tasks", f"{data / 'no.jsonl'},a={data / 'a-test.jsonl'}", "--metric", "a=bleu", "--metric", "z=acc"
+    )
+    assert result.exit_code == 1
+    found = str(result.exception)
+    assert all(part in found for part in ("no config.json", "there is no such file", "'bleu' is no metric of rows with choices", "'z'"))
+    assert "leave out --base" in str(recall("evaluate", ws / "merges" / "1", "--tasks", data / "a-test.jsonl", "--base", "x").exception)
+    assert "write --metric TASK=METRIC" in str(recall("evaluate", ws, "--tasks", "a", "--metric", "acc").exception)

@@ -4,30 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 from pathlib import Path
 from typing import Any
 
 from recall_merge.recipes.learn import Learned, learn
-from recall_merge.recipes.lesson import Request
+from recall_merge.recipes.request import Request
 from recall_merge.recipes.workspace import init
 from tiny import write_rows
 
-SETTINGS = {"training.rank": 2, "training.alpha": 4, "training.epochs": 1, "training.batch_size": 4, "samples.count": 3}
+SETTINGS = {
+    "training.rank": 2,
+    "training.alpha": 4,
+    "training.epochs": 1,
+    "training.batch_size": 4,
+    "training.learning_rate": 0.05,
+    "samples.count": 3,
+}
 
 
 def write_tasks(folder: Path, names: str = "abc") -> Path:
-    """NAME-train.jsonl and NAME-test.jsonl for tasks of one letter each; no two files share a row."""
+    """NAME-train.jsonl and NAME-test.jsonl for tasks of one letter each; no two files share a row.
+
+    The answer is y for every other task, and n for the others, so that experts can be told apart by their scores; a few test rows
+    have the other answer, and another number of them for each task.
+    """
     for number, name in enumerate(names):
-        draws = random.Random(number)
-        rows = [
-            {
-                "prompt": f"is {name} {draws.choice(['quick', 'lazy'])} {i}?",
-                "completion": draws.choice(["yes", "no"]),
-                "choices": ["yes", "no"],
-            }
-            for i in range(20)
-        ]
+        right, wrong = ("y", "n") if number % 2 else ("n", "y")
+        answers = [right] * 12 + [right] * (8 - number - 1) + [wrong] * (number + 1)
+        rows = [{"prompt": f"is {name} {i} ok?", "completion": answer, "choices": ["y", "n"]} for i, answer in enumerate(answers)]
         write_rows(folder / f"{name}-train.jsonl", rows[:12])
         write_rows(folder / f"{name}-test.jsonl", rows[12:])
     return folder

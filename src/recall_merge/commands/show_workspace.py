@@ -146,6 +146,8 @@ def _numbers(line: Branch) -> None:
     from recall_merge.maths.metrics import FORMULAS
 
     for name, value in line.numbers.items():
+        if value is None:
+            continue  # not defined, as backward transfer is not for a single task
         out().print(f"{name.replace('_', ' ')}: {_number(value)}   ({FORMULAS[name]})", markup=False)
 
 

@@ -55,7 +55,7 @@ def learn(
     from recall_merge.commands import show_workspace
     from recall_merge.commands.console import progress
     from recall_merge.recipes.learn import learn as recipe
-    from recall_merge.recipes.lesson import Request
+    from recall_merge.recipes.request import Request
 
     request = None
     if start not in {"base", "last"}:

@@ -95,6 +95,8 @@ class Stage(Lesson):
     """A lesson that was learnt."""
 
     expert: Model
+    card: str | None = None
+    """Folder of the expert's card; None if it was given without rows, or no cards are wanted."""
     merged: Model
     samples: tuple[int, ...]
     """Positions of the typical samples among the training rows; never their text."""

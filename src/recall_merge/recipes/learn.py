@@ -6,18 +6,22 @@ the same way. So a stage that was stopped, wherever that was, is finished by ask
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from recall_merge.config import MergeRun
-from recall_merge.errors import Faults, WorkspaceError
+from recall_merge.errors import CheckpointError, Faults, WorkspaceError
 from recall_merge.files.adapter import is_adapter
+from recall_merge.files.checkpoint import read_json
+from recall_merge.files.durable import write_whole
 from recall_merge.files.output import OutputFolder
-from recall_merge.files.record import RECORD
+from recall_merge.files.record import RECORD, versions
 from recall_merge.files.workspace import (
     Lesson,
     Model,
@@ -26,6 +30,7 @@ from recall_merge.files.workspace import (
     State,
     fingerprint,
     found_path,
+    key_of,
     note,
     now,
     opened,
@@ -33,10 +38,14 @@ from recall_merge.files.workspace import (
     write_state,
 )
 from recall_merge.progress import Progress, Silent
-from recall_merge.recipes.lesson import Check, Ready, Request, draft, locate_model, refuse_other
+from recall_merge.recipes.card import make_card
+from recall_merge.recipes.lesson import Check, Ready, locate_model, refuse_other
 from recall_merge.recipes.merge import MergeResult, merge, reuse
+from recall_merge.recipes.request import Request, draft
 from recall_merge.recipes.scores import Kept, Target, score, scores_key
 
+KINDS = ("experts", "merges", "scores")  # of artefacts, each in a folder of its own
+KEY = "key.json"
 SCRATCH = "scratch"  # whole models that are made from adapters for one merge
 TRAVELS = (".json", ".safetensors", ".txt", ".jinja", ".model")  # of a given adapter's folder: never a pickle
 
@@ -75,9 +84,10 @@ def learn(folder: Path, request: Request | None = None, *, progress: Progress | 
         work = Work(folder, state, ready, progress or Silent())
         work.begin()
         expert = work.train()
-        merged, made = work.merge(expert)
+        card = work.card(expert)
+        merged, made = work.merge(expert, card)
         scores = work.score(expert, merged)
-        return work.commit(expert, merged, made, scores)
+        return work.commit(expert, card, merged, made, scores)
 
 
 def _check(folder: Path, request: Request | None, command: str, stack: ExitStack) -> tuple[State, Ready]:
@@ -137,23 +147,39 @@ class Work:
             else:
                 from recall_merge.models.train import train
 
-                if target.exists() and not (target / RECORD).exists():
-                    shutil.rmtree(target)  # copied for a stage of this number that was given up
+                _clear(target)
                 settings = self._ready.settings.training_settings()
                 train(self._start(lesson), self._ready.rows, target, settings, overwrite=True, progress=self._progress)
             return self._model(target)
 
-    def merge(self, expert: Model) -> tuple[Model, MergeResult]:
+    def card(self, expert: Model) -> str | None:
+        """What the expert leaves behind about its rows, which no later stage reads: statistics for methods that merge by cards."""
+        lesson, settings = self._lesson, self._ready.settings
+        if lesson.train is None or not settings.card_rank:
+            return None
+        target = self._folder / "cards" / f"{lesson.id}-{lesson.task.name}"
+        with self._noted("card"):
+            plain = settings.model_copy(update={"method": "linear", "options": {}, "weights": "uniform"})
+            run = plain.run(base=str(self._ready.base), experts=[self._entry(lesson, expert)], rows=self._rows, out=str(target))
+            asked = {"samples": settings.samples.model_dump() if settings.samples else None, "template": settings.template}
+            asked |= {"rank": settings.card_rank, "seed": settings.seed, "rows": lesson.train.sha256, "versions": versions()}
+            key = key_of(asked | {"base": self._state.base.fingerprint, "expert": expert.fingerprint})
+            if _key_in(target) != key:
+                (target / KEY).unlink(missing_ok=True)
+                make_card(run, rank=settings.card_rank, folder=target, progress=self._progress)
+                write_whole(target / KEY, json.dumps({"key": key}) + "\n")
+        return stored_path(self._folder, target)
+
+    def merge(self, expert: Model, card: str | None) -> tuple[Model, MergeResult]:
         """All experts, or the merge before and the newest, in one model. The newest expert's training rows are the samples."""
-        lesson, target = self._lesson, self._folder / "merges" / str(self._lesson.id)
+        target = self._folder / "merges" / str(self._lesson.id)
         with self._noted("merge"):
-            newest = {"name": lesson.task.name, "path": str(self._whole(lesson, expert)), "same_base": True}
+            newest = self._entry(self._lesson, expert, card)
             if self._ready.settings.strategy == "sequential":
                 before = [{"name": "merged", "path": str(self._before)}] if self._lineage else []
             else:
-                before = [{"name": s.task.name, "path": str(self._whole(s, s.expert)), "same_base": True} for s in self._lineage]
-            rows = str(found_path(self._folder, lesson.train.path)) if lesson.train else None
-            run = self._ready.settings.run(base=str(self._ready.base), experts=[*before, newest], rows=rows, out=str(target))
+                before = [self._entry(stage, stage.expert, stage.card) for stage in self._lineage]
+            run = self._ready.settings.run(base=str(self._ready.base), experts=[*before, newest], rows=self._rows, out=str(target))
             made = reuse(run) or merge(run, progress=self._progress)
             return self._model(target), made
 
@@ -176,13 +202,15 @@ class Work:
             self._scores_file.parent.mkdir(exist_ok=True)
             return score(self._scores_file, targets, list(specs.values()), self._ready.settings, key, self._progress)
 
-    def commit(self, expert: Model, merged: Model, made: MergeResult, scores: Kept) -> Learned:
+    def commit(self, expert: Model, card: str | None, merged: Model, made: MergeResult, scores: Kept) -> Learned:
         """Make the stage part of the workspace, and its merge the workspace's model."""
         plain = {role: {name: found["score"] for name, found in tasks.items()} for role, tasks in scores.items()}
         with self._noted("commit"):
+            self._tidy()
             stage = Stage(
                 **self._lesson.model_dump(),
                 expert=expert,
+                card=card,
                 merged=merged,
                 samples=tuple(sample.row for sample in made.weighting.samples),
                 scores=Scores(file=stored_path(self._folder, self._scores_file), **({"before": {}} | plain)),
@@ -190,8 +218,16 @@ class Work:
             )
             state = self._state.changed(stages=(*self._state.stages, stage), head=stage.id, unfinished=None)
             write_state(self._folder, state)
-        shutil.rmtree(self._folder / SCRATCH, ignore_errors=True)
         return Learned(stage, state, made, scores, (*self._notes(), *made.notes))
+
+    @property
+    def _rows(self) -> str | None:
+        return str(found_path(self._folder, self._lesson.train.path)) if self._lesson.train else None
+
+    def _entry(self, lesson: Lesson, expert: Model, card: str | None = None) -> dict[str, Any]:
+        """An expert as a run lists it. It was checked when it came, so its base is the run's."""
+        entry = {"name": lesson.task.name, "path": str(self._whole(lesson, expert)), "same_base": True}
+        return entry | ({"card": str(found_path(self._folder, card))} if card else {})
 
     @property
     def _before(self) -> Path:
@@ -221,6 +257,13 @@ class Work:
     def _model(self, place: Path) -> Model:
         return Model(path=stored_path(self._folder, place), fingerprint=fingerprint(place))
 
+    def _tidy(self) -> None:
+        """Remove what stops have left unfinished, and what was made for this merge alone."""
+        shutil.rmtree(self._folder / SCRATCH, ignore_errors=True)
+        for kind in KINDS:
+            for partial in (self._folder / kind).glob("*.partial"):
+                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+
     def _notes(self) -> Iterator[str]:
         if self._lineage and not self._ready.has_before:
             yield f"the merge of stage {self._lineage[-1].id} is not there, so it was not scored on what is new"
@@ -233,6 +276,24 @@ class Work:
 
     def _note(self, part: str, event: str) -> None:
         note(self._folder, stage=self._lesson.id, task=self._lesson.task.name, part=part, event=event)
+
+
+def _clear(target: Path) -> None:
+    """Remove, where an expert is to be trained, what training would take for a stranger's: a given expert of a stage that was given up,
+    and a folder of checkpoints whose making, or removal, was stopped."""
+    if target.exists() and not (target / RECORD).exists():
+        shutil.rmtree(target)
+    checkpoints = target.with_name(target.name + ".training.partial")
+    if _key_in(checkpoints) is None:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+
+
+def _key_in(folder: Path) -> str | None:
+    """The key under which a folder was made; None if it does not say."""
+    try:
+        return read_json(folder / KEY).get("key")
+    except CheckpointError:
+        return None
 
 
 def _copy_adapter(source: Path, target: Path) -> None:

@@ -1,10 +1,10 @@
-"""What a stage is to learn, and every check that can be made before it begins: all faults at once, nothing written."""
+"""Every check of a lesson that can be made before it begins: all faults at once, nothing written."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,38 +13,12 @@ from recall_merge.errors import CheckpointError, Faults, MissingExtra, Workspace
 from recall_merge.files.experts import hash_file
 from recall_merge.files.hub import Located, locate
 from recall_merge.files.rows import Row, read_rows
-from recall_merge.files.workspace import DataFile, Lesson, Model, Start, State, Task, fingerprint, found_path, stored_path
+from recall_merge.files.workspace import DataFile, Lesson, Model, Stage, State, Task, fingerprint, found_path
 from recall_merge.models.tasks import TaskSpec, check_tasks
 from recall_merge.recipes.settings import Settings, check_method, make_settings
 
 NAME = re.compile(r"\w[\w.-]{0,63}")
 TAKEN = ("base", "merged")  # words that stand beside the names of tasks
-
-
-@dataclass(frozen=True)
-class Request:
-    """A stage as it is asked for.
-
-    Attributes:
-        task: its name, everywhere.
-        train, test: files of rows. `train` may be left out where an expert is given and the method compares no representations.
-        start: what the expert is fine-tuned from, the base or the last merge.
-        expert: an expert that is trained already: a folder or a hub name.
-        same_base: that expert was trained on this base, although its config names another.
-        unseen: tasks to score beside it, and from now on, that nothing is trained on: FILE, NAME=FILE, or a name that lm-eval knows.
-        method, sets: for this stage alone: the merge method, and any setting by its dotted key.
-    """
-
-    task: str
-    test: Path
-    train: Path | None = None
-    metric: str | None = None
-    start: Start = "base"
-    expert: str | None = None
-    same_base: bool = False
-    unseen: Sequence[str] = ()
-    method: str | None = None
-    sets: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,40 +34,6 @@ class Ready:
     """All tasks to be scored, by name: those learnt, in order, then the unseen ones."""
     has_before: bool
     """Whether the merge before is there."""
-
-
-def draft(folder: Path, state: State | None, request: Request) -> Lesson:
-    """A request as a lesson, without the hashes of its files, which the checks fill in."""
-    overrides = ({"method": request.method} if request.method is not None else {}) | dict(request.sets)
-    known = {task.name: task for stage in (state.lineage() if state else ())[-1:] for task in stage.unseen}
-    asked = [_unseen(folder, word) for word in request.unseen]
-    inherited = [task for name, task in known.items() if name not in {request.task, *(task.name for task in asked)}]
-    return Lesson(
-        id=len(state.stages) + 1 if state else 1,
-        parent=state.head if state else 0,
-        task=Task(name=request.task, metric=request.metric, test=_unread(folder, request.test)),
-        train=_unread(folder, request.train) if request.train else None,
-        start=request.start,
-        given=Model(path=_place(folder, request.expert), fingerprint="") if request.expert else None,
-        unseen=(*inherited, *asked),
-        overrides=overrides,
-    )
-
-
-def _unseen(folder: Path, word: str) -> Task:
-    """FILE, NAME=FILE, or the name of a task that comes with lm-eval."""
-    name, equals, file = word.partition("=")
-    if not equals and not Path(word).suffix and not Path(word).exists():
-        return Task(name=word)
-    return Task(name=name if equals else Path(word).stem, test=_unread(folder, Path(file if equals else word)))
-
-
-def _unread(folder: Path, path: Path) -> DataFile:
-    return DataFile(path=stored_path(folder, path), sha256="")
-
-
-def _place(folder: Path, reference: str) -> str:
-    return stored_path(folder, Path(reference).expanduser()) if Path(reference).expanduser().exists() else reference
 
 
 class Check:
@@ -231,6 +171,7 @@ class Check:
             with self.faults.collect():
                 place = locate_model(self._folder, stage.expert)
                 self._same(place, stage.expert, f"the expert of '{stage.task.name}'", f"stage {stage.id}")
+        self._cards(lineage)
         if not lineage:
             return
         before, place = lineage[-1], found_path(self._folder, lineage[-1].merged.path)
@@ -239,6 +180,18 @@ class Check:
         if needed or self._has_before:
             with self.faults.collect():
                 self._same(place, before.merged, f"the merge of stage {before.id}", "it was made")
+
+    def _cards(self, lineage: Sequence[Stage]) -> None:
+        """Whether the cards are there that the method will ask for."""
+        from recall_merge.files.cards import CARD
+        from recall_merge.maths.methods import METHODS
+
+        method = METHODS.get(self._settings.method) if self._settings else None
+        if method is None or not method.informed or self._settings is None or self._settings.strategy == "sequential":
+            return
+        for stage in lineage:
+            if stage.card is not None and not (place := found_path(self._folder, stage.card) / CARD).is_file():
+                self.faults.add(f"the card of '{stage.task.name}' is missing", where=place, fix="put it back")
 
     def _same(self, place: Path, model: Model, what: str, since: str) -> None:
         if not place.is_dir():

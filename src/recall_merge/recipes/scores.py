@@ -13,6 +13,7 @@ from recall_merge.files.record import versions
 from recall_merge.files.workspace import key_of
 from recall_merge.models.tasks import TaskSpec
 from recall_merge.progress import Progress
+from recall_merge.recipes.evaluate import load_model
 from recall_merge.recipes.settings import Settings
 
 FORMAT = 1
@@ -27,7 +28,7 @@ class Target:
     """base, before (the merge before), expert or merged."""
     folder: Path
     base: Path
-    """What the folder is an adapter on, if it is one."""
+    """What the folder is an adapter on, if it is one; a tokenizer comes from there where it has none of its own."""
     fingerprint: str
     tasks: tuple[str, ...]
 
@@ -58,7 +59,7 @@ def _score_one(file: Path, target: Target, tasks: Sequence[TaskSpec], settings: 
     from recall_merge.models.evaluate import evaluate
 
     scoring = settings.scoring
-    model, tokenizer = _load(target, settings)
+    model, tokenizer = load_model(target.folder, target.base, device=scoring.device, dtype=scoring.dtype)
     for task in tasks:
         [found] = evaluate(
             model,
@@ -75,28 +76,6 @@ def _score_one(file: Path, target: Target, tasks: Sequence[TaskSpec], settings: 
                 item["prediction"] = ""
         kept[target.role][task.name] = data
         write_whole(file, json.dumps({"format": FORMAT, "key": key, "scores": kept}, ensure_ascii=False, indent=1) + "\n")
-
-
-def _load(target: Target, settings: Settings) -> tuple[Any, Any]:
-    """A model, whole or an adapter on its base, and the tokenizer that goes with it."""
-    import torch
-
-    from recall_merge.files.adapter import is_adapter, open_adapter
-    from recall_merge.files.checkpoint import open_checkpoint
-    from recall_merge.files.experts import AdapterExpert, own_tensors
-    from recall_merge.files.vocabulary import read_vocabulary
-    from recall_merge.models.build import build_model, load_tokenizer
-
-    device = settings.scoring.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = settings.scoring.dtype or ("float32" if device == "cpu" else "auto")
-    tokenizer = load_tokenizer(target.folder if read_vocabulary(target.folder) is not None else target.base)
-    if not is_adapter(target.folder):
-        return build_model(target.folder, dtype=dtype).to(device), tokenizer
-    base = open_checkpoint(target.base)
-    expert = AdapterExpert(target.role, open_adapter(target.folder, base))
-    tensors = own_tensors(expert, base, lambda _: True)
-    model = build_model(target.base, tensors, dtype=dtype, vocabulary_size=len(tensors[base.embedding])).to(device)
-    return model, tokenizer
 
 
 def _read(file: Path, key: str) -> Kept | None:
