@@ -51,7 +51,7 @@ FLAGS = ["--base", "base", "-e", "a=a", "-e", "b=b", "-m", "linear"]
     [
         (["merge", "run.yaml"], ["depth", "w a", "w b", "S a", "merged by recall into merged"]),
         (["merge", *FLAGS, "-o", "flags"], ["merged by linear into flags"]),
-        (["merge", "run.yaml", "--set", "method=task_arithmetic", "--set", "out.path=other", "--quiet"], ["merged by task_arithmetic into other"]),
+        (["merge", "run.yaml", "--set", "method=linear", "--set", "out.path=other", "--quiet"], ["merged by linear into other"]),
         (["plan", "run.yaml"], ["bytes read", "kernel: rbf", "nothing was written"]),
         (["plan", *FLAGS, "--out", "x"], ["linear", "0.5, 0.5"]),
         (["weights", "run.yaml"], ["depth", "S a"]),
@@ -59,7 +59,7 @@ FLAGS = ["--base", "base", "-e", "a=a", "-e", "b=b", "-m", "linear"]
         (["methods", "recall"], ["arXiv:2510.20479", "as reconstructed", "temperature = 1.0", "bandwidth = median"]),
         (["methods", "linear"], ["scale", "arXiv:2203.05482"]),
     ],
-)  # fmt: skip
+)
 def test_commands(here, arguments, printed):
     result = recall(*arguments)
     assert result.exit_code == 0, result.output

@@ -12,7 +12,12 @@ import torch
 from recall_merge import MergeRun, RecallError, merge, verify
 from tiny import FAMILIES, fine_tuned, load_model, load_tensors, lora, make_model, make_tokenizer, merged_by_peft, save_model, write_rows
 
-ROWS = [{"prompt": f"is the {word} {verb}?", "completion": f" {answer}"} for word in ("fox", "dog", "film") for verb in ("quick", "lazy", "good") for answer in ("yes", "no")]  # fmt: skip
+ROWS = [
+    {"prompt": f"is the {word} {verb}?", "completion": f" {answer}"}
+    for word in ("fox", "dog", "film")
+    for verb in ("quick", "lazy", "good")
+    for answer in ("yes", "no")
+]
 LINEARS = {"gpt2": ["c_attn", "c_proj"], "neox": ["query_key_value", "dense"], "phi3": ["qkv_proj", "down_proj"]}
 
 

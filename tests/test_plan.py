@@ -1,4 +1,4 @@
-"""Every fault of a run is told before any work, all at once, and the disk stays as it was. The file layer's faults have tests of their own."""
+"""Every fault of a run is told before any work, all at once, and the disk stays as it was."""
 
 import json
 import shutil
@@ -65,7 +65,7 @@ def test_a_sound_run_has_a_plan(world):
     assert plan.bytes_read == 3 * 4 * numbers
     assert plan.memory >= 2 * 4 * numbers
     assert plan.base.depths.blocks == 2
-    assert list(plan.specs)[0] == "model.embed_tokens.weight"
+    assert next(iter(plan.specs)) == "model.embed_tokens.weight"
     assert {"model.norm.weight", "lm_head.weight"} == set(list(plan.specs)[-2:])
     assert estimate(plan).seconds > 0
     assert not (world / "out").exists()
@@ -253,7 +253,7 @@ def test_shrunken_after_the_plan(world):
     plan = make_plan(a_run(world, method="linear", samples=None))
     file = world / "b" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(RecallError, match="the file ended .* bytes early"):
+    with pytest.raises(RecallError, match=r"the file ended .* bytes early"):
         apply(plan)
     assert not (world / "out").exists()
     assert not (world / "out.partial").exists()
@@ -266,6 +266,90 @@ def test_a_header_that_lies(world):
     found = faults_of(world)
     assert any("the header claims 1000000000 bytes" in fault[0] for fault in found)
     assert any("at least 8 bytes, this one has 0" in fault[0] for fault in found)
+
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def cut(folder):
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-1])
+
+
+def empty(folder):
+    (folder / WEIGHTS).write_bytes(b"")
+
+
+def garble(folder):
+    data = bytearray((folder / WEIGHTS).read_bytes())
+    data[8:40] = b"\xff" * 32
+    (folder / WEIGHTS).write_bytes(data)
+
+
+def overlap(folder):
+    data = (folder / WEIGHTS).read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    names = [name for name in header if name != "__metadata__"]
+    same = [name for name in names if header[name]["shape"] == header[names[-1]]["shape"]]
+    header[same[0]]["data_offsets"] = header[same[-1]]["data_offsets"]
+    text = json.dumps(header).encode()
+    (folder / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+def no_weights(folder):
+    (folder / WEIGHTS).unlink()
+
+
+def pickled(folder):
+    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
+
+
+def missing_shard(folder):
+    (folder / WEIGHTS).rename(folder / "model-00001-of-00002.safetensors")
+    files = {"model.norm.weight": "model-00001-of-00002.safetensors", "lm_head.weight": "model-00002-of-00002.safetensors"}
+    (folder / INDEX).write_text(json.dumps({"weight_map": files}))
+
+
+def index_outside(folder):
+    (folder / WEIGHTS).rename(folder.parent / "stolen.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": "../stolen.safetensors"}}))
+
+
+def two_models(folder):
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": WEIGHTS}}))
+
+
+def no_config(folder):
+    (folder / "config.json").unlink()
+
+
+def quantised(folder):
+    edit_json(folder / "config.json", quantization_config={"quant_method": "gptq"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (cut, "the header describes"),
+        (empty, "at least 8 bytes"),
+        (garble, "the header is not"),
+        (overlap, "overlap or leave holes"),
+        (no_weights, "there are no weights in this folder"),
+        (pickled, "the weights are pickled (pytorch_model.bin)"),
+        (missing_shard, "the index names 'model-00002-of-00002.safetensors', which is missing"),
+        (index_outside, "the index names '../stolen.safetensors'"),
+        (two_models, "the folder holds two models"),
+        (no_config, "there is no config.json"),
+        (quantised, "quantised"),
+    ],
+)
+@pytest.mark.parametrize("victim", ["base", "a"])
+def test_damaged_models_are_refused_before_anything_is_written(world, damage, what, victim):
+    damage(world / victim)
+    found = faults_of(world)
+    told = [fault for fault in found if what in fault[0]]
+    assert told, found
+    assert all(str(world / victim) in fault[1] and fault[2] for fault in told)
 
 
 def test_adapter_of_another_base(world):

@@ -29,10 +29,11 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class DemoTask:
-    """A task of the demo: its name, what kind it is, and its rows."""
+    """A task of the demo: its name, what kind it is, how it is scored, and its rows."""
 
     name: str
     kind: str
+    metric: str
     train: Path
     test: Path
 
@@ -66,13 +67,17 @@ class DemoResult:
     reused: tuple[str, ...]
 
 
-TASKS = {"opinion": "sentiment of short messages", "desk": "which desk a message goes to", "french": "English names into French"}
+TASKS = {  # name: kind and metric
+    "opinion": ("positive or negative", "acc"),
+    "desk": ("which of five desks a message goes to", "acc"),
+    "french": ("dates, measures and names into French", "chrf"),
+}
 
 
 def demo_tasks() -> tuple[DemoTask, ...]:
     """The tasks that ship with the package; `demo_data/SOURCES.md` names the source and licence of each."""
     data = Path(str(files("recall_merge"))) / "demo_data"
-    return tuple(DemoTask(name, kind, data / name / "train.jsonl", data / name / "test.jsonl") for name, kind in TASKS.items())
+    return tuple(DemoTask(name, *told, data / name / "train.jsonl", data / name / "test.jsonl") for name, told in TASKS.items())
 
 
 def demo(folder: Path, *, progress: Progress | None = None, say: Say = lambda _: None) -> DemoResult:
@@ -162,7 +167,9 @@ def _scores(
             return {task: TaskScore.from_json(score) for task, score in known["scores"].items()}, known["answers"], True
     tensors = None if isinstance(model, Path) else own_tensors(model, base, lambda _: True)
     built, tokenizer = build_model(source if tensors is None else base.folder, tensors), load_tokenizer(base.folder)
-    found = evaluate(built, [TaskSpec(task.name, read_rows(task.test)) for task in tasks], tokenizer=tokenizer, progress=progress)
+    found = evaluate(
+        built, [TaskSpec(task.name, read_rows(task.test), task.metric) for task in tasks], tokenizer=tokenizer, progress=progress
+    )
     scores = {score.task: score for score in found}
     answers = {task.name: _generate(built, tokenizer, read_rows(task.test)[0]) for task in tasks}
     file.parent.mkdir(parents=True, exist_ok=True)
