@@ -239,7 +239,7 @@ class _Parts:
                 edit.transpose = self._is_stored_transposed(name, edit)
             for misfit in edit.misfits(own.spec.shape, tokens=name in self._base.token_tensors):
                 faults.add(f"the adapter changes '{name}' {misfit}", where=self._where, fix=OTHER_BASE)
-        if len(self._base.token_tensors) == 1 and not self._head_follows():
+        if self._base.is_tied and not self._head_follows():
             faults.add(
                 f"the adapter trains the head apart from the embedding '{self._base.embedding}', to which the base ties it",
                 where=self._where,

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # the spellings of L in transformers' configs
-HEADS = re.compile(r"(^|\.)(lm_head|embed_out)\.(weight|bias)$")
+BLOCK_LISTS = ("layers_block_type",)  # one entry a block, where a config gives no number
+HEADS = re.compile(r"(^|\.)(lm_head|embed_out|output_projection|head)\.(weight|bias)$")
 POSITIONS = re.compile(r"wpe|pos")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state")  # pickles that a trainer leaves beside the weights
@@ -67,12 +68,18 @@ class Checkpoint:
     @cached_property
     def embedding(self) -> str:
         """The input embedding: the tensor before the blocks that has a row for each token."""
-        return _embedding(self.config, self.tensors, self.depths)
+        return self.token_tensors[0]
 
     @cached_property
     def token_tensors(self) -> tuple[str, ...]:
-        """The tensors whose rows are tokens: the input embedding and, where it is one of its own, the head."""
-        return (self.embedding, *(name for name in self.tensors if HEADS.search(name)))
+        """The tensors whose rows are tokens: the input embedding, others like it, and the head where it is one of its own."""
+        inputs = _embeddings(self.config, self.tensors, self.depths)
+        return (*inputs, *(name for name in self.tensors if _is_head(name, self.depths)))
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the head is the embedding, and so no tensor of its own."""
+        return not any(_is_head(name, self.depths) for name in self.tensors)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -132,6 +139,9 @@ def block_count(config: Mapping[str, Any]) -> int | None:
         for key in BLOCK_COUNTS:
             if isinstance(part.get(key), int):
                 return part[key]
+        for key in BLOCK_LISTS:
+            if isinstance(part.get(key), list):
+                return len(part[key])
     return None
 
 
@@ -240,30 +250,36 @@ def _vocab_size(config: Mapping[str, Any]) -> Any:
     return config.get("vocab_size", _text_part(config).get("vocab_size"))
 
 
-def _embedding(config: Mapping[str, Any], names: Mapping[str, Stored], depths: Depths) -> str:
+def _embeddings(config: Mapping[str, Any], names: Mapping[str, Stored], depths: Depths) -> list[str]:
+    """The tensors before the blocks that have a row for each token: the embedding, then others called after it ('.._per_layer')."""
     rows = _vocab_size(config)
     found = [
         name
         for name, stored in names.items()
         if depths.of(name) == 0 and len(stored.spec.shape) == 2 and stored.spec.shape[0] == rows and not POSITIONS.search(name)
     ]
-    if len(found) != 1:
+    found.sort(key=len)
+    if not found or not all(name.startswith(found[0].removesuffix(".weight")) for name in found):
         count = "more than one tensor" if found else "no tensor"
         raise CheckpointError(
             f"the config says vocab_size {rows}; {count} before the blocks has that many rows",
             where=next(iter(names.values())).file.parent,
             fix="config and weights must be of the same model: copy or download it again",
         )
-    return found[0]
+    return found
+
+
+def _is_head(name: str, depths: Depths) -> bool:
+    return HEADS.search(name) is not None and depths.of(name) == depths.last
 
 
 def _without_tied_head(folder: Path, config: Mapping[str, Any], stored: dict[str, Stored], depths: Depths) -> dict[str, Stored]:
     """Leave out a head that is the embedding stored a second time. Where the config does not say, equal bytes say that it is tied."""
     tied = config.get("tie_word_embeddings", _text_part(config).get("tie_word_embeddings"))
-    head = next((name for name in stored if HEADS.search(name) and name.endswith("weight")), None)
+    head = next((name for name in stored if _is_head(name, depths) and name.endswith("weight")), None)
     if tied is False or head is None:
         return stored
-    embedding = _embedding(config, stored, depths)
+    embedding = _embeddings(config, stored, depths)[0]
     if stored[head].same_bytes(stored[embedding]):
         return {name: tensor for name, tensor in stored.items() if name != head}
     if tied:

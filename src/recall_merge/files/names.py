@@ -8,7 +8,12 @@ from dataclasses import replace
 from recall_merge.files.checkpoint import HEADS, Checkpoint
 from recall_merge.maths.depths import Depths
 
-RENAMED = (("lm_head.", "embed_out."), (".mlp.", ".block_sparse_moe."), (".mlp.router.", ".block_sparse_moe.gate."))  # in memory, in files
+RENAMED = (  # what modules are called in memory today, and what they are called in files
+    ("lm_head.", "embed_out."),
+    (".mlp.", ".block_sparse_moe."),
+    (".mlp.router.", ".block_sparse_moe.gate."),
+    ("model.language_model.", "language_model.model."),
+)
 
 
 class Names:
@@ -40,7 +45,7 @@ class Names:
 
     def is_tied_head(self, wanted: str) -> bool:
         """Whether `wanted` is a head that the base does not store because it is tied to the embedding."""
-        return HEADS.search(wanted) is not None and len(self._base.token_tensors) == 1
+        return HEADS.search(wanted) is not None and self._base.is_tied
 
 
 def named_like(checkpoint: Checkpoint, base: Checkpoint) -> Checkpoint:

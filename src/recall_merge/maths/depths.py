@@ -7,8 +7,11 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-_INPUT_SIDE = re.compile(r"emb|wte|wpe")
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_embeddings?)\.")
+_INPUT_SIDE = re.compile(
+    r"emb|wte|wpe|position_bias|input_hidden|per_layer|altup_proj"  # of text
+    r"|vision|visual|image|audio|multi_modal"  # of what else a model may take in
+)
+_OUTPUT_SIDE = re.compile(r"(^|\.)(lm_head|embed_out|output_embeddings?|embedding_norm)\.|unembed")
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,15 @@ class Depths:
     def of(self, name: str) -> int:
         """The depth of one tensor, from its name.
 
-        Outside the blocks, an input side calls itself an embedding in every decoder of transformers (embed_tokens, wte, wpe,
-        word_embeddings_layernorm, ...); the rest follows the blocks. An output head may be named after an embedding (embed_out) too.
+        Outside the blocks, what comes before them says so in its name in nearly every decoder of transformers (embed_tokens, wte, wpe,
+        word_embeddings_layernorm, ...); the rest follows the blocks. What comes after may be named after an embedding too: embed_out, or
+        LFM2's embedding_norm, its final norm. A slow test compares this with the order in which the models of transformers compute.
         """
         if name.startswith(self.prefix + "."):
-            return 1 + int(name[len(self.prefix) + 1 :].split(".", 1)[0])
-        return 0 if _INPUT_SIDE.search(name) and not _HEAD.search(name) else self.last
+            number = name[len(self.prefix) + 1 :].split(".", 1)[0]
+            if number.isdecimal():
+                return 1 + int(number)
+        return 0 if _INPUT_SIDE.search(name) and not _OUTPUT_SIDE.search(name) else self.last
 
 
 def find_depths(names: Iterable[str], blocks: int) -> Depths:
