@@ -258,11 +258,12 @@ def test_a_folder_is_scored_as_the_model_in_it(tmp_path, model, tokenizer):
         evaluate(model, tasks)
 
 
-def test_no_second_beginning_is_read(model):
-    """A tokenizer that adds <s> by itself must not add it to a rendered text."""
+@pytest.mark.parametrize("template", [False, True])
+def test_no_tokens_are_added_to_a_rendered_text(model, template):
+    """A tokenizer that puts <s> first by itself must not do so here: the model reads what it was trained on."""
     from tokenizers.processors import TemplateProcessing
 
-    tokenizer = make_tokenizer(template=True)
+    tokenizer = make_tokenizer(template=template)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     assert tokenizer("dog")["input_ids"][0] == 1
     seen = []
@@ -271,9 +272,9 @@ def test_no_second_beginning_is_read(model):
         evaluate(model, [TaskSpec("choices", CHOICES[:1]), TaskSpec("answers", ANSWERS[:1])], tokenizer=tokenizer)
     finally:
         hook.remove()
-    starts = [ids[0, :2].tolist() for ids in seen if ids.shape[1] > 4]
-    assert len(starts) == 2
-    assert all(first == 1 and second != 1 for first, second in starts)
+    whole = [ids[0].tolist() for ids in seen if ids.shape[1] > 4]
+    prompts = [tokenizer(render(row, tokenizer).prompt, add_special_tokens=False)["input_ids"] for row in (CHOICES[0], ANSWERS[0])]
+    assert [ids[: len(prompt)] for ids, prompt in zip(whole, prompts, strict=True)] == prompts
 
 
 def test_a_choice_that_begins_another_is_scored_with_its_end(tokenizer):

@@ -186,6 +186,12 @@ def test_an_interval_of_a_metric_of_the_whole_matrix():
     assert interval.low < interval.estimate < interval.high
 
 
+def test_draws_that_leave_a_statistic_undefined_are_left_out():
+    share = lambda s: float(s[0].mean()) if s[0].any() else float("nan")  # noqa: E731
+    interval = bootstrap(share, [[0.0, 1.0]], draws=200)  # a quarter of the draws is (0, 0)
+    assert interval == (0.5, 0.5, 1.0)
+
+
 def test_an_undefined_statistic_has_no_interval():
     assert np.isnan(bootstrap(lambda s: float("nan"), [[0.1, 0.2]], draws=10)).all()
     single = bootstrap(lambda s: float(s[0].mean()), [[0.7]])

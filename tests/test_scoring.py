@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import sacrebleu
 
 from recall_merge.models import scoring
 from recall_merge.models.scoring import (
@@ -95,8 +96,6 @@ PAIRS = [
 
 
 def test_corpus_metrics_are_sacrebleus_from_0_to_1():
-    import sacrebleu
-
     predictions = [prediction for prediction, _ in PAIRS]
     references = [[answers[0] for _, answers in PAIRS], [answers[1] if len(answers) > 1 else None for _, answers in PAIRS]]
     assert corpus_bleu(PAIRS) == pytest.approx(sacrebleu.corpus_bleu(predictions, references).score / 100)
@@ -122,6 +121,9 @@ def test_the_standard_error_of_a_corpus_metric_shrinks_with_the_root_of_the_item
     assert few is not None
     assert many is not None
     assert few / many == pytest.approx(2, rel=0.25)
+    columns = [said for said, _ in pairs], [[answers[0] for _, answers in pairs]]
+    interval = {"bleu": sacrebleu.BLEU, "chrf": sacrebleu.CHRF}[metric]().corpus_score(*columns, n_bootstrap=1000)._ci
+    assert many == pytest.approx(interval / 1.96 / 100, rel=0.1)
     assert corpus_stderr(metric, pairs) == many
     assert corpus_stderr(metric, pairs[:1]) is None
     assert corpus_stderr(metric, [("x", ["y"])] * 3) == 0.0
