@@ -1,0 +1,275 @@
+"""The result's folder: whole or not at all, in its place in one step, and nothing of the user's is ever taken for ours."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from recall_merge.errors import OutputError
+from recall_merge.files.checkpoint import INDEX, SINGLE, open_checkpoint
+from recall_merge.files.output import MARKER, OutputFolder, Shard, WeightWriter, free_bytes, plan_shards
+from recall_merge.files.safetensors import Spec
+from tiny import load_model, load_tensors
+
+
+def folder_of(target, *, overwrite=False):
+    return OutputFolder(target, overwrite=overwrite)
+
+
+def write_model(folder, text="new"):
+    """Something that counts as a model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "weights").write_text(text)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+class TestInterrupted:
+    def test_leaves_nothing(self, tmp_path):
+        with pytest.raises(RuntimeError, match="power"), folder_of(tmp_path / "deep" / "merged") as folder:
+            write_model(folder.path)
+            assert (folder.path / MARKER).exists()
+            raise RuntimeError("power")
+        assert list((tmp_path / "deep").iterdir()) == []
+
+    def test_by_the_user_leaves_nothing(self, tmp_path):
+        with pytest.raises(KeyboardInterrupt), folder_of(tmp_path / "merged"):
+            raise KeyboardInterrupt
+        assert list(tmp_path.iterdir()) == []
+
+    def test_leaves_what_was_there(self, tmp_path):
+        write_model(tmp_path / "merged", "old")
+        with pytest.raises(RuntimeError), folder_of(tmp_path / "merged", overwrite=True) as folder:
+            write_model(folder.path)
+            raise RuntimeError
+        assert (tmp_path / "merged" / "weights").read_text() == "old" and names(tmp_path) == ["merged"]
+
+    def test_without_commit_leaves_nothing(self, tmp_path):
+        with folder_of(tmp_path / "merged") as folder:
+            write_model(folder.path)
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestCommitted:
+    def test_appears_whole_and_without_our_marker(self, tmp_path):
+        with folder_of(tmp_path / "a" / "b" / "merged") as folder:
+            write_model(folder.path)
+            assert not folder.target.exists()
+            folder.commit()
+        assert names(tmp_path / "a" / "b") == ["merged"] and names(folder.target) == ["config.json", "weights"]
+
+    def test_takes_the_place_of_an_empty_folder(self, tmp_path):
+        (tmp_path / "merged").mkdir()
+        with folder_of(tmp_path / "merged") as folder:
+            folder.check({})
+            write_model(folder.path)
+            folder.commit()
+        assert names(tmp_path) == ["merged"] and names(folder.target) == ["config.json", "weights"]
+
+    def test_replaces_a_model_in_one_step(self, tmp_path, monkeypatch):
+        write_model(tmp_path / "merged", "old")
+        (tmp_path / "merged" / "only-in-the-old").touch()
+        seen = []
+        rename = Path.rename
+
+        def watched(path, target):
+            seen.append([(place / "weights").read_text() for place in (path, Path(target)) if (place / "weights").exists()])
+            return rename(path, target)
+
+        monkeypatch.setattr(Path, "rename", watched)
+        with folder_of(tmp_path / "merged", overwrite=True) as folder:
+            folder.check({})
+            write_model(folder.path)
+            folder.commit()
+        assert names(tmp_path) == ["merged"] and names(folder.target) == ["config.json", "weights"]
+        assert (folder.target / "weights").read_text() == "new"
+        assert seen == [["old"], ["new"]]  # at every instant one of the two is whole
+
+    def test_puts_the_old_one_back_if_it_cannot(self, tmp_path, monkeypatch):
+        write_model(tmp_path / "merged", "old")
+        rename = Path.rename
+
+        def fails(path, target):
+            if path.name == "merged.partial":
+                raise OSError("no")
+            return rename(path, target)
+
+        monkeypatch.setattr(Path, "rename", fails)
+        with pytest.raises(OSError, match="no"), folder_of(tmp_path / "merged", overwrite=True) as folder:
+            write_model(folder.path)
+            folder.commit()
+        assert names(tmp_path) == ["merged"] and (tmp_path / "merged" / "weights").read_text() == "old"
+
+
+class TestLeftovers:
+    def test_of_ours_are_cleaned(self, tmp_path):
+        (tmp_path / "merged.partial").mkdir()
+        for file in (MARKER, "model.safetensors"):
+            (tmp_path / "merged.partial" / file).touch()
+        with folder_of(tmp_path / "merged") as folder:
+            folder.check({})
+            assert names(folder.path) == [MARKER]
+            folder.commit()
+
+    def test_of_others_are_refused_and_kept(self, tmp_path):
+        (tmp_path / "merged.partial").mkdir()
+        (tmp_path / "merged.partial" / "thesis.txt").touch()
+        with pytest.raises(OutputError) as error:
+            folder_of(tmp_path / "merged").check({})
+        assert str(error.value) == (
+            f"a folder that is not ours lies where the result is to be built\n  where: {tmp_path}/merged.partial\n  fix: move it away"
+        )
+        assert (tmp_path / "merged.partial" / "thesis.txt").exists()
+
+    def test_that_are_a_file_are_refused(self, tmp_path):
+        (tmp_path / "merged.partial").write_text("mine")
+        with pytest.raises(OutputError, match="not ours lies where the result is to be built"):
+            folder_of(tmp_path / "merged").check({})
+
+    def test_of_a_replacement_that_was_stopped_are_finished(self, tmp_path):
+        write_model(tmp_path / "merged.replaced.partial", "old")  # stopped between the two renames
+        with folder_of(tmp_path / "merged", overwrite=True):
+            assert (tmp_path / "merged" / "weights").read_text() == "old"
+        assert names(tmp_path) == ["merged"]
+        write_model(tmp_path / "merged.replaced.partial", "older")  # stopped after them
+        with folder_of(tmp_path / "merged", overwrite=True):
+            pass
+        assert names(tmp_path) == ["merged"] and (tmp_path / "merged" / "weights").read_text() == "old"
+
+
+class TestCheck:
+    """What is refused before any work, with nothing changed."""
+
+    def refused(self, target, what, fix="choose another folder for `out`", protected=None, overwrite=False):
+        with pytest.raises(OutputError) as error:
+            folder_of(target, overwrite=overwrite).check(protected or {})
+        [fault] = error.value.faults
+        assert what in fault.what and fix in fault.fix
+        return fault
+
+    def test_a_folder_that_is_not_empty(self, tmp_path):
+        write_model(tmp_path / "merged")
+        fault = self.refused(tmp_path / "merged", "the output folder is not empty", "choose another, or give --overwrite to replace it")
+        assert fault.where == str(tmp_path / "merged")
+
+    def test_a_folder_of_other_things_even_with_overwrite(self, tmp_path):
+        (tmp_path / "home").mkdir()
+        (tmp_path / "home" / "thesis.txt").touch()
+        self.refused(tmp_path / "home", "the output folder holds something that is no model", overwrite=True)
+
+    def test_a_file(self, tmp_path):
+        (tmp_path / "merged").touch()
+        self.refused(tmp_path / "merged", "the output's place is taken by a file", overwrite=True)
+
+    @pytest.mark.parametrize("target", ["base", "base/merged", ".", "link", "link/merged", "elsewhere/../base"])
+    def test_a_folder_that_the_run_reads(self, tmp_path, target):
+        write_model(tmp_path / "models" / "base")
+        (tmp_path / "models" / "link").symlink_to(tmp_path / "models" / "base")
+        (tmp_path / "models" / "elsewhere").mkdir()
+        protected = {"the folder of base": tmp_path / "models" / "base"}
+        self.refused(
+            tmp_path / "models" / target, "the output would lie in, or over, the folder of base", protected=protected, overwrite=True
+        )
+
+    def test_a_folder_beside_those_is_fine(self, tmp_path):
+        write_model(tmp_path / "base")
+        for name in ("base2", "bas", "merged/base"):
+            folder_of(tmp_path / name).check({"the folder of base": tmp_path / "base"})
+        assert names(tmp_path) == ["base"]
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+    def test_a_place_without_permission(self, tmp_path):
+        (tmp_path / "locked").mkdir(mode=0o500)
+        fault = self.refused(tmp_path / "locked" / "a" / "merged", "there is no permission to write here")
+        assert fault.where == str(tmp_path / "locked")
+
+    def test_asks_the_nearest_place_that_exists(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+        assert self.refused(tmp_path / "a" / "b" / "merged", "there is no permission to write here").where == str(tmp_path)
+        assert free_bytes(tmp_path / "a" / "b" / "merged") == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.5)
+
+
+class TestShards:
+    SPECS = {"a": Spec("F32", (2,)), "b": Spec("BF16", (2, 2)), "c": Spec("F32", (10,)), "d": Spec("F32", ()), "e": Spec("F32", (0,))}
+
+    @pytest.mark.parametrize(
+        ("size", "groups"),
+        [
+            (10**9, ["abcde"]),
+            (60, ["abcde"]),
+            (59, ["abc", "de"]),
+            (16, ["ab", "c", "de"]),
+            (8, ["a", "b", "c", "de"]),
+            (1, [*"abcd", "e"]),
+        ],
+    )
+    def test_fill_up_in_order(self, size, groups):
+        assert ["".join(shard.specs) for shard in plan_shards(self.SPECS, size)] == groups
+
+    def test_are_named_as_hugging_face_names_them(self):
+        assert [shard.file for shard in plan_shards(self.SPECS, 60)] == [SINGLE]
+        assert [shard.file for shard in plan_shards(self.SPECS, 59)] == [
+            "model-00001-of-00002.safetensors",
+            "model-00002-of-00002.safetensors",
+        ]
+        assert [shard.nbytes for shard in plan_shards(self.SPECS, 59)] == [56, 4]
+
+    @pytest.mark.parametrize("size", [10**9, 59, 1])
+    def test_hold_what_was_written(self, tmp_path, size):
+        tensors = {
+            name: torch.randn(spec.shape, generator=torch.Generator().manual_seed(1)).to(spec.torch_dtype)
+            for name, spec in self.SPECS.items()
+        }
+        shards = plan_shards(self.SPECS, size)
+        with WeightWriter(tmp_path, shards) as writer:
+            for name, tensor in tensors.items():
+                writer.add(name, tensor)
+        read = {name: tensor for shard in shards for name, tensor in load_file(tmp_path / shard.file).items()}
+        assert read.keys() == tensors.keys() and all(torch.equal(read[name], tensors[name]) for name in tensors)
+        assert writer.hashes == {s.file: hashlib.sha256((tmp_path / s.file).read_bytes()).hexdigest() for s in shards}
+        if len(shards) == 1:
+            assert names(tmp_path) == [SINGLE]
+        else:
+            index = json.loads((tmp_path / INDEX).read_text())
+            assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+            assert index["weight_map"] == {name: shard.file for shard in shards for name in shard.specs}
+
+    def test_take_the_planned_tensors_only(self, tmp_path):
+        tensor = torch.zeros(2)
+        for name, wrong in (("b", tensor), ("a", tensor.half()), ("a", torch.zeros(3))):
+            with (
+                WeightWriter(tmp_path, [Shard(SINGLE, {"a": Spec("F32", (2,))})]) as writer,
+                pytest.raises(AssertionError, match="the plan"),
+            ):
+                writer.add(name, wrong)
+
+    def test_take_a_tensor_that_is_a_view(self, tmp_path):
+        tensor = torch.arange(6.0).view(2, 3).T
+        with WeightWriter(tmp_path, [Shard(SINGLE, {"a": Spec("F32", (3, 2))})]) as writer:
+            writer.add("a", tensor)
+        assert torch.equal(load_file(tmp_path / SINGLE)["a"], tensor)
+
+
+@pytest.mark.parametrize("size", [10**9, 40_000])
+def test_a_model_written_is_a_model_for_transformers(llama, tmp_path, size):
+    base = open_checkpoint(llama)
+    shards = plan_shards(base.specs, size)
+    with folder_of(tmp_path / "merged") as folder:
+        for file in llama.glob("*.json"):
+            shutil.copy(file, folder.path)
+        with WeightWriter(folder.path, shards) as writer:
+            for name in base.tensors:
+                writer.add(name, base.read(name))
+        folder.commit()
+    assert len(shards) == (1 if size == 10**9 else 3)
+    assert open_checkpoint(tmp_path / "merged").fingerprint == base.fingerprint
+    state, wanted = load_model(tmp_path / "merged").state_dict(), load_tensors(llama)
+    assert all(torch.equal(state[name], wanted[name]) for name in wanted)
