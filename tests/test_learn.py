@@ -101,6 +101,9 @@ def test_from_last_fine_tunes_the_merge_before_and_the_expert_stays_an_adapter(w
     first = dense(llama, folder / "experts" / "1-a", tmp_path / "a")
     second = dense(folder / "merges" / "1", folder / "experts" / "2-b", tmp_path / "b")
     assert_close(load_tensors(folder / "merges" / "2"), {name: (first[name] + second[name]) / 2 for name in first})
+    shutil.move(folder / "merges" / "1", tmp_path / "away")
+    refused(folder, lambda: teach(folder, data, "c"), "the merge of stage 1 is missing")
+    shutil.move(tmp_path / "away", folder / "merges" / "1")
     third = teach(folder, data, "c")  # an expert on a merge takes part in later merges, too
     wanted = [first, second, dense(llama, folder / "experts" / "3-c", tmp_path / "c")]
     assert_close(load_tensors(folder / "merges" / "3"), {name: sum(expert[name] for expert in wanted) / 3 for name in first})
@@ -123,8 +126,15 @@ def test_the_samples_are_rows_of_the_newest_experts_training_rows(ws, data):
     assert record["run"]["samples"]["path"] == "b-train.jsonl"
     assert learned.merge.weighting.models == ("a", "b")
     text = read_rows(data / "b-train.jsonl")[learned.stage.samples[0]].plain
-    kept = [path for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
-    assert kept == []  # positions, never text
+
+    def holding_text() -> list[Path]:
+        return [path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
+
+    assert holding_text() == []  # positions, never text
+    rollback(folder, 1)
+    learned = teach(folder, data, "b", sets={"keep_samples": True}, method="linear")
+    assert holding_text() == [Path("samples/3-b.jsonl")]  # unless asked
+    assert len(learned.stage.samples) == SETTINGS["samples.count"]  # of the card, where the method compares no representations
 
 
 def test_older_rows_are_never_read_again(ws, data, tmp_path):
@@ -206,6 +216,14 @@ def test_every_expert_leaves_a_card_so_a_later_stage_may_merge_by_cards(ws, data
     shutil.rmtree(folder / "cards" / "2-b")
     refused(folder, lambda: teach(folder, data, "c", method="aligned"), "the card of 'b' is missing")
     assert teach(folder, data, "c", sets={"card_rank": 0}).stage.card is None
+
+
+def test_an_old_merge_may_be_deleted_to_make_room(ws, data):
+    folder = ws("linear")
+    shutil.rmtree(folder / "merges" / "1")
+    learned = teach(folder, data, "b")
+    assert learned.notes[0] == "the merge of stage 1 is not there, so it was not scored on what is new"
+    assert status(folder).branches[0].r[1] == [learned.state.stages[0].scores.merged["a"], None]
 
 
 # ---- experts from elsewhere
@@ -290,7 +308,7 @@ def test_an_old_test_file_that_changed_or_is_gone(ws, data, tmp_path):
 
 
 def test_models_that_changed(ws, data, llama, tmp_path):
-    folder = ws("sequential")
+    folder = ws("linear")
     state = json.loads((folder / "workspace.json").read_text())
     base = shutil.copytree(llama, tmp_path / "base")
     state["base"]["path"] = str(base)
@@ -345,6 +363,7 @@ def test_all_faults_at_once(ws, data, tmp_path):
         ({"sets": {"samples.path": "x"}}, "the workspace's own"),
         ({"expert": "no such/place/at all"}, "there is no such"),
         pytest.param({"unseen": ["helaswag"]}, "lm-eval has no task 'helaswag'", marks=pytest.mark.slow),  # reads ten thousand files
+        ({"sets": {"scoring.limit": 3, "template": False}}, "'scoring.limit' is None in this workspace and cannot be 3 for one stage"),
         ({"sets": {"weights": [1, 2, 3]}}, "there are 3 weights for 2 experts"),
     ],
 )

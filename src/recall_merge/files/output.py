@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from recall_merge.errors import OutputError
 from recall_merge.files.checkpoint import INDEX, SINGLE
+from recall_merge.files.durable import sync
 from recall_merge.files.record import RECORD
 from recall_merge.files.safetensors import Spec, bytes_of, encode_header
 
@@ -114,8 +115,8 @@ class OutputFolder:
         """Put the finished folder in its place. What was there stays until the new one stands."""
         (self.path / MARKER).unlink()
         for file in self.path.iterdir():
-            _sync(file)
-        _sync(self.path)
+            sync(file)
+        sync(self.path)
         if self.target.exists():
             self.target.rename(self._old)
         try:
@@ -123,7 +124,7 @@ class OutputFolder:
         except OSError:
             self._mend()
             raise
-        _sync(self.target.absolute().parent)
+        sync(self.target.absolute().parent)
         if self._old.exists():
             shutil.rmtree(self._old)
 
@@ -210,11 +211,3 @@ def _is_ours(partial: Path) -> bool:
 
 def _existing(folder: Path) -> Path:
     return next(place for place in (folder, *folder.parents) if place.exists())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

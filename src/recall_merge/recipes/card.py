@@ -39,6 +39,7 @@ def make_card(run: MergeRun, *, rank: int = RANK, folder: Path | None = None, pr
         "expert": hash_expert(expert),
         "base": plan.base.fingerprint,
         "samples": len(texts),
+        "rows": [sample.row for sample in samples],
         "tokens": sum(sample.tokens for sample in samples),
         "rank": rank,
     }

@@ -9,19 +9,18 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from recall_merge.config import MergeRun
-from recall_merge.errors import CheckpointError, Faults, WorkspaceError
+from recall_merge.errors import Faults, WorkspaceError
 from recall_merge.files.adapter import is_adapter
-from recall_merge.files.checkpoint import read_json
+from recall_merge.files.cards import open_card
 from recall_merge.files.durable import write_whole
-from recall_merge.files.output import OutputFolder
-from recall_merge.files.record import RECORD, versions
+from recall_merge.files.record import versions
 from recall_merge.files.workspace import (
     Lesson,
     Model,
@@ -38,16 +37,12 @@ from recall_merge.files.workspace import (
     write_state,
 )
 from recall_merge.progress import Progress, Silent
+from recall_merge.recipes.artefacts import KEY, SCRATCH, copy_adapter, key_in, make_way, tidy
 from recall_merge.recipes.card import make_card
 from recall_merge.recipes.lesson import Check, Ready, locate_model, refuse_other
 from recall_merge.recipes.merge import MergeResult, merge, reuse
 from recall_merge.recipes.request import Request, draft
 from recall_merge.recipes.scores import Kept, Target, score, scores_key
-
-KINDS = ("experts", "merges", "scores")  # of artefacts, each in a folder of its own
-KEY = "key.json"
-SCRATCH = "scratch"  # whole models that are made from adapters for one merge
-TRAVELS = (".json", ".safetensors", ".txt", ".jinja", ".model")  # of a given adapter's folder: never a pickle
 
 
 @dataclass(frozen=True)
@@ -143,11 +138,11 @@ class Work:
                 if not is_adapter(place):
                     return lesson.given
                 if not target.exists() or fingerprint(target) != lesson.given.fingerprint:
-                    _copy_adapter(place, target)
+                    copy_adapter(place, target)
             else:
                 from recall_merge.models.train import train
 
-                _clear(target)
+                make_way(target)
                 settings = self._ready.settings.training_settings()
                 train(self._start(lesson), self._ready.rows, target, settings, overwrite=True, progress=self._progress)
             return self._model(target)
@@ -164,7 +159,7 @@ class Work:
             asked = {"samples": settings.samples.model_dump() if settings.samples else None, "template": settings.template}
             asked |= {"rank": settings.card_rank, "seed": settings.seed, "rows": lesson.train.sha256, "versions": versions()}
             key = key_of(asked | {"base": self._state.base.fingerprint, "expert": expert.fingerprint})
-            if _key_in(target) != key:
+            if key_in(target) != key:
                 (target / KEY).unlink(missing_ok=True)
                 make_card(run, rank=settings.card_rank, folder=target, progress=self._progress)
                 write_whole(target / KEY, json.dumps({"key": key}) + "\n")
@@ -205,14 +200,17 @@ class Work:
     def commit(self, expert: Model, card: str | None, merged: Model, made: MergeResult, scores: Kept) -> Learned:
         """Make the stage part of the workspace, and its merge the workspace's model."""
         plain = {role: {name: found["score"] for name, found in tasks.items()} for role, tasks in scores.items()}
+        samples = self._samples(card, made)
         with self._noted("commit"):
-            self._tidy()
+            tidy(self._folder)
+            if self._ready.settings.keep_samples:
+                self._write_samples(samples)
             stage = Stage(
                 **self._lesson.model_dump(),
                 expert=expert,
                 card=card,
                 merged=merged,
-                samples=tuple(sample.row for sample in made.weighting.samples),
+                samples=samples,
                 scores=Scores(file=stored_path(self._folder, self._scores_file), **({"before": {}} | plain)),
                 created=now(),
             )
@@ -257,12 +255,19 @@ class Work:
     def _model(self, place: Path) -> Model:
         return Model(path=stored_path(self._folder, place), fingerprint=fingerprint(place))
 
-    def _tidy(self) -> None:
-        """Remove what stops have left unfinished, and what was made for this merge alone."""
-        shutil.rmtree(self._folder / SCRATCH, ignore_errors=True)
-        for kind in KINDS:
-            for partial in (self._folder / kind).glob("*.partial"):
-                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+    def _samples(self, card: str | None, made: MergeResult) -> tuple[int, ...]:
+        """Positions of the typical samples: those that the weights are from, or else those that the card is from."""
+        if made.weighting.samples or card is None:
+            return tuple(sample.row for sample in made.weighting.samples)
+        found = open_card(found_path(self._folder, card))
+        return tuple(found.facts["rows"]) if found is not None else ()
+
+    def _write_samples(self, samples: Sequence[int]) -> None:
+        file = self._folder / "samples" / f"{self._lesson.id}-{self._lesson.task.name}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        chosen = [row for row in self._ready.rows if row.index in set(samples)]
+        lines = (json.dumps({"row": row.index, "prompt": row.prompt, "completion": row.completion}, ensure_ascii=False) for row in chosen)
+        write_whole(file, "".join(line + "\n" for line in lines))
 
     def _notes(self) -> Iterator[str]:
         if self._lineage and not self._ready.has_before:
@@ -276,29 +281,3 @@ class Work:
 
     def _note(self, part: str, event: str) -> None:
         note(self._folder, stage=self._lesson.id, task=self._lesson.task.name, part=part, event=event)
-
-
-def _clear(target: Path) -> None:
-    """Remove, where an expert is to be trained, what training would take for a stranger's: a given expert of a stage that was given up,
-    and a folder of checkpoints whose making, or removal, was stopped."""
-    if target.exists() and not (target / RECORD).exists():
-        shutil.rmtree(target)
-    checkpoints = target.with_name(target.name + ".training.partial")
-    if _key_in(checkpoints) is None:
-        shutil.rmtree(checkpoints, ignore_errors=True)
-
-
-def _key_in(folder: Path) -> str | None:
-    """The key under which a folder was made; None if it does not say."""
-    try:
-        return read_json(folder / KEY).get("key")
-    except CheckpointError:
-        return None
-
-
-def _copy_adapter(source: Path, target: Path) -> None:
-    with OutputFolder(target, overwrite=True) as out:
-        for file in sorted(source.iterdir()):
-            if file.is_file() and file.suffix in TRAVELS and file.name != RECORD:
-                shutil.copyfile(file, out.path / file.name)
-        out.commit()

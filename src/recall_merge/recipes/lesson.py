@@ -15,7 +15,7 @@ from recall_merge.files.hub import Located, locate
 from recall_merge.files.rows import Row, read_rows
 from recall_merge.files.workspace import DataFile, Lesson, Model, Stage, State, Task, fingerprint, found_path
 from recall_merge.models.tasks import TaskSpec, check_tasks
-from recall_merge.recipes.settings import Settings, check_method, make_settings
+from recall_merge.recipes.settings import Settings, check_method, check_overrides, make_settings
 
 NAME = re.compile(r"\w[\w.-]{0,63}")
 TAKEN = ("base", "merged")  # words that stand beside the names of tasks
@@ -143,6 +143,9 @@ class Check:
             settings = make_settings(self._state.settings if self._state else {}, self._lesson.overrides)
             with self.faults.collect():
                 check_method(settings, self._experts(settings))
+            if self._state:
+                with self.faults.collect():
+                    check_overrides(settings, self._state.settings)
             if self._lesson.given is None:
                 from recall_merge.models.train_settings import check_arguments
 
@@ -167,19 +170,21 @@ class Check:
             self._base = locate_model(self._folder, state.base)
             self._same(self._base, state.base, "the base", "the workspace was made")
         lineage = state.lineage()
-        for stage in lineage:
+        one_shot = self._settings is None or self._settings.strategy == "one_shot"
+        for stage in lineage if one_shot else ():
             with self.faults.collect():
                 place = locate_model(self._folder, stage.expert)
                 self._same(place, stage.expert, f"the expert of '{stage.task.name}'", f"stage {stage.id}")
         self._cards(lineage)
         if not lineage:
             return
-        before, place = lineage[-1], found_path(self._folder, lineage[-1].merged.path)
-        needed = self._lesson.start == "last" or (self._settings is not None and self._settings.strategy == "sequential")
-        self._has_before = place.is_dir()
-        if needed or self._has_before:
-            with self.faults.collect():
-                self._same(place, before.merged, f"the merge of stage {before.id}", "it was made")
+        self._has_before = found_path(self._folder, lineage[-1].merged.path).is_dir()
+        needed = {stage.parent for stage in (*lineage, self._lesson) if stage.start == "last"} if one_shot else {self._lesson.parent}
+        for stage in lineage:
+            if stage.id in needed or (stage is lineage[-1] and self._has_before):
+                with self.faults.collect():
+                    place = found_path(self._folder, stage.merged.path)
+                    self._same(place, stage.merged, f"the merge of stage {stage.id}", "it was made")
 
     def _cards(self, lineage: Sequence[Stage]) -> None:
         """Whether the cards are there that the method will ask for."""

@@ -34,6 +34,7 @@ class Settings(MergeRun):
     strategy: Literal["one_shot", "sequential"] = Field(
         default="one_shot", description="merge all experts anew each time, or the merge before with the newest"
     )
+    keep_samples: bool = Field(default=False, description="keep the typical samples themselves, too; by default only which rows they are")
     card_rank: int = Field(default=8, ge=0, description="directions that an expert's card keeps of each input; 0 for no cards")
     training: TrainSettings = Field(default_factory=TrainSettings)
     scoring: Scoring = Field(default_factory=Scoring)
@@ -90,6 +91,26 @@ def make_settings(stored: Mapping[str, Any], overrides: Mapping[str, Any], *, wh
         settings = parse(Settings, {**data, "base": "base", "experts": [{"name": "newest", "path": "newest"}], **filled}, where=where)
     faults.raise_any(RunError)
     return settings
+
+
+def check_overrides(settings: Settings, stored: Mapping[str, Any]) -> None:
+    """A stage is scored as the workspace is: its scores stand in one table with those of other stages.
+
+    Raises:
+        RunError: if settings of one stage say otherwise.
+    """
+    whole, faults = make_settings(stored, {}), Faults()
+    for name, own, others in (
+        ("template", settings.template, whole.template),
+        ("scoring.limit", settings.scoring.limit, whole.scoring.limit),
+        ("scoring.dtype", settings.scoring.dtype, whole.scoring.dtype),
+    ):
+        if own != others:
+            what = (
+                f"'{name}' is {others} in this workspace and cannot be {own} for one stage: scores of different stages stand in one table"
+            )
+            faults.add(what, where="--set", fix="leave it out; it is set for good by `recall init`")
+    faults.raise_any(RunError)
 
 
 def check_method(settings: Settings, experts: int | None = None) -> None:

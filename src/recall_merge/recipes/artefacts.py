@@ -1,0 +1,54 @@
+"""The folders in which a stage leaves its artefacts, and what stops leave there."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from recall_merge.errors import CheckpointError
+from recall_merge.files.checkpoint import read_json
+from recall_merge.files.output import OutputFolder
+from recall_merge.files.record import RECORD
+
+KINDS = ("experts", "merges", "scores")  # of artefacts that are first made beside their place
+SCRATCH = "scratch"  # whole models that are made from adapters for one merge
+KEY = "key.json"
+TRAVELS = (".json", ".safetensors", ".txt", ".jinja", ".model")  # of a given adapter's folder
+
+
+def tidy(workspace: Path) -> None:
+    """Remove what stops have left unfinished, and what was made for one merge alone."""
+    shutil.rmtree(workspace / SCRATCH, ignore_errors=True)
+    for kind in KINDS:
+        for partial in (workspace / kind).glob("*.partial"):
+            if partial.is_dir():
+                shutil.rmtree(partial)
+            else:
+                partial.unlink()
+
+
+def make_way(target: Path) -> None:
+    """Remove, where an expert is to be trained, what training would take for a stranger's: a given expert of a stage that was given up,
+    and a folder of checkpoints whose making, or removal, was stopped."""
+    if target.exists() and not (target / RECORD).exists():
+        shutil.rmtree(target)
+    checkpoints = target.with_name(target.name + ".training.partial")
+    if key_in(checkpoints) is None:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+
+
+def key_in(folder: Path) -> str | None:
+    """The key under which a folder was made; None if it does not say."""
+    try:
+        return read_json(folder / KEY).get("key")
+    except CheckpointError:
+        return None
+
+
+def copy_adapter(source: Path, target: Path) -> None:
+    """Copy an adapter, with its tokenizer and card if it has them, in one step; never a pickle, and no record of another folder."""
+    with OutputFolder(target, overwrite=True) as out:
+        for file in sorted(source.iterdir()):
+            if file.is_file() and file.suffix in TRAVELS and file.name != RECORD:
+                shutil.copyfile(file, out.path / file.name)
+        out.commit()
