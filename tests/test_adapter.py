@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from recall_merge.errors import CheckpointError
 from recall_merge.files.adapter import check_adapter_base, is_adapter, open_adapter
 from recall_merge.files.checkpoint import open_checkpoint
+from recall_merge.files.names import Names
 from recall_merge.maths.deltas import LowRank, dense
 from tiny import adapter as peft_adapter
 from tiny import edit_json, fine_tuned, load_model, load_tensors, lora, make_model, merged_by_peft, quiet, save_model
@@ -53,12 +54,13 @@ KINDS = {
     "head, dora": {"r": 4, "and": ["lm_head"], "use_dora": True},
     "head saved whole": {"r": 4, "modules_to_save": ["lm_head"]},
     "embedding saved whole": {"r": 4, "modules_to_save": ["EMBEDDING"]},
+    "embedding and head": {"r": 4, "and": ["EMBEDDING", "lm_head"]},
     "embedding and head saved whole": {"r": 4, "modules_to_save": ["EMBEDDING", "lm_head"]},
     # bases with biases only
     "lora_bias": {"r": 4, "lora_alpha": 6, "lora_bias": True},
     "lora_bias, all biases": {"r": 4, "lora_alpha": 6, "lora_bias": True, "bias": "all"},
 }
-UNTIED = {"head", "head, dora", "head saved whole", "embedding saved whole", "embedding and head saved whole"}
+UNTIED = ("head", "head, dora", "head saved whole", "embedding saved whole", "embedding and head", "embedding and head saved whole")
 CASES = [
     (family, kind)
     for family in TARGETS
@@ -145,6 +147,17 @@ def test_a_base_stored_without_leading_words(bases, tmp_path):
     assert_equal({f"transformer.{name}": tensor for name, tensor in ours.items()}, edited(long, open_adapter(folder, long)))
 
 
+def test_a_name_that_may_mean_two_tensors_means_none(llama, tmp_path):
+    base = shutil.copytree(llama, tmp_path / "base")
+    tensors = load_tensors(base)
+    save_file(tensors | {f"{tower}.tower.0.q_proj.weight": torch.zeros(32, 32) for tower in ("left", "right")}, base / "model.safetensors")
+    names = Names(open_checkpoint(base))
+    assert names.find("tower.0.q_proj.weight") is None
+    assert names.find("left.tower.0.q_proj.weight") == names.find("model.left.tower.0.q_proj.weight") == "left.tower.0.q_proj.weight"
+    assert names.find("layers.0.self_attn.q_proj.weight") == "model.layers.0.self_attn.q_proj.weight"
+    assert names.find("other.layers.0.self_attn.q_proj.weight") is None
+
+
 def test_a_module_that_transformers_renamed(bases, tmp_path):
     base = open_checkpoint(bases("mixtral"))
     folder = lora(base.folder, tmp_path / "a", r=4, target_modules=["q_proj"], modules_to_save=["gate"])
@@ -188,7 +201,7 @@ def test_tied_modules_saved_whole(bases, tmp_path, modules):
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "gpt2"])
-@pytest.mark.parametrize("kind", ["head", "head, dora", "head saved whole", "embedding saved whole", "embedding and head saved whole"])
+@pytest.mark.parametrize("kind", UNTIED)
 def test_a_head_trained_apart_from_the_embedding_it_is_tied_to(bases, tmp_path, family, kind):
     base = open_checkpoint(bases(family))
     folder = lora(base.folder, tmp_path / "a", **config_of(family, kind))

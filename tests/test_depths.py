@@ -33,7 +33,7 @@ def test_names_worked_by_hand():
 def test_experts_and_other_lists_inside_the_blocks_are_no_blocks():
     names = [f"model.layers.{block}.experts.{expert}.w" for block in range(2) for expert in range(2)]
     assert find_depths([*names, "model.norm.weight"], 2) == Depths("model.layers", 2)
-    assert find_depths(["0.w", "x.0.w", "x.1.w"], 2) == Depths("x", 2)  # a list at the very top has no name
+    assert find_depths(["0.w", "1.w", "x.0.w", "x.1.w"], 2) == Depths("x", 2)  # a list at the very top has no name
 
 
 @pytest.mark.parametrize(

@@ -222,6 +222,7 @@ def test_a_server_without_ranges_is_hung_up_on(hub, ask, tmp_path):
     (found,) = ask("org/name", weights=False)
     assert found["nbytes"] == open_checkpoint(tmp_path / "repo").nbytes
     assert not [name for name in found["files"] if name.endswith(".safetensors")]
+    assert hub.asked("/cdn/") and hub.sent("/cdn/") == 0  # it did not get to the end of the file
 
 
 def test_names_revisions_and_access_that_do_not_exist(hub, ask, llama):
