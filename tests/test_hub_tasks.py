@@ -14,6 +14,7 @@ from recall_merge.files.rows import read_rows
 from recall_merge.models import hub_tasks
 from recall_merge.models.hub_tasks import HUB_TASKS, load_hub_task, write_hub_rows
 from recall_merge.models.tasks import check_tasks, define
+from recall_merge.recipes.evaluate import evaluate
 
 SQUAD = {"id": "1", "title": "Ann", "context": "Ann sings in Rome. ", "question": " Where does Ann sing?"}
 RECORDS = {
@@ -95,6 +96,14 @@ def test_rows_can_be_written_for_training(hub, tmp_path):
     file = write_hub_rows("squad_v2", tmp_path / "out" / "train.jsonl", train=True)
     assert list(read_rows(file)) == list(load_hub_task("squad_v2", train=True).rows or ())
     assert json.loads(file.read_text().split("\n")[0])["answers"] == ["in Rome"]
+
+
+def test_a_model_is_scored_on_them_by_name(hub, llama):
+    """With the tiny model's own window; what is written may be nonsense, but is scored by the task's own metric."""
+    found = evaluate(str(llama), ["paper:medmcqa", "paper:squad_v2"], metrics={"paper:squad_v2": "exact_match"}, device="cpu")
+    assert [(score.task, score.metric, score.n) for score in found] == [("paper:medmcqa", "acc", 2), ("paper:squad_v2", "exact_match", 2)]
+    with pytest.raises(RunError, match=r"no task 'sst' of the paper[^$]*did you mean 'sst2'"):
+        evaluate(str(llama), ["paper:sst"], device="cpu")
 
 
 @pytest.mark.parametrize(

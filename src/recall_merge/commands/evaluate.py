@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model, adapter or workspace: a folder, or a hub name.", show_default=False)],
-    tasks: Annotated[str, typer.Option(metavar="A,B,..", help="FILE, NAME=FILE, or a name that lm-eval knows.", show_default=False)],
+    tasks: Annotated[str, typer.Option(metavar="A,B,..", help="FILE, NAME=FILE, a name lm-eval knows, or paper:NAME.", show_default=False)],
     metric: Annotated[
         list[str] | None, typer.Option(metavar="TASK=METRIC", help="By default acc, or exact_match; repeat.", show_default=False)
     ] = None,

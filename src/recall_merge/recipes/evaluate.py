@@ -1,8 +1,9 @@
-"""Score any model folder on any tasks: files of rows, and tasks that come with lm-eval."""
+"""Score any model folder on any tasks: files of rows, tasks that come with lm-eval, and the paper's."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ from recall_merge.recipes.request import task_word
 
 if TYPE_CHECKING:
     from recall_merge.models.evaluate import TaskScore
+
+PAPER = "paper:"  # before the name of a task of the paper's
 
 
 def evaluate(
@@ -39,7 +42,7 @@ def evaluate(
 
     Args:
         model: a folder or a hub name: a whole model, an adapter, or a workspace, which stands for its model of now.
-        tasks: FILE, NAME=FILE, or the name of a task that comes with lm-eval.
+        tasks: FILE, NAME=FILE, the name of a task that comes with lm-eval, or paper:NAME for one of the paper's five on the hub.
         base: what an adapter is on; by default what its config names.
         metrics: task -> metric, where it is not to be the default.
 
@@ -70,7 +73,7 @@ def read_tasks(words: Sequence[str], metrics: Mapping[str, str], faults: Faults)
     for word in words:
         name, file = task_word(word)
         with faults.collect():
-            specs.append(TaskSpec(name, None if file is None else read_rows(file), metrics.get(name)))
+            specs.append(_read_task(name, file, metrics.get(name)))
     if not words:
         faults.add("there is no task", fix="give --tasks FILE,NAME=FILE,NAME")
     names = [task_word(word)[0] for word in words]
@@ -78,6 +81,15 @@ def read_tasks(words: Sequence[str], metrics: Mapping[str, str], faults: Faults)
         if name not in names:
             faults.add(f"a metric is given for '{name}', which is none of the tasks", fix=did_you_mean(name, names))
     return specs
+
+
+def _read_task(name: str, file: Path | None, metric: str | None) -> TaskSpec:
+    if file is None and name.startswith(PAPER):
+        from recall_merge.models.hub_tasks import load_hub_task
+
+        task = load_hub_task(name.removeprefix(PAPER))
+        return replace(task, name=name, metric=metric or task.metric)
+    return TaskSpec(name, None if file is None else read_rows(file), metric)
 
 
 def load_model(folder: Path, base: Path | None = None, *, device: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
