@@ -32,12 +32,15 @@ class Edit:
     def parts(self) -> list[Stored]:
         return [part for part in (self.replace, self.up, self.down, self.magnitude, self.rows, self.add) if part is not None]
 
+    @property
+    def is_product(self) -> bool:
+        """Whether it is nothing but a low-rank product."""
+        return self.up is not None and (self.replace, self.magnitude, self.rows, self.add) == (None, None, None, None)
+
     def delta(self, base: Tensor) -> Delta:
         """What this edit adds to `base`, (*s) in float32 or better; as factors if it is nothing but a low-rank product."""
-        product = self._product(base.dtype)
-        if product is not None and (self.replace, self.magnitude, self.rows) == (None, None, None):
-            return product
-        return self.apply(base) - base
+        product = self._product(base.dtype) if self.is_product else None
+        return self.apply(base) - base if product is None else product
 
     def apply(self, base: Tensor) -> Tensor:
         """The edited tensor. `base` is in float32 or better."""
