@@ -84,7 +84,7 @@ class Engine(HFLM):
         _, context, continuation = request
         return bool(context and continuation) and len(context) + len(continuation) - 1 <= self.max_length
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _score(self, requests: Sequence[Request], batch: Sequence[_Group]) -> Iterator[tuple[int, Answer]]:
         """The answers of some groups with equally many shared tokens, p; or of one group whose requests have tokens of their own.
 
