@@ -12,7 +12,7 @@ import pytest
 import recall_merge
 
 ROOT = Path(recall_merge.__file__).parent
-EVERYWHERE = {"errors", "progress", "parallel"}
+EVERYWHERE = {"errors", "progress", "parallel", "processes"}
 ALLOWED = {
     "maths": {"maths"},
     "files": {"files", "maths"},
@@ -24,6 +24,7 @@ ALLOWED = {
     "errors": {"errors"},
     "progress": {"progress"},
     "parallel": {"parallel"},
+    "processes": {"processes"},
     "__main__": {"commands"},
 }
 

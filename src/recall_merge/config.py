@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator
@@ -18,6 +18,8 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 def _bytes(value: Any) -> Any:
     """'5GB' -> 5000000000; decimal units, as the hub counts."""
+    if isinstance(value, bool):
+        return "true or false"  # is no number of bytes, though Python takes it for one
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?B?)\s*", str(value), re.IGNORECASE)
     unit = match[2].upper() if match else ""
     return int(float(match[1]) * _UNITS[unit if unit.endswith("B") or not unit else unit + "B"]) if match else value
@@ -116,6 +118,17 @@ class MergeRun(Section):
 M = TypeVar("M", bound=BaseModel)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without surprises: a key that is given twice is refused, where YAML takes the last one without a word."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"the key '{key}' is given twice, in line {node.start_mark.line + 1} or below")
+        return super().construct_mapping(node, deep)
+
+
 def load_run(path: Path, overrides: Mapping[str, Any] | None = None) -> MergeRun:
     """Read a run from YAML; a relative path in it is looked for from its own folder, then from the current one.
 
@@ -126,7 +139,7 @@ def load_run(path: Path, overrides: Mapping[str, Any] | None = None) -> MergeRun
         RunError: with every fault of the file.
     """
     try:
-        data = yaml.safe_load(path.read_text("utf-8"))
+        data = yaml.load(path.read_text("utf-8"), _Loader)
     except FileNotFoundError:
         raise RunError("there is no such run", where=path, fix="give the path of a YAML file") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
@@ -171,11 +184,17 @@ def _is_union_branch(part: Any) -> bool:
 def _known_keys(model: type[BaseModel], place: list[Any]) -> list[str]:
     """The keys that are allowed at a place of a model."""
     for part in place:
-        if isinstance(part, int) or part not in model.model_fields:
-            continue
-        inner = [model.model_fields[part].annotation, *getattr(model.model_fields[part].annotation, "__args__", ())]
-        model = next((kind for kind in inner if isinstance(kind, type) and issubclass(kind, BaseModel)), model)
+        if part in model.model_fields:
+            model = next(_sections(model.model_fields[part].annotation), model)
     return list(model.model_fields)
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections named in an annotation, however deep: in a list, a union, an `Annotated`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _sections(inner)
 
 
 def assign(data: dict[str, Any], key: str, value: Any) -> None:
@@ -191,17 +210,18 @@ def assign(data: dict[str, Any], key: str, value: Any) -> None:
 def _relative_to(folder: Path, data: dict[str, Any]) -> dict[str, Any]:
     """Paths in a run file are meant from where the file lies; hub names are left alone."""
 
-    def resolve(value: Any) -> Any:
-        there = folder / str(value)
-        return str(there) if isinstance(value, str) and there.exists() else value
+    def resolved(section: Any, *keys: str) -> Any:
+        if not isinstance(section, dict):
+            return section
+        found = {key: section[key] for key in keys if isinstance(section.get(key), str) and section[key]}
+        there = {key: folder / Path(value).expanduser() for key, value in found.items()}
+        return section | {key: str(place) for key, place in there.items() if place.exists()}
 
-    data = dict(data)
-    if "base" in data:
-        data["base"] = resolve(data["base"])
+    data = resolved(data, "base")
     if isinstance(data.get("experts"), list):
-        data["experts"] = [{**e, "path": resolve(e["path"])} if isinstance(e, dict) and "path" in e else e for e in data["experts"]]
-    if isinstance(data.get("samples"), dict) and "path" in data["samples"]:
-        data["samples"] = {**data["samples"], "path": resolve(data["samples"]["path"])}
+        data["experts"] = [resolved(entry, "path", "card") for entry in data["experts"]]
+    if "samples" in data:
+        data["samples"] = resolved(data["samples"], "path")
     if isinstance(data.get("out"), dict) and isinstance(data["out"].get("path"), str):
-        data["out"] = {**data["out"], "path": str(folder / data["out"]["path"])}
+        data["out"] = {**data["out"], "path": str(folder / Path(data["out"]["path"]).expanduser())}
     return data

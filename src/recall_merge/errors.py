@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,15 @@ class RecallError(Exception):
     def __init__(self, what: str | Iterable[Fault], *, where: object = "", fix: str = "") -> None:
         self.faults: tuple[Fault, ...] = (Fault(what, str(where), fix),) if isinstance(what, str) else tuple(what)
         super().__init__("\n".join(str(fault) for fault in self.faults))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (type(self), self.faults)  # so that it comes whole from another process
+
+
+def _again(kind: type[RecallError], faults: tuple[Fault, ...]) -> RecallError:
+    error = kind.__new__(kind)
+    RecallError.__init__(error, faults)
+    return error
 
 
 class RunError(RecallError):

@@ -26,17 +26,44 @@ def err() -> Any:
 
 
 class Bars:
-    """Progress as bars on stderr, with the amount done, its rate and the time left."""
+    """Progress as bars on stderr, with the amount done and the time left. Stages may overlap: each has a bar."""
+
+    def __init__(self) -> None:
+        from rich import progress
+
+        columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), _amount(), progress.TimeRemainingColumn())
+        self._bars = progress.Progress(*columns, console=err())
+        self._open = 0
 
     @contextmanager
     def stage(self, label: str, total: int, unit: str) -> Iterator[Advance]:
-        from rich import progress
+        if not self._open:
+            self._bars.start()
+        self._open += 1
+        task = self._bars.add_task(label, total=total, unit=unit)
+        try:
+            yield lambda done: self._bars.update(task, advance=done)
+        finally:
+            self._open -= 1
+            if not self._open:
+                self._bars.stop()
+                for done in self._bars.task_ids:  # the bars stay on the terminal; the next ones begin below them
+                    self._bars.remove_task(done)
 
-        amount = progress.DownloadColumn() if unit == "bytes" else progress.TextColumn("{task.completed:,.0f}/{task.total:,.0f} " + unit)
-        columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), amount, progress.TimeRemainingColumn())
-        with progress.Progress(*columns, console=err(), transient=False) as bars:
-            task = bars.add_task(label, total=total)
-            yield lambda done: bars.update(task, advance=done)
+
+def _amount() -> Any:
+    """How much is done of how much, in the stage's own unit."""
+    from rich.filesize import decimal
+    from rich.progress import ProgressColumn
+    from rich.text import Text
+
+    class Amount(ProgressColumn):
+        def render(self, task: Any) -> Text:
+            done, total, unit = int(task.completed), int(task.total or 0), task.fields["unit"]
+            words = f"{decimal(done)} of {decimal(total)}" if unit == "bytes" else f"{done:,} of {total:,} {unit}"
+            return Text(words, style="progress.download")
+
+    return Amount()
 
 
 def progress(quiet: bool = False) -> Progress:

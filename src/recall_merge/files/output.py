@@ -63,9 +63,9 @@ class OutputFolder:
     """
 
     def __init__(self, target: Path, *, overwrite: bool) -> None:
-        self.target = target
+        self.target = target.expanduser().resolve()  # a link is followed: what it points to is replaced, the link stays
         self.overwrite = overwrite
-        self.path = target.with_name(target.name + ".partial")
+        self.path = self._beside(".partial")
 
     def check(self, protected: Mapping[str, Path]) -> None:
         """Check that the folder can be made, without making it.
@@ -76,9 +76,11 @@ class OutputFolder:
         Raises:
             OutputError: if something is in the way.
         """
-        target = self.target.absolute()
+        target = self.target
+        if not target.name:
+            raise OutputError("the output cannot be the root of the disk", where=target, fix="choose another folder for `out`")
         for what, folder in protected.items():
-            if folder.resolve().is_relative_to(target.resolve()) or target.resolve().is_relative_to(folder.resolve()):
+            if folder.resolve().is_relative_to(target) or target.is_relative_to(folder.resolve()):
                 raise OutputError(f"the output would lie in, or over, {what}", where=self.target, fix="choose another folder for `out`")
         if target.exists() and not target.is_dir():
             raise OutputError("the output's place is taken by a file", where=self.target, fix="choose another folder for `out`")
@@ -93,8 +95,9 @@ class OutputFolder:
                     where=self.target,
                     fix="choose another folder for `out`",
                 )
-        if self.path.exists() and not _is_ours(self.path):
-            raise OutputError("a folder that is not ours lies where the result is to be built", where=self.path, fix="move it away")
+        for place in (self.path, self._old):
+            if place.exists() and not _is_ours(place):
+                raise OutputError("a folder that is not ours lies where the result is to be built", where=place, fix="move it away")
         parent = _existing(target.parent)
         if not os.access(parent, os.W_OK):
             raise OutputError("there is no permission to write here", where=parent, fix="choose another folder for `out`")
@@ -118,20 +121,24 @@ class OutputFolder:
             sync(file)
         sync(self.path)
         if self.target.exists():
+            (self.target / MARKER).touch()
             self.target.rename(self._old)
         try:
             self.path.rename(self.target)
         except OSError:
             self._mend()
             raise
-        sync(self.target.absolute().parent)
+        sync(self.target.parent)
         if self._old.exists():
             shutil.rmtree(self._old)
 
     @property
     def _old(self) -> Path:
         """Where what is replaced waits until the new folder stands."""
-        return self.target.with_name(self.target.name + ".replaced.partial")
+        return self._beside(".replaced.partial")
+
+    def _beside(self, suffix: str) -> Path:
+        return self.target.parent / (self.target.name + suffix)
 
     def _mend(self) -> None:
         """Finish what a replacement that was stopped has left: the old folder goes back if no new one stands, and away if one does."""
@@ -141,6 +148,7 @@ class OutputFolder:
             shutil.rmtree(self._old)
         else:
             self._old.rename(self.target)
+            (self.target / MARKER).unlink(missing_ok=True)
 
 
 class WeightWriter:

@@ -21,8 +21,7 @@ def render(row: Row, tokenizer: Any, *, template: bool = True) -> Rendered:
     tokenizer's end token, so that a model learns to stop. `template=False` leaves the template out.
     """
     if not (template and getattr(tokenizer, "chat_template", None)) or not row.prompt:
-        start = tokenizer.bos_token if getattr(tokenizer, "add_bos_token", False) and tokenizer.bos_token else ""
-        return Rendered(start + row.plain, row.completion + (tokenizer.eos_token or ""))
+        return Rendered(_start(tokenizer) + row.plain, row.completion + (tokenizer.eos_token or ""))
     turns = [{"role": role, "content": content} for role, content in row.prompt]
     answer = {"role": "assistant", "content": row.completion.strip()}
     prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
@@ -30,3 +29,9 @@ def render(row: Row, tokenizer: Any, *, template: bool = True) -> Rendered:
     if not whole.startswith(prompt):  # subtle: some templates rewrite the last turn; then only the answer itself is scored
         return Rendered(prompt, row.completion.strip() + (tokenizer.eos_token or ""))
     return Rendered(prompt, whole[len(prompt) :])
+
+
+def _start(tokenizer: Any) -> str:
+    """The start token, if the tokenizer puts one before a text: told by trying, as its own flag does not always say so."""
+    puts_it = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return tokenizer.bos_token if puts_it else ""

