@@ -1,15 +1,15 @@
-"""Charts of a bench: the numbers of each method with their spread, and R of each method as a heat map."""
+"""Charts of a bench: the numbers of each method with their spread, and R of each method as a heat map.
+
+`summary` is the recipe's own, `recipes.bench.summary.Summary`; pictures know what they show by its fields alone.
+"""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from recall_merge.report.pictures import altair, save_chart
-
-if TYPE_CHECKING:
-    from recall_merge.recipes.bench.summary import Summary
 
 SHOWN = {  # number -> its title
     "average_performance": "average performance",
@@ -19,7 +19,7 @@ SHOWN = {  # number -> its title
 }
 
 
-def draw_numbers(summary: Summary, path: Path) -> Path:
+def draw_numbers(summary: Any, path: Path) -> Path:
     """Save the numbers of every method, a panel each: the mean as a bar, every trial as a point.
 
     Raises:
@@ -50,7 +50,7 @@ def draw_numbers(summary: Summary, path: Path) -> Path:
     return save_chart(alt.vconcat(*rows), path)
 
 
-def draw_matrices(summary: Summary, path: Path) -> Path:
+def draw_matrices(summary: Any, path: Path) -> Path:
     """Save R of the first trial of every method that has stages, as heat maps: a row a stage, a column a task.
 
     Raises:
