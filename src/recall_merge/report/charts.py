@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from recall_merge.errors import MissingExtra, OutputError
-
-SUFFIXES = (".png", ".svg", ".html", ".json")
+from recall_merge.report.pictures import altair, save_chart
 
 
 def draw_weights(similarity: Mapping[str, Any] | None, weights: Mapping[str, Any], path: Path, *, title: str = "") -> Path:
@@ -18,22 +16,10 @@ def draw_weights(similarity: Mapping[str, Any] | None, weights: Mapping[str, Any
         MissingExtra: without the `report` extra.
         OutputError: if the suffix of `path` is not one of .png, .svg, .html, .json.
     """
-    if path.suffix not in SUFFIXES:
-        raise OutputError(f"a picture cannot be saved as '{path.suffix}'", where=path, fix=f"use one of {', '.join(SUFFIXES)}")
-    try:
-        import altair as alt
-    except ImportError:
-        raise MissingExtra("report", "a picture") from None
+    alt = altair()
     charts = [_panel(alt, similarity, "similarity to the newest", zero=False)] if similarity else []
     charts.append(_panel(alt, weights, "weight", zero=True))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    chart = alt.hconcat(*charts, title=title) if title else alt.hconcat(*charts)
-    chart = chart.configure_axis(labelFontSize=12, titleFontSize=13).configure_legend(labelFontSize=12, titleFontSize=13)
-    if path.suffix == ".png":
-        chart.save(str(path), ppi=144)
-    else:
-        chart.save(str(path))
-    return path
+    return save_chart(alt.hconcat(*charts, title=title) if title else alt.hconcat(*charts), path)
 
 
 def _panel(alt: Any, table: Mapping[str, Any], what: str, *, zero: bool) -> Any:
