@@ -80,7 +80,6 @@ FAULTS = {  # keys -> what is said of them, and how to mend it; (what, fix) more
         [("'experts.1.path' is missing", "add it"), ("unknown key 'experts.1.pth'", "did you mean 'path'? known: name, path")],
     ),
     "no base": ({"base": None}, [("'base' is missing", "add it")]),
-    "no method": ({"method": None}, [("'method' is missing", "add it")]),
     "no experts": ({"experts": None}, [("'experts' is missing", "add it")]),
     "an empty list": ({"experts": []}, [("'experts': List should have at least 1 item", "it is [] now")]),
     "a text for a list": ({"experts": "math"}, [("'experts': Input should be a valid list", "it is 'math' now")]),

@@ -139,6 +139,24 @@ def test_weights_by_depth_reach_the_factors(adapters, tmp_path):
     assert relative(load_tensors(merged_by_peft(base, made.path, tmp_path / "again")), load_tensors(result)) < 1e-6
 
 
+def test_a_scale_by_depth_reaches_the_factors(adapters, tmp_path):
+    base, experts = adapters
+    result = merged(tmp_path, base, experts, scale_by_depth={"alpha": 0.5, "beta": 1})
+    made = export_adapter(result, base=str(base), experts=places(experts))
+    assert set(made.ranks.values()) == {2, 5}
+    assert relative(load_tensors(merged_by_peft(base, made.path, tmp_path / "again")), load_tensors(result)) < 1e-6
+
+
+def test_what_is_pruned_has_no_factors(adapters, tmp_path):
+    base, experts = adapters
+    result = merged(tmp_path, base, experts, prune={"density": 0.5, "saliency": "size"})
+    made = export_adapter(result, base=str(base))
+    assert set(made.ranks.values()) == {32}
+    assert relative(load_tensors(merged_by_peft(base, made.path, tmp_path / "again")), load_tensors(result)) < 1e-6
+    with pytest.raises(RecallError, match="not pruned"):
+        export_mergekit(result, base=str(base), experts=places(experts))
+
+
 def test_expert_with_more_than_factors(tmp_path):
     base = save_model(make_model("llama"), tmp_path / "base")
     one = lora(base, tmp_path / "a", seed=1, r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], use_dora=True)

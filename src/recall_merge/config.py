@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 from recall_merge.errors import Fault, RunError, did_you_mean
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -77,14 +78,45 @@ class Out(Section):
     reload: bool = Field(True, description="load the result and run it once before it is put in its place; needs memory for one model")
 
 
+class ByDepth(Section):
+    """Weights of one's own for every depth."""
+
+    by_depth: list[list[Share]] | dict[str, list[Share]] = Field(
+        description="one row a depth, 0..L+1, of one number an expert, as in a record; or the name of each expert with one number a depth"
+    )
+
+
+class DepthScale(Section):
+    """A scale on what the merge adds to the base, from block to block (LiNeS, arXiv:2410.17146)."""
+
+    alpha: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(description="scale of the first block, and of the embedding")
+    beta: Annotated[float, Field(allow_inf_nan=False)] = Field(
+        description="what the last block has more; final norm and head are scaled as it is"
+    )
+
+
+class Prune(Section):
+    """Redundant entries of each expert's deltas are set to 0 before the method (LwPTV, arXiv:2506.09093, as reconstructed)."""
+
+    density: Annotated[float, Field(gt=0, le=1)] = Field(0.5, description="share of a tensor's entries that stay")
+    saliency: Literal["apart", "size"] = Field(
+        "apart", description="what stays: entries far from the mean of the experts' deltas, or large ones"
+    )
+
+
 def _kind_of_weights(value: Any) -> str:
-    return "numbers" if isinstance(value, list) else "uniform" if isinstance(value, str) else "representations"
+    if isinstance(value, list):
+        return "numbers"
+    if isinstance(value, ByDepth) or (isinstance(value, Mapping) and "by_depth" in value):
+        return "rows"
+    return "uniform" if isinstance(value, str) else "representations"
 
 
 Weights = Annotated[
     Annotated[Literal["uniform"], Tag("uniform")]
-    | Annotated[list[Annotated[float, Field(ge=0, allow_inf_nan=False)]], Tag("numbers")]
-    | Annotated[Representations, Tag("representations")],
+    | Annotated[list[Share], Tag("numbers")]
+    | Annotated[Representations, Tag("representations")]
+    | Annotated[ByDepth, Tag("rows")],
     Discriminator(_kind_of_weights),
 ]
 
@@ -94,11 +126,14 @@ class MergeRun(Section):
 
     base: str = Field(min_length=1, description="folder, or hub name with optional @revision")
     experts: list[ExpertEntry] = Field(min_length=1, description="this order is the order everywhere; the last is the newest")
-    method: str = Field(description="one of `recall methods`")
+    method: str | None = Field(None, description="one of `recall methods`; left out, it is chosen, and the plan's notes say why")
     options: dict[str, Any] = Field(default_factory=dict, description="options of the method")
     weights: Weights = Field(
-        "uniform", description="uniform, one number an expert, or the options of RECALL's weights; `method: recall` has its own"
+        "uniform",
+        description="uniform, one number an expert, `by_depth`, or the options of RECALL's weights; `method: recall` has its own",
     )
+    scale_by_depth: DepthScale | None = Field(None, description="scale what the merge adds to the base by depth, after any method")
+    prune: Prune | None = Field(None, description="prune the experts' deltas, before any method")
     samples: Samples | None = Field(None, description="needed where representations are compared")
     vocabulary: Literal["base", "newest", "union"] | None = Field(None, description="whose tokens, where tokenizers differ")
     skip: list[str] = Field(default_factory=list, description="tensors to keep from the base: names, or patterns with *")
@@ -178,7 +213,9 @@ def _fault(model: type[BaseModel], detail: Any, where: str) -> Fault:
 
 def _is_union_branch(part: Any) -> bool:
     """pydantic names the branch of a union that it tried; a reader of YAML need not know."""
-    return part in {"uniform", "numbers", "representations", "constrained-float", "float"} or (isinstance(part, str) and "[" in part)
+    return part in {"uniform", "numbers", "rows", "representations", "constrained-float", "float"} or (
+        isinstance(part, str) and "[" in part
+    )
 
 
 def _known_keys(model: type[BaseModel], place: list[Any]) -> list[str]:

@@ -58,7 +58,7 @@ def planned(plan: Plan, estimate: Estimate, *, as_json: bool) -> None:
         "experts": {expert.name: str(plan.located[expert.name].folder) for expert in plan.experts},
         "method": plan.method.name,
         "options": dict(plan.options),
-        "weights": "representations" if isinstance(plan.weights, Representations) else list(plan.weights),
+        "weights": _weights(plan.weights),
         "blocks": plan.base.depths.blocks,
         "tensors": len(plan.specs),
         "shards": len(plan.shards),
@@ -120,7 +120,8 @@ def card(made: Card, *, as_json: bool) -> None:
     facts = {key: value for key, value in made.facts.items() if key != "tensors"}
     if as_json:
         return print_json({"path": str(made.folder), "bytes": made.nbytes, "tensors": len(made.facts["tensors"]), **facts})
-    words = f"{made.nbytes / 1e6:.1f} MB on {len(made.facts['tensors'])} linear maps, from {facts['samples']} typical samples, {facts['tokens']} tokens"
+    samples = f"{facts['samples']} typical samples, {facts['tokens']} tokens"
+    words = f"{made.nbytes / 1e6:.1f} MB on {len(made.facts['tensors'])} linear maps, from {samples}"
     out().print(f"card in {made.folder}: {words}; it holds no text", markup=False)
     return None
 
@@ -192,6 +193,12 @@ def _weights_table(weighting: Weighting) -> None:
     for first, last, numbers in rows:
         table.add_row(str(first) if first == last else f"{first} to {last}", *numbers)
     out().print(table)
+
+
+def _weights(given: Any) -> Any:
+    if isinstance(given, Representations):
+        return "representations"
+    return {f"depth {depth}": list(row) for depth, row in enumerate(given)} if isinstance(given[0], tuple) else list(given)
 
 
 def _words(name: str, value: Any) -> str:

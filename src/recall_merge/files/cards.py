@@ -69,13 +69,17 @@ def write_card(folder: Path, groups: Mapping[str, Moment], tensors: Mapping[str,
     return folder / CARD
 
 
+def has_card(folder: Path) -> bool:
+    return (folder / CARD).exists()
+
+
 def open_card(folder: Path) -> Card | None:
     """The card of a folder; None if it has none.
 
     Raises:
         CheckpointError: if it is damaged, or of a form that this version does not know.
     """
-    if not (folder / CARD).exists():
+    if not has_card(folder):
         return None
     facts = read_json(folder / CARD)
     fix = "make it again with `recall card`"

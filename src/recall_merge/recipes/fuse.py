@@ -56,7 +56,7 @@ def merge_tensor(plan: Plan, weighting: Weighting, name: str, digest: Digest) ->
         return stored.to(spec.torch_dtype)
     weights = weighting.of_experts(plan.base.depths.of(name))
     base, deltas = _deltas(plan, name, widen(stored), weights)
-    merged = base if all(delta is None for delta in deltas) else _merge(plan, name, base, deltas, weights)
+    merged = base if all(delta is None for delta in deltas) else _scaled(plan, name, base, _merge(plan, name, base, deltas, weights))
     merged = merged.to(spec.torch_dtype)
     if not is_finite(merged):
         raise _NotFinite(name)
@@ -70,7 +70,7 @@ def _merge(plan: Plan, name: str, base: Tensor, deltas: list[Delta | None], weig
     method, given = plan.method, dict(plan.options)
     if method.matrices and name in plan.base.token_tensors:
         method, given = METHODS["linear"], {key: value for key, value in given.items() if key == "scale"}
-    ready = [_ready(delta, base, method.factors) for delta in deltas]
+    ready = _pruned(plan, [_ready(delta, base, method.factors and plan.run.prune is None) for delta in deltas])
     if method.random:
         given["draws"] = Draws(plan.run.seed, name, tuple(expert.name for expert in plan.experts))
     if not method.informed:
@@ -81,6 +81,26 @@ def _merge(plan: Plan, name: str, base: Tensor, deltas: list[Delta | None], weig
         turned = [_transposed(delta) for delta in ready]
         return method.function(base.mT.contiguous(), turned, weights, moments=moments, **given).mT.contiguous()
     return method.function(base, ready, weights, moments=moments, **given)
+
+
+def _pruned(plan: Plan, deltas: list[Delta]) -> list[Delta]:
+    """The deltas without what the run prunes of them; then they are dense."""
+    from recall_merge.maths.deltas import dense
+    from recall_merge.maths.methods.wrappers import prune_by_saliency
+
+    if plan.run.prune is None:
+        return deltas
+    return list(prune_by_saliency([dense(delta) for delta in deltas], density=plan.run.prune.density, saliency=plan.run.prune.saliency))
+
+
+def _scaled(plan: Plan, name: str, base: Tensor, merged: Tensor) -> Tensor:
+    """What the merge adds to the base, times the scale of its depth where the run has one."""
+    from recall_merge.maths.methods.wrappers import lines_scales
+
+    if plan.run.scale_by_depth is None:
+        return merged
+    depths, scale = plan.base.depths, plan.run.scale_by_depth
+    return base + lines_scales(depths.blocks, alpha=scale.alpha, beta=scale.beta)[depths.of(name)] * (merged - base)
 
 
 def _transposed(delta: Delta) -> Delta:

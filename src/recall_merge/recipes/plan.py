@@ -8,14 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any
 
-from pydantic import ConfigDict, create_model
-
-from recall_merge.config import MergeRun, Representations, Samples, parse
-from recall_merge.errors import CheckpointError, Faults, OutputError, RunError, did_you_mean
+from recall_merge.config import MergeRun, Representations, Samples
+from recall_merge.errors import CheckpointError, Faults, OutputError
 from recall_merge.files.adapter import check_adapter_base, is_adapter, open_adapter
-from recall_merge.files.cards import Card, open_card
+from recall_merge.files.cards import Card, has_card, open_card
 from recall_merge.files.checkpoint import Checkpoint, open_checkpoint
 from recall_merge.files.experts import AdapterExpert, Expert, FullExpert, check_checkpoint, hash_expert
 from recall_merge.files.hub import Located, locate
@@ -24,6 +22,7 @@ from recall_merge.files.output import OutputFolder, Shard, free_bytes, plan_shar
 from recall_merge.files.rows import Row, read_rows
 from recall_merge.files.safetensors import CODES, Spec
 from recall_merge.files.vocabulary import Vocabulary, plan_vocabulary
+from recall_merge.recipes.rules import GivenWeights, Rules, choose_method, rules_of
 
 if TYPE_CHECKING:
     from recall_merge.maths.methods import Method
@@ -38,8 +37,8 @@ class Plan:
     experts: tuple[Expert, ...]
     method: Method
     options: Mapping[str, Any]
-    weights: tuple[float, ...] | Representations
-    """One number an expert, summing to 1; or how representations give them."""
+    weights: GivenWeights | Representations
+    """One number an expert, summing to 1; or such a row for each depth; or how representations give them."""
     rows: list[Row]
     vocabulary: Vocabulary | None
     specs: Mapping[str, Spec]
@@ -91,7 +90,8 @@ class Plan:
         thread, one tensor of base, experts and result in float32, and finished ones that wait for their turn.
         """
         numbers = [spec.numel for spec in self.specs.values()]
-        fusing = 4 * (len(self.experts) + 3) * sum(sorted(numbers)[-self.threads :]) + 4 * sum(sorted(numbers)[-self.threads :])
+        held = len(self.experts) + 3 + (len(self.experts) + 1 if self.run.prune is not None else 0)
+        fusing = 4 * held * sum(sorted(numbers)[-self.threads :]) + 4 * sum(sorted(numbers)[-self.threads :])
         width = 4 if isinstance(self.weights, Representations) and self.weights.precision == "float32" else 2
         return max(fusing, 2 * width * sum(numbers) if isinstance(self.weights, Representations) else 0)
 
@@ -106,10 +106,11 @@ def make_plan(run: MergeRun, *, writes: bool = True, download: bool = True) -> P
     Raises:
         RecallError: with every fault that can be found without reading weights.
     """
-    faults = Faults()
-    rules: _Rules | None = None
+    faults, (located, lost) = Faults(), _locate(run, download)
+    run, notes = _with_method(run, located)
+    rules: Rules | None = None
     with faults.collect():
-        rules = _rules(run)
+        rules = rules_of(run)
     rows: list[Row] = []
     if run.samples is not None:
         with faults.collect():
@@ -119,10 +120,8 @@ def make_plan(run: MergeRun, *, writes: bool = True, download: bool = True) -> P
             "`samples` are missing: representations are compared on the newest expert's data", fix="add `samples: {path: rows.jsonl}`"
         )
 
-    located: dict[str, Located] = {}
-    for name, reference in {"base": run.base, **{entry.name: entry.path for entry in run.experts}}.items():
-        with faults.collect():
-            located[name] = locate(reference, weights=download)
+    with faults.collect():
+        lost.raise_any()
     base: Checkpoint | None = None
     experts: list[Expert] = []
     if "base" in located:
@@ -141,14 +140,14 @@ def make_plan(run: MergeRun, *, writes: bool = True, download: bool = True) -> P
         faults.raise_any()
     assert base is not None and rules is not None
 
-    vocabulary, notes = None, []
+    vocabulary, told = None, []
     with faults.collect():
-        vocabulary, notes = plan_vocabulary(
+        rules.check_depths(base.depths)
+    with faults.collect():
+        vocabulary, told = plan_vocabulary(
             (base.folder, base.vocabulary_size), {e.name: _tokens_of(e, base) for e in experts}, run.vocabulary
         )
-    for pattern in run.skip:
-        if not any(skipped(name, [pattern]) for model in (base, *experts) for name in model.tensors):
-            faults.add(f"`skip` names no tensor: '{pattern}'", fix="write a tensor's whole name, or a pattern such as '*.norm.weight'")
+    _check_skip(run, (base, *experts), faults)
     if run.out.dtype == "auto":
         for expert in experts:
             if isinstance(expert, FullExpert) and expert.checkpoint.dtypes != base.dtypes:
@@ -156,13 +155,10 @@ def make_plan(run: MergeRun, *, writes: bool = True, download: bool = True) -> P
                 faults.add(what, where=expert.folder, fix="say what the result shall be, e.g. `dtype: bfloat16` under `out:`")
     specs = _result_specs(run, base, vocabulary)
     if writes and run.out.path is not None:
-        needed, free = sum(spec.nbytes for spec in specs.values()), free_bytes(run.out.path)
-        if free < needed:
-            faults.add(
-                f"the result needs {needed:,} bytes of disk, {free:,} are free", where=run.out.path, fix="make room, or choose another disk"
-            )
+        with faults.collect():
+            _check_space(run.out.path, sum(spec.nbytes for spec in specs.values()))
     faults.raise_any()
-    notes += [note for expert in experts for note in _adapter_notes(expert, base)]
+    notes += [*told, *(note for expert in experts for note in _adapter_notes(expert, base))]
     cards = _cards(rules.method, experts, run, faults)
     notes += [f"expert '{e.name}' has no card: all its inputs count alike" for e, card in zip(experts, cards, strict=False) if card is None]
     faults.raise_any()
@@ -172,64 +168,26 @@ def make_plan(run: MergeRun, *, writes: bool = True, download: bool = True) -> P
     )
 
 
+def _locate(run: MergeRun, download: bool) -> tuple[dict[str, Located], Faults]:
+    """Where the models are, and what is wrong with those that are nowhere."""
+    faults, located = Faults(), {}
+    for name, reference in {"base": run.base, **{entry.name: entry.path for entry in run.experts}}.items():
+        with faults.collect():
+            located[name] = locate(reference, weights=download)
+    return located, faults
+
+
+def _with_method(run: MergeRun, located: Mapping[str, Located]) -> tuple[MergeRun, list[str]]:
+    """The run with a method: its own, or the one that is recommended where it names none, and a note on why."""
+    if run.method is not None:
+        return run, []
+    cards = [bool(entry.card) or (entry.name in located and has_card(located[entry.name].folder)) for entry in run.experts]
+    method, reason = choose_method(cards, samples=run.samples is not None, weights=run.weights != "uniform")
+    return run.model_copy(update={"method": method}), [f"`method` was left out: `{method}`, because {reason}"]
+
+
 def skipped(name: str, patterns: list[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-@dataclass(frozen=True)
-class _Rules:
-    method: Method
-    options: dict[str, Any]
-    weights: tuple[float, ...] | Representations
-
-
-def _rules(run: MergeRun) -> _Rules:
-    """The method with its options, and where its weights come from."""
-    from recall_merge.maths.methods import METHODS
-    from recall_merge.maths.weights import normalised
-
-    if run.method not in METHODS:
-        raise RunError(f"there is no method '{run.method}'", where="method", fix=did_you_mean(run.method, METHODS))
-    method = METHODS[run.method]
-    faults = Faults()
-    fewest, most = method.experts
-    if not fewest <= len(run.experts) <= (most or len(run.experts)):
-        wanted = f"{fewest} or more" if most is None else f"{fewest}" if fewest == most else f"{fewest} to {most}"
-        faults.add(
-            f"method '{run.method}' merges {wanted} experts, the run lists {len(run.experts)}", where="experts", fix="choose another method"
-        )
-    options, weights = dict(run.options), run.weights
-    if run.method == "recall":
-        if weights != "uniform":
-            faults.add("`method: recall` has weights of its own", where="weights", fix="leave `weights` out, or use another method")
-        with faults.collect():
-            own = {key: options.pop(key) for key in list(options) if key in Representations.model_fields}
-            weights = parse(Representations, own, where="options")
-    elif isinstance(weights, list) and len(weights) != len(run.experts):
-        faults.add(f"there are {len(weights)} weights for {len(run.experts)} experts", where="weights", fix="give one number an expert")
-    with faults.collect():
-        options = _options(method, options)
-    faults.raise_any(RunError)
-    if isinstance(weights, Representations):
-        return _Rules(method, options, weights)
-    try:
-        return _Rules(method, options, tuple(normalised([1.0] * len(run.experts) if weights == "uniform" else weights)))
-    except ValueError as error:
-        raise RunError(str(error), where="weights") from error
-
-
-def _options(method: Method, given: dict[str, Any]) -> dict[str, Any]:
-    """Check options against the signature of the method's function."""
-    hints = get_type_hints(method.function, include_extras=True)
-    weight_options = list(Representations.model_fields) if method.name == "recall" else []
-    for key in given:
-        if key not in method.options:
-            known = [*method.options, *weight_options]
-            fix = did_you_mean(key, known) if known else "it has no options"
-            raise RunError(f"method '{method.name}' has no option '{key}'", where="options", fix=fix)
-    fields: Any = {name: (hints[name], parameter.default) for name, parameter in method.options.items()}
-    schema = create_model(method.name, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
-    return parse(schema, given, where="options").model_dump()
 
 
 def _open_base(place: Located) -> Checkpoint:
@@ -254,6 +212,18 @@ def _check_output(run: MergeRun, located: Mapping[str, Located]) -> None:
     OutputFolder(run.out.path, overwrite=run.out.overwrite).check(
         {f"the folder of {name}": place.folder for name, place in located.items()}
     )
+
+
+def _check_skip(run: MergeRun, models: Sequence[Checkpoint | Expert], faults: Faults) -> None:
+    for pattern in run.skip:
+        if not any(skipped(name, [pattern]) for model in models for name in model.tensors):
+            faults.add(f"`skip` names no tensor: '{pattern}'", fix="write a tensor's whole name, or a pattern such as '*.norm.weight'")
+
+
+def _check_space(path: Path, needed: int) -> None:
+    if (free := free_bytes(path)) < needed:
+        what = f"the result needs {needed:,} bytes of disk, {free:,} are free"
+        raise OutputError(what, where=path, fix="make room, or choose another disk")
 
 
 def _same_folder_twice(run: MergeRun, located: Mapping[str, Located], faults: Faults) -> None:

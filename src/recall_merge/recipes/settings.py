@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from recall_merge.config import MergeRun, Section, assign, parse
+from recall_merge.config import ByDepth, MergeRun, Section, assign, parse
 from recall_merge.errors import Faults, RunError
 from recall_merge.models.train_settings import TrainSettings
 
@@ -30,7 +30,7 @@ class Scoring(Section):
 class Settings(MergeRun):
     """How a stage is done. Beside these keys, those of a run."""
 
-    method: str = Field(default="recall", description="one of `recall methods`")
+    method: str = Field(default="recall", description="one of `recall methods`")  # pyright: ignore[reportIncompatibleVariableOverride]
     strategy: Literal["one_shot", "sequential"] = Field(
         default="one_shot", description="merge all experts anew each time, or the merge before with the newest"
     )
@@ -120,13 +120,16 @@ def check_method(settings: Settings, experts: int | None = None) -> None:
         RunError: with every fault.
     """
     from recall_merge.maths.methods import METHODS
-    from recall_merge.recipes.plan import _rules
+    from recall_merge.recipes.rules import rules_of
 
+    given: Any = settings.weights.by_depth if isinstance(settings.weights, ByDepth) else settings.weights
+    row = given[0] if isinstance(given, list) and given and isinstance(given[0], list) else given
     if experts is None:
         fewest = METHODS[settings.method].experts[0] if settings.method in METHODS else 1
-        experts = len(settings.weights) if isinstance(settings.weights, list) else fewest
-    entries = [{"name": str(number), "path": str(number)} for number in range(experts)]
-    _rules(settings.run(base="base", experts=entries, rows="rows", out="out"))
+        experts = len(row) if isinstance(row, list | dict) else fewest
+    names = list(row) if isinstance(row, dict) and len(row) == experts else [str(number) for number in range(experts)]
+    entries = [{"name": name, "path": name} for name in names]
+    rules_of(settings.run(base="base", experts=entries, rows="rows", out="out"))
 
 
 def _copy(data: Any) -> Any:

@@ -56,7 +56,8 @@ def weigh(plan: Plan, progress: Progress | None = None) -> Weighting:
     progress, depths = progress or Silent(), plan.base.depths
     if not isinstance(plan.weights, Representations):
         names = tuple(expert.name for expert in plan.experts)
-        return Weighting(names, torch.tensor(plan.weights, dtype=torch.float64).repeat(depths.last + 1, 1))
+        given = torch.tensor(plan.weights, dtype=torch.float64)
+        return Weighting(names, given if given.ndim == 2 else given.repeat(depths.last + 1, 1))
 
     from recall_merge.maths.similarity import similarity
     from recall_merge.maths.weights import control, outside_blocks, softmax_weights

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from recall_merge.config import MergeRun, Representations, Samples, parse
+from recall_merge.config import ByDepth, MergeRun, Representations, Samples, parse
 from recall_merge.errors import Faults, RunError, did_you_mean
 from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.files.hub import locate
@@ -17,7 +17,7 @@ from recall_merge.models.tasks import TaskSpec, check_tasks
 from recall_merge.models.train_settings import check_arguments
 from recall_merge.recipes.bench.cells import Anchor, Base, Merged, Model, Question, Scores, Trained
 from recall_merge.recipes.bench.scenario import BASELINES, EwcOptions, Kind, MethodEntry, ReplayOptions, Scenario
-from recall_merge.recipes.plan import _rules as rules_of
+from recall_merge.recipes.rules import rules_of
 
 
 @dataclass(frozen=True)
@@ -285,7 +285,7 @@ class _Maker:
         """Whether a merge of the same experts depends on their order: by the method, by its weights, or by the newest one's samples."""
         from recall_merge.maths.methods import METHODS
 
-        return METHODS[entry.method].ordered or self._has_samples(entry) or isinstance(entry.weights, list)
+        return METHODS[entry.method].ordered or self._has_samples(entry) or isinstance(entry.weights, list | ByDepth)
 
     def _scores(self, label: str, model: Model, tasks: Sequence[str]) -> Scores:
         return Scores(label, model, tuple(self.questions[task] for task in tasks))
