@@ -30,7 +30,18 @@ _HOMES = {
     "verify": "recipes.verify",
     "weigh": "recipes.weigh",
 }
-__all__ = list(_HOMES)
+__all__ = [
+    "MergeResult",
+    "MergeRun",
+    "Plan",
+    "RecallError",
+    "Weighting",
+    "load_run",
+    "make_plan",
+    "merge",
+    "verify",
+    "weigh",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -175,9 +175,10 @@ class BaseExpert:
 
 
 HARMLESS = {  # settings of a config that may differ from the base's without changing what the weights mean
-    "_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout", "auto_map", "bos_token_id", "dtype", "eos_token_id",
-    "hidden_dropout", "hidden_dropout_prob", "attn_pdrop", "embd_pdrop", "resid_pdrop", "initializer_range", "max_length", "pad_token_id", "task_specific_params",
-    "tokenizer_class", "torch_dtype", "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache", "vocab_size", "router_aux_loss_coef", "output_router_logits",
+    "_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout", "attn_pdrop", "auto_map", "bos_token_id",
+    "dtype", "embd_pdrop", "eos_token_id", "hidden_dropout", "hidden_dropout_prob", "initializer_range", "max_length",
+    "output_router_logits", "pad_token_id", "resid_pdrop", "router_aux_loss_coef", "task_specific_params", "tokenizer_class",
+    "torch_dtype", "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache", "vocab_size",
 }  # fmt: skip
 
 

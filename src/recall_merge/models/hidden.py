@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 import torch
@@ -65,11 +66,8 @@ def representations(
         width = int(taken.lengths.max())
         ids = torch.tensor([list(tokens[row]) + [0] * (width - len(tokens[row])) for row in batch])  # right padding, masked
         mask = (torch.arange(width) < taken.lengths.unsqueeze(1)).long()
-        with torch.inference_mode():
-            try:
-                model(input_ids=ids, attention_mask=mask, use_cache=False)
-            except _Enough:
-                pass
+        with torch.inference_mode(), suppress(_Enough):
+            model(input_ids=ids, attention_mask=mask, use_cache=False)
         progress(int(taken.lengths.sum()))
         return batch, torch.stack([taken.states[depth] for depth in wanted])
 
