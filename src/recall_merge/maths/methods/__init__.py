@@ -3,7 +3,7 @@
 from recall_merge.maths.methods import aligned as aligned
 from recall_merge.maths.methods import averages as averages
 from recall_merge.maths.methods import families as families
-from recall_merge.maths.methods import moments as moments
+from recall_merge.maths.methods import joint as joint
 from recall_merge.maths.methods import recall as recall
 from recall_merge.maths.methods import spectral as spectral
 from recall_merge.maths.methods import sphere as sphere
