@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -260,5 +261,5 @@ def _relative_to(folder: Path, data: dict[str, Any]) -> dict[str, Any]:
     if "samples" in data:
         data["samples"] = resolved(data["samples"], "path")
     if isinstance(data.get("out"), dict) and isinstance(data["out"].get("path"), str):
-        data["out"] = {**data["out"], "path": str(folder / Path(data["out"]["path"]).expanduser())}
+        data["out"] = {**data["out"], "path": os.path.normpath(folder / Path(data["out"]["path"]).expanduser())}
     return data
