@@ -1,7 +1,9 @@
 """Training: what is learnt, from which tokens, and that neither a stop nor a second call changes the expert."""
 
+import itertools
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from recall_merge.errors import CheckpointError, DataError, OutputError, RunErro
 from recall_merge.files.record import verify_files
 from recall_merge.files.rows import parse_rows
 from recall_merge.models.text import render
-from recall_merge.models.train import encode_rows, train
+from recall_merge.models.train import _discard, _open_work, encode_rows, train
 from recall_merge.models.train_settings import TrainSettings, check_arguments, hushed
 from recall_merge.models.trainer import LikeLengths
 from tiny import edit_json, fine_tuned, load_model, load_tensors, lora, make_model, make_tokenizer, save_model
@@ -202,8 +204,63 @@ def test_folders_that_are_not_ours_are_left_alone(base, tmp_path):
     with pytest.raises(OutputError, match="none of ours, and is not replaced"):
         train(base, ROWS, tmp_path / "mine", SMALL, overwrite=True)
     (tmp_path / "x.training.partial").mkdir()
+    (tmp_path / "x.training.partial" / "thesis.txt").write_text("years of work")
     with pytest.raises(OutputError, match="a folder that is not ours lies where checkpoints are to be kept"):
         train(base, ROWS, tmp_path / "x", SMALL)
+
+
+def stopped_before(number, work, action):
+    """Do it, but stop before the n-th change of a file or folder below `work` itself; whether it came so far."""
+    count = itertools.count()
+    done = []
+
+    def listen(event, given):
+        change = event in {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"} or (event == "open" and "w" in str(given[1]))
+        if not done and change and str(given[0]).startswith(str(work)) and next(count) == number:
+            raise KeyboardInterrupt
+
+    sys.addaudithook(listen)  # it cannot be taken away again, only silenced
+    try:
+        action()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        done.append(True)
+    return False
+
+
+@pytest.mark.parametrize("number", range(20))
+def test_a_stop_while_the_folder_of_checkpoints_is_made_or_removed(tmp_path, number):
+    work = tmp_path / "x.training.partial"
+
+    def all_of_it():
+        assert _open_work(work, "one") is None
+        (work / "checkpoint-1").mkdir()
+        for name in ("optimizer.pt", "trainer_state.json"):
+            (work / "checkpoint-1" / name).write_text("{}")
+        assert _open_work(work, "one") == work / "checkpoint-1"
+        _open_work(work, "two")
+        (work / "log.txt").write_text("")
+        _discard(work)
+
+    if not stopped_before(number, work, all_of_it):
+        assert number > 12 and not work.exists()
+    for key in ("one", "two"):
+        found = _open_work(work, key)  # never refused, and never in pieces
+        assert found is None or (found / "optimizer.pt").exists()
+
+
+def test_checkpoints_that_a_stop_left_beside_a_finished_expert_go(base, expert, tmp_path):
+    target = shutil.copytree(expert.folder, tmp_path / "expert")
+    _open_work(tmp_path / "expert.training.partial", "key")
+    assert train(base, ROWS, target, SMALL).reused
+    assert [path.name for path in tmp_path.iterdir()] == ["expert"]
+
+
+def test_an_adapters_config_is_the_same_in_every_process(expert):
+    """PEFT writes sets in the order of their hashes, which differ from process to process."""
+    config = json.loads((expert.folder / "adapter_config.json").read_text())
+    assert len(config["target_modules"]) == 14 and config["target_modules"] == sorted(config["target_modules"])
 
 
 def test_progress_is_told_step_by_step_and_nothing_is_printed(base, tmp_path, capfd):

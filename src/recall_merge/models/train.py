@@ -7,13 +7,15 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recall_merge.errors import CheckpointError, DataError, Fault, Faults, OutputError, ResultError, RunError
-from recall_merge.files.adapter import is_adapter
+from recall_merge.files.adapter import CONFIG, is_adapter
 from recall_merge.files.checkpoint import open_checkpoint, read_json
+from recall_merge.files.durable import write_whole
 from recall_merge.files.experts import hash_file
 from recall_merge.files.output import OutputFolder
 from recall_merge.files.record import RECORD, verify_files, versions, write_record
@@ -25,6 +27,11 @@ from recall_merge.progress import Progress, Silent
 
 if TYPE_CHECKING:
     from recall_merge.models.trainer import OnStep, Trainer
+
+
+WORK = ".training.partial"  # of the folder of checkpoints, after the expert's name
+SETS = ("target_modules", "exclude_modules", "modules_to_save")  # of an adapter's config
+NOTE = "key.json"  # in it: what the checkpoints were made from, and a sign that the folder is ours
 
 
 @dataclass(frozen=True)
@@ -89,11 +96,13 @@ def train(
     tokenizer = load_tokenizer(base)
     encoded = encode_rows(rows, tokenizer, settings)
     key = _key(base, encoded, settings, init_from)
+    work = out.with_name(out.name + WORK)
     if (found := find_trained(out, key)) is not None:
+        if (work / NOTE).is_file():
+            _discard(work)  # a stop fell between the expert and the end of its checkpoints
         return found
     _check_place(out, overwrite)
     start = time.monotonic()
-    work = out.with_name(out.name + ".training.partial")
     checkpoint = _open_work(work, key)
     with hushed():
         model = _model(base, settings, init_from)
@@ -110,7 +119,7 @@ def train(
             resumed_at=int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0,
         )
         _write(trainer.model, tokenizer, base, result, key, settings)
-    shutil.rmtree(work)
+    _discard(work)
     return result
 
 
@@ -180,16 +189,30 @@ def _check_place(out: Path, overwrite: bool) -> None:
 
 def _open_work(work: Path, key: str) -> Path | None:
     """Make the folder of checkpoints, or find the last whole checkpoint there; those of another base, rows or settings are removed."""
-    note = work / "key.json"
+    note = work / NOTE
     if work.exists():
-        if not note.is_file():
+        if not note.is_file() and any(file.name != f"{NOTE}.partial" for file in work.iterdir()):
             raise OutputError("a folder that is not ours lies where checkpoints are to be kept", where=work, fix="move it away")
-        if read_json(note).get("key") == key:
-            return _last_checkpoint(work)
-        shutil.rmtree(work)
+        with suppress(CheckpointError):
+            if read_json(note).get("key") == key:
+                return _last_checkpoint(work)
+        _discard(work)
     work.mkdir(parents=True)
-    note.write_text(json.dumps({"key": key}), "utf-8")
+    write_whole(note, json.dumps({"key": key}) + "\n")
     return None
+
+
+def _discard(work: Path) -> None:
+    """Remove the folder of checkpoints. The note goes last, empty by then: a stop leaves nothing that is taken for whole, or a stranger's."""
+    note = work / NOTE
+    write_whole(note, "{}\n")
+    for place in work.iterdir():
+        if place.is_dir():
+            shutil.rmtree(place)
+        elif place != note:
+            place.unlink()
+    note.unlink()
+    work.rmdir()
 
 
 def _last_checkpoint(work: Path) -> Path | None:
@@ -239,7 +262,7 @@ def _check_same_shape(settings: TrainSettings, adapter: Path) -> None:
     """An adapter that training goes on from keeps its form; settings that were given must say the same."""
     if not is_adapter(adapter):
         raise RunError("an adapter is to be trained, but what to go on from is none", where=adapter, fix="give an adapter, or `kind: full`")
-    config = read_json(adapter / "adapter_config.json")
+    config = read_json(adapter / CONFIG)
     theirs = {"rank": config.get("r"), "alpha": config.get("lora_alpha"), "kind": "dora" if config.get("use_dora") else "lora"}
     faults = Faults()
     for name, value in theirs.items():
@@ -282,9 +305,21 @@ def _write(model: Any, tokenizer: Any, base: Path, result: TrainResult, key: str
     with OutputFolder(result.folder, overwrite=True) as folder:
         model.save_pretrained(folder.path)
         (folder.path / "README.md").unlink(missing_ok=True)  # peft's card is all placeholders
+        _put_in_order(folder.path / CONFIG)
         if settings.kind == "full":
             tokenizer.save_pretrained(folder.path)
         trained = {"steps": result.steps, "tokens": result.tokens, "losses": result.losses, "seconds": round(result.seconds, 1)}
         record = {"key": key, "settings": settings.model_dump(mode="json"), "training": trained, "versions": versions()}
         write_record(folder.path, record)
         folder.commit()
+
+
+def _put_in_order(config: Path) -> None:
+    """Sort what PEFT keeps as a set and writes in an order that chance gives each process."""
+    if not config.exists():
+        return
+    data = read_json(config)
+    for key in SETS:
+        if isinstance(data.get(key), list):
+            data[key].sort()
+    config.write_text(json.dumps(data, indent=2, sort_keys=True), "utf-8")

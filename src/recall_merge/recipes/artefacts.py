@@ -28,13 +28,9 @@ def tidy(workspace: Path) -> None:
 
 
 def make_way(target: Path) -> None:
-    """Remove, where an expert is to be trained, what training would take for a stranger's: a given expert of a stage that was given up,
-    and a folder of checkpoints whose making, or removal, was stopped."""
+    """Remove, where an expert is to be trained, a given expert of a stage that was given up: training would take it for a stranger's."""
     if target.exists() and not (target / RECORD).exists():
         shutil.rmtree(target)
-    checkpoints = target.with_name(target.name + ".training.partial")
-    if key_in(checkpoints) is None:
-        shutil.rmtree(checkpoints, ignore_errors=True)
 
 
 def key_in(folder: Path) -> str | None:
