@@ -12,6 +12,7 @@ import pytest
 # subtle: huggingface_hub reads these when it is imported, so they are set before any test module is
 _HOME = tempfile.TemporaryDirectory(prefix="recall-tests-")
 os.environ["HF_HOME"] = _HOME.name
+os.environ["XDG_CACHE_HOME"] = _HOME.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

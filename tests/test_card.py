@@ -179,6 +179,20 @@ def test_stale_cards_and_damaged_ones_are_refused(world):
     assert all("recall card" in fault.fix for fault in caught.value.faults)
 
 
+def test_a_card_is_of_every_bit_of_a_full_expert(world):
+    merged_by_peft(world / "base", world / "a", world / "full")
+    run = a_run(world, ["full"], samples={"path": str(world / "a.jsonl")})
+    make_card(run)
+    make_plan(run)
+    with (world / "full" / "model.safetensors").open("r+b") as file:
+        file.seek(-3000, 2)
+        byte = file.read(1)[0]
+        file.seek(-3000, 2)
+        file.write(bytes([byte ^ 16]))
+    with pytest.raises(RecallError, match="the card of expert 'full' was made for another state of it"):
+        make_plan(run)
+
+
 def test_a_card_may_lie_elsewhere(world):
     run = a_run(world, "a", samples={"path": str(world / "a.jsonl")})
     make_card(run, folder=world / "cards" / "a")

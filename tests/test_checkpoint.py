@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from recall_merge.errors import CheckpointError
-from recall_merge.files.checkpoint import INDEX, SINGLE, block_count, open_checkpoint, read_json, same_model
+from recall_merge.files.checkpoint import INDEX, SINGLE, block_count, open_checkpoint, read_json
+from recall_merge.files.content import same_weights
 from recall_merge.files.names import named_like
 from recall_merge.files.safetensors import Remote, Spec
 from tiny import FAMILIES, edit_json, fine_tuned, load_tensors, make_model, save_model
@@ -61,7 +62,7 @@ def test_every_tensor_of_every_family(bases, family):
 def test_shards_make_no_difference(shards, llama):
     assert len(list(shards.glob("*.safetensors"))) > 2
     one, many = open_checkpoint(llama), open_checkpoint(shards)
-    assert one.specs == many.specs and one.fingerprint == many.fingerprint and same_model(one, many)
+    assert one.specs == many.specs and one.fingerprint == many.fingerprint and same_weights(one, many)
     assert all(torch.equal(one.read(name), many.read(name)) for name in one.tensors)
 
 
@@ -75,7 +76,7 @@ def test_fingerprints_tell_models_apart(llama, tmp_path):
     base, other = open_checkpoint(llama), open_checkpoint(fine_tuned(llama, tmp_path / "other", seed=1))
     half = open_checkpoint(save_model(make_model(dtype="bfloat16"), tmp_path / "half"))
     assert len({base.fingerprint, other.fingerprint, half.fingerprint}) == 3
-    assert not same_model(base, other) and half.dtypes == {"bfloat16"}
+    assert not same_weights(base, other) and half.dtypes == {"bfloat16"}
 
 
 def test_models_on_the_hub_are_compared_by_a_look(llama, tmp_path):
@@ -89,7 +90,7 @@ def test_models_on_the_hub_are_compared_by_a_look(llama, tmp_path):
     base, other = open_checkpoint(llama), fine_tuned(llama, tmp_path / "other", seed=1)
     assert base.fingerprint != remote(llama).fingerprint
     shutil.rmtree(tmp_path / "llama-remote")
-    assert same_model(base, remote(llama)) and not same_model(base, remote(other))
+    assert same_weights(base, remote(llama)) and not same_weights(base, remote(other))
 
 
 class TestATiedHead:

@@ -12,7 +12,7 @@ import pytest
 import recall_merge
 
 ROOT = Path(recall_merge.__file__).parent
-EVERYWHERE = {"errors", "progress", "parallel", "processes"}
+EVERYWHERE = {"errors", "progress", "parallel", "processes", "safe_yaml"}
 ALLOWED = {
     "maths": {"maths"},
     "files": {"files", "maths"},
@@ -25,6 +25,7 @@ ALLOWED = {
     "progress": {"progress"},
     "parallel": {"parallel"},
     "processes": {"processes"},
+    "safe_yaml": {"safe_yaml"},
     "__main__": {"commands"},
 }
 

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator
 
 from recall_merge.errors import Fault, RunError, did_you_mean
+from recall_merge.safe_yaml import NotYaml, read_yaml
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -154,17 +154,6 @@ class MergeRun(Section):
 M = TypeVar("M", bound=BaseModel)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML without surprises: a key that is given twice is refused, where YAML takes the last one without a word."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"the key '{key}' is given twice, in line {node.start_mark.line + 1} or below")
-        return super().construct_mapping(node, deep)
-
-
 def load_run(path: Path, overrides: Mapping[str, Any] | None = None) -> MergeRun:
     """Read a run from YAML; a relative path in it is looked for from its own folder, then from the current one.
 
@@ -174,20 +163,30 @@ def load_run(path: Path, overrides: Mapping[str, Any] | None = None) -> MergeRun
     Raises:
         RunError: with every fault of the file.
     """
-    try:
-        data = yaml.load(path.read_text("utf-8"), _Loader)
-    except FileNotFoundError:
-        raise RunError("there is no such run", where=path, fix="give the path of a YAML file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise RunError(
-            f"this is not readable YAML: {' '.join(str(error).split())}", where=path, fix="see docs/run.md for the form"
-        ) from error
-    if not isinstance(data, dict):
-        raise RunError("a run is a mapping of keys to values", where=path, fix="see docs/run.md for the form")
-    data = _relative_to(path.parent, data)
+    data = _relative_to(path.parent, read_mapping(path, "run", "docs/run.md"))
     for key, value in (overrides or {}).items():
         assign(data, key, value)
     return parse(MergeRun, data, where=str(path))
+
+
+def read_mapping(path: Path, kind: str, form: str) -> dict[str, Any]:
+    """The keys of a YAML file that describes some kind of work.
+
+    Args:
+        form: the page that shows what such a file looks like.
+
+    Raises:
+        RunError: if there is no such file, or it holds no mapping.
+    """
+    try:
+        data = read_yaml(path)
+    except FileNotFoundError:
+        raise RunError(f"there is no such {kind}", where=path, fix="give the path of a YAML file") from None
+    except NotYaml as error:
+        raise RunError(f"this is not readable YAML: {error}", where=path, fix=f"see {form} for the form") from error
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise RunError(f"a {kind} is a mapping of keys to values", where=path, fix=f"see {form} for the form")
+    return data
 
 
 def parse(model: type[M], data: Any, *, where: str) -> M:

@@ -87,12 +87,12 @@ def settings_of(words: list[str] | None) -> dict[str, Any]:
 
 
 def _setting(word: str) -> tuple[str, Any]:
-    import yaml
+    from recall_merge.safe_yaml import NotYaml, parse_yaml
 
     key, equals, text = word.partition("=")
     if not equals or not key:
         raise RunError(f"--set {word}: not of the form KEY=VALUE", fix="write e.g. --set options.temperature=0.5")
     try:
-        return key, yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        return key, parse_yaml(text)
+    except NotYaml as error:
         raise RunError(f"--set {word}: the value is not YAML", fix="put text with special characters in quotes") from error

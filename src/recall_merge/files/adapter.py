@@ -16,7 +16,8 @@ from types import MappingProxyType
 from typing import Any
 
 from recall_merge.errors import CheckpointError, Faults
-from recall_merge.files.checkpoint import Checkpoint, files_in, open_checkpoint, read_json, same_model
+from recall_merge.files.checkpoint import Checkpoint, files_in, open_checkpoint, read_json
+from recall_merge.files.content import same_weights
 from recall_merge.files.edits import Edit
 from recall_merge.files.names import Names
 from recall_merge.files.safetensors import Remote, Stored, read_header
@@ -134,7 +135,7 @@ def check_adapter_base(expert: str, adapter: Adapter, base: Checkpoint, base_ref
     folder = cached_folder(theirs) if isinstance(theirs, Reference) else theirs
     if folder is not None:
         with suppress(CheckpointError):  # a folder that is no model that we could merge is not the base either
-            if same_model(open_checkpoint(folder), base):
+            if same_weights(open_checkpoint(folder), base):
                 return
     what = f"the adapter '{expert}' was trained on '{named}', the run's base is '{base_reference}'"
     raise CheckpointError(what + ("" if folder else ", and the former is not here to be compared"), where=where, fix=fix)

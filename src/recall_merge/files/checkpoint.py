@@ -83,7 +83,8 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of names, dtypes, shapes and of the first 256 bytes of every tensor: tells models apart at little cost."""
+        """SHA-256 of names, dtypes, shapes and of the first 256 bytes of every tensor: models of different fingerprints differ. Those of
+        the same may differ too; `content.py` tells for sure."""
         digest = hashlib.sha256()
         for name in sorted(self.tensors):
             stored = self.tensors[name]
@@ -121,16 +122,6 @@ def open_checkpoint(folder: Path, remote: Mapping[str, Remote] = MappingProxyTyp
     checkpoint = Checkpoint(folder, config, _without_tied_head(folder, config, stored, depths), depths)
     _ = checkpoint.embedding  # config and weights must agree on the vocabulary
     return checkpoint
-
-
-def same_model(one: Checkpoint, other: Checkpoint) -> bool:
-    """Whether two checkpoints hold the same weights, by fingerprint; where one is still on the hub, by a look at a few tensors."""
-    if one.fingerprint == other.fingerprint:
-        return True
-    if not any(stored.remote for model in (one, other) for stored in model.tensors.values()) or one.specs != other.specs:
-        return False
-    names = list(one.tensors)
-    return all(one.tensors[name].same_bytes(other.tensors[name]) for name in (names[0], names[len(names) // 2], names[-1]))
 
 
 def block_count(config: Mapping[str, Any]) -> int | None:

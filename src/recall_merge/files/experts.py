@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from recall_merge.errors import CheckpointError, Faults
 from recall_merge.files.adapter import CONFIG, WEIGHTS, Adapter
 from recall_merge.files.checkpoint import Checkpoint
+from recall_merge.files.content import content_of, same_weights
 from recall_merge.files.safetensors import Spec, bytes_of
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ def check_checkpoint(name: str, expert: Checkpoint, base: Checkpoint, skipped: C
     """
     faults = Faults()
     where, config = expert.folder, expert.folder / "config.json"
-    if expert.folder.resolve() == base.folder.resolve() or expert.fingerprint == base.fingerprint:
+    if expert.folder.resolve() == base.folder.resolve() or same_weights(expert, base):
         faults.add(f"expert '{name}' is the base itself", where=where, fix="list only models that were fine-tuned from the base")
         faults.raise_any(CheckpointError)
     theirs_all, ours_all = ({t for t in model.tensors if not skipped(t)} for model in (expert, base))
@@ -236,9 +237,9 @@ def widen(tensor: Tensor) -> Tensor:
 
 
 def hash_expert(expert: Expert) -> str:
-    """Tells one state of an expert from another at little cost: an adapter by its bytes, a checkpoint by its fingerprint."""
+    """Tells one state of an expert from every other: SHA-256 of an adapter's files, or of a checkpoint's weights and config."""
     if isinstance(expert, FullExpert):
-        return expert.checkpoint.fingerprint
+        return content_of(expert.checkpoint)
     return hashlib.sha256(repr(sorted(expert.hashes().items())).encode()).hexdigest()
 
 

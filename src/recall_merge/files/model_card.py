@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from recall_merge.safe_yaml import MAX_BYTES, NotYaml, parse_yaml
+
 CARD = "README.md"
 
 
@@ -68,14 +70,13 @@ def _table(table: Mapping[str, Any]) -> list[str]:
 
 def _front_matter(base: Path) -> dict[str, Any]:
     """What the base's own card says of itself; nothing if it has none that can be read."""
-    import yaml
-
     card = base / CARD
     if not card.is_file():
         return {}
-    parts = card.read_text("utf-8", errors="replace").split("---", 2)
+    with card.open("rb") as file:
+        parts = file.read(MAX_BYTES).decode("utf-8", errors="replace").split("---", 2)
     try:
-        found = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else {}
-    except yaml.YAMLError:
+        found = parse_yaml(parts[1]) if len(parts) == 3 and not parts[0].strip() else {}
+    except NotYaml:
         return {}
     return found if isinstance(found, dict) else {}

@@ -233,7 +233,7 @@ def found_path(folder: Path, path: str) -> Path:
 
 
 def fingerprint(folder: Path) -> str:
-    """What tells a model from others: an adapter's weights and settings, or a checkpoint's headers and a few bytes of each tensor.
+    """What tells a model from others: an adapter's weights and settings, or a checkpoint's weights and config.
 
     Where an adapter's base lies is left out, so that folders can be moved; and so is the order of names, which PEFT leaves to chance.
 
@@ -242,6 +242,7 @@ def fingerprint(folder: Path) -> str:
     """
     from recall_merge.files.adapter import CONFIG, WEIGHTS, is_adapter
     from recall_merge.files.checkpoint import open_checkpoint, read_json
+    from recall_merge.files.content import content_of
 
     if not folder.is_dir():
         raise CheckpointError("there is no such model folder", where=folder, fix="check the path")
@@ -251,7 +252,7 @@ def fingerprint(folder: Path) -> str:
         if not (folder / WEIGHTS).is_file():
             raise CheckpointError(f"there is no {WEIGHTS}", where=folder, fix="copy the whole adapter folder")
         return key_of({"settings": settings, "weights": hash_file(folder / WEIGHTS)})
-    return open_checkpoint(folder).fingerprint
+    return content_of(open_checkpoint(folder))
 
 
 def key_of(facts: Mapping[str, Any]) -> str:

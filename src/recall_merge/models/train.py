@@ -203,7 +203,7 @@ def _open_work(work: Path, key: str) -> Path | None:
 
 
 def _discard(work: Path) -> None:
-    """Remove the folder of checkpoints. The note goes last, empty by then: a stop leaves nothing that is taken for whole, or a stranger's."""
+    """Remove the folder of checkpoints. The note goes last, empty: what a stop leaves is taken neither for whole nor for a stranger's."""
     note = work / NOTE
     write_whole(note, "{}\n")
     for place in work.iterdir():

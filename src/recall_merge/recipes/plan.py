@@ -159,7 +159,7 @@ def make_plan(run: MergeRun, *, writes: bool = True, download: bool = True) -> P
             _check_space(run.out.path, sum(spec.nbytes for spec in specs.values()))
     faults.raise_any()
     notes += [*told, *(note for expert in experts for note in _adapter_notes(expert, base))]
-    cards = _cards(rules.method, experts, run, faults)
+    cards = _cards(rules.method, experts, run, located, faults)
     notes += [f"expert '{e.name}' has no card: all its inputs count alike" for e, card in zip(experts, cards, strict=False) if card is None]
     faults.raise_any()
     shards = plan_shards(specs, run.out.shard_size)
@@ -260,8 +260,11 @@ def _adapter_notes(expert: Expert, base: Checkpoint) -> list[str]:
     return [f"expert '{expert.name}' trains the embedding, to which the head is tied: both change, as in PEFT's own merge"] if edit else []
 
 
-def _cards(method: Method, experts: Sequence[Expert], run: MergeRun, faults: Faults) -> tuple[Card | None, ...]:
-    """The experts' cards, where the method wants them. A card of another state of its expert would mislead, so it is refused."""
+def _cards(
+    method: Method, experts: Sequence[Expert], run: MergeRun, located: Mapping[str, Located], faults: Faults
+) -> tuple[Card | None, ...]:
+    """The experts' cards, where the method wants them. A card of another state of its expert would mislead, so it is refused
+    (once the weights are here: their headers do not tell)."""
     if not method.informed:
         return ()
     cards: list[Card | None] = []
@@ -271,7 +274,7 @@ def _cards(method: Method, experts: Sequence[Expert], run: MergeRun, faults: Fau
             card = open_card(Path(entry.card) if entry.card else expert.folder)
             if card is None and entry.card:
                 raise CheckpointError("there is no card in this folder", where=entry.card, fix="make it with `recall card`")
-            if card is not None and card.facts["expert"] != hash_expert(expert):
+            if card is not None and not located[entry.name].remote and card.facts["expert"] != hash_expert(expert):
                 what = f"the card of expert '{expert.name}' was made for another state of it"
                 raise CheckpointError(what, where=card.folder, fix="make it again with `recall card`")
         cards.append(card)

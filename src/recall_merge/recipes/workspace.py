@@ -19,6 +19,7 @@ from recall_merge.files.workspace import (
     Model,
     Stage,
     State,
+    fingerprint,
     found_path,
     is_workspace,
     note,
@@ -172,7 +173,6 @@ def _numbers(r: list[list[float | None]], experts: list[float | None], r_unseen:
 
 def _base(folder: Path, reference: str) -> Model:
     from recall_merge.files.adapter import is_adapter
-    from recall_merge.files.checkpoint import open_checkpoint
     from recall_merge.files.hub import locate
 
     place = locate(reference)
@@ -181,7 +181,7 @@ def _base(folder: Path, reference: str) -> Model:
     if folder.resolve().is_relative_to(place.folder.resolve()):
         raise WorkspaceError("the workspace would lie in the folder of the base", where=folder, fix="choose another folder for it")
     path = f"{place.repo}@{place.revision}" if place.repo else stored_path(folder, place.folder)
-    return Model(path=path, fingerprint=open_checkpoint(place.folder).fingerprint)
+    return Model(path=path, fingerprint=fingerprint(place.folder))
 
 
 def _check_place(folder: Path) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 
 from recall_merge.config import MergeRun
 from recall_merge.errors import OutputError
+from recall_merge.files.checkpoint import open_checkpoint
+from recall_merge.files.content import content_of
 from recall_merge.files.rows import Row
 from recall_merge.models.train_settings import TrainSettings
 
@@ -229,6 +231,19 @@ class Store:
 
     def keep_score(self, cell: Scores, question: Question, score: Mapping[str, Any]) -> None:
         self._write(self._score(cell.score_key(question)), score)
+
+    def keep_base(self, base: Base) -> None:
+        """Keep what the base is to the bit, which its key does not tell: cells made from another would be taken for its own.
+
+        Raises:
+            OutputError: if it is another than when the first cell was made.
+        """
+        note, found = self.folder / "bases" / f"{base.fingerprint}.json", content_of(open_checkpoint(base.folder))
+        if not note.exists():
+            self._write(note, {"sha256": found})
+        elif json.loads(note.read_text("utf-8")) != {"sha256": found}:
+            what = "the base has changed since the bench began: what was done here is of another"
+            raise OutputError(what, where=base.folder, fix="put back the base, or give another `out`")
 
     def keep_rows(self, rows: Sequence[Row]) -> Path:
         """Rows as a file that a run can name."""

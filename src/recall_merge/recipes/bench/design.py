@@ -49,6 +49,7 @@ class Design:
     questions: Mapping[str, Question]
     experts: Mapping[tuple[int, str], Scores]
     """(seed, task) -> the score of that task's own expert."""
+    base: Base
     train_rows: Mapping[str, int]
     """How many rows each task is trained on."""
 
@@ -85,7 +86,7 @@ def make_design(scenario: Scenario) -> Design:
     maker = _Maker(scenario, base, train, questions)
     trials = tuple(maker.trials())
     experts = {(seed, task): maker.own_score(task, seed) for seed in scenario.seeds for task in train}
-    return Design(scenario, trials, questions, experts, {task: len(rows) for task, rows in train.items()})
+    return Design(scenario, trials, questions, experts, base, {task: len(rows) for task, rows in train.items()})
 
 
 def _check_methods(scenario: Scenario, faults: Faults) -> None:

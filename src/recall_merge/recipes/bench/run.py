@@ -71,6 +71,7 @@ def bench(scenario: Scenario, *, command: str = "", listener: Listener = lambda 
     design = make_design(scenario)
     store = store_of(scenario)
     with store.locked():
+        store.keep_base(design.base)
         _work(make_agenda(design, store), store, scenario.workers, listener)
         return summarise(design, store, out_of(scenario), command=command)
 

@@ -8,11 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 
-from recall_merge.config import Section, Weights, assign, parse
-from recall_merge.errors import RunError
+from recall_merge.config import Section, Weights, assign, parse, read_mapping
 from recall_merge.models.train_settings import TrainSettings
 
 Kind = Literal["multi-model", "sequential", "single-model"]
@@ -179,15 +177,7 @@ def load_scenario(path: Path, overrides: Mapping[str, Any] | None = None) -> Sce
     Raises:
         RunError: with every fault of the file.
     """
-    fix = "see docs/bench.md for the form"
-    try:
-        told = yaml.safe_load(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise RunError("there is no such scenario", where=path, fix="give the path of a YAML file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise RunError(f"this is not readable YAML: {' '.join(str(error).split())}", where=path, fix=fix) from error
-    if not isinstance(told, dict):
-        raise RunError("a scenario is a mapping of keys to values", where=path, fix=fix)
+    told = read_mapping(path, "scenario", "docs/bench.md")
     for key in ("model", "data", "out"):
         if isinstance(told.get(key), str) and (key == "out" or (path.parent / told[key]).exists()):
             told[key] = str(path.parent / told[key])
