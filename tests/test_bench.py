@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -322,6 +323,20 @@ def test_all_faults_of_methods_and_files_are_told_before_any_work(llama: Path, d
     words = str(caught.value)
     for fault in ("did you mean 'ties'?", "no option 'scal'", "strength", "merges 1 experts", "no such file", "f2", "'cout'"):
         assert fault in words, fault
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_that_the_base_cannot_read_are_told_before_any_work(llama: Path, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    for kind in ("train", "test"):
+        file = tmp_path / "data" / f"films-{kind}.jsonl"
+        line = json.loads(file.read_text().splitlines()[0])
+        file.write_text(file.read_text() + json.dumps(line | {"prompt": line["prompt"] + " very" * 60}) + "\n")
+    with pytest.raises(RecallError) as caught:
+        bench(Scenario.model_validate(told(llama, tmp_path / "data", tmp_path / "out")))
+    words = str(caught.value)
+    assert "1 of 9 training rows are longer than the 128 tokens that the model can read\n  where: task 'films', row 9" in words, words
+    assert "1 of 7 rows of 'films' are longer than the 128 tokens that the model can read\n  where: task 'films', row 7" in words, words
     assert not (tmp_path / "out").exists()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -15,9 +16,12 @@ import yaml
 
 from recall_merge.errors import CheckpointError, DataError, RunError
 from recall_merge.files.rows import Row, parse_rows
-from recall_merge.models.evaluate import TaskScore, evaluate
+from recall_merge.models.build import load_tokenizer
+from recall_merge.models.engine import Engine
+from recall_merge.models.evaluate import TaskScore, check_lengths, evaluate, window_of
 from recall_merge.models.tasks import SPARE_TOKENS, TaskSpec, check_tasks, define, export_task
 from recall_merge.models.text import render
+from recall_merge.progress import Silent
 from tiny import load_model, make_model, make_tokenizer, save_model
 
 CHOICES = parse_rows(
@@ -354,11 +358,21 @@ def test_all_faults_of_tasks_are_found_at_once():
 
 def test_rows_that_the_model_cannot_hold_are_refused(model, tokenizer):
     long = [replace(row, prompt=(("user", "the dog " * 200),)) for row in CHOICES[1:2]]
-    with pytest.raises(DataError, match=r"1 of 2 rows of 'long' are longer than the 256 tokens[^$]*first row 2"):
+    with pytest.raises(DataError, match=r"1 of 2 rows of 'long' are longer than the 256 tokens[^$]*'long', row 2"):
         evaluate(model, [TaskSpec("long", [CHOICES[0], *long])], tokenizer=tokenizer)
     edge = replace(ANSWERS[0], prompt=(("user", "!" * (256 - SPARE_TOKENS - 3)),))
     with pytest.raises(DataError, match="longer than the 256 tokens"):
         evaluate(model, [TaskSpec("edge", [edge])], tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_the_window_is_known_before_there_are_weights(bases, family, tmp_path):
+    folder = shutil.copytree(bases(family), tmp_path / family, ignore=shutil.ignore_patterns("*.safetensors"))
+    tokenizer = load_tokenizer(folder)
+    engine = Engine(load_model(bases(family)), tokenizer, batch_size=1, progress=Silent())
+    assert window_of(folder, tokenizer) == engine.max_length == 128
+    long = [replace(row, prompt=(("user", "the dog " * 200),)) for row in CHOICES[1:2]]
+    assert [fault.where for fault in check_lengths(folder, [TaskSpec("long", [CHOICES[0], *long])])] == ["task 'long', row 2"]
 
 
 def test_an_exported_task_is_the_definition_itself(tmp_path, chat_tokenizer):

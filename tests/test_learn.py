@@ -110,6 +110,19 @@ def test_from_last_fine_tunes_the_merge_before_and_the_expert_stays_an_adapter(w
     assert third.stage.start == "base"
 
 
+def test_a_method_that_merges_two_takes_the_first_expert_as_it_is(data, llama, tmp_path):
+    folder = make_workspace(tmp_path / "ws", llama, method="slerp", strategy="sequential", weights=[1, 3])
+    refused(folder, lambda: teach(folder, data, "a", sets={"options.x": 1}), "has no option 'x'")
+    first = teach(folder, data, "a")
+    assert "`slerp` merges two experts or more: the first stage's model is its expert, as it is" in first.notes
+    assert_close(load_tensors(folder / "merges" / "1"), dense(llama, folder / "experts" / "1-a", tmp_path / "whole"))
+    second = teach(folder, data, "b")
+    assert second.merge.record["method"]["name"] == "slerp" and second.merge.weights[0].tolist() == [0.25, 0.75]
+    one_shot = make_workspace(tmp_path / "one_shot", llama, method="slerp")
+    teach(one_shot, data, "a"), teach(one_shot, data, "b")
+    refused(one_shot, lambda: teach(one_shot, data, "c"), "method 'slerp' merges 2 experts, the run lists 3")
+
+
 def test_full_fine_tuning(ws, data, llama):
     folder = ws("linear")
     teach(folder, data, "b", sets={"training": {"kind": "full", "epochs": 1}}, start="last")
@@ -292,6 +305,24 @@ def test_a_test_that_was_trained_on(ws, data, tmp_path):
     assert "the training file and the test file of 'a' share rows: 2 of the 8 test rows are also trained on" in found
     found = refused(folder, lambda: teach(folder, data, "b", unseen=[f"x={data / 'b-train.jsonl'}"]))
     assert found == ["the training file and the test file of 'x' share rows: 12 of the 12 test rows are also trained on"]
+
+
+def test_rows_that_the_base_cannot_read(ws, data, tmp_path):
+    long = {"prompt": "is b 99 " + "very " * 60 + "ok?", "completion": "y", "choices": ["y", "n"]}
+    rows = [json.loads(line) for line in (data / "b-train.jsonl").read_text().splitlines()]
+    tests = [json.loads(line) for line in (data / "b-test.jsonl").read_text().splitlines()]
+    train = write_rows(tmp_path / "train.jsonl", [*rows, long, long])
+    test = write_rows(tmp_path / "test.jsonl", [tests[0], long | {"prompt": long["prompt"] + " no"}, *tests[1:]])
+    folder = ws("linear")
+    asked = Request("b", test, train)
+    refused(
+        folder,
+        lambda: learn(folder, asked),
+        "2 of 14 training rows are longer than the 128 tokens that the model can read\n  where: rows 13, 14\n  fix: leave them out",
+        "1 of 9 rows of 'b' are longer than the 128 tokens that the model can read\n  where: task 'b', row 2\n  fix: leave them out",
+    )
+    cut = Request("b", data / "b-test.jsonl", train, sets={"training.max_length": 20})
+    refused(folder, lambda: learn(folder, cut), "no token of the completion is left within `max_length`\n  where: row 13")
 
 
 def test_an_old_test_file_that_changed_or_is_gone(ws, data, tmp_path):

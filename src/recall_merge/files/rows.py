@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,17 @@ def read_records(source: str | Path, *, split: str = "train") -> Iterator[Any]:
         raise DataError(
             f"no rows under this name: {error}", where=source, fix="give a file, or the name of a dataset on the hub"
         ) from error
+
+
+def numbered(indices: Sequence[int], shown: int = 5) -> str:
+    """Rows in words, by their numbers from 1; of many, the first.
+
+    >>> numbered([0]), numbered([0, 3, 4], shown=2)
+    ('row 1', 'rows 1, 4 and 1 more')
+    """
+    words = ", ".join(str(index + 1) for index in indices[:shown])
+    more = f" and {len(indices) - shown} more" if len(indices) > shown else ""
+    return f"row{'s' * (len(indices) > 1)} {words}{more}"
 
 
 def _json(text: str, where: str) -> Any:

@@ -13,6 +13,8 @@ from recall_merge.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
+ONLY_KNOWN = "only architectures that transformers itself knows can be run; recall never runs code from a checkpoint"
+
 
 def build_model(
     folder: Path, tensors: Mapping[str, Tensor] | None = None, *, dtype: str = "float32", vocabulary_size: int | None = None
@@ -28,11 +30,11 @@ def build_model(
     Raises:
         CheckpointError: if transformers does not know the architecture, or finds tensors missing or unexpected.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    config = load_config(folder)
     with quiet():
         try:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             if vocabulary_size is not None:
                 config.get_text_config().vocab_size = vocabulary_size
             architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -40,15 +42,26 @@ def build_model(
             state = None if tensors is None else dict(tensors)
             model, info = architecture.from_pretrained(source, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
         except (ValueError, OSError, RuntimeError, KeyError) as error:
-            raise CheckpointError(
-                f"transformers cannot build this model: {_first_line(error)}",
-                where=folder,
-                fix="only architectures that transformers itself knows can be run; recall never runs code from a checkpoint",
-            ) from error
+            raise CheckpointError(f"transformers cannot build this model: {_first_line(error)}", where=folder, fix=ONLY_KNOWN) from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             raise CheckpointError(f"transformers finds {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:5]}", where=folder)
     return model.eval()
+
+
+def load_config(folder: Path) -> Any:
+    """The config of a model folder, as transformers knows it.
+
+    Raises:
+        CheckpointError: if transformers does not know the architecture, or refuses a value.
+    """
+    from transformers import AutoConfig
+
+    with quiet():
+        try:
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        except (ValueError, OSError, RuntimeError, KeyError) as error:
+            raise CheckpointError(f"transformers cannot build this model: {_first_line(error)}", where=folder, fix=ONLY_KNOWN) from error
 
 
 def load_tokenizer(folder: Path) -> Any:

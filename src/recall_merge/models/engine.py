@@ -27,6 +27,7 @@ Tokens = list[int]
 Request = tuple[Any, Tokens, Tokens]  # what was asked, the tokens of the context and of the continuation: as lm-eval has it
 Answer = tuple[float, bool]  # log-likelihood of the continuation, and whether greedy decoding would have said it
 HFLM: Any = lm_eval.models.huggingface.HFLM
+resolve_max_length: Any = lm_eval.models.huggingface.resolve_max_length
 
 
 class Engine(HFLM):

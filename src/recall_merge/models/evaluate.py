@@ -9,10 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recall_merge.errors import DataError, Fault, Faults, RunError, did_you_mean
-from recall_merge.files.rows import Row
+from recall_merge.errors import DataError, Faults, RunError, did_you_mean
+from recall_merge.files.rows import Row, numbered
 from recall_merge.models import scoring
-from recall_merge.models.build import build_model, load_tokenizer
+from recall_merge.models.build import build_model, load_config, load_tokenizer
 from recall_merge.models.tasks import Definition, TaskSpec, build_task, check_tasks, define
 from recall_merge.progress import Progress, Silent
 
@@ -107,7 +107,7 @@ def evaluate(
         scores: dict[str, TaskScore] = {}
         with _left_as_it_was(model, tokenizer):
             engine = Engine(model, tokenizer, batch_size=batch_size, progress=progress or Silent())
-            _check_lengths(definitions, tokenizer, engine.max_length)
+            _too_long(definitions, tokenizer, engine.max_length).raise_any(DataError)
             if own:
                 engine.add_bos_token = False  # a rendered text has its special tokens
                 results = _ask(engine, {name: build_task(definition) for name, definition in definitions.items()}, {}, limit)
@@ -175,9 +175,32 @@ def _left_as_it_was(model: Any, tokenizer: Any) -> Iterator[None]:
         tokenizer.pad_token = pad
 
 
-def _check_lengths(definitions: Mapping[str, Definition], tokenizer: Any, window: int) -> None:
-    """Refuse rows that the model's window cannot hold: lm-eval would cut the beginning of the prompt."""
-    faults: list[Fault] = []
+def check_lengths(folder: Path, tasks: Sequence[TaskSpec], *, template: bool = True) -> Faults:
+    """Which rows a model cannot be scored on, since its window does not hold them: known before there are weights.
+
+    Args:
+        folder: the model, or another with its config and tokenizer.
+
+    Raises:
+        DataError: if rows cannot be scored at all.
+        CheckpointError: if config or tokenizer cannot be used.
+    """
+    tokenizer = load_tokenizer(folder)
+    definitions = {task.name: define(task, tokenizer, template=template) for task in tasks if task.rows is not None}
+    return _too_long(definitions, tokenizer, window_of(folder, tokenizer))
+
+
+def window_of(folder: Path, tokenizer: Any) -> int:
+    """How many tokens the model of a folder reads at most, as lm-eval takes it from its config."""
+    from recall_merge.models.engine import HFLM, resolve_max_length, silence
+
+    with silence():
+        return resolve_max_length(load_config(folder), tokenizer, default=HFLM._DEFAULT_MAX_LENGTH)
+
+
+def _too_long(definitions: Mapping[str, Definition], tokenizer: Any, window: int) -> Faults:
+    """Rows that the model's window cannot hold: lm-eval would cut the beginning of the prompt."""
+    faults = Faults()
     for name, definition in definitions.items():
         room = definition.config.get("generation_kwargs", {}).get("max_gen_toks", -1)  # the last token of a choice is not read
         documents = definition.documents
@@ -186,9 +209,8 @@ def _check_lengths(definitions: Mapping[str, Definition], tokenizer: Any, window
         long = sorted({row for (row, _), count in zip(texts, counts, strict=True) if count + room > window})
         if long:
             what = f"{len(long)} of {len(documents)} rows of '{name}' are longer than the {window} tokens that the model can read"
-            faults.append(Fault(what, f"task '{name}', first row {long[0] + 1}", "leave them out, or shorten them"))
-    if faults:
-        raise DataError(faults)
+            faults.add(what, where=f"task '{name}', {numbered(long)}", fix="leave them out, or shorten them")
+    return faults
 
 
 def _ask(engine: Engine, tasks: Mapping[str, Any], groups: Mapping[str, Any], limit: int | None) -> dict[str, Any]:

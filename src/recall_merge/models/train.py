@@ -19,7 +19,7 @@ from recall_merge.files.durable import write_whole
 from recall_merge.files.experts import hash_file
 from recall_merge.files.output import OutputFolder
 from recall_merge.files.record import RECORD, verify_files, versions, write_record
-from recall_merge.files.rows import Row
+from recall_merge.files.rows import Row, numbered
 from recall_merge.models.build import build_model, load_tokenizer
 from recall_merge.models.text import render
 from recall_merge.models.train_settings import TrainSettings, check_arguments, hushed
@@ -159,6 +159,22 @@ def encode_rows(rows: Sequence[Row], tokenizer: Any, settings: TrainSettings) ->
     if faults:
         raise DataError(faults)
     return encoded
+
+
+def check_rows(base: Path, rows: Sequence[Row], settings: TrainSettings, window: int) -> None:
+    """Check that every row can be learnt, and that the model can read it whole.
+
+    Args:
+        window: tokens that the model reads at most.
+
+    Raises:
+        DataError: with every row that has nothing to learn from, and those that are too long.
+        CheckpointError: if the base has no usable tokenizer.
+    """
+    encoded = encode_rows(rows, load_tokenizer(base), settings)
+    if long := [row.index for row, tokens in zip(rows, encoded, strict=True) if len(tokens.input_ids) > window]:
+        what = f"{len(long)} of {len(rows)} training rows are longer than the {window} tokens that the model can read"
+        raise DataError(what, where=numbered(long), fix="leave them out, or have them cut: `max_length` of the training")
 
 
 def _key(base: Path, encoded: Sequence[EncodedRow], settings: TrainSettings, init_from: Path | None) -> str:

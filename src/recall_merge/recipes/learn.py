@@ -174,7 +174,8 @@ class Work:
                 before = [{"name": "merged", "path": str(self._before)}] if self._lineage else []
             else:
                 before = [self._entry(stage, stage.expert, stage.card) for stage in self._lineage]
-            run = self._ready.settings.run(base=str(self._ready.base), experts=[*before, newest], rows=self._rows, out=str(target))
+            settings = self._ready.settings.of_so_many(len(before) + 1)
+            run = settings.run(base=str(self._ready.base), experts=[*before, newest], rows=self._rows, out=str(target))
             made = reuse(run) or merge(run, progress=self._progress)
             return self._model(target), made
 
@@ -270,6 +271,9 @@ class Work:
         write_whole(file, "".join(line + "\n" for line in lines))
 
     def _notes(self) -> Iterator[str]:
+        method = self._ready.settings.method
+        if not self._lineage and self._ready.settings.of_so_many(1).method != method:
+            yield f"`{method}` merges two experts or more: the first stage's model is its expert, as it is"
         if self._lineage and not self._ready.has_before:
             yield f"the merge of stage {self._lineage[-1].id} is not there, so it was not scored on what is new"
 

@@ -57,6 +57,7 @@ class Check:
             if lesson.given is not None and self._base is not None:
                 with self.faults.collect():
                     self._given = self._check_given(self._base, lesson.given, same_base)
+        self._lengths()
 
     def ready(self) -> Ready:
         self.faults.raise_any(WorkspaceError)
@@ -142,7 +143,7 @@ class Check:
         with self.faults.collect():
             settings = make_settings(self._state.settings if self._state else {}, self._lesson.overrides)
             with self.faults.collect():
-                check_method(settings, self._experts(settings))
+                check_method(settings, self._experts(settings) if settings.of_so_many(self._experts(settings)) is settings else None)
             if self._state:
                 with self.faults.collect():
                     check_overrides(settings, self._state.settings)
@@ -159,6 +160,23 @@ class Check:
                 self.faults.add("RECALL compares representations on the newest expert's data", fix="give its training rows: --train FILE")
             return settings
         return None
+
+    def _lengths(self) -> None:
+        """Whether the base can read all rows: those to train on, and those of all tasks."""
+        if self._base is None or self._settings is None or find_spec("lm_eval") is None:
+            return
+        from recall_merge.models.build import load_tokenizer
+        from recall_merge.models.evaluate import check_lengths, window_of
+        from recall_merge.models.train import check_rows
+
+        settings = self._settings
+        if self._train_rows and self._lesson.given is None:
+            with self.faults.collect():
+                window = window_of(self._base, load_tokenizer(self._base))
+                check_rows(self._base, self._train_rows, settings.training_settings(), window)
+        with self.faults.collect():
+            specs = [spec for spec in self._specs().values() if spec.rows]
+            self.faults.extend(check_lengths(self._base, specs, template=settings.template))
 
     def _experts(self, settings: Settings) -> int:
         learnt = len(self._state.lineage()) if self._state else 0

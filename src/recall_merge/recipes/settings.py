@@ -65,6 +65,14 @@ class Settings(MergeRun):
             where="settings of the workspace",
         )
 
+    def of_so_many(self, experts: int) -> Settings:
+        """The settings of a merge of so many experts: a single one is taken as it is where the method merges two or more."""
+        from recall_merge.maths.methods import METHODS
+
+        if experts > 1 or self.method not in METHODS or METHODS[self.method].experts[0] <= experts:
+            return self
+        return self.model_copy(update={"method": "linear", "options": {}, "weights": "uniform", "prune": None, "scale_by_depth": None})
+
     def training_settings(self) -> TrainSettings:
         return self.training.model_copy(update={"template": self.template})
 

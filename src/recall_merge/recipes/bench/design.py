@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from recall_merge.config import ByDepth, MergeRun, Representations, Samples, parse
-from recall_merge.errors import Faults, RunError, did_you_mean
+from recall_merge.errors import DataError, Faults, RunError, did_you_mean
 from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.files.hub import locate
 from recall_merge.files.rows import Row, read_rows
@@ -76,6 +76,8 @@ def make_design(scenario: Scenario) -> Design:
         folder = locate(scenario.model).folder
         base = Base(folder, open_checkpoint(folder).fingerprint)
     _check_methods(scenario, faults)
+    if base is not None and not len(faults):
+        _check_lengths(scenario, base, train, specs, faults)
     faults.raise_any(RunError)
     assert base is not None
     scoring = scenario.scoring
@@ -87,6 +89,25 @@ def make_design(scenario: Scenario) -> Design:
     trials = tuple(maker.trials())
     experts = {(seed, task): maker.own_score(task, seed) for seed in scenario.seeds for task in train}
     return Design(scenario, trials, questions, experts, base, {task: len(rows) for task, rows in train.items()})
+
+
+def _check_lengths(scenario: Scenario, base: Base, train: Mapping[str, Sequence[Row]], specs: Sequence[TaskSpec], faults: Faults) -> None:
+    """Whether the base can read all rows, those to train on as each way of training cuts them."""
+    from recall_merge.models.build import load_tokenizer
+    from recall_merge.models.evaluate import check_lengths, window_of
+    from recall_merge.models.train import check_rows
+
+    with faults.collect():
+        faults.extend(check_lengths(base.folder, specs, template=scenario.template))
+        window = window_of(base.folder, load_tokenizer(base.folder))
+        settings = [scenario.settings(entry, 0) for entry in (None, *scenario.methods)]
+        for way in {(one.max_length, str(one.arguments.get("completion_only_loss"))): one for one in settings}.values():
+            for task, rows in train.items():
+                with faults.collect():
+                    try:
+                        check_rows(base.folder, rows, way, window)
+                    except DataError as error:
+                        raise DataError(replace(fault, where=f"task '{task}', {fault.where}") for fault in error.faults) from None
 
 
 def _check_methods(scenario: Scenario, faults: Faults) -> None:
