@@ -6,9 +6,14 @@ import pytest
 import torch
 
 from recall_merge import MergeRun, RecallError, make_plan, merge
+from recall_merge.maths.depths import Depths
+from recall_merge.maths.methods import METHODS
+from recall_merge.maths.weights import along_blocks
 from recall_merge.recipes.card import make_card
+from recall_merge.recipes.merge import reuse
 from recall_merge.recipes.rules import choose_method
 from recall_merge.recipes.settings import check_method, make_settings
+from recall_merge.recipes.verify import verify
 from tiny import fine_tuned, load_tensors, lora, make_model, save_model, write_rows
 
 ROWS = [{"prompt": f"is the fox {word}?", "completion": " yes"} for word in ("quick", "lazy", "good", "bad")]
@@ -181,3 +186,124 @@ def test_a_run_without_a_method_says_which_it_got(world, tmp_path):
     assert note in result.notes
     assert note in result.record["notes"]
     assert result.record["run"]["method"] == result.record["method"]["name"] == "aligned"
+
+
+def test_a_ramp(world, tmp_path):
+    result = merge(a_run(world, tmp_path / "out", weights={"ramp": {"a": [1, 0], "b": [1, 1]}}))
+    share = [0.5, 0.5, 0.0, 0.0]  # of a: the first block's at the embedding, the last one's at norm and head
+    check(world, tmp_path / "out", lambda theta, a, b, depth: theta + share[depth] * a + (1 - share[depth]) * b)
+    assert result.weights[:, 0].tolist() == share
+
+
+def test_a_ramp_through_several_points():
+    assert [row[0] for row in along_blocks([[0.0], [1.0], [0.0]], 5)] == [0.0, 0.0, 0.5, 1.0, 0.5, 0.0, 0.0]
+    assert along_blocks([[0.0], [2.0]], 1) == [[2.0]] * 3
+
+
+KINDS = {
+    "model.embed_tokens.weight": "embedding",
+    "model.layers.0.self_attn.q_proj.weight": "attention",
+    "model.layers.0.self_attn.q_norm.weight": "norm",
+    "model.layers.0.input_layernorm.weight": "norm",
+    "model.layers.0.post_attention_layernorm.weight": "norm",
+    "model.layers.1.mlp.down_proj.weight": "mlp",
+    "model.layers.1.block_sparse_moe.experts.0.w1.weight": "mlp",
+    "model.layers.1.mlp.experts.gate_up_proj": "mlp",
+    "model.layers.1.mixer.in_proj.weight": "other",
+    "model.norm.weight": "norm",
+    "lm_head.weight": "head",
+}
+
+
+def test_kinds():
+    depths = Depths("model.layers", 2)
+    assert {name: depths.kind_of(name) for name in KINDS} == KINDS
+    gpt2 = Depths("h", 1)
+    names = ("wte.weight", "wpe.weight", "h.0.ln_1.weight", "h.0.attn.c_attn.bias", "h.0.mlp.c_fc.weight", "ln_f.weight")
+    assert [gpt2.kind_of(name) for name in names] == ["embedding", "embedding", "norm", "attention", "mlp", "norm"]
+
+
+PARTS = [
+    {"kind": "attention", "depths": [1], "weights": [1, 0]},
+    {"filter": ["down_proj", "*.up_proj.*"], "weights": {"ramp": {"a": [0, 1], "b": [1, 1]}}, "options": {"scale": 0.5}},
+    {"filter": "model.layers.*", "kind": ["attention", "mlp"], "weights": "uniform", "options": {"scale": 2.0}},
+    {"kind": "norm", "weights": {"by_depth": [[1, 1], [1, 0], [0, 1], [1, 3]]}},
+]
+
+
+def expected_of_parts(name):
+    """What each expert has of its delta, worked out by hand: (a, b)."""
+    depth = depth_of(name)
+    if "norm" in name:
+        return {1: (1, 0), 2: (0, 1), 3: (0.25, 0.75)}[depth]
+    if "attn" in name:
+        return (2, 0) if depth == 1 else (1, 1)
+    if "down_proj" in name or "up_proj" in name:
+        return (0, 0.5) if depth == 1 else (0.25, 0.25)
+    return (1, 1) if "layers" in name else (0.3, 0.7)
+
+
+def test_parts(world, tmp_path):
+    result = merge(a_run(world, tmp_path / "out", weights=[3, 7], parts=PARTS))
+    base, a, b = (load_tensors(world / name) for name in ("base", "a", "b"))
+    for name, tensor in load_tensors(tmp_path / "out").items():
+        of_a, of_b = expected_of_parts(name)
+        wanted = base[name] + of_a * (a[name] - base[name]) + of_b * (b[name] - base[name])
+        torch.testing.assert_close(tensor, wanted, rtol=0, atol=1e-6, msg=name)
+    told = {name: part for part in result.record["parts"] for name in part["tensors"]}
+    assert told["model.layers.0.self_attn.q_proj.weight"] | {"tensors": []} == {"tensors": [], "weights": [1, 0], "options": {"scale": 2.0}}
+    assert told["model.norm.weight"]["weights"] == [0.25, 0.75]
+    assert "lm_head.weight" not in told
+    assert result.record["weights"]["rows"] == [[0.3, 0.7]] * 4
+    again = merge(a_run(world, tmp_path / "again", weights=[3, 7], parts=result.record["run"]["parts"]))
+    assert again.record["parts"] == result.record["parts"]
+    assert verify(tmp_path / "out")["parts"] == result.record["parts"]
+    assert reuse(a_run(world, tmp_path / "out", weights=[3, 7], parts=PARTS)) is not None
+    assert reuse(a_run(world, tmp_path / "out", weights=[3, 7], parts=PARTS[:1])) is None
+
+
+@pytest.mark.parametrize("method", [name for name, known in METHODS.items() if known.experts[0] <= 2 <= (known.experts[1] or 2)])
+def test_parts_go_with_every_method(world, tmp_path, method):
+    samples = {"samples": {"path": str(world / "rows.jsonl"), "count": 2}} if method == "recall" else {}
+    parts = [{"filter": "o_proj", "weights": [1, 1]}]
+    merge(a_run(world, tmp_path / "one", method=method, parts=parts, **samples))
+    merge(a_run(world, tmp_path / "two", method=method, **({} if method == "recall" else {"weights": [1, 1]}), **samples))
+    one, two = load_tensors(tmp_path / "one"), load_tensors(tmp_path / "two")
+    assert [name for name in one if not torch.equal(one[name], two[name])] == (
+        [] if method != "recall" else [n for n in one if "o_proj" in n]
+    )
+    if method == "recall":
+        linear = merge(a_run(world, tmp_path / "three"))
+        assert linear.path == tmp_path / "three"
+        assert torch.equal(
+            load_tensors(tmp_path / "three")["model.layers.0.self_attn.o_proj.weight"], one["model.layers.0.self_attn.o_proj.weight"]
+        )
+
+
+def test_an_option_of_each_expert(world, tmp_path):
+    merge(a_run(world, tmp_path / "out", method="ties", options={"density": [1.0, 0.5], "mean": "none", "scale": 2.0}, weights=[1, 0]))
+    check(world, tmp_path / "out", lambda theta, a, b, depth: theta + 2 * a)
+    with pytest.raises(RecallError, match="'density' has 3 numbers for 2 experts"):
+        make_plan(a_run(world, tmp_path / "x", method="ties", options={"density": [1, 1, 1]}))
+
+
+@pytest.mark.parametrize(
+    ("part", "what"),
+    [
+        ({"filter": "down_prj", "weights": [1, 1]}, "near it: down_proj"),
+        ({"filter": "zzz", "weights": [1, 1]}, r"selects no tensor: filter zzz(.|\n)*the tensors are lm_head.weight"),
+        ({"kind": "other", "weights": [1, 1]}, "the kinds of its tensors are attention, embedding, head, mlp, norm"),
+        ({"kind": "mlp", "depths": [0], "weights": [1, 1]}, "the depths are 0 to 3"),
+        ({"depths": [1], "weights": [1]}, r"there are 1 weights for 2 experts(.|\n)*parts.0.weights"),
+        ({"depths": [1], "weights": {"by_depth": [[1, 1]]}}, "there are weights for 1 depths"),
+        ({"depths": [1], "weights": {"ramp": {"a": [1, 1]}}}, "lists of 2 numbers for a"),
+        ({"depths": [1], "weights": {"ramp": {"a": [1, 0], "b": [1, 0]}}}, "all weights are 0 at a point"),
+        ({"depths": [1], "options": {"scael": 1}}, r"no option 'scael'(.|\n)*parts.0.options(.|\n)*'scale'"),
+        ({"weights": [1, 1]}, "a part needs `filter`, `kind` or `depths`"),
+        ({"kind": "mlp"}, "a part needs `weights` or `options`"),
+        ({"kind": "mlps", "weights": [1, 1]}, "kind"),
+    ],
+)
+def test_faults_of_parts(world, tmp_path, part, what):
+    with pytest.raises(ValueError, match=what) if "needs" in what or what == "kind" else pytest.raises(RecallError, match=what):
+        make_plan(a_run(world, tmp_path / "out", parts=[part]))

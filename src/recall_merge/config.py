@@ -8,13 +8,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from recall_merge.errors import Fault, RunError, did_you_mean
 from recall_merge.safe_yaml import NotYaml, read_yaml
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Kind = Literal["attention", "mlp", "norm", "embedding", "head", "other"]
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -87,6 +88,15 @@ class ByDepth(Section):
     )
 
 
+class Ramp(Section):
+    """Weights that rise or fall from block to block."""
+
+    ramp: dict[str, Annotated[list[Share], Field(min_length=2)]] = Field(
+        description="the name of each expert with two numbers or more, spread evenly over the blocks, straight lines between them; "
+        "the embedding has those of the first block, final norm and head those of the last"
+    )
+
+
 class DepthScale(Section):
     """A scale on what the merge adds to the base, from block to block (LiNeS, arXiv:2410.17146)."""
 
@@ -110,6 +120,8 @@ def _kind_of_weights(value: Any) -> str:
         return "numbers"
     if isinstance(value, ByDepth) or (isinstance(value, Mapping) and "by_depth" in value):
         return "rows"
+    if isinstance(value, Ramp) or (isinstance(value, Mapping) and "ramp" in value):
+        return "points"
     return "uniform" if isinstance(value, str) else "representations"
 
 
@@ -117,9 +129,37 @@ Weights = Annotated[
     Annotated[Literal["uniform"], Tag("uniform")]
     | Annotated[list[Share], Tag("numbers")]
     | Annotated[Representations, Tag("representations")]
-    | Annotated[ByDepth, Tag("rows")],
+    | Annotated[ByDepth, Tag("rows")]
+    | Annotated[Ramp, Tag("points")],
     Discriminator(_kind_of_weights),
 ]
+
+
+class Part(Section):
+    """Some of the tensors, and what is different there: those that every selector given here selects."""
+
+    filter: str | list[str] | None = Field(None, description="parts of tensors' names, or patterns with *; one of them must fit")
+    kind: Kind | list[Kind] | None = Field(None, description="attention, mlp, norm, embedding, head or other: told from the names")
+    depths: list[Annotated[int, Field(ge=0)]] | None = Field(None, description="0 = embedding, 1..L = blocks, L + 1 = final norm and head")
+    weights: (
+        Annotated[
+            Annotated[Literal["uniform"], Tag("uniform")]
+            | Annotated[list[Share], Tag("numbers")]
+            | Annotated[ByDepth, Tag("rows")]
+            | Annotated[Ramp, Tag("points")],
+            Discriminator(_kind_of_weights),
+        ]
+        | None
+    ) = Field(None, description="as the run's own; not from representations")
+    options: dict[str, Any] = Field(default_factory=dict, description="options of the method")
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Part:
+        if self.filter is None and self.kind is None and self.depths is None:
+            raise ValueError("a part needs `filter`, `kind` or `depths`")
+        if self.weights is None and not self.options:
+            raise ValueError("a part needs `weights` or `options`")
+        return self
 
 
 class MergeRun(Section):
@@ -131,7 +171,10 @@ class MergeRun(Section):
     options: dict[str, Any] = Field(default_factory=dict, description="options of the method")
     weights: Weights = Field(
         "uniform",
-        description="uniform, one number an expert, `by_depth`, or the options of RECALL's weights; `method: recall` has its own",
+        description="uniform, one number an expert, `by_depth`, `ramp`, or the options of RECALL's weights; `method: recall` has its own",
+    )
+    parts: list[Part] = Field(
+        default_factory=list, description="tensors with weights or options of their own; the first part that fits and says it, counts"
     )
     scale_by_depth: DepthScale | None = Field(None, description="scale what the merge adds to the base by depth, after any method")
     prune: Prune | None = Field(None, description="prune the experts' deltas, before any method")
@@ -213,7 +256,7 @@ def _fault(model: type[BaseModel], detail: Any, where: str) -> Fault:
 
 def _is_union_branch(part: Any) -> bool:
     """pydantic names the branch of a union that it tried; a reader of YAML need not know."""
-    return part in {"uniform", "numbers", "rows", "representations", "constrained-float", "float"} or (
+    return part in {"uniform", "numbers", "rows", "points", "representations", "constrained-float", "float"} or (
         isinstance(part, str) and "[" in part
     )
 

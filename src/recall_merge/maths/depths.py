@@ -6,11 +6,15 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 _INPUT_SIDE = re.compile(
     r"emb|wte|wpe|position_bias|input_hidden|per_layer|altup_proj"  # of text
     r"|vision|visual|image|audio|multi_modal"  # of what else a model may take in
 )
+_NORM = re.compile(r"norm|(^|[._])ln([._\d]|$)", re.IGNORECASE)
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_MLP = re.compile(r"mlp|ffn|feed_forward|experts?\.|moe|(^|\.)fc_?\d", re.IGNORECASE)
 _OUTPUT_SIDE = re.compile(r"(^|\.)(lm_head|embed_out|output_embeddings?|embedding_norm)\.|unembed")
 
 
@@ -45,6 +49,21 @@ class Depths:
             if number.isdecimal():
                 return 1 + int(number)
         return 0 if _INPUT_SIDE.search(name) and not _OUTPUT_SIDE.search(name) else self.last
+
+    def kind_of(self, name: str) -> Literal["attention", "mlp", "norm", "embedding", "head", "other"]:
+        """What kind of module a tensor belongs to, from its name. A norm inside of an attention (q_norm) is a norm.
+
+        >>> depths = Depths("h", 1)
+        >>> [depths.kind_of(name) for name in ("wte.weight", "h.0.ln_1.bias", "h.0.attn.c_proj.weight", "h.0.mlp.c_fc.weight")]
+        ['embedding', 'norm', 'attention', 'mlp']
+        """
+        depth = self.of(name)
+        inside = name[len(self.prefix) :] if 1 <= depth <= self.blocks else name.rsplit(".", 2)[-2] if "." in name else name
+        if _NORM.search(inside):
+            return "norm"
+        if depth in (0, self.last):
+            return "embedding" if depth == 0 else "head"
+        return "attention" if _ATTENTION.search(inside) else "mlp" if _MLP.search(inside) else "other"
 
 
 def find_depths(names: Iterable[str], blocks: int) -> Depths:

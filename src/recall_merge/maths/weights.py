@@ -72,6 +72,26 @@ def normalised(weights: Sequence[float]) -> list[float]:
     return [weight / total for weight in weights]
 
 
+def along_blocks(points: Sequence[Sequence[float]], blocks: int) -> list[list[float]]:
+    """Rows at every depth 0..L+1 from points that are spread evenly over the blocks, on straight lines between them.    p rows -> L + 2
+
+    Block i of L lies at (i - 1) / (L - 1) of the way; a single block at its end. Depth 0 has the first block's row, L + 1 the last one's.
+
+    >>> along_blocks([[0.0], [1.0]], 3)
+    [[0.0], [0.0], [0.5], [1.0], [1.0]]
+    """
+    inside = [interpolated(points, (block / (blocks - 1)) if blocks > 1 else 1.0) for block in range(blocks)]
+    return [inside[0], *inside, inside[-1]]
+
+
+def interpolated(points: Sequence[Sequence[float]], t: float) -> list[float]:
+    """The row at a share t of the way along the points, 0 <= t <= 1."""
+    place = t * (len(points) - 1)
+    first = int(place)
+    after, share = points[min(len(points) - 1, first + 1)], place - first
+    return [(1 - share) * low + share * high for low, high in zip(points[first], after, strict=True)]
+
+
 def _newest_at(newest: Tensor, n: int) -> Tensor:
     """(depths,) -> (depths, n): the newest at the given weights, the others sharing the rest."""
     if n == 1:

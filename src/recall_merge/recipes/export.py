@@ -19,7 +19,7 @@ from recall_merge.progress import Progress, Silent
 from recall_merge.recipes.export_adapter import ExportedAdapter, plan_adapter, write_adapter
 from recall_merge.recipes.result import Result, check_model, coefficients, find_models, open_result
 
-NO_SUM = "only weighted sums (recall, linear, task_arithmetic, wise_ft; not pruned) can be written so"
+NO_SUM = "only weighted sums (recall, linear, task_arithmetic, wise_ft; not pruned, without `parts`) can be written so"
 
 
 @dataclass(frozen=True)

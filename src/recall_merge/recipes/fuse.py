@@ -54,7 +54,7 @@ def merge_tensor(plan: Plan, weighting: Weighting, name: str, digest: Digest) ->
     spec = plan.specs[name]
     if not plan.merges(name) and not _aligned(plan, name):
         return stored.to(spec.torch_dtype)
-    weights = weighting.of_experts(plan.base.depths.of(name))
+    weights = plan.weights_of(name, weighting)
     base, deltas = _deltas(plan, name, widen(stored), weights)
     merged = base if all(delta is None for delta in deltas) else _scaled(plan, name, base, _merge(plan, name, base, deltas, weights))
     merged = merged.to(spec.torch_dtype)
@@ -67,7 +67,7 @@ def _merge(plan: Plan, name: str, base: Tensor, deltas: list[Delta | None], weig
     """Apply the method. Tables of tokens are no linear maps: methods that are made for those leave them to `linear`."""
     from recall_merge.maths.methods import METHODS, Draws
 
-    method, given = plan.method, dict(plan.options)
+    method, given = plan.method, plan.options_of(name)
     if method.matrices and name in plan.base.token_tensors:
         method, given = METHODS["linear"], {key: value for key, value in given.items() if key == "scale"}
     ready = _pruned(plan, [_ready(delta, base, method.factors and plan.run.prune is None) for delta in deltas])
@@ -136,12 +136,12 @@ def conditions(plan: Plan, weighting: Weighting) -> dict[str, float]:
     from recall_merge.maths.methods.aligned import condition
 
     found: dict[str, float] = {}
-    options = {key: plan.options[key] for key in ("keep", "ridge")}
     for name in plan.specs:
         known = [None if card is None else card.moment(name) for card in plan.cards]
         if any(known):
             moments = [None if one is None else one[0] for one in known]
-            found[name] = condition(moments, weighting.of_experts(plan.base.depths.of(name)), **options)
+            options = {key: value for key, value in plan.options_of(name).items() if key in ("keep", "ridge")}
+            found[name] = condition(moments, plan.weights_of(name, weighting), **options)
     return found
 
 

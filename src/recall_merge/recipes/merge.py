@@ -20,7 +20,7 @@ from recall_merge.files.record import RECORD, verify_files, write_record
 from recall_merge.progress import Progress, Silent
 from recall_merge.recipes.fuse import conditions, fuse
 from recall_merge.recipes.plan import Plan, make_plan
-from recall_merge.recipes.provenance import hash_models, made_from, made_of, public_name, weighting_from
+from recall_merge.recipes.provenance import hash_models, made_apart, made_from, made_of, public_name, weighting_from
 from recall_merge.recipes.weigh import Weighting, weigh
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ def apply(plan: Plan, *, progress: Progress | None = None) -> MergeResult:
             **made_from(plan),
             "models": {"base": {"tensors": digest.hexdigest()}, **{expert.name: expert.hashes() for expert in plan.experts}},
             **made_of(weighting),
+            **({"parts": made_apart(plan)} if plan.own else {}),
             **({"cards": _cards(plan, weighting)} if plan.method.informed else {}),
             "notes": [*plan.notes, *weighting.notes],
             "seconds": dict(timings.seconds),

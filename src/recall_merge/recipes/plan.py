@@ -22,10 +22,11 @@ from recall_merge.files.output import OutputFolder, Shard, free_bytes, plan_shar
 from recall_merge.files.rows import Row, read_rows
 from recall_merge.files.safetensors import CODES, Spec
 from recall_merge.files.vocabulary import Vocabulary, plan_vocabulary
-from recall_merge.recipes.rules import GivenWeights, Rules, choose_method, rules_of
+from recall_merge.recipes.rules import GivenWeights, Own, Rules, choose_method, rules_of
 
 if TYPE_CHECKING:
     from recall_merge.maths.methods import Method
+    from recall_merge.recipes.weigh import Weighting
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Plan:
     cards: tuple[Card | None, ...] = ()
     """Of each expert; read only if the method wants them."""
     notes: list[str] = field(default_factory=list)
+    own: Mapping[str, Own] = field(default_factory=dict)
+    """Weights and options that tensors have of their own, by their names."""
 
     @property
     def samples(self) -> Samples:
@@ -67,6 +70,15 @@ class Plan:
     def merges(self, name: str) -> bool:
         """Whether a tensor is merged, or kept from the base: by `skip`, or because it does not hold floating-point numbers."""
         return self.specs[name].is_float and not skipped(name, self.run.skip)
+
+    def weights_of(self, name: str, by_depth: Weighting) -> list[float]:
+        """The experts' weights in one tensor: its own, or those of its depth."""
+        own = self.own[name].weights if name in self.own else None
+        return by_depth.of_experts(self.base.depths.of(name)) if own is None else list(own)
+
+    def options_of(self, name: str) -> dict[str, Any]:
+        """The method's options in one tensor."""
+        return {**self.options, **(self.own[name].options if name in self.own else {})}
 
     @cached_property
     def bytes_read(self) -> int:
@@ -142,7 +154,7 @@ def make_plan(run: MergeRun, *, writes: bool = True, download: bool = True) -> P
 
     vocabulary, told = None, []
     with faults.collect():
-        rules.check_depths(base.depths)
+        rules = rules.of_model(base.depths, list(base.tensors))
     with faults.collect():
         vocabulary, told = plan_vocabulary(
             (base.folder, base.vocabulary_size), {e.name: _tokens_of(e, base) for e in experts}, run.vocabulary
@@ -164,7 +176,20 @@ def make_plan(run: MergeRun, *, writes: bool = True, download: bool = True) -> P
     faults.raise_any()
     shards = plan_shards(specs, run.out.shard_size)
     return Plan(
-        run, base, tuple(experts), rules.method, rules.options, rules.weights, rows, vocabulary, specs, shards, located, cards, notes
+        run,
+        base,
+        tuple(experts),
+        rules.method,
+        rules.options,
+        rules.resolved,
+        rows,
+        vocabulary,
+        specs,
+        shards,
+        located,
+        cards,
+        notes,
+        rules.own,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,16 @@ def made_of(weighting: Weighting) -> dict[str, Any]:
     if weighting.similarity is not None:
         found["similarity"] = weighting.table(weighting.similarity)
     return found
+
+
+def made_apart(plan: Plan) -> list[dict[str, Any]]:
+    """What the run's parts came to: tensors that have weights or options of their own, together where these are the same."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in plan.specs:
+        if (own := plan.own.get(name)) is not None and plan.merges(name):
+            told = {**({} if own.weights is None else {"weights": list(own.weights)}), **({"options": own.options} if own.options else {})}
+            found.setdefault(json.dumps(told, sort_keys=True), {"tensors": [], **told})["tensors"].append(name)
+    return [*found.values()]
 
 
 def weighting_from(record: Mapping[str, Any]) -> Weighting:

@@ -68,7 +68,8 @@ def open_result(folder: Path) -> Result:
 def coefficients(result: Result) -> Tensor | None:
     """What of each expert's delta is in the result, if it is a weighted sum: theta = theta_0 + sum_q c_q delta_q.    -> (L + 2, k)
 
-    Scale, weights and the scale of each depth in one number. None where the method, or pruning, makes it another thing than a sum.
+    Scale, weights and the scale of each depth in one number. None where the method, or pruning, makes it another thing than a sum,
+    and where some tensors have weights or options of their own.
     """
     import torch
 
@@ -77,7 +78,7 @@ def coefficients(result: Result) -> Tensor | None:
     method, k = result.record["method"], len(result.experts)
     options, weighting = method["options"], result.weighting
     scales = {"linear": "scale", "recall": "scale", "task_arithmetic": "scale", "wise_ft": "alpha"}
-    if method["name"] not in scales or result.run.get("prune") is not None:
+    if method["name"] not in scales or result.run.get("prune") is not None or result.run.get("parts"):
         return None
     scale = options[scales[method["name"]]] * (k if method["name"] == "task_arithmetic" else 1)
     by_depth = torch.tensor([weighting.of_experts(depth) for depth in range(len(weighting.weights))], dtype=torch.float64)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_type_hints
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, cast, get_type_hints
 
 from pydantic import ConfigDict, create_model
 
-from recall_merge.config import ByDepth, MergeRun, Representations, parse
+from recall_merge.config import ByDepth, MergeRun, Part, Ramp, Representations, parse
 from recall_merge.errors import Faults, RunError, did_you_mean
 from recall_merge.maths.depths import Depths
 
@@ -25,17 +28,135 @@ class Rules:
 
     method: Method
     options: dict[str, Any]
-    weights: GivenWeights | Representations
+    weights: GivenWeights | Points | Representations
+    parts: tuple[PartRules, ...] = ()
 
-    def check_depths(self, depths: Depths) -> None:
-        """Check that weights by depth are for the base's depths.
+    own: Mapping[str, Own] = field(default_factory=dict)
+
+    def of_model(self, depths: Depths, names: Sequence[str]) -> Rules:
+        """The rules for a base with these depths and tensors: a ramp has become a row for every depth, the parts what tensors have.
 
         Raises:
-            RunError: if there are more or fewer.
+            RunError: if weights by depth are for more or fewer, or a part selects no tensor.
         """
-        if isinstance(self.weights, tuple) and isinstance(self.weights[0], tuple) and len(self.weights) != depths.last + 1:
-            what = f"there are weights for {len(self.weights)} depths; the base has {depths.last + 1}, from 0 to {depths.last}"
-            raise RunError(what, where="weights.by_depth", fix="0 is the embedding, the last one final norm and head")
+        faults, weights, own = Faults(), self.weights, self.own
+        with faults.collect():
+            weights = weights if isinstance(weights, Representations) else _spread(weights, depths, "weights")
+        with faults.collect():
+            own = own_of_tensors(self.parts, names, depths)
+        faults.raise_any(RunError)
+        return replace(self, weights=weights, own=own)
+
+    @property
+    def resolved(self) -> GivenWeights | Representations:
+        """The weights, once they are for a base."""
+        assert not isinstance(self.weights, Points)
+        return self.weights
+
+
+@dataclass(frozen=True)
+class Points:
+    """Rows of numbers, one an expert, that are spread evenly over the blocks."""
+
+    rows: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class PartRules:
+    """What is different in some of the tensors: the part as the run has it, its weights, and what it changes of the method's options."""
+
+    part: Part
+    weights: GivenWeights | Points | None
+    options: dict[str, Any]
+
+    def fits(self, name: str, depths: Depths) -> bool:
+        """Whether a tensor is one of the part's."""
+        filters, kinds = _listed(self.part.filter), _listed(self.part.kind)
+        return (
+            (filters is None or any(fnmatchcase(name, word) if "*" in word else word in name for word in filters))
+            and (kinds is None or depths.kind_of(name) in kinds)
+            and (self.part.depths is None or depths.of(name) in self.part.depths)
+        )
+
+    def weights_at(self, depths: Depths, where: str) -> GivenWeights | None:
+        return None if self.weights is None else _spread(self.weights, depths, where)
+
+
+@dataclass(frozen=True)
+class Own:
+    """What one tensor has of its own: weights instead of its depth's, options instead of the run's."""
+
+    weights: tuple[float, ...] | None
+    options: dict[str, Any]
+
+
+def own_of_tensors(parts: Sequence[PartRules], names: Sequence[str], depths: Depths) -> dict[str, Own]:
+    """What tensors have of their own, by their names.
+
+    Of the parts that fit a tensor, the first that gives weights gives them, and so for each option.
+
+    Raises:
+        RunError: with every part that selects no tensor, or has weights for other depths.
+    """
+    faults, selected = Faults(), list[list[str]]()
+    found: dict[str, Own] = {}
+    rows: list[GivenWeights | None] = []
+    for number, part in enumerate(parts):
+        selected.append([name for name in names if part.fits(name, depths)])
+        rows.append(None)
+        with faults.collect():
+            rows[-1] = part.weights_at(depths, f"parts.{number}.weights")
+        if not selected[-1]:
+            told = part.part.model_dump(include={"filter", "kind", "depths"}, exclude_none=True)
+            what = f"a part selects no tensor: {', '.join(f'{key} {value}' for key, value in told.items())}"
+            faults.add(what, where=f"parts.{number}", fix=_near(part.part, names, depths))
+    faults.raise_any(RunError)
+    for number in reversed(range(len(parts))):  # so that the first one has the last word
+        for name in selected[number]:
+            before, row = found.get(name, Own(None, {})), rows[number]
+            found[name] = Own(before.weights if row is None else _at(row, depths.of(name)), before.options | parts[number].options)
+    return found
+
+
+def _at(weights: GivenWeights, depth: int) -> tuple[float, ...]:
+    """The row of a depth."""
+    row = weights[depth] if isinstance(weights[0], tuple) else weights
+    return cast("tuple[float, ...]", row)
+
+
+def _near(part: Part, names: Sequence[str], depths: Depths) -> str:
+    """What might have been meant by a part that selects nothing."""
+    known = sorted({_unnumbered(name, depths) for name in names})
+    if (filters := _listed(part.filter)) is not None and not any(
+        fnmatchcase(name, word) if "*" in word else word in name for word in filters for name in names
+    ):
+        close = get_close_matches(filters[0].strip("*"), [word for name in known for word in (name, *name.split("."))], n=3, cutoff=0.5)
+        return f"near it: {', '.join(dict.fromkeys(close))}" if close else f"the tensors are {', '.join(known)}"
+    if (kinds := _listed(part.kind)) is not None and not {depths.kind_of(name) for name in names} & set(kinds):
+        tied = "; the head is tied to the embedding" if "head" in kinds else ""
+        return f"the kinds of its tensors are {', '.join(sorted({depths.kind_of(name) for name in names}))}{tied}"
+    return f"the depths are 0 to {depths.last}; all of `filter`, `kind` and `depths` must fit"
+
+
+def _unnumbered(name: str, depths: Depths) -> str:
+    """A tensor's name with * for the number of its block."""
+    return re.sub(rf"^({re.escape(depths.prefix)})\.\d+", r"\1.*", name)
+
+
+def _listed(value: Any) -> list[str] | None:
+    return value if value is None or isinstance(value, list) else [value]
+
+
+def _spread(weights: GivenWeights | Points, depths: Depths, where: str) -> GivenWeights:
+    """Given weights as a base of these depths has them: a ramp has a row for each."""
+    from recall_merge.maths.weights import along_blocks, normalised
+
+    if isinstance(weights, Points):
+        return tuple(tuple(normalised(row)) for row in along_blocks(weights.rows, depths.blocks))
+    if isinstance(weights[0], tuple) and len(weights) != depths.last + 1:
+        what = f"there are weights for {len(weights)} depths; the base has {depths.last + 1}, from 0 to {depths.last}"
+        raise RunError(what, where=f"{where}.by_depth", fix="0 is the embedding, the last one final norm and head")
+    return weights
 
 
 def choose_method(cards: Sequence[bool], *, samples: bool, weights: bool) -> tuple[str, str]:
@@ -80,7 +201,8 @@ def rules_of(run: MergeRun) -> Rules:
             f"method '{run.method}' merges {wanted} experts, the run lists {len(run.experts)}", where="experts", fix="choose another method"
         )
     options, weights = dict(run.options), run.weights
-    found: GivenWeights | Representations | None = None
+    names = [entry.name for entry in run.experts]
+    found: GivenWeights | Points | Representations | None = None
     if run.method == "recall":
         if weights != "uniform":
             faults.add("`method: recall` has weights of its own", where="weights", fix="leave `weights` out, or use another method")
@@ -89,28 +211,45 @@ def rules_of(run: MergeRun) -> Rules:
             found = parse(Representations, own, where="options")
     else:
         with faults.collect():
-            found = weights if isinstance(weights, Representations) else _numbers(weights, [entry.name for entry in run.experts])
+            found = weights if isinstance(weights, Representations) else _numbers(weights, names, "weights")
     with faults.collect():
-        options = _options(method, options)
+        options = _options(method, options, len(names))
+    parts = []
+    for number, part in enumerate(run.parts):
+        with faults.collect():
+            parts.append(_part(part, method, names, f"parts.{number}"))
     faults.raise_any(RunError)
     assert found is not None
-    return Rules(method, options, found)
+    return Rules(method, options, found, tuple(parts))
 
 
-def _numbers(weights: str | list[float] | ByDepth, experts: list[str]) -> GivenWeights:
-    """Given weights, scaled to sum to 1, at each depth if they are by depth."""
+def _part(part: Part, method: Method, experts: list[str], where: str) -> PartRules:
+    own = [key for key in part.options if method.name == "recall" and key in Representations.model_fields]
+    if own:
+        raise RunError(
+            f"'{own[0]}' is of the whole model's weights, not of some tensors", where=f"{where}.options", fix="give it under `options`"
+        )
+    weights = None if part.weights is None else _numbers(part.weights, experts, f"{where}.weights")
+    given = _options(method, part.options, len(experts), f"{where}.options")
+    return PartRules(part, weights, {key: given[key] for key in part.options})
+
+
+def _numbers(weights: str | list[float] | ByDepth | Ramp, experts: list[str], where: str) -> GivenWeights | Points:
+    """Given weights, scaled to sum to 1, at each depth if they are by depth; those of a ramp when it is known how many depths there are."""
+    if isinstance(weights, Ramp):
+        rows = _by_name(weights.ramp, experts, f"{where}.ramp")
+        if any(sum(row) == 0 for row in rows):
+            raise RunError("all weights are 0 at a point of the ramp", where=f"{where}.ramp", fix="give at least one expert a weight there")
+        return Points(tuple(map(tuple, rows)))
     if not isinstance(weights, ByDepth):
         numbers = weights if isinstance(weights, list) else [1.0] * len(experts)
         if len(numbers) != len(experts):
             what = f"there are {len(numbers)} weights for {len(experts)} experts"
-            raise RunError(what, where="weights", fix="give one number an expert")
-        return _scaled(numbers, "weights")
-    where, rows = "weights.by_depth", weights.by_depth
+            raise RunError(what, where=where, fix="give one number an expert")
+        return _scaled(numbers, where)
+    where, rows = f"{where}.by_depth", weights.by_depth
     if isinstance(rows, dict):
-        if set(rows) != set(experts) or len({len(numbers) for numbers in rows.values()}) != 1:
-            what = f"there are lists of {', '.join(f'{len(numbers)} numbers for {name}' for name, numbers in rows.items())}"
-            raise RunError(what, where=where, fix=f"give one list, all of one length, for each of {', '.join(experts)}")
-        rows = [list(row) for row in zip(*(rows[name] for name in experts), strict=True)]
+        rows = _by_name(rows, experts, where)
     wrong = [depth for depth, row in enumerate(rows) if len(row) != len(experts)]
     if wrong or not rows:
         what = (
@@ -118,6 +257,14 @@ def _numbers(weights: str | list[float] | ByDepth, experts: list[str]) -> GivenW
         )
         raise RunError(what, where=where, fix="give one row a depth, and in it one number an expert")
     return tuple(_scaled(row, f"{where}.{depth}") for depth, row in enumerate(rows))
+
+
+def _by_name(lists: dict[str, list[float]], experts: list[str], where: str) -> list[list[float]]:
+    """One list an expert -> one row a depth, or point, with the experts in their order."""
+    if set(lists) != set(experts) or len({len(numbers) for numbers in lists.values()}) != 1:
+        what = f"there are lists of {', '.join(f'{len(numbers)} numbers for {name}' for name, numbers in lists.items())}"
+        raise RunError(what, where=where, fix=f"give one list, all of one length, for each of {', '.join(experts)}")
+    return [list(row) for row in zip(*(lists[name] for name in experts), strict=True)]
 
 
 def _scaled(numbers: list[float], where: str) -> tuple[float, ...]:
@@ -129,7 +276,7 @@ def _scaled(numbers: list[float], where: str) -> tuple[float, ...]:
         raise RunError(str(error), where=where) from error
 
 
-def _options(method: Method, given: dict[str, Any]) -> dict[str, Any]:
+def _options(method: Method, given: dict[str, Any], experts: int, where: str = "options") -> dict[str, Any]:
     """Check options against the signature of the method's function."""
     hints = get_type_hints(method.function, include_extras=True)
     weight_options = list(Representations.model_fields) if method.name == "recall" else []
@@ -137,7 +284,12 @@ def _options(method: Method, given: dict[str, Any]) -> dict[str, Any]:
         if key not in method.options:
             known = [*method.options, *weight_options]
             fix = did_you_mean(key, known) if known else "it has no options"
-            raise RunError(f"method '{method.name}' has no option '{key}'", where="options", fix=fix)
+            raise RunError(f"method '{method.name}' has no option '{key}'", where=where, fix=fix)
     fields: Any = {name: (hints[name], parameter.default) for name, parameter in method.options.items()}
     schema = create_model(method.name, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
-    return parse(schema, given, where="options").model_dump()
+    found = parse(schema, given, where=where).model_dump()
+    for key, value in found.items():
+        if isinstance(value, list) and len(value) != experts:
+            what = f"'{key}' has {len(value)} numbers for {experts} experts"
+            raise RunError(what, where=where, fix="give one number, or one an expert")
+    return found

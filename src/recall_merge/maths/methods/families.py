@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, get_args
 
 import torch
 from torch import Tensor
@@ -48,6 +48,8 @@ _MIDDLE = """Trim: in each tensor, the int(gamma * n) largest entries (outliers)
 _RANDOM = "Trim: every entry stays with probability density, on its own; its random number depends only on seed, expert and tensor name."
 _RANK = """Trim: an entry stays with probability density + epsilon (2 r / (n - 1) - 1), r its rank by size among the n of its row.
     Rows run along the last axis; a vector is one row. epsilon is half the width of that range, as in mergekit."""
+
+PER_EXPERT = ("density", "gamma", "epsilon")  # options that experts may have each for themselves
 
 FAMILY = (
     Row(
@@ -115,11 +117,10 @@ def build(row: Row) -> Callable[..., Tensor]:
         if not base.numel():
             return base.clone()
         chosen = {name: row.defaults.get(name, option.default) for name, option in {**trim_options, **combine_options}.items()} | options
-        how = {name: chosen[name] for name in trim_options}
-        if draws is not None:
-            trims = [row.trim(delta, partial(draws.stream, expert), **how) for expert, delta in enumerate(deltas)]
-        else:
-            trims = [row.trim(delta, **how) for delta in deltas]
+        trims = []
+        for expert, delta in enumerate(deltas):
+            told = {name: value[expert] if isinstance(value := chosen[name], list) else value for name in trim_options}
+            trims.append(row.trim(delta, *([partial(draws.stream, expert)] if draws is not None else []), **told))
         combine = partial(row.combine, **{name: chosen[name] for name in combine_options})
 
         def merged(piece: Tensor, *changes: Tensor) -> Tensor:
@@ -144,8 +145,16 @@ def _options(part: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 def _signature(merge: Callable[..., Tensor], row: Row, options: dict[str, inspect.Parameter], random: bool) -> inspect.Signature:
     base, deltas, weights, draws, scale, _ = inspect.signature(merge, eval_str=True).parameters.values()
     chosen = [option.replace(default=row.defaults.get(option.name, option.default)) for option in options.values()]
+    chosen = [_one_an_expert(option) if option.name in PER_EXPERT else option for option in chosen]
     draws = [draws.replace(annotation=Draws, default=inspect.Parameter.empty)] if random else []
     return inspect.Signature([base, deltas, weights, *draws, *chosen, scale.replace(annotation=Scale)], return_annotation=Tensor)
+
+
+def _one_an_expert(option: inspect.Parameter) -> inspect.Parameter:
+    """The option as one number, or a list of one an expert."""
+    number, interval, meaning = get_args(option.annotation)
+    one = Annotated[number, interval]
+    return option.replace(annotation=Annotated[one | list[one], f"{meaning}; one number, or one an expert"])
 
 
 for _row in FAMILY:

@@ -6,7 +6,8 @@ import hashlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeVar, get_args, get_origin
+from types import UnionType
+from typing import Any, Literal, Protocol, TypeVar, Union, get_args, get_origin
 
 import numpy as np
 import torch
@@ -72,8 +73,9 @@ def explained(option: inspect.Parameter) -> str:
     """
     extras = getattr(option.annotation, "__metadata__", ())
     meanings = [extra for extra in extras if isinstance(extra, str)][-1:]
-    ranges = [_range(extra) for extra in extras if isinstance(extra, Interval)]
     bare = option.annotation.__origin__ if extras else option.annotation
+    of_one = getattr(get_args(bare)[0], "__metadata__", ()) if get_origin(bare) in (Union, UnionType) else ()
+    ranges = [_range(extra) for extra in (*extras, *of_one) if isinstance(extra, Interval)]
     choices = ["one of " + ", ".join(map(str, get_args(bare)))] if get_origin(bare) is Literal else []
     return f"{option.name} = {option.default}: " + "; ".join(meanings + ranges + choices)
 
