@@ -10,7 +10,7 @@ from peft import IA3Config, PeftModel
 from safetensors.torch import save_file
 
 from recall_merge.errors import CheckpointError
-from recall_merge.files.adapter import check_adapter_base, is_adapter, open_adapter
+from recall_merge.files.adapter import _Parts, check_adapter_base, is_adapter, open_adapter
 from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.files.names import Names
 from recall_merge.maths.deltas import LowRank, dense
@@ -419,3 +419,10 @@ class TestTheBaseThatAnAdapterNames:
 
     def test_may_be_vouched_for(self, check, llama):
         check(llama, base_model_name_or_path="/gone/base", same_base=True)
+
+
+def test_a_pattern_that_takes_for_ever_is_refused(llama, tmp_path):
+    """PEFT hands the patterns of a config to a matcher that tries 2^150 ways here."""
+    parts = _Parts(tmp_path, {"r": 4, "lora_alpha": 8, "rank_pattern": {"(?:a|aa)+(?=b)c": 2}}, open_checkpoint(llama))
+    with pytest.raises(CheckpointError, match="takes for ever to compare"):
+        parts._scale("model.layers." + "a" * 300 + "c", rank=None)

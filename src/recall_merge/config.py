@@ -10,12 +10,13 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
-from recall_merge.errors import Fault, RunError, did_you_mean
+from recall_merge.errors import Fault, RunError, did_you_mean, short
 from recall_merge.safe_yaml import NotYaml, read_yaml
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Kind = Literal["attention", "mlp", "norm", "embedding", "head", "other"]
+MAX_PATH = 4096  # letters, as file systems have it
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -23,7 +24,7 @@ def _bytes(value: Any) -> Any:
     """'5GB' -> 5000000000; decimal units, as the hub counts."""
     if isinstance(value, bool):
         return "true or false"  # is no number of bytes, though Python takes it for one
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?B?)\s*", str(value), re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?B?)\s*", str(value), re.IGNORECASE)
     unit = match[2].upper() if match else ""
     return int(float(match[1]) * _UNITS[unit if unit.endswith("B") or not unit else unit + "B"]) if match else value
 
@@ -36,7 +37,9 @@ class Section(BaseModel):
 
 class ExpertEntry(Section):
     name: str = Field(min_length=1, description="its name, everywhere")
-    path: str = Field(min_length=1, description="a folder or hub name: a full checkpoint or an adapter, told from its files")
+    path: str = Field(
+        min_length=1, max_length=MAX_PATH, description="a folder or hub name: a full checkpoint or an adapter, told from its files"
+    )
     card: str | None = Field(None, description="folder of its card, if that does not lie in its own")
     same_base: bool = Field(False, description="an adapter was trained on the run's base, although its config names another")
 
@@ -165,7 +168,7 @@ class Part(Section):
 class MergeRun(Section):
     """One merge."""
 
-    base: str = Field(min_length=1, description="folder, or hub name with optional @revision")
+    base: str = Field(min_length=1, max_length=MAX_PATH, description="folder, or hub name with optional @revision")
     experts: list[ExpertEntry] = Field(min_length=1, description="this order is the order everywhere; the last is the newest")
     method: str | None = Field(None, description="one of `recall methods`; left out, it is chosen, and the plan's notes say why")
     options: dict[str, Any] = Field(default_factory=dict, description="options of the method")
@@ -251,7 +254,7 @@ def _fault(model: type[BaseModel], detail: Any, where: str) -> Fault:
         return Fault(f"unknown key '{key}'", where, did_you_mean(str(place[-1]), _known_keys(model, place[:-1])))
     if detail["type"] == "missing":
         return Fault(f"'{key}' is missing", where, "add it")
-    return Fault(f"'{key}': {detail['msg'].removeprefix('Value error, ')}", where, f"it is {detail['input']!r} now")
+    return Fault(f"'{key}': {detail['msg'].removeprefix('Value error, ')}", where, f"it is {short(detail['input'])} now")
 
 
 def _is_union_branch(part: Any) -> bool:
@@ -287,6 +290,14 @@ def assign(data: dict[str, Any], key: str, value: Any) -> None:
     data[last] = value
 
 
+def _exists(path: Path) -> bool:
+    """Whether there is such a place; a name that is too long for any is none."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
 def _relative_to(folder: Path, data: dict[str, Any]) -> dict[str, Any]:
     """Paths in a run file are meant from where the file lies; hub names are left alone."""
 
@@ -295,7 +306,7 @@ def _relative_to(folder: Path, data: dict[str, Any]) -> dict[str, Any]:
             return section
         found = {key: section[key] for key in keys if isinstance(section.get(key), str) and section[key]}
         there = {key: folder / Path(value).expanduser() for key, value in found.items()}
-        return section | {key: str(place) for key, place in there.items() if place.exists()}
+        return section | {key: str(place) for key, place in there.items() if _exists(place)}
 
     data = resolved(data, "base")
     if isinstance(data.get("experts"), list):

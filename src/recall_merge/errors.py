@@ -120,6 +120,20 @@ class Faults:
             raise (kind or self._first_type or RecallError)(self._found)
 
 
+def short(value: object) -> str:
+    """A value as an error shows it, however long it is.
+
+    >>> short("x" * 1000) == repr("x" * 98 + "..." + "x" * 99)
+    True
+    """
+    import reprlib
+
+    form = reprlib.Repr()
+    form.maxstring = form.maxother = form.maxlong = 202
+    form.maxlist = form.maxdict = 10
+    return form.repr(value)
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A suggestion for a misspelt word, with what is known.
 

@@ -168,7 +168,9 @@ def demo(result: DemoResult, *, as_json: bool) -> None:
 def verified(folder: Path, record: Mapping[str, Any], *, as_json: bool) -> None:
     if as_json:
         return print_json({"path": str(folder), "files": record["files"], "matches": True})
-    out().print(f"{folder} matches its record: {len(record['files'])} files, merged by {record['method']['name']}", markup=False)
+    method = record.get("method")
+    how = f"merged by {method['name']}" if isinstance(method, dict) and "name" in method else "trained"
+    out().print(f"{folder} matches its record: {len(record['files'])} files, {how}", markup=False)
     return None
 
 

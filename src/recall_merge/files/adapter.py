@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from recall_merge.errors import CheckpointError, Faults
+from recall_merge.errors import CheckpointError, Faults, short
 from recall_merge.files.checkpoint import Checkpoint, files_in, open_checkpoint, read_json
 from recall_merge.files.content import same_weights
 from recall_merge.files.edits import Edit
@@ -40,6 +40,9 @@ UNSUPPORTED = (  # settings of LoRA that are no plain change of one tensor
 MERGE_FIRST = "merge it into its base with PEFT (merge_and_unload), and give that folder"
 OTHER_BASE = "give the base it was trained on"
 CONV1D = ("gpt2", "openai-gpt")  # model types whose blocks hold transformers' Conv1D, which stores (in, out)
+MAX_PATTERN = 10_000  # letters; one that lists every module of a large model has some thousands
+PATIENCE = 1.0  # seconds, where a sound pattern takes microseconds
+LARGEST = 1e9  # of a rank or an alpha
 _PARTS = re.compile(
     r"^(?P<module>.+?)\.(?P<copy>modules_to_save\.|original_module\.)?(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A"
     r"|lora_embedding_B|lora_magnitude_vector(?:\.weight)?|base_layer\.weight|base_layer\.bias|token_adapter\.trainable_tokens_delta"
@@ -94,10 +97,9 @@ def open_adapter(folder: Path, base: Checkpoint, remote: Mapping[str, Remote] = 
     stored: dict[str, Stored] = {}
     with faults.collect():
         config = read_json(folder / CONFIG)
+        _check_config(folder, config, faults)
     with faults.collect():
         stored = read_header(folder / adapter_weights(files_in(folder, remote), folder), remote.get(WEIGHTS))
-    if config:
-        _check_config(folder, config, faults)
     faults.raise_any(CheckpointError)
 
     parts = _Parts(folder, config, base)
@@ -142,6 +144,8 @@ def check_adapter_base(expert: str, adapter: Adapter, base: Checkpoint, base_ref
 
 
 def _check_config(folder: Path, config: Mapping[str, Any], faults: Faults) -> None:
+    import regex
+
     where = folder / CONFIG
     if (kind := config.get("peft_type")) != "LORA":
         faults.add(f"the adapter is of type {kind}, not LORA", where=where, fix=MERGE_FIRST)
@@ -160,15 +164,17 @@ def _check_config(folder: Path, config: Mapping[str, Any], faults: Faults) -> No
         patterns = config.get(pattern) or {}
         numbers |= {f"{pattern}.{key}": value for key, value in patterns.items()} if isinstance(patterns, dict) else {pattern: patterns}
         for key in patterns:
+            if len(key) > MAX_PATTERN:
+                faults.add(f"`{pattern}` of the adapter holds a pattern of {len(key):,} letters", where=where, fix="copy the adapter again")
+                continue
             try:
-                re.compile(key)
-            except re.error as error:
-                faults.add(
-                    f"`{pattern}` of the adapter holds '{key}', which is no pattern: {error}", where=where, fix="copy the adapter again"
-                )
+                regex.compile(_whole_name(key))
+            except (regex.error, RecursionError) as error:
+                what = f"`{pattern}` of the adapter holds {short(key)}, which is no pattern: {error}"
+                faults.add(what, where=where, fix="copy the adapter again")
     for key, value in numbers.items():
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-            faults.add(f"`{key}` of the adapter is {value!r}, not a number above 0", where=where, fix="copy the adapter again")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < LARGEST:
+            faults.add(f"`{key}` of the adapter is {short(value)}, not a number above 0", where=where, fix="copy the adapter again")
 
 
 class _Parts:
@@ -273,7 +279,7 @@ class _Parts:
 
         def pattern(key: str, otherwise: str) -> Any:
             for expression, value in (self._config.get(key) or {}).items():
-                if re.match(rf"(.*\.)?({expression})$", module):
+                if self._matches(expression, module):
                     return value
             return self._config[otherwise]
 
@@ -281,6 +287,16 @@ class _Parts:
         if not r:
             raise CheckpointError(f"the adapter's factors of '{module}' are of rank 0", where=self._where, fix="copy the adapter again")
         return pattern("alpha_pattern", "lora_alpha") / (r**0.5 if self._config.get("use_rslora") else r)
+
+    def _matches(self, expression: str, module: str) -> bool:
+        """Whether PEFT would say that a pattern means a module; one that takes for ever to tell is refused."""
+        import regex
+
+        try:
+            return regex.match(_whole_name(expression), module, timeout=PATIENCE) is not None
+        except TimeoutError:
+            what = f"the adapter's pattern {short(expression)} takes for ever to compare with a module's name"
+            raise CheckpointError(what, where=self._where.with_name(CONFIG), fix="write the modules' names instead") from None
 
     def _token_ids(self, module: str) -> tuple[int, ...]:
         ids = self._config.get("trainable_token_indices")
@@ -290,6 +306,11 @@ class _Parts:
             what = f"`trainable_token_indices` of the adapter names no tokens of '{module}'"
             raise CheckpointError(what, where=self._where.with_name(CONFIG), fix="copy the adapter again")
         return tuple(ids)
+
+
+def _whole_name(expression: str) -> str:
+    """A pattern of a config as PEFT applies it: to the end of a module's name, from any of its dots on."""
+    return rf"(.*\.)?({expression})$"
 
 
 def _is_transpose(part: Stored, factor: Stored) -> bool:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 CARD, WEIGHTS = "recall-card.json", "recall-card.safetensors"
 FORMAT = 1
+KINDS: dict[str, type] = {"expert": str, "samples": int, "tokens": int, "rank": int, "rows": list}  # of what a merge tells of a card
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class Card:
     @property
     def nbytes(self) -> int:
         return sum(stored.spec.nbytes for stored in self.stored.values())
+
+    def misfits(self, specs: Mapping[str, Spec]) -> list[str]:
+        """The tensors of a base whose inputs are more or fewer than the card tells of."""
+        told = ((name, group, axis) for name, (group, axis) in self.facts["tensors"].items() if name in specs)
+        return [n for n, group, axis in told if self.stored[f"{group}.rest"].spec.shape != specs[n].shape[axis : axis + 1]]
 
     def moment(self, name: str) -> tuple[Moment, int] | None:
         """The moment of a tensor's inputs, and the axis along which they run; None where the card tells nothing of it."""
@@ -85,8 +91,20 @@ def open_card(folder: Path) -> Card | None:
     fix = "make it again with `recall card`"
     if facts.get("format") != FORMAT or not isinstance(facts.get("tensors"), dict):
         raise CheckpointError("the card is of a form that this version does not know", where=folder / CARD, fix=fix)
+    if not all(isinstance(facts.get(key), kind) for key, kind in KINDS.items()) or not all(map(_is_entry, facts["tensors"].values())):
+        raise CheckpointError("the card is damaged", where=folder / CARD, fix=fix)
     stored = read_header(folder / WEIGHTS)
     wanted = {f"{group}.{part}" for group, _ in facts["tensors"].values() for part in ("factor", "rest")}
     if missing := sorted(wanted - set(stored)):
         raise CheckpointError(f"the card lacks '{missing[0]}'", where=folder / WEIGHTS, fix=fix)
+    for group in sorted({group for group, _ in facts["tensors"].values()}):
+        factor, rest = stored[f"{group}.factor"].spec, stored[f"{group}.rest"].spec
+        if not (factor.is_float and rest.is_float and len(factor.shape) == 2 and factor.shape[:1] == rest.shape):
+            raise CheckpointError(
+                f"the card's numbers of '{group}' are no factor and rest: {factor}, {rest}", where=folder / WEIGHTS, fix=fix
+            )
     return Card(folder, facts, stored)
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) and entry[1] in (0, 1)

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from recall_merge.errors import CheckpointError, Faults
+from recall_merge.errors import CheckpointError, Faults, short
 from recall_merge.files.safetensors import FLOATS, PACKED, Remote, Spec, Stored, read_header
 from recall_merge.maths.depths import Depths, find_depths
 
@@ -22,12 +22,14 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # the spellings of L in transformers' configs
+MAX_BLOCKS = 10**6  # a number that is no number of blocks
 BLOCK_LISTS = ("layers_block_type",)  # one entry a block, where a config gives no number
 HEADS = re.compile(r"(^|\.)(lm_head|embed_out|output_projection|head)\.(weight|bias)$")
 POSITIONS = re.compile(r"wpe|pos")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state")  # pickles that a trainer leaves beside the weights
 OTHER_FORMATS = (".gguf", ".onnx", ".h5", ".msgpack")
+MAX_JSON = 64_000_000  # bytes of a file that describes a model, an adapter or a result
 AGAIN = "the model is damaged: copy or download it again"
 
 
@@ -128,7 +130,7 @@ def block_count(config: Mapping[str, Any]) -> int | None:
     """L as a config states it, at its top level or in its text model's part."""
     for part in (config, _text_part(config)):
         for key in BLOCK_COUNTS:
-            if isinstance(part.get(key), int):
+            if isinstance(part.get(key), int) and not isinstance(part[key], bool) and part[key] < MAX_BLOCKS:
                 return part[key]
         for key in BLOCK_LISTS:
             if isinstance(part.get(key), list):
@@ -148,7 +150,13 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: if it is missing, not JSON, or not an object.
     """
     try:
-        value = json.loads(path.read_text("utf-8"))
+        if path.exists() and not path.is_file():  # a pipe would never end
+            raise CheckpointError(f"{path.name} is no file", where=path, fix="give the folder of a Hugging Face model or adapter")
+        with path.open("rb") as file:
+            text = file.read(MAX_JSON + 1)
+        if len(text) > MAX_JSON:
+            raise CheckpointError(f"{path.name} is longer than {MAX_JSON:,} bytes", where=path, fix=AGAIN)
+        value = json.loads(text.decode("utf-8"))
     except FileNotFoundError:
         raise CheckpointError(
             f"there is no {path.name}", where=path.parent, fix="give the folder of a Hugging Face model or adapter"
@@ -179,10 +187,10 @@ def weight_files(folder: Path, present: Collection[str], where: object) -> list[
         faults = Faults()
         for name in sorted(set(names.values())):
             if not re.fullmatch(r"[^/\\\0]+\.safetensors", name):
-                what = f"the index names {name!r}, which is outside its folder or not safetensors"
+                what = f"the index names {short(name)}, which is outside its folder or not safetensors"
                 faults.add(what, where=f"{where}/{INDEX}", fix="do not use this model")
             elif name not in present:
-                faults.add(f"the index names '{name}', which is missing", where=where, fix="copy or download the missing file")
+                faults.add(f"the index names {short(name)}, which is missing", where=where, fix="copy or download the missing file")
         faults.raise_any(CheckpointError)
         return sorted(set(names.values()))
     if SINGLE in present:

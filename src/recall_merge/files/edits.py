@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from recall_merge.errors import short
 from recall_merge.files.safetensors import Stored
 
 if TYPE_CHECKING:
@@ -78,7 +79,8 @@ class Edit:
         if self.rows is not None and self.rows.spec.shape != (len(self.row_ids), *start[1:]):
             yield f"in rows of shape {self.rows.spec.shape}; its config names {len(self.row_ids)} tokens"
         elif self.rows is not None and not all(0 <= row < start[0] for row in self.row_ids):
-            yield f"in row {max(self.row_ids)}; the base has {start[0]} rows"
+            wrong = next(row for row in self.row_ids if not 0 <= row < start[0])
+            yield f"in row {short(wrong)}; the base has {start[0]} rows"
         if self.add is not None and self.add.spec.shape != start:
             yield f"in its shape {self.add.spec.shape}; the base has {start}"
         for part in self.parts:

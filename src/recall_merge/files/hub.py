@@ -77,10 +77,11 @@ def locate(reference: str, *, weights: bool = True, progress: Progress | None = 
         CheckpointError: if there is no such model, no access to it, no way to it, or nothing in it that could be merged.
     """
     folder = Path(reference).expanduser()
-    if folder.is_dir():
-        return Located(folder)
-    if folder.exists():
-        raise CheckpointError("this is a file; a model is a folder", where=reference, fix="give the folder that holds it")
+    with suppress(OSError):  # a name that is too long for a folder
+        if folder.is_dir():
+            return Located(folder)
+        if folder.exists():
+            raise CheckpointError("this is a file; a model is a folder", where=reference, fix="give the folder that holds it")
     name = parse_reference(reference)
     if name is None:
         raise CheckpointError(

@@ -9,12 +9,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from recall_merge.errors import Faults, ResultError
+from recall_merge.errors import Faults, ResultError, short
 from recall_merge.files.checkpoint import read_json
 from recall_merge.files.experts import hash_file
 
 RECORD = "record.json"
 FORMAT = 1
+READ_BY_LOADERS = {".safetensors", ".json", ".jinja", ".txt", ".model", ".py", ".bin", ".pt", ".pth", ".ckpt"}
+LATER = (RECORD, "recall-card.json", "recall-card.safetensors")  # what may come to a result, or an expert, after its record
 PACKAGES = ("recall-merge", "torch", "transformers", "safetensors", "huggingface_hub", "peft", "scikit-learn", "numpy", "tokenizers")
 
 
@@ -54,14 +56,14 @@ def verify_files(folder: Path) -> dict[str, Any]:
     faults = Faults()
     for name, wanted in record["files"].items():
         file = folder / name
-        if Path(name).name != name:
-            faults.add(f"the record names '{name}', outside its folder", where=folder, fix="do not trust this folder")
+        if Path(name).name != name or len(name) > 255 or "\0" in name:
+            faults.add(f"the record names {short(name)}, outside its folder", where=folder, fix="do not trust this folder")
         elif not file.is_file():
             faults.add(f"'{name}' is missing", where=folder, fix="merge again")
         elif hash_file(file) != wanted:
             faults.add(f"'{name}' has changed since the merge", where=file, fix="merge again, or restore it")
     for file in sorted(folder.iterdir()):
-        if file.suffix == ".safetensors" and file.name not in record["files"]:
+        if file.suffix in READ_BY_LOADERS and file.name not in {*record["files"], *LATER}:
             faults.add(f"'{file.name}' was not part of the result", where=file, fix="move it away: loaders may take it for the model")
     faults.raise_any(ResultError)
     return record

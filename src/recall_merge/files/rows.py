@@ -71,12 +71,12 @@ def read_records(source: str | Path, *, split: str = "train") -> Iterator[Any]:
             except Exception as error:  # pyarrow raises its own tree; the message is what helps
                 raise DataError(f"this is not a readable Parquet file: {error}", where=path) from error
         elif path.suffix == ".json":
-            records = _json(path.read_text("utf-8"), str(path))
+            records = _json(path.read_bytes(), str(path))
             if not isinstance(records, list):
                 raise DataError("a .json file of rows must hold one list", where=path, fix="use one JSON object a line, and .jsonl")
             yield from records
         else:
-            with path.open(encoding="utf-8") as lines:
+            with path.open("rb") as lines:
                 for number, line in enumerate(lines, start=1):
                     if line.strip():
                         yield _json(line, f"{path}, line {number}")
@@ -103,10 +103,12 @@ def numbered(indices: Sequence[int], shown: int = 5) -> str:
     return f"row{'s' * (len(indices) > 1)} {words}{more}"
 
 
-def _json(text: str, where: str) -> Any:
+def _json(text: bytes, where: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        return json.loads(text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError("this is not UTF-8 text", where=where, fix="save the file as UTF-8") from error
+    except (ValueError, RecursionError) as error:
         raise DataError(f"this is not JSON: {error}", where=where, fix="write one JSON object a line") from error
 
 
@@ -123,7 +125,10 @@ def _row(index: int, record: Any) -> Row:
         return Row(index, _user("\n".join(filter(None, [_text(record, "instruction"), extra]))), _text(record, "output"))
     if "prompt" in record:
         answer = "completion" if "completion" in record else "answer"
-        choices = tuple(str(choice) for choice in record.get("choices") or ())
+        given = record.get("choices") or []
+        if not isinstance(given, list | tuple) or not all(isinstance(choice, str | int | float) for choice in given):
+            raise ValueError("`choices` must be a list of texts")
+        choices = tuple(str(choice) for choice in given)
         row = Row(index, _user(_text(record, "prompt")), _text(record, answer), choices)
         if choices and row.completion not in choices:
             raise ValueError(f"the {answer} {row.completion!r} is not among its choices {list(choices)}")
@@ -141,4 +146,8 @@ def _text(record: Any, field: str) -> str:
     value = record.get(field) if isinstance(record, Mapping) else None
     if not isinstance(value, str):
         raise ValueError(f"field `{field}` must be text, it is {'missing' if value is None else type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"field `{field}` holds half of a character (a lone surrogate)") from None
     return value

@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recall_merge.errors import CheckpointError, Fault
+from recall_merge.errors import CheckpointError, Fault, short
 
 if TYPE_CHECKING:
     import torch
 
 MAX_HEADER = 100_000_000  # bytes, as the format's own reader
+MAX_NAME, MAX_SIDES = 1000, 64  # letters of a tensor's name; sides of a shape, as torch has it
 PEEK = 1 << 16  # bytes of a tensor on the hub that are worth a request
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 OTHERS = {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
@@ -169,6 +170,8 @@ def read_header(path: Path, remote: Remote | None = None) -> dict[str, Stored]:
         return CheckpointError(what, where=path, fix="the file is damaged or incomplete: copy or download it again")
 
     try:
+        if remote is None and path.exists() and not path.is_file():  # a pipe would never end
+            raise broken("this is no file")
         size = path.stat().st_size if remote is None else remote.size
         with path.open("rb") if remote is None else io.BytesIO(remote.start) as file:
             start = file.read(8)
@@ -189,7 +192,7 @@ def read_header(path: Path, remote: Remote | None = None) -> dict[str, Stored]:
     if not isinstance(header, dict):
         raise broken("the header is not a JSON object")
     header.pop("__metadata__", None)
-    faults = [f"tensor '{name}': {fault}" for name, entry in header.items() for fault in _entry_faults(entry)]
+    faults = [f"tensor {short(name)}: {fault}" for name, entry in header.items() for fault in _entry_faults(name, entry)]
     if faults:
         raise CheckpointError(Fault(what, str(path), "the file is damaged: copy or download it again") for what in faults[:10])
     stored = {name: (Spec(entry["dtype"], tuple(entry["shape"])), *entry["data_offsets"]) for name, entry in header.items()}
@@ -216,16 +219,20 @@ def encode_header(specs: Mapping[str, Spec]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _entry_faults(entry: Any) -> Iterable[str]:
+def _entry_faults(name: str, entry: Any) -> Iterable[str]:
+    if len(name) > MAX_NAME:
+        return [f"its name has {len(name):,} letters"]
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
         return ["its entry lacks dtype, shape or data_offsets"]
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in SIZES:
-        return [f"unknown dtype {dtype!r}"]
+        return [f"unknown dtype {short(dtype)}"]
     if not isinstance(shape, list) or not all(_whole(n) for n in shape):
-        return [f"shape {shape!r} is not a list of whole numbers"]
+        return [f"shape {short(shape)} is not a list of whole numbers"]
+    if len(shape) > MAX_SIDES:
+        return [f"its shape has {len(shape):,} sides"]
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_whole(n) for n in offsets) or offsets[0] > offsets[1]:
-        return [f"data_offsets {offsets!r} are not a begin and an end"]
+        return [f"data_offsets {short(offsets)} are not a begin and an end"]
     wanted = math.prod(shape) * SIZES[dtype]
     if offsets[1] - offsets[0] != wanted:
         return [f"{dtype} {tuple(shape)} needs {wanted} bytes, its offsets span {offsets[1] - offsets[0]}"]
@@ -233,7 +240,8 @@ def _entry_faults(entry: Any) -> Iterable[str]:
 
 
 def _whole(number: Any) -> bool:
-    return isinstance(number, int) and not isinstance(number, bool) and number >= 0
+    """Whether it is a number of things: what 64 bits hold, so that no sum or product of some of them grows without bound."""
+    return isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 2**63
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

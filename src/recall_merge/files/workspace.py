@@ -23,6 +23,7 @@ from recall_merge.files.lock import lock
 
 STATE, JOURNAL, LOCK = "workspace.json", "journal.jsonl", "lock"
 FORMAT = 1
+NAME = re.compile(r"\w[\w.-]{0,63}")  # of a task; folders are called after it
 Start = Literal["base", "last"]
 
 
@@ -150,6 +151,8 @@ def read_state(folder: Path) -> State:
     except (OSError, ValueError, RecursionError) as error:
         raise WorkspaceError(f"the workspace's state cannot be read: {error}", where=path, fix=damaged) from error
     found = data.get("format") if isinstance(data, dict) else None
+    if isinstance(data, dict) and found is None:
+        raise WorkspaceError("the workspace's state is damaged: it does not say its format", where=path, fix=damaged)
     if isinstance(found, int) and found > FORMAT:
         what = f"this workspace was written by a newer version of recall-merge: its format is {found}, this version knows {FORMAT}"
         raise WorkspaceError(what, where=path, fix="pip install --upgrade recall-merge")
@@ -160,17 +163,21 @@ def read_state(folder: Path) -> State:
         raise WorkspaceError(
             Fault(f"the workspace's state is damaged: {key + ': ' if key else ''}{message}", str(path), damaged) for key, message in details
         ) from None
-    if wrong := _wrong_numbers(state):
+    if wrong := _wrong_stages(state):
         raise WorkspaceError(f"the workspace's state is damaged: {wrong}", where=path, fix=damaged)
     return state
 
 
-def _wrong_numbers(state: State) -> str:
-    """What is wrong with the numbers of stages; nothing, if the lineage of each leads to the base."""
+def _wrong_stages(state: State) -> str:
+    """What is wrong with numbers and names of stages; nothing, if the lineage of each leads to the base, and each can name a folder."""
     for number, stage in enumerate(state.stages, start=1):
         if stage.id != number or not 0 <= stage.parent < number:
             return f"stage {stage.id}, of parent {stage.parent}, stands in place {number}"
+        if not NAME.fullmatch(stage.task.name):
+            return f"stage {stage.id} has a task of the name {stage.task.name!r}"
     lesson = state.unfinished
+    if lesson is not None and not NAME.fullmatch(lesson.task.name):
+        return f"the unfinished stage has a task of the name {lesson.task.name!r}"
     if lesson is not None and (lesson.id != len(state.stages) + 1 or lesson.parent != state.head):
         return f"the unfinished stage is {lesson.id}, of parent {lesson.parent}"
     return "" if 0 <= state.head <= len(state.stages) else f"there is no stage {state.head} to be the head"

@@ -85,7 +85,7 @@ def find_depths(names: Iterable[str], blocks: int) -> Depths:
         first = next((place for place, part in enumerate(parts) if part.isdecimal()), None)
         if first:  # subtle: only the first number of a name counts, so nested lists (experts) cannot pose as blocks
             numbers[".".join(parts[:first])].add(int(parts[first]))
-    matching = sorted(prefix for prefix, found in numbers.items() if found == set(range(blocks)))
+    matching = sorted(prefix for prefix, found in numbers.items() if len(found) == blocks == max(found) + 1)
     if len(matching) != 1:
         seen = ", ".join(f"{prefix} ({len(found)})" for prefix, found in sorted(numbers.items())) or "none"
         raise ValueError(f"the config says {blocks} blocks; numbered lists among the tensor names: {seen}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -13,11 +12,10 @@ from recall_merge.errors import CheckpointError, Faults, MissingExtra, Workspace
 from recall_merge.files.experts import hash_file
 from recall_merge.files.hub import Located, locate
 from recall_merge.files.rows import Row, read_rows
-from recall_merge.files.workspace import DataFile, Lesson, Model, Stage, State, Task, fingerprint, found_path
+from recall_merge.files.workspace import NAME, DataFile, Lesson, Model, Stage, State, Task, fingerprint, found_path
 from recall_merge.models.tasks import TaskSpec, check_tasks
 from recall_merge.recipes.settings import Settings, check_method, check_overrides, make_settings
 
-NAME = re.compile(r"\w[\w.-]{0,63}")
 TAKEN = ("base", "merged")  # words that stand beside the names of tasks
 
 

@@ -171,7 +171,7 @@ def make_plan(run: MergeRun, *, writes: bool = True, download: bool = True) -> P
             _check_space(run.out.path, sum(spec.nbytes for spec in specs.values()))
     faults.raise_any()
     notes += [*told, *(note for expert in experts for note in _adapter_notes(expert, base))]
-    cards = _cards(rules.method, experts, run, located, faults)
+    cards = _cards(rules.method, base, experts, run, located, faults)
     notes += [f"expert '{e.name}' has no card: all its inputs count alike" for e, card in zip(experts, cards, strict=False) if card is None]
     faults.raise_any()
     shards = plan_shards(specs, run.out.shard_size)
@@ -286,7 +286,7 @@ def _adapter_notes(expert: Expert, base: Checkpoint) -> list[str]:
 
 
 def _cards(
-    method: Method, experts: Sequence[Expert], run: MergeRun, located: Mapping[str, Located], faults: Faults
+    method: Method, base: Checkpoint, experts: Sequence[Expert], run: MergeRun, located: Mapping[str, Located], faults: Faults
 ) -> tuple[Card | None, ...]:
     """The experts' cards, where the method wants them. A card of another state of its expert would mislead, so it is refused
     (once the weights are here: their headers do not tell)."""
@@ -301,6 +301,9 @@ def _cards(
                 raise CheckpointError("there is no card in this folder", where=entry.card, fix="make it with `recall card`")
             if card is not None and not located[entry.name].remote and card.facts["expert"] != hash_expert(expert):
                 what = f"the card of expert '{expert.name}' was made for another state of it"
+                raise CheckpointError(what, where=card.folder, fix="make it again with `recall card`")
+            if card is not None and (misfits := card.misfits(base.specs)):
+                what = f"the card of expert '{expert.name}' tells of other inputs of '{misfits[0]}' than it has"
                 raise CheckpointError(what, where=card.folder, fix="make it again with `recall card`")
         cards.append(card)
     return tuple(cards)

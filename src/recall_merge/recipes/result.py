@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recall_merge.errors import Faults, ResultError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from recall_merge.errors import Fault, Faults, ResultError
 from recall_merge.files.adapter import CONFIG, WEIGHTS, is_adapter
 from recall_merge.files.checkpoint import Checkpoint, open_checkpoint
 from recall_merge.files.experts import Digest, hash_file
 from recall_merge.files.hub import Located, locate
 from recall_merge.files.names import named_like
+from recall_merge.files.record import RECORD
 from recall_merge.recipes.plan import skipped
 from recall_merge.recipes.provenance import weighting_from
 from recall_merge.recipes.verify import verify
@@ -20,6 +23,63 @@ from recall_merge.recipes.weigh import Weighting
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+class _Part(BaseModel):
+    """What is read of a record, which holds more; its kinds are checked, since anybody may have written it."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+
+class _Entry(_Part):
+    name: str
+    path: str
+
+
+class _Run(_Part):
+    base: str
+    experts: list[_Entry]
+    skip: list[str]
+    vocabulary: str | None
+
+
+class _Method(_Part):
+    name: str
+    options: dict[str, Any]
+
+
+class _Sample(_Part):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    row: int
+    tokens: int
+    cluster: int
+
+
+class _Table(_Part):
+    experts: list[str]
+    rows: list[list[float]]
+
+    @model_validator(mode="after")
+    def _one_number_each(self) -> _Table:
+        if any(len(row) != len(self.experts) for row in self.rows):
+            raise ValueError("a row has one number for each expert")
+        return self
+
+
+class _Told(_Part):
+    run: _Run
+    method: _Method
+    models: dict[str, dict[str, str]]
+    samples: list[_Sample]
+    weights: _Table
+    similarity: _Table | None = None
+
+    @model_validator(mode="after")
+    def _every_model(self) -> _Told:
+        if missing := {"base", *(entry.name for entry in self.run.experts)} - set(self.models):
+            raise ValueError(f"there are no hashes of '{min(missing)}'")
+        return self
 
 
 @dataclass(frozen=True)
@@ -62,7 +122,17 @@ def open_result(folder: Path) -> Result:
     Raises:
         ResultError: with every file that is missing, changed or new.
     """
-    return Result(folder, verify(folder), open_checkpoint(folder))
+    record = verify(folder)
+    try:
+        told = _Told.model_validate(record)
+    except ValidationError as error:
+        what = [(".".join(map(str, detail["loc"])), detail["msg"]) for detail in error.errors()]
+        fix = "give the folder of a result of `recall merge`, as it was made"
+        raise ResultError(Fault(f"the record is damaged: {key}: {message}", str(folder / RECORD), fix) for key, message in what) from None
+    if missing := {entry.name for entry in told.run.experts} - set(told.weights.experts):
+        what = f"the record is damaged: it has no weights of '{min(missing)}'"
+        raise ResultError(what, where=folder / RECORD, fix="give the folder of a result of `recall merge`, as it was made")
+    return Result(folder, record, open_checkpoint(folder))
 
 
 def coefficients(result: Result) -> Tensor | None:

@@ -273,7 +273,7 @@ def _scaled(numbers: list[float], where: str) -> tuple[float, ...]:
     try:
         return tuple(normalised(numbers))
     except ValueError as error:
-        raise RunError(str(error), where=where) from error
+        raise RunError(str(error), where=where, fix="give numbers from 0 up, at least one of them above 0") from error
 
 
 def _options(method: Method, given: dict[str, Any], experts: int, where: str = "options") -> dict[str, Any]:

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from recall_merge.errors import ResultError
-from recall_merge.files.checkpoint import open_checkpoint
+from recall_merge.files.adapter import CONFIG, WEIGHTS, is_adapter
+from recall_merge.files.checkpoint import open_checkpoint, read_json
 from recall_merge.files.record import verify_files
+from recall_merge.files.safetensors import read_header
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Hash every file of a result, and read its headers.
+    """Hash every file of a result, or of an expert that was trained here, and read its headers. Every byte is read each time.
 
     Returns:
         The record.
@@ -23,5 +25,9 @@ def verify(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ResultError("there is no such folder", where=folder, fix="give the folder of a result of `recall merge`")
     record = verify_files(folder)
-    open_checkpoint(folder)
+    if is_adapter(folder):
+        read_json(folder / CONFIG)
+        read_header(folder / WEIGHTS)
+    else:
+        open_checkpoint(folder)
     return record
