@@ -151,7 +151,7 @@ def read_state(folder: Path) -> State:
     except (OSError, ValueError, RecursionError) as error:
         raise WorkspaceError(f"the workspace's state cannot be read: {error}", where=path, fix=damaged) from error
     found = data.get("format") if isinstance(data, dict) else None
-    if isinstance(data, dict) and found is None:
+    if isinstance(data, dict) and "format" not in data:
         raise WorkspaceError("the workspace's state is damaged: it does not say its format", where=path, fix=damaged)
     if isinstance(found, int) and found > FORMAT:
         what = f"this workspace was written by a newer version of recall-merge: its format is {found}, this version knows {FORMAT}"
