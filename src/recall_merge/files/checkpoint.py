@@ -46,8 +46,8 @@ class Checkpoint:
     tensors: Mapping[str, Stored]
     depths: Depths
 
-    def read(self, name: str) -> torch.Tensor:
-        return self.tensors[name].read()
+    def read(self, name: str, span: range | None = None) -> torch.Tensor:
+        return self.tensors[name].read(span)
 
     @property
     def specs(self) -> dict[str, Spec]:

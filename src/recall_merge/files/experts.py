@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,9 +30,34 @@ class Digest:
 
     def __init__(self) -> None:
         self._lines: dict[str, str] = {}
+        self._begun: dict[str, tuple[Any, int]] = {}  # of a tensor that comes in pieces: its hash so far, and where the next one begins
+        self._turn = threading.Condition()
+        self._stopped = False
 
     def add(self, name: str, tensor: Tensor) -> None:
-        self._lines[name] = f"{name} {tensor.dtype} {tuple(tensor.shape)} {hash_tensor(tensor)}"
+        self._lines[name] = _line(name, Spec.of(tensor), hash_tensor(tensor))
+
+    def add_piece(self, name: str, spec: Spec, start: int, piece: Tensor) -> None:
+        """The numbers of a tensor from `start` on. Pieces may come from several threads: each waits until those before it have come."""
+        with self._turn:
+            self._turn.wait_for(lambda: self._stopped or self._begun.get(name, (None, 0))[1] == start)
+            if self._stopped:
+                raise RuntimeError("a piece before this one was not read")
+            digest = self._begun[name][0] if start else hashlib.sha256()
+        digest.update(bytes_of(piece))
+        stop = start + piece.numel()
+        with self._turn:
+            self._begun[name] = digest, stop
+            if stop == spec.numel:
+                del self._begun[name]
+                self._lines[name] = _line(name, spec, digest.hexdigest())
+            self._turn.notify_all()
+
+    def stop(self) -> None:
+        """Let nobody wait for a piece that will not come."""
+        with self._turn:
+            self._stopped = True
+            self._turn.notify_all()
 
     def hexdigest(self) -> str:
         return hashlib.sha256("\n".join(self._lines[name] for name in sorted(self._lines)).encode()).hexdigest()
@@ -60,8 +86,12 @@ class Expert(Protocol):
         """Its own version of a tensor; None where it has the base's."""
         ...
 
-    def delta(self, name: str, base: Tensor) -> Delta | None:
-        """What it adds to `base`, (*s); None where it changes nothing."""
+    def comes_in_pieces(self, name: str) -> bool:
+        """Whether `delta` can tell of a part of this tensor without the rest of it."""
+        ...
+
+    def delta(self, name: str, base: Tensor, span: range | None = None) -> Delta | None:
+        """What it adds to `base`, (*s); None where it changes nothing. With a span, `base` and result are those numbers of the tensor."""
         ...
 
     def own(self, name: str, base: Tensor) -> Tensor:
@@ -96,9 +126,15 @@ class FullExpert:
     def spec(self, name: str) -> Spec | None:
         return self.checkpoint.tensors[name].spec
 
-    def delta(self, name: str, base: Tensor) -> Delta | None:
-        stored = self.checkpoint.read(name)
-        self.digest.add(name, stored)
+    def comes_in_pieces(self, name: str) -> bool:
+        return True
+
+    def delta(self, name: str, base: Tensor, span: range | None = None) -> Delta | None:
+        stored = self.checkpoint.read(name, span)
+        if span:
+            self.digest.add_piece(name, self.checkpoint.tensors[name].spec, span.start, stored)
+        else:
+            self.digest.add(name, stored)
         return stored.to(base.dtype).sub_(base) if stored.dtype != base.dtype else stored.sub_(base)
 
     def own(self, name: str, base: Tensor) -> Tensor:
@@ -131,7 +167,10 @@ class AdapterExpert:
         edit = self.adapter.edits.get(name)
         return edit.replace.spec if edit and edit.replace else None
 
-    def delta(self, name: str, base: Tensor) -> Delta | None:
+    def comes_in_pieces(self, name: str) -> bool:
+        return name not in self.adapter.edits
+
+    def delta(self, name: str, base: Tensor, span: range | None = None) -> Delta | None:
         edit = self.adapter.edits.get(name)
         return edit.delta(base) if edit else None
 
@@ -165,7 +204,10 @@ class BaseExpert:
     def spec(self, name: str) -> Spec | None:
         return None
 
-    def delta(self, name: str, base: Tensor) -> Delta | None:
+    def comes_in_pieces(self, name: str) -> bool:
+        return True
+
+    def delta(self, name: str, base: Tensor, span: range | None = None) -> Delta | None:
         return None
 
     def own(self, name: str, base: Tensor) -> Tensor:
@@ -265,6 +307,10 @@ def _differences(expert: Mapping[str, Any], base: Mapping[str, Any], prefix: str
         else:
             found[prefix + key] = (theirs, ours)
     return found
+
+
+def _line(name: str, spec: Spec, digest: str) -> str:
+    return f"{name} {spec.torch_dtype} {spec.shape} {digest}"
 
 
 def _more(names: Any) -> str:

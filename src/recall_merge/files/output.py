@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,7 +162,8 @@ class WeightWriter:
         self.hashes: dict[str, str] = {}
         self._folder = folder
         self._shards = iter(shards)
-        self._expected: list[tuple[str, Spec]] = []
+        self._expected: deque[tuple[str, Spec]] = deque()
+        self._pieces = 0  # numbers of the next tensor that have come in pieces
         self._file = None
         self._digest = hashlib.sha256()
         if len(shards) > 1:
@@ -173,13 +175,26 @@ class WeightWriter:
         """Append the next tensor. It must be the next one of the plan, in the planned dtype and shape."""
         if not self._expected:
             self._next_shard()
-        wanted, spec = self._expected.pop(0)
+        wanted, spec = self._expected.popleft()
         if (name, tensor.dtype, tuple(tensor.shape)) != (wanted, spec.torch_dtype, spec.shape):
             raise AssertionError(f"the plan expects {wanted} {spec}, got {name} {tensor.dtype} {tuple(tensor.shape)}")
         if spec.nbytes:
             self._write(bytes_of(tensor))
+        self._end_tensor()
+
+    def add_piece(self, name: str, piece: Tensor) -> None:
+        """Append the next numbers of the next tensor, in the planned dtype; it ends when all of its numbers have come."""
         if not self._expected:
-            self._finish_shard()
+            self._next_shard()
+        wanted, spec = self._expected[0]
+        self._pieces += piece.numel()
+        if (name, piece.dtype) != (wanted, spec.torch_dtype) or self._pieces > spec.numel:
+            raise AssertionError(f"the plan expects {wanted} {spec}, got {piece.numel()} more numbers of {name} {piece.dtype}")
+        self._write(bytes_of(piece))
+        if self._pieces == spec.numel:
+            self._pieces = 0
+            self._expected.popleft()
+            self._end_tensor()
 
     def __enter__(self) -> WeightWriter:
         return self
@@ -188,14 +203,16 @@ class WeightWriter:
         if self._file is not None:
             self._file.close()
 
-    def _finish_shard(self) -> None:
+    def _end_tensor(self) -> None:
+        if self._expected:
+            return
         assert self._file is not None
         self.hashes[Path(self._file.name).name] = self._digest.hexdigest()
         self._file.close()
 
     def _next_shard(self) -> None:
         shard = next(self._shards)
-        self._expected = list(shard.specs.items())
+        self._expected = deque(shard.specs.items())
         self._file = (self._folder / shard.file).open("wb", buffering=0)
         self._digest = hashlib.sha256()
         self._write(memoryview(encode_header(shard.specs)))

@@ -38,6 +38,10 @@ class Spec:
     dtype: str
     shape: tuple[int, ...]
 
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Spec:
+        return cls(CODES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
+
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
@@ -86,18 +90,20 @@ class Stored:
     begin: int
     remote: Remote | None = None
 
-    def read(self) -> torch.Tensor:
-        """Read the tensor, in its own dtype, into memory of its own.
+    def read(self, span: range | None = None) -> torch.Tensor:
+        """Read the tensor, in its own dtype, into memory of its own; of its numbers in their order only those of `span`, if given.
 
         Raises:
             CheckpointError: if the file is not downloaded, or has become shorter than its header says.
         """
         import torch
 
-        raw = torch.empty(self.spec.nbytes, dtype=torch.uint8)
-        if self.spec.nbytes:
-            self.fill(bytes_of(raw))
-        return raw.view(self.spec.torch_dtype).reshape(self.spec.shape)
+        numbers, size = span or range(self.spec.numel), SIZES[self.spec.dtype]
+        raw = torch.empty(len(numbers) * size, dtype=torch.uint8)
+        if numbers:
+            self.fill(bytes_of(raw), numbers.start * size)
+        flat = raw.view(self.spec.torch_dtype)
+        return flat if span else flat.reshape(self.spec.shape)
 
     def fill(self, buffer: memoryview, start: int = 0) -> None:
         """Fill a buffer with the tensor's bytes from `start` on."""

@@ -1,15 +1,22 @@
-"""The pass over the parameters: read each tensor of each model once, merge it, and hand it on in the order of the plan."""
+"""The pass over the parameters: read every number of every model once, merge it, and hand it on in the order of the plan.
+
+Where a method looks at one number at a time, the unit of work is a span of a few hundred thousand numbers, whatever tensor they are of: all
+that is held of them fits the processor's cache, and the memory that a merge takes does not depend on the model. Other methods are
+given whole tensors. Which it is makes no difference to the result.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from recall_merge.errors import CheckpointError, ResultError
-from recall_merge.files.experts import Digest, widen
+from recall_merge.files.experts import Digest, FullExpert, widen
+from recall_merge.files.output import WeightWriter
 from recall_merge.parallel import in_order
 from recall_merge.recipes.finite import is_finite, refuse_not_finite
-from recall_merge.recipes.plan import Plan
+from recall_merge.recipes.plan import SPAN, Plan
 from recall_merge.recipes.weigh import Weighting
 
 if TYPE_CHECKING:
@@ -36,31 +43,84 @@ def fuse(plan: Plan, weighting: Weighting, digest: Digest, advance: Callable[[in
     def one(name: str) -> tuple[str, Tensor]:
         return name, merge_tensor(plan, weighting, name, digest)
 
-    try:
+    with _explained(plan):
         for name, merged in in_order(one, plan.specs, plan.threads):
             yield name, merged
             advance(plan.specs[name].nbytes)
-    except _NotFinite as found:
-        refuse_not_finite(plan)
-        raise ResultError(
-            f"the merge overflows {plan.specs[found.tensor].dtype} in '{found.tensor}'", fix="lower `scale`, or give `out.dtype: float32`"
-        ) from None
 
 
-def merge_tensor(plan: Plan, weighting: Weighting, name: str, digest: Digest) -> Tensor:
-    """One tensor of the result."""
-    stored = plan.base.read(name)
-    digest.add(name, stored)
+def fuse_into(writer: WeightWriter, plan: Plan, weighting: Weighting, digest: Digest, advance: Callable[[int], None]) -> None:
+    """Write what `fuse` gives, span by span where the method allows it. Arguments and errors are those of `fuse`."""
+    digests = [digest, *(expert.digest for expert in plan.experts if isinstance(expert, FullExpert))]
+    failures: list[BaseException] = []
+
+    def work(unit: Unit) -> list[tuple[str, Tensor]]:
+        try:
+            return [(name, merge_tensor(plan, weighting, name, digest, span)) for name, span in unit]
+        except BaseException as error:
+            failures.append(error)
+            for waited_for in digests:
+                waited_for.stop()
+            raise failures[0] from None  # the others stopped because of it
+
+    with _explained(plan):
+        for unit in in_order(work, _units(plan), plan.threads):
+            for name, merged in unit:
+                writer.add_piece(name, merged)
+            advance(sum(merged.nbytes for _, merged in unit))
+
+
+Unit = list[tuple[str, range | None]]
+"""Tensors, or a span of one, that are worked on together."""
+
+
+def _units(plan: Plan) -> Iterator[Unit]:
+    """All tensors in the order of writing: the large ones in spans, if the method allows it, the small ones together."""
+    unit: Unit = []
+    held = 0
+    for name, spec in plan.specs.items():
+        if unit and held + spec.numel > SPAN:
+            yield unit
+            unit, held = [], 0
+        if spec.numel > SPAN and plan.in_spans(name):
+            for start in range(0, spec.numel, SPAN):
+                yield [(name, range(start, min(start + SPAN, spec.numel)))]
+        else:
+            unit.append((name, None))
+            held += spec.numel
+    if unit:
+        yield unit
+
+
+def merge_tensor(plan: Plan, weighting: Weighting, name: str, digest: Digest, span: range | None = None) -> Tensor:
+    """One tensor of the result; or of its numbers in their order those of a span, where method and experts allow it."""
+    stored = plan.base.read(name, span)
+    if span:
+        digest.add_piece(name, plan.base.tensors[name].spec, span.start, stored)
+    else:
+        digest.add(name, stored)
     spec = plan.specs[name]
-    if not plan.merges(name) and not _aligned(plan, name):
+    if not plan.merges(name) and not plan.aligns(name):
         return stored.to(spec.torch_dtype)
     weights = plan.weights_of(name, weighting)
-    base, deltas = _deltas(plan, name, widen(stored), weights)
+    base, deltas = _deltas(plan, name, widen(stored), weights, span)
     merged = base if all(delta is None for delta in deltas) else _scaled(plan, name, base, _merge(plan, name, base, deltas, weights))
     merged = merged.to(spec.torch_dtype)
     if not is_finite(merged):
         raise _NotFinite(name)
     return merged
+
+
+@contextmanager
+def _explained(plan: Plan) -> Iterator[None]:
+    """Say of numbers that are not finite where they come from."""
+    try:
+        yield
+    except _NotFinite as found:
+        refuse_not_finite(plan)
+        raise ResultError(
+            f"the merge overflows {plan.specs[found.tensor].dtype} in '{found.tensor}'", fix="lower `scale`, or give `out.dtype: float32`"
+        ) from None
 
 
 def _merge(plan: Plan, name: str, base: Tensor, deltas: list[Delta | None], weights: list[float]) -> Tensor:
@@ -109,17 +169,13 @@ def _transposed(delta: Delta) -> Delta:
     return LowRank(delta.down.mT, delta.up.mT) if isinstance(delta, LowRank) else delta.mT.contiguous()
 
 
-def _aligned(plan: Plan, name: str) -> bool:
-    return plan.vocabulary is not None and name in plan.base.token_tensors
-
-
-def _deltas(plan: Plan, name: str, base: Tensor, weights: list[float]) -> tuple[Tensor, list[Delta | None]]:
+def _deltas(plan: Plan, name: str, base: Tensor, weights: list[float], span: range | None) -> tuple[Tensor, list[Delta | None]]:
     """What each expert adds to the base, both in the rows of the result."""
-    if plan.vocabulary is not None and _aligned(plan, name):
+    if plan.vocabulary is not None and plan.aligns(name):
         own = [expert.own(name, base) for expert in plan.experts]
         base = plan.vocabulary.align_base(base)
         return base, list(plan.vocabulary.align_deltas(base, own, weights))
-    return base, [expert.delta(name, base) for expert in plan.experts]
+    return base, [expert.delta(name, base, span) for expert in plan.experts]
 
 
 def _ready(delta: Delta | None, base: Tensor, factors: bool) -> Delta:

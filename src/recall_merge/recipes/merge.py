@@ -18,7 +18,7 @@ from recall_merge.files.model_card import write_card
 from recall_merge.files.output import OutputFolder, WeightWriter
 from recall_merge.files.record import RECORD, verify_files, write_record
 from recall_merge.progress import Progress, Silent
-from recall_merge.recipes.fuse import conditions, fuse
+from recall_merge.recipes.fuse import conditions, fuse_into
 from recall_merge.recipes.plan import Plan, make_plan
 from recall_merge.recipes.provenance import hash_models, made_apart, made_from, made_of, public_name, weighting_from
 from recall_merge.recipes.weigh import Weighting, weigh
@@ -78,8 +78,7 @@ def apply(plan: Plan, *, progress: Progress | None = None) -> MergeResult:
         digest = Digest()
         bar = progress.stage(f"merging by {plan.method.name}", plan.bytes_written, "bytes")
         with timings.of("fuse"), bar as advance, WeightWriter(out.path, plan.shards) as writer:
-            for name, tensor in fuse(plan, weighting, digest, advance):
-                writer.add(name, tensor)
+            fuse_into(writer, plan, weighting, digest, advance)
         dtype = None if plan.run.out.dtype == "auto" else plan.run.out.dtype
         write_companions(out.path, plan.base.folder, [expert.folder for expert in plan.experts], plan.vocabulary, dtype)
         with timings.of("check"), progress.stage("checking the result", 1, "steps") as advance:

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from recall_merge.recipes.weigh import Weighting
 
 
+SPAN = 1 << 18
+"""Numbers in one unit of work. A multiple of what a processor's vectors hold, so that pieces are rounded as the whole tensor is."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """A merge that has passed all checks which need no weights."""
@@ -80,6 +84,15 @@ class Plan:
         """The method's options in one tensor."""
         return {**self.options, **(self.own[name].options if name in self.own else {})}
 
+    def aligns(self, name: str) -> bool:
+        """Whether the rows of a tensor are matched by token."""
+        return self.vocabulary is not None and name in self.base.token_tensors
+
+    def in_spans(self, name: str) -> bool:
+        """Whether a tensor may be merged one span of numbers after another."""
+        alone = self.method.elementwise and self.run.prune is None and not self.aligns(name)
+        return (alone or not self.merges(name)) and all(expert.comes_in_pieces(name) for expert in self.experts)
+
     @cached_property
     def bytes_read(self) -> int:
         """Of the models, by the pass over the parameters."""
@@ -99,11 +112,13 @@ class Plan:
         """Bytes of memory at most, beside the interpreter's own: the larger of a forward pass and of the pass over the parameters.
 
         A forward pass holds one model at a time, twice for a moment while it is built; the pass over the parameters holds, for each
-        thread, one tensor of base, experts and result in float32, and finished ones that wait for their turn.
+        thread, one tensor (or one span of it, where the method allows that) of base, experts and result in float32, and finished ones that
+        wait for their turn.
         """
         numbers = [spec.numel for spec in self.specs.values()]
+        held_at_once = [min(spec.numel, SPAN) if self.in_spans(name) else spec.numel for name, spec in self.specs.items()]
         held = len(self.experts) + 3 + (len(self.experts) + 1 if self.run.prune is not None else 0)
-        fusing = 4 * held * sum(sorted(numbers)[-self.threads :]) + 4 * sum(sorted(numbers)[-self.threads :])
+        fusing = 4 * (held + 1) * sum(sorted(held_at_once)[-self.threads :])
         width = 4 if isinstance(self.weights, Representations) and self.weights.precision == "float32" else 2
         return max(fusing, 2 * width * sum(numbers) if isinstance(self.weights, Representations) else 0)
 

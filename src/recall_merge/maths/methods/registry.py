@@ -6,6 +6,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import UnionType
 from typing import Any, Literal, Protocol, TypeVar, Union, get_args, get_origin
 
@@ -45,11 +46,11 @@ class Method:
     """The order of the experts matters to it; the newest is the last."""
     options: dict[str, inspect.Parameter] = field(default_factory=dict, compare=False)
 
-    @property
+    @cached_property
     def random(self) -> bool:
         return "draws" in inspect.signature(self.function).parameters
 
-    @property
+    @cached_property
     def informed(self) -> bool:
         """It takes `moments`, one of each expert, for tensors that are linear maps: from the experts' cards."""
         return "moments" in inspect.signature(self.function).parameters
