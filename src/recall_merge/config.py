@@ -42,6 +42,7 @@ class ExpertEntry(Section):
     )
     card: str | None = Field(None, description="folder of its card, if that does not lie in its own")
     same_base: bool = Field(False, description="an adapter was trained on the run's base, although its config names another")
+    is_base: bool = Field(False, description="it is the base itself, meant as one of the models that are merged")
 
 
 class Samples(Section):
@@ -141,7 +142,9 @@ Weights = Annotated[
 class Part(Section):
     """Some of the tensors, and what is different there: those that every selector given here selects."""
 
-    filter: str | list[str] | None = Field(None, description="parts of tensors' names, or patterns with *; one of them must fit")
+    filter: str | list[str] | None = Field(
+        None, description="whole names of tensors, parts of names, or patterns with *; one of them must fit"
+    )
     kind: Kind | list[Kind] | None = Field(None, description="attention, mlp, norm, embedding, head or other: told from the names")
     depths: list[Annotated[int, Field(ge=0)]] | None = Field(None, description="0 = embedding, 1..L = blocks, L + 1 = final norm and head")
     weights: (

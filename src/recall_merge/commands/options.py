@@ -9,7 +9,9 @@ import typer
 
 from recall_merge.errors import Faults, RunError
 
-RunFile = Annotated[Path | None, typer.Argument(metavar="[RUN.yaml]", help="The run; or give it by flags.", show_default=False)]
+RunFile = Annotated[
+    Path | None, typer.Argument(metavar="[RUN.yaml]", help="The run, or a run file of mergekit; or give it by flags.", show_default=False)
+]
 Base = Annotated[str | None, typer.Option(help="Base: a folder, or a hub name with optional @revision.", show_default=False)]
 ExpertFlags = Annotated[
     list[str] | None, typer.Option("--expert", "-e", metavar="NAME=PATH", help="An expert; repeat, newest last.", show_default=False)
@@ -41,7 +43,7 @@ def gather(
     Raises:
         RunError: with every fault of file and flags.
     """
-    from recall_merge.config import MergeRun, load_run, parse
+    from recall_merge.config import MergeRun, parse
 
     faults = Faults()
     given: dict[str, Any] = {}
@@ -60,7 +62,9 @@ def gather(
         given |= settings_of(sets)
     faults.raise_any(RunError)
     if file is not None:
-        return load_run(file, given)
+        from recall_merge.recipes.mergekit_run import load_any_run
+
+        return load_any_run(file, given)
     if not given:
         raise RunError("no run was given", fix="give a RUN.yaml, or --base, --expert, --method and --out")
     data: dict[str, Any] = {}

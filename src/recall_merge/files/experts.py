@@ -225,19 +225,23 @@ HARMLESS = {  # settings of a config that may differ from the base's without cha
 }  # fmt: skip
 
 
-def check_checkpoint(name: str, expert: Checkpoint, base: Checkpoint, skipped: Callable[[str], bool] = lambda _: False) -> None:
+def check_checkpoint(
+    name: str, expert: Checkpoint, base: Checkpoint, skipped: Callable[[str], bool] = lambda _: False, *, is_base: bool = False
+) -> None:
     """Check that a checkpoint is of the base's architecture, tensor by tensor; token tensors may differ in their rows.
 
-    `skipped` tells the tensors that the run does not merge: an expert may lack them, or have them otherwise.
+    `skipped` tells the tensors that the run does not merge: an expert may lack them, or have them otherwise. `is_base` says that it is
+    the base, listed on purpose.
 
     Raises:
         CheckpointError: with every difference (the first few of each kind).
     """
     faults = Faults()
     where, config = expert.folder, expert.folder / "config.json"
-    if expert.folder.resolve() == base.folder.resolve() or same_weights(expert, base):
-        faults.add(f"expert '{name}' is the base itself", where=where, fix="list only models that were fine-tuned from the base")
-        faults.raise_any(CheckpointError)
+    if (expert.folder.resolve() == base.folder.resolve() or same_weights(expert, base)) != is_base:
+        what = f"expert '{name}' is not the base, though `is_base` says so" if is_base else f"expert '{name}' is the base itself"
+        fix = "leave `is_base` out" if is_base else "list only models that were fine-tuned from the base, or say `is_base: true`"
+        raise CheckpointError(what, where=where, fix=fix)
     theirs_all, ours_all = ({t for t in model.tensors if not skipped(t)} for model in (expert, base))
     different = _differences(expert.config, base.config)
     for key, (theirs, ours) in list(different.items())[:8]:

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recall_merge.config import MergeRun, Representations, Samples
+from recall_merge.config import ExpertEntry, MergeRun, Representations, Samples
 from recall_merge.errors import CheckpointError, Faults, OutputError
 from recall_merge.files.adapter import check_adapter_base, is_adapter, open_adapter
 from recall_merge.files.cards import Card, has_card, open_card
@@ -159,7 +159,7 @@ def make_plan(run: MergeRun, *, writes: bool = True, download: bool = True) -> P
         for entry in run.experts:
             if entry.name in located:
                 with faults.collect():
-                    experts.append(_open_expert(entry.name, entry.same_base, located[entry.name], base, run))
+                    experts.append(_open_expert(entry, located[entry.name], base, run))
     if writes:
         with faults.collect():
             _check_output(run, located)
@@ -236,13 +236,14 @@ def _open_base(place: Located) -> Checkpoint:
     return open_checkpoint(place.folder, place.remote)
 
 
-def _open_expert(name: str, same_base: bool, place: Located, base: Checkpoint, run: MergeRun) -> Expert:
+def _open_expert(entry: ExpertEntry, place: Located, base: Checkpoint, run: MergeRun) -> Expert:
+    name = entry.name
     if is_adapter(place.folder):
         adapter = open_adapter(place.folder, base, place.remote)
-        check_adapter_base(name, adapter, base, run.base, same_base)
+        check_adapter_base(name, adapter, base, run.base, entry.same_base)
         return AdapterExpert(name, adapter)
     checkpoint = named_like(open_checkpoint(place.folder, place.remote), base)
-    check_checkpoint(name, checkpoint, base, lambda tensor: skipped(tensor, run.skip))
+    check_checkpoint(name, checkpoint, base, lambda tensor: skipped(tensor, run.skip), is_base=entry.is_base)
     return FullExpert(name, checkpoint)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -69,11 +69,11 @@ class PartRules:
     weights: GivenWeights | Points | None
     options: dict[str, Any]
 
-    def fits(self, name: str, depths: Depths) -> bool:
+    def fits(self, name: str, names: Collection[str], depths: Depths) -> bool:
         """Whether a tensor is one of the part's."""
         filters, kinds = _listed(self.part.filter), _listed(self.part.kind)
         return (
-            (filters is None or any(fnmatchcase(name, word) if "*" in word else word in name for word in filters))
+            (filters is None or any(_named(name, word, names) for word in filters))
             and (kinds is None or depths.kind_of(name) in kinds)
             and (self.part.depths is None or depths.of(name) in self.part.depths)
         )
@@ -98,11 +98,11 @@ def own_of_tensors(parts: Sequence[PartRules], names: Sequence[str], depths: Dep
     Raises:
         RunError: with every part that selects no tensor, or has weights for other depths.
     """
-    faults, selected = Faults(), list[list[str]]()
+    faults, selected, known = Faults(), list[list[str]](), frozenset(names)
     found: dict[str, Own] = {}
     rows: list[GivenWeights | None] = []
     for number, part in enumerate(parts):
-        selected.append([name for name in names if part.fits(name, depths)])
+        selected.append([name for name in names if part.fits(name, known, depths)])
         rows.append(None)
         with faults.collect():
             rows[-1] = part.weights_at(depths, f"parts.{number}.weights")
@@ -127,15 +127,18 @@ def _at(weights: GivenWeights, depth: int) -> tuple[float, ...]:
 def _near(part: Part, names: Sequence[str], depths: Depths) -> str:
     """What might have been meant by a part that selects nothing."""
     known = sorted({_unnumbered(name, depths) for name in names})
-    if (filters := _listed(part.filter)) is not None and not any(
-        fnmatchcase(name, word) if "*" in word else word in name for word in filters for name in names
-    ):
+    if (filters := _listed(part.filter)) is not None and not any(_named(name, word, names) for word in filters for name in names):
         close = get_close_matches(filters[0].strip("*"), [word for name in known for word in (name, *name.split("."))], n=3, cutoff=0.5)
         return f"near it: {', '.join(dict.fromkeys(close))}" if close else f"the tensors are {', '.join(known)}"
     if (kinds := _listed(part.kind)) is not None and not {depths.kind_of(name) for name in names} & set(kinds):
         tied = "; the head is tied to the embedding" if "head" in kinds else ""
         return f"the kinds of its tensors are {', '.join(sorted({depths.kind_of(name) for name in names}))}{tied}"
     return f"the depths are 0 to {depths.last}; all of `filter`, `kind` and `depths` must fit"
+
+
+def _named(name: str, word: str, names: Collection[str]) -> bool:
+    """Whether a word of a filter names a tensor: a pattern, a tensor's whole name, which names no other, or a part of names."""
+    return fnmatchcase(name, word) if "*" in word else name == word if word in names else word in name
 
 
 def _unnumbered(name: str, depths: Depths) -> str:
