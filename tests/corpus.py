@@ -110,9 +110,13 @@ ADAPTER: dict[str, bytes | None] = {
     "adapter/adapter_model.safetensors": weights(FACTORS),
 }
 _HASHES = {Path(name).name: hashlib.sha256(data or b"").hexdigest() for name, data in ADAPTER.items() if name.startswith("adapter/")}
-GROUP = {"0000.factor": (WIDTH, 2), "0000.rest": (WIDTH,)}
+GROUP = {
+    **{f"0000.{part}factor": (WIDTH, 2) for part in ("", "weighted.")},
+    **{f"0000.{part}rest": (WIDTH,) for part in ("", "weighted.")},
+    "model.layers.0.mlp.weight.gradient": (WIDTH,),
+}
 CARD_FACTS: dict[str, Any] = {
-    "format": 1,
+    "format": 2,
     "expert": hashlib.sha256(repr(sorted(_HASHES.items())).encode()).hexdigest(),
     "base": "",
     "samples": 1,
@@ -414,7 +418,8 @@ def of_card() -> Iterator[tuple[str, dict[str, bytes | None]]]:
     for name, text in broken_json(encoded(CARD_FACTS)).items():
         yield name, {facts: text}
     for what, change in {
-        "of a newer form": {"format": 2},
+        "of an older form": {"format": 1},
+        "of a newer form": {"format": 3},
         "no tensors": {"tensors": None},
         "tensors as a list": {"tensors": ["mlp"]},
         "of another expert": {"expert": "0" * 64},
@@ -431,6 +436,8 @@ def of_card() -> Iterator[tuple[str, dict[str, bytes | None]]]:
     yield "a factor of another width", {file: weights(GROUP | {"0000.factor": (9, 2)})}
     yield "a rest of another width", {file: weights(GROUP | {"0000.rest": (9,)})}
     yield "a factor that is a vector", {file: weights(GROUP | {"0000.factor": (WIDTH,)})}
+    yield "gradients of another width", {file: weights(GROUP | {"model.layers.0.mlp.weight.gradient": (9,)})}
+    yield "no gradients", {file: weights({name: shape for name, shape in GROUP.items() if "gradient" not in name})}
     yield "whole numbers", {file: weights(GROUP, lambda header: header["0000.rest"].update(dtype="I32"))}
 
 

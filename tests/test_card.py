@@ -12,6 +12,7 @@ from recall_merge.maths.methods.aligned import aligned, condition
 from recall_merge.maths.methods.informed import regmean
 from recall_merge.maths.moments import Moment, compress, identity
 from recall_merge.models.moments import input_moments
+from recall_merge.models.train import EncodedRow
 from recall_merge.recipes.card import make_card
 from tiny import edit_json, load_model, load_tensors, lora, merged_by_peft, write_rows
 
@@ -74,7 +75,8 @@ def test_aligned_is_regmean_on_scaled_moments_solved_another_way():
     base, deltas = torch.randn(5, 12, generator=generator), [torch.randn(5, 12, generator=generator) for _ in full]
     weights = [0.2, 0.3, 0.5]
     found = aligned(base, deltas, weights, moments=[compress(one, 12) for one in full], keep=0.9, ridge=1e-9)
-    wanted = regmean(base, deltas, weights, [one / one.diagonal().mean() for one in full], offdiagonal=0.9, ridge=1e-9)
+    scaled = [compress(one / one.diagonal().mean(), 12) for one in full]
+    wanted = regmean(base, deltas, weights, moments=scaled, offdiagonal=0.9, ridge=1e-9)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -100,7 +102,7 @@ def test_moments_are_those_of_the_inputs(bases, family):
     """Every map's own inputs, caught one by one and without padding, give the moment of its group."""
     model = load_model(bases(family))
     tokens = [[3, 4, 5, 6, 7], [8, 9], [10, 11, 12]]
-    found = input_moments(model, tokens)
+    found = input_moments(model, [EncodedRow(ids, [-100, *ids[1:]]) for ids in tokens])
     caught = {}
 
     def catch(name):
@@ -118,6 +120,7 @@ def test_moments_are_those_of_the_inputs(bases, family):
         for name in group.modules:
             rows = torch.cat(caught[name]).double()
             torch.testing.assert_close(group.moment, rows.mT @ rows / len(rows), rtol=1e-4, atol=1e-6)
+            assert bool(group.weighted.diagonal().sum() > 0) == bool(group.gradients[group.modules.index(name)].any())
             assert modules[name].weight.shape[group.axis] == rows.shape[1]
     if family == "llama":  # q, k and v read one state, gate and up another
         assert sorted(len(group.modules) for group in found) == sorted([3, 1, 2, 1] * 2 + [1])
@@ -140,10 +143,11 @@ def test_merge_by_cards_equals_least_squares_over_the_inputs(world):
             told += 1
             axis = known[0][1]
             turn = (lambda tensor: tensor.mT) if axis == 0 else (lambda tensor: tensor)
-            moments = [one.dense().double() for one, _ in known]
-            wanted = turn(
-                regmean(turn(start), [turn(delta) for delta in deltas], [0.5, 0.5], [m / m.diagonal().mean() for m in moments], ridge=1e-6)
-            )
+            moments = [one.weighted.dense().double() for one, _ in known]
+            shrunk = [(0.9 * g + 0.1 * g.diagonal().diag()) / g.diagonal().mean() for g in moments]
+            answered = sum(turn(delta).double() @ g for delta, g in zip(deltas, shrunk, strict=True)) / 2
+            change = answered @ torch.linalg.inv(sum(shrunk) / 2 + 1e-6 * torch.eye(len(shrunk[0]), dtype=torch.float64))
+            wanted = start + turn(change).float()
         torch.testing.assert_close(found[name], wanted, rtol=1e-3, atol=2e-4, msg=name)
     assert told >= 2
 

@@ -19,6 +19,9 @@ NAMES = ("french", "sentiment", "law")
 ONE: dict[str, dict[str, Any] | None] = {
     "linear": {},
     "recall": {},
+    "lm_cocktail": {},
+    "fisher": {},
+    "regmean": {},
     "aligned": {"ridge": 1e-9},
     "task_arithmetic": {},
     "wise_ft": {"alpha": 1.0},
@@ -49,6 +52,8 @@ ALIKE: dict[str, dict[str, Any] | None] = ONE | {
 }
 # Options beside the defaults with which the promises are checked too.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "aligned": [{"tokens": "alike"}],
+    "regmean": [{"offdiagonal": 1.0, "ridge": 0.1}],
     "ties": [{"elect": "unweighted", "mean": "count"}, {"elect": "count", "mean": "none"}, {"rescale": "l1"}, {"density": 1.0}],
     "dare_linear": [{"rescale": "l1"}, {"rescale": "none", "density": 0.9}],
     "dare_ties": [{"rescale": "l1"}],
@@ -93,15 +98,16 @@ def run(found: Method, base: Tensor, deltas: list[Any], weights: list[float], op
     if found.random:
         given["draws"] = Draws(seed, "w", tuple(names[: len(deltas)]))
     if found.informed and base.ndim == 2:
-        given["moments"] = [moment(name, base.shape[1]) for name in names[: len(deltas)]]
+        given["moments"] = [moment(name, *base.shape) for name in names[: len(deltas)]]
     return found.function(base, deltas, weights, **given, **options)
 
 
-def moment(name: str, size: int) -> Moment:
+def moment(name: str, outputs: int, size: int) -> Moment:
     """What an expert's card says of a layer's inputs: of each expert something else."""
     generator = torch.Generator().manual_seed(NAMES.index(name))
     factor = torch.randn(size, 2, generator=generator, dtype=torch.float64)
-    return Moment(factor, 0.1 + torch.rand(size, generator=generator, dtype=torch.float64))
+    rest, gradient = 0.1 + torch.rand(size, generator=generator, dtype=torch.float64), torch.rand(outputs, generator=generator)
+    return Moment(factor, rest, weighted=Moment(factor.flip(0), rest.flip(0)), gradient=gradient)
 
 
 def test_every_method_has_a_place_in_the_tables():

@@ -17,6 +17,7 @@ from recall_merge.maths.methods.order import below, kth_largest
 from recall_merge.maths.methods.pieces import PIECE, in_pieces, rows
 from recall_merge.maths.methods.sparsify import drop_by_rank, drop_random, keep_largest, keep_middle
 from recall_merge.maths.methods.wrappers import anchor_ramp, lines_scales, prune_by_saliency
+from recall_merge.maths.moments import Moment, compress
 
 
 def merge(name: str, base, deltas, weights=None, **options) -> Tensor:
@@ -438,29 +439,34 @@ def test_pieces_cover_everything_once():
 
 
 def test_fisher_weighs_each_entry_by_its_information():
-    deltas, informations = [torch.tensor([1.0, 1.0]), torch.tensor([5.0, 5.0])], [torch.tensor([3.0, 0.0]), torch.tensor([1.0, 0.0])]
-    close(fisher(torch.ones(2), deltas, [0.5, 0.5], informations), [3.0, 4.0], 1e-4)  # 1 + (3 * 1 + 1 * 5) / 4; nothing known: the mean
-    close(fisher(torch.ones(2), deltas, [0.25, 0.75], [torch.zeros(2)] * 2), [5.0, 5.0])
-    assert torch.equal(fisher(torch.ones(2), deltas, [0.0, 0.0], informations), torch.ones(2))
+    def know(*reads):
+        return Moment(torch.zeros(2, 0), torch.tensor(reads), gradient=torch.tensor([2.0]))
+
+    base, deltas, moments = torch.ones(1, 2), [torch.ones(1, 2), torch.full((1, 2), 5.0)], [know(3.0, 0.0), know(1.0, 0.0)]
+    close(fisher(base, deltas, [0.5, 0.5], moments=moments), [[3.0, 4.0]], 1e-4)  # 1 + (3 * 1 + 1 * 5) / 4; nothing known: the mean
+    close(fisher(base, deltas, [0.25, 0.75], moments=[know(0.0, 0.0)] * 2), [[5.0, 5.0]])
+    assert torch.equal(fisher(base, deltas, [0.0, 0.0], moments=moments), base)
+    close(fisher(base, deltas, [0.5, 0.5], moments=[moments[0], None]), [[4.0, 4.0]])  # one without a card: the mean
 
 
 def test_regmean_answers_each_experts_inputs():
     generator = torch.Generator().manual_seed(0)
     base, deltas = torch.randn(3, 4, generator=generator), [torch.randn(3, 4, generator=generator) for _ in range(2)]
     inputs = [torch.randn(2, 4, generator=generator) for _ in range(2)]  # 2 + 2 inputs of width 4: all can be answered at once
-    merged = regmean(base, deltas, [0.5, 0.5], [x.T @ x for x in inputs], offdiagonal=1.0, ridge=1e-9)
+    merged = regmean(base, deltas, [0.5, 0.5], moments=[compress(x.T @ x, 4) for x in inputs], offdiagonal=1.0, ridge=1e-9)
     for x, delta in zip(inputs, deltas, strict=True):
         torch.testing.assert_close(merged @ x.T, (base + delta) @ x.T, rtol=1e-3, atol=1e-3)
 
 
 def test_regmean_without_inputs_is_the_mean_and_with_factors_the_same():
     low = LowRank(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0, 0.0, 3.0]]))
-    zero = torch.zeros(3, 3)
-    close(regmean(torch.zeros(2, 3), [low, torch.ones(2, 3)], [0.5, 0.5], [zero, zero]), ((low.dense() + 1) / 2).tolist())
+    zero = compress(torch.zeros(3, 3), 3)
+    close(regmean(torch.zeros(2, 3), [low, torch.ones(2, 3)], [0.5, 0.5], moments=[zero, zero]), ((low.dense() + 1) / 2).tolist())
     moment = torch.diag(torch.tensor([1.0, 2.0, 3.0])) + 0.1
-    found = [regmean(torch.zeros(2, 3), [delta, torch.ones(2, 3)], [0.7, 0.3], [moment, 2 * moment]) for delta in (low, low.dense())]
+    moments = [compress(moment, 3), compress(2 * moment, 3)]
+    found = [regmean(torch.zeros(2, 3), [delta, torch.ones(2, 3)], [0.7, 0.3], moments=moments) for delta in (low, low.dense())]
     torch.testing.assert_close(*found)
-    assert regmean(torch.zeros(2, 3), [low], [0.0], [zero]).isfinite().all()
+    assert regmean(torch.zeros(2, 3), [low], [0.0], moments=[zero]).isfinite().all()
 
 
 def test_cocktail_weights_are_a_softmax_of_losses():

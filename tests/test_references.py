@@ -14,7 +14,7 @@ from torch import Tensor
 
 from recall_merge.maths.methods import METHODS, Draws
 from recall_merge.maths.methods.informed import fisher, regmean
-from recall_merge.maths.moments import Moment
+from recall_merge.maths.moments import Moment, compress
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("a", "b", "c")
@@ -229,7 +229,14 @@ def test_numpy_agrees(name, options, reference, weights):
 
 
 def test_every_method_has_a_numpy_reference():
-    others = {"recall", "wise_ft", "aligned"}  # linear under other names; and one with a test of its own, below
+    others = {
+        "recall",
+        "lm_cocktail",
+        "wise_ft",
+        "aligned",
+        "fisher",
+        "regmean",
+    }  # linear by other names; with own tests, below
     assert {name for name, _, _ in NUMPY} | others == set(METHODS)
 
 
@@ -249,10 +256,11 @@ def test_numpy_agrees_on_fisher_and_regmean():
     base, deltas = made(3)
     d, w = torch.stack(deltas).double().numpy(), np.array([0.5, 0.3, 0.2])[:, None, None]
     generator = torch.Generator().manual_seed(5)
-    informations = [torch.rand(base.shape, generator=generator) for _ in deltas]
-    f = torch.stack(informations).double().numpy()
+    reads, outputs = ([torch.rand(size, generator=generator) for _ in deltas] for size in (40, len(base)))
+    known = [Moment(torch.zeros(40, 0), rest, gradient=gradient) for rest, gradient in zip(reads, outputs, strict=True)]
+    f = np.stack([np.outer(one.gradient.double(), one.rest.double()) for one in known])
     expected = base.double().numpy() + (w * f * d).sum(0) / (w * f).sum(0)
-    np.testing.assert_allclose(fisher(base, deltas, [0.5, 0.3, 0.2], informations, floor=0).numpy(), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(fisher(base, deltas, [0.5, 0.3, 0.2], moments=known, floor=0).numpy(), expected, rtol=1e-4, atol=1e-5)
 
     inputs = [torch.randn(100, 40, generator=generator) for _ in deltas]
     moments = [x.T @ x / 100 for x in inputs]
@@ -260,7 +268,8 @@ def test_numpy_agrees_on_fisher_and_regmean():
     g = g * (0.9 + 0.1 * np.eye(40))
     full = base.double().numpy() + d  # the paper's form: (sum G)^-1 sum G W for W from the left
     expected = np.linalg.solve((w * g).sum(0), (w * g @ full.transpose(0, 2, 1)).sum(0)).T
-    np.testing.assert_allclose(regmean(base, deltas, [0.5, 0.3, 0.2], moments).numpy(), expected, rtol=1e-3, atol=1e-4)
+    found = regmean(base, deltas, [0.5, 0.3, 0.2], moments=[compress(one, 40) for one in moments])
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("election", ["total", "frequency"])

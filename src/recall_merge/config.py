@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
@@ -60,6 +60,8 @@ class Samples(Section):
 class Representations(Section):
     """How representations become weights: the open choices of RECALL, each at its default (arXiv:2510.20479, as reconstructed)."""
 
+    compares: ClassVar[str] = "representations"
+
     kernel: Literal["rbf", "cka", "cosine"] = Field("rbf", description="similarity of two models' representations")
     bandwidth: Literal["median", "dimension"] | Positive = Field("median", description="sigma of the rbf kernel: a rule, or a number")
     temperature: Positive = Field(1.0, description="tau of the softmax; smaller sharpens")
@@ -74,6 +76,24 @@ class Representations(Section):
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="of the forward passes; pooling and what follows is float32 or better"
     )
+
+
+class Losses(Section):
+    """How losses become weights, one a model (LM-Cocktail, arXiv:2311.13534): of each expert on the newest one's typical samples."""
+
+    compares: ClassVar[str] = "losses"
+
+    temperature: Positive = Field(5.0, description="of the softmax over the negated losses; smaller sharpens")
+
+
+class ByLoss(Section):
+    """Weights from losses."""
+
+    by_loss: Losses = Field(description="the options of weights from losses; {} for the defaults")
+
+
+FromSamples = Representations | Losses
+"""Weights that models give, run on typical samples of the newest expert's rows."""
 
 
 class Out(Section):
@@ -126,6 +146,8 @@ def _kind_of_weights(value: Any) -> str:
         return "rows"
     if isinstance(value, Ramp) or (isinstance(value, Mapping) and "ramp" in value):
         return "points"
+    if isinstance(value, ByLoss) or (isinstance(value, Mapping) and "by_loss" in value):
+        return "losses"
     return "uniform" if isinstance(value, str) else "representations"
 
 
@@ -134,7 +156,8 @@ Weights = Annotated[
     | Annotated[list[Share], Tag("numbers")]
     | Annotated[Representations, Tag("representations")]
     | Annotated[ByDepth, Tag("rows")]
-    | Annotated[Ramp, Tag("points")],
+    | Annotated[Ramp, Tag("points")]
+    | Annotated[ByLoss, Tag("losses")],
     Discriminator(_kind_of_weights),
 ]
 
@@ -177,7 +200,7 @@ class MergeRun(Section):
     options: dict[str, Any] = Field(default_factory=dict, description="options of the method")
     weights: Weights = Field(
         "uniform",
-        description="uniform, one number an expert, `by_depth`, `ramp`, or the options of RECALL's weights; `method: recall` has its own",
+        description="uniform, one number an expert, `by_depth`, `ramp`, `by_loss`, or RECALL's options; `method: recall` has its own",
     )
     parts: list[Part] = Field(
         default_factory=list, description="tensors with weights or options of their own; the first part that fits and says it, counts"
@@ -262,7 +285,7 @@ def _fault(model: type[BaseModel], detail: Any, where: str) -> Fault:
 
 def _is_union_branch(part: Any) -> bool:
     """pydantic names the branch of a union that it tried; a reader of YAML need not know."""
-    return part in {"uniform", "numbers", "rows", "points", "representations", "constrained-float", "float"} or (
+    return part in {"uniform", "numbers", "rows", "points", "losses", "representations", "constrained-float", "float"} or (
         isinstance(part, str) and "[" in part
     )
 

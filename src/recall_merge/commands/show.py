@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recall_merge.commands.console import err, out
-from recall_merge.config import Representations
+from recall_merge.config import FromSamples, Losses
 from recall_merge.errors import RunError, did_you_mean
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def planned(plan: Plan, estimate: Estimate, *, as_json: bool) -> None:
         "seconds": round(estimate.seconds, 1),
         "notes": plan.notes,
     }
-    if isinstance(plan.weights, Representations):
+    if isinstance(plan.weights, FromSamples):
         facts["weights_options"] = plan.weights.model_dump()
     if as_json:
         return print_json(facts)
@@ -87,6 +87,7 @@ def planned(plan: Plan, estimate: Estimate, *, as_json: bool) -> None:
 
 def methods(name: str | None, *, as_json: bool) -> None:
     from recall_merge.maths.methods import METHODS
+    from recall_merge.recipes.rules import OWN_WEIGHTS
 
     if name is None:
         if as_json:
@@ -102,14 +103,13 @@ def methods(name: str | None, *, as_json: bool) -> None:
         raise RunError(f"there is no method '{name}'", fix=did_you_mean(name, METHODS))
     method = METHODS[name]
     options = {key: str(parameter.default) for key, parameter in method.options.items()}
-    described = {key: (str(field.default), field.description or "") for key, field in Representations.model_fields.items()}
+    fields = OWN_WEIGHTS[name].model_fields if name in OWN_WEIGHTS else {}
+    described = {key: (str(field.default), field.description or "") for key, field in fields.items()}
     if as_json:
-        return print_json(
-            {"name": name, "source": method.source, "doc": method.doc, "options": options, "weights": described if name == "recall" else {}}
-        )
+        return print_json({"name": name, "source": method.source, "doc": method.doc, "options": options, "weights": described})
     console = out()
     console.print(f"{method.name}\n\n{method.doc}\n\nsource: {method.source}", markup=False)
-    if name == "recall":
+    if described:
         console.print("\nOptions of its weights:")
         for key, (default, meaning) in described.items():
             console.print(f"    {key} = {default}: {meaning}", markup=False)
@@ -198,8 +198,8 @@ def _weights_table(weighting: Weighting) -> None:
 
 
 def _weights(given: Any) -> Any:
-    if isinstance(given, Representations):
-        return "representations"
+    if isinstance(given, FromSamples):
+        return "losses" if isinstance(given, Losses) else "representations"
     return {f"depth {depth}": list(row) for depth, row in enumerate(given)} if isinstance(given[0], tuple) else list(given)
 
 

@@ -1,7 +1,8 @@
 """An expert's card in its folder: for every linear map the second moment of its inputs on the expert's typical samples. It holds no text.
 
-`recall-card.safetensors` holds, for each group of maps that read the same hidden state, a factor (i, r) and a diagonal (i,);
-`recall-card.json` says which tensors of the base belong to which group, what the card was made from, and of which bytes of the expert.
+`recall-card.safetensors` holds, in bfloat16, for each group of maps that read the same hidden state, a factor (i, r) and a diagonal (i,),
+once with all tokens alike and once weighted, and for each map the squared gradients of its outputs (o,). `recall-card.json` says which
+tensors of the base belong to which group, what the card was made from, and of which bytes of the expert.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from recall_merge.files.checkpoint import read_json
 from recall_merge.files.safetensors import CODES, Spec, Stored, bytes_of, encode_header, read_header
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from recall_merge.maths.moments import Moment
 
 CARD, WEIGHTS = "recall-card.json", "recall-card.safetensors"
-FORMAT = 1
+FORMAT = 2
 KINDS: dict[str, type] = {"expert": str, "samples": int, "tokens": int, "rank": int, "rows": list}  # of what a merge tells of a card
 
 
@@ -37,9 +40,13 @@ class Card:
         return sum(stored.spec.nbytes for stored in self.stored.values())
 
     def misfits(self, specs: Mapping[str, Spec]) -> list[str]:
-        """The tensors of a base whose inputs are more or fewer than the card tells of."""
-        told = ((name, group, axis) for name, (group, axis) in self.facts["tensors"].items() if name in specs)
-        return [n for n, group, axis in told if self.stored[f"{group}.rest"].spec.shape != specs[n].shape[axis : axis + 1]]
+        """The tensors of a base whose inputs or outputs are more or fewer than the card tells of."""
+
+        def told(name: str, group: str, axis: int) -> tuple[int, ...]:
+            sizes = self.stored[f"{group}.rest"].spec.shape, self.stored[f"{name}.gradient"].spec.shape
+            return sizes[axis == 1] + sizes[axis == 0]
+
+        return [name for name, entry in self.facts["tensors"].items() if name in specs and told(name, *entry) != specs[name].shape]
 
     def moment(self, name: str) -> tuple[Moment, int] | None:
         """The moment of a tensor's inputs, and the axis along which they run; None where the card tells nothing of it."""
@@ -49,18 +56,30 @@ class Card:
         if entry is None:
             return None
         group, axis = entry
-        return Moment(self.stored[f"{group}.factor"].read(), self.stored[f"{group}.rest"].read()), axis
+        weighted = Moment(self._read(f"{group}.weighted.factor"), self._read(f"{group}.weighted.rest"))
+        known = weighted if weighted.diagonal.any() else None
+        return Moment(self._read(f"{group}.factor"), self._read(f"{group}.rest"), known, self._read(f"{name}.gradient")), axis
+
+    def _read(self, part: str) -> Tensor:
+        return self.stored[part].read().float()
 
 
-def write_card(folder: Path, groups: Mapping[str, Moment], tensors: Mapping[str, tuple[str, int]], facts: Mapping[str, Any]) -> Path:
+def parts_of(group: str) -> tuple[str, ...]:
+    """Names of the numbers that a group of maps has in common."""
+    return tuple(f"{group}.{part}" for part in ("factor", "rest", "weighted.factor", "weighted.rest"))
+
+
+def write_card(folder: Path, parts: Mapping[str, Tensor], tensors: Mapping[str, tuple[str, int]], facts: Mapping[str, Any]) -> Path:
     """Write a card into a folder: the numbers first, then, in one step, the file that makes them a card.
 
     Args:
-        groups: name of a group -> its moment.
+        parts: the numbers by name, as `parts_of` names them.
         tensors: name of a tensor of the base -> its group, and the axis of its inputs.
         facts: what it was made from; `expert` holds the hashes that tell whether it still belongs to the expert.
     """
-    parts = {f"{group}.{part}": getattr(moment, part) for group, moment in groups.items() for part in ("factor", "rest")}
+    import torch
+
+    parts = {name: tensor.to(torch.bfloat16) for name, tensor in parts.items()}
     specs = {name: Spec(CODES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape)) for name, tensor in parts.items()}
     partial = folder / f"{WEIGHTS}.partial"
     with partial.open("wb") as file:
@@ -94,16 +113,19 @@ def open_card(folder: Path) -> Card | None:
     if not all(isinstance(facts.get(key), kind) for key, kind in KINDS.items()) or not all(map(_is_entry, facts["tensors"].values())):
         raise CheckpointError("the card is damaged", where=folder / CARD, fix=fix)
     stored = read_header(folder / WEIGHTS)
-    wanted = {f"{group}.{part}" for group, _ in facts["tensors"].values() for part in ("factor", "rest")}
+    wanted = {part for name, (group, _) in facts["tensors"].items() for part in (*parts_of(group), f"{name}.gradient")}
     if missing := sorted(wanted - set(stored)):
         raise CheckpointError(f"the card lacks '{missing[0]}'", where=folder / WEIGHTS, fix=fix)
     for group in sorted({group for group, _ in facts["tensors"].values()}):
-        factor, rest = stored[f"{group}.factor"].spec, stored[f"{group}.rest"].spec
-        if not (factor.is_float and rest.is_float and len(factor.shape) == 2 and factor.shape[:1] == rest.shape):
-            raise CheckpointError(
-                f"the card's numbers of '{group}' are no factor and rest: {factor}, {rest}", where=folder / WEIGHTS, fix=fix
-            )
+        specs = [stored[part].spec for part in parts_of(group)]
+        if not (all(spec.is_float for spec in specs) and all(_fits(*pair) for pair in (specs[:2], specs[2:])) and specs[1] == specs[3]):
+            told = ", ".join(map(str, specs))
+            raise CheckpointError(f"the card's numbers of '{group}' are no factor and rest: {told}", where=folder / WEIGHTS, fix=fix)
     return Card(folder, facts, stored)
+
+
+def _fits(factor: Spec, rest: Spec) -> bool:
+    return len(factor.shape) == 2 and factor.shape[:1] == rest.shape
 
 
 def _is_entry(entry: Any) -> bool:

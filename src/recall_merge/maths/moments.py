@@ -10,10 +10,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Moment:
-    """G = factor factor^T + diag(rest), an estimate of E[x x^T].    factor (i, r), rest (i,) >= 0, float32 or better"""
+    """What went into a linear map, and what of its output mattered.
+
+    Attributes:
+        factor: (i, r), and
+        rest: (i,) >= 0, float32 or better: G = factor factor^T + diag(rest), an estimate of E[x x^T] over the inputs x.
+        weighted: the same estimate with every token counting by how much the model's predictions depend on what the map makes of it,
+            E[s x x^T] / E[s] with s = |g|^2 summed over the maps that read x; None where it is not known.
+        gradient: (o,) the mean over samples of the sum over tokens of g^2, g the gradient of the log-likelihood of the model's own
+            predictions by the map's output; None where it is not known.
+    """
 
     factor: Tensor
     rest: Tensor
+    weighted: Moment | None = None
+    gradient: Tensor | None = None
 
     @property
     def diagonal(self) -> Tensor:
@@ -48,7 +59,14 @@ def compress(moment: Tensor, rank: int) -> Moment:
     tensor([[4., 0.],
             [0., 1.]])
     """
-    values, vectors = torch.linalg.eigh(moment.double())
-    factor = vectors[:, len(values) - min(rank, len(values)) :] * values[len(values) - min(rank, len(values)) :].clamp(min=0).sqrt()
-    rest = (moment.diagonal().double() - factor.square().sum(1)).clamp(min=0)
+    from scipy.linalg import eigh  # subtle: torch's own (divide and conquer) fails on some moments of low rank
+
+    size, diagonal = len(moment), moment.diagonal().double()
+    kept = min(rank, size)
+    if not kept:
+        return Moment(moment.new_zeros(size, 0, dtype=torch.float32), diagonal.float())
+    found = eigh(moment.double().numpy(), subset_by_index=[size - kept, size - 1])
+    values, vectors = map(torch.from_numpy, found)
+    factor = vectors * values.clamp(min=0).sqrt()
+    rest = (diagonal - factor.square().sum(1)).clamp(min=0)
     return Moment(factor.float(), rest.float())

@@ -1,21 +1,22 @@
-"""An expert's card: run it on the typical samples of its own rows, keep the moments of what its linear maps read, and no text."""
+"""An expert's card: run it on the typical samples of its own rows, keep what its linear maps read and how much it mattered, and no text."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recall_merge.config import MergeRun, Representations
 from recall_merge.errors import CheckpointError
-from recall_merge.files.cards import Card, open_card, write_card
+from recall_merge.files.cards import Card, open_card, parts_of, write_card
 from recall_merge.files.experts import Expert, hash_expert
 from recall_merge.files.names import Names
 from recall_merge.progress import Progress, Silent
 from recall_merge.recipes.plan import Plan, make_plan
-from recall_merge.recipes.typical import build_expert, expert_tokenizer, typical_texts
+from recall_merge.recipes.typical import TypicalSample, build_expert, expert_tokenizer, labelled, typical_texts
 
 if TYPE_CHECKING:
-    from recall_merge.maths.moments import Moment
+    from torch import Tensor
 
 RANK = 8
 RULE = Representations.model_validate({})
@@ -33,12 +34,12 @@ def make_card(run: MergeRun, *, rank: int = RANK, folder: Path | None = None, pr
     """
     plan, progress = make_plan(run, writes=False), progress or Silent()
     expert = plan.experts[-1]
-    texts, samples, _ = typical_texts(plan, RULE, progress)
-    groups, tensors = _moments(plan, expert, texts, rank, progress)
+    _, samples, _ = typical_texts(plan, RULE, progress)
+    parts, tensors = _moments(plan, expert, samples, rank, progress)
     facts = {
         "expert": hash_expert(expert),
         "base": plan.base.fingerprint,
-        "samples": len(texts),
+        "samples": len(samples),
         "rows": [sample.row for sample in samples],
         "tokens": sum(sample.tokens for sample in samples),
         "rank": rank,
@@ -46,7 +47,7 @@ def make_card(run: MergeRun, *, rank: int = RANK, folder: Path | None = None, pr
     target = folder or expert.folder
     try:
         target.mkdir(parents=True, exist_ok=True)
-        write_card(target, groups, tensors, facts)
+        write_card(target, parts, tensors, facts)
     except OSError as error:
         fix = "give another folder with --out, and name it under `card:` of the expert"
         raise CheckpointError(f"the card cannot be written: {error.strerror}", where=target, fix=fix) from error
@@ -56,26 +57,27 @@ def make_card(run: MergeRun, *, rank: int = RANK, folder: Path | None = None, pr
 
 
 def _moments(
-    plan: Plan, expert: Expert, texts: list[str], rank: int, progress: Progress
-) -> tuple[dict[str, Moment], dict[str, tuple[str, int]]]:
+    plan: Plan, expert: Expert, samples: Sequence[TypicalSample], rank: int, progress: Progress
+) -> tuple[dict[str, Tensor], dict[str, tuple[str, int]]]:
+    """The numbers of a card by name, and of each tensor that it tells of the group and the axis of its inputs."""
     from recall_merge.maths.moments import compress
-    from recall_merge.models.hidden import tokenize
     from recall_merge.models.moments import input_moments
 
-    tokens = tokenize(texts, expert_tokenizer(plan, expert), max_tokens=plan.samples.max_tokens)
-    with progress.stage(f"card of {expert.name}", sum(map(len, tokens)), "tokens") as advance:
-        found = input_moments(build_expert(plan, expert, RULE), tokens, progress=advance)
+    rows = labelled(plan, samples, expert_tokenizer(plan, expert))
+    with progress.stage(f"card of {expert.name}", sum(len(row.input_ids) for row in rows), "tokens") as advance:
+        found = input_moments(build_expert(plan, expert, RULE), rows, seed=plan.run.seed, progress=advance)
     names = Names(plan.base)
-    groups: dict[str, Moment] = {}
+    parts: dict[str, Tensor] = {}
     tensors: dict[str, tuple[str, int]] = {}
     for number, inputs in enumerate(found):
-        stored = [
-            name
-            for module in inputs.modules
-            if (name := names.find(f"{module}.weight")) is not None and name not in plan.base.token_tensors
-        ]
-        if stored and inputs.tokens:  # a head is no map to align; of a map that nothing reached there is nothing to tell
-            group = f"{number:04d}"
-            groups[group] = compress(inputs.moment, rank)
-            tensors |= dict.fromkeys(stored, (group, inputs.axis))
-    return groups, tensors
+        stored = {module: names.find(f"{module}.weight") for module in inputs.modules}
+        told = {name: module for module, name in stored.items() if name is not None and name not in plan.base.token_tensors}
+        if not told or not inputs.tokens:  # a head is no map to align; of a map that nothing reached there is nothing to tell
+            continue
+        group = f"{number:04d}"
+        plain, weighted = compress(inputs.moment, rank), compress(inputs.weighted, rank)
+        parts |= dict(zip(parts_of(group), (plain.factor, plain.rest, weighted.factor, weighted.rest), strict=True))
+        for name, module in told.items():
+            parts[f"{name}.gradient"] = inputs.gradients[inputs.modules.index(module)]
+        tensors |= dict.fromkeys(told, (group, inputs.axis))
+    return parts, tensors

@@ -6,7 +6,7 @@ import hashlib
 import time
 from dataclasses import dataclass
 
-from recall_merge.config import Representations
+from recall_merge.config import FromSamples
 from recall_merge.files.safetensors import Stored
 from recall_merge.recipes.plan import Plan
 
@@ -34,7 +34,7 @@ def estimate(plan: Plan) -> Estimate:
     largest = max(plan.base.tensors.values(), key=lambda stored: stored.spec.nbytes)
     a_byte = _seconds_a_byte(largest) / plan.threads
     passes = a_byte * (plan.bytes_read + plan.bytes_written)
-    if not isinstance(plan.weights, Representations):
+    if not isinstance(plan.weights, FromSamples):
         return Estimate(passes, 0.0)
     lengths = sorted(len(row.plain) + len(row.completion) for row in plan.rows)
     mean = sum(lengths) / len(lengths) / CHARACTERS_PER_TOKEN

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recall_merge.config import ExpertEntry, MergeRun, Representations, Samples
+from recall_merge.config import ExpertEntry, FromSamples, MergeRun, Representations, Samples
 from recall_merge.errors import CheckpointError, Faults, OutputError
 from recall_merge.files.adapter import check_adapter_base, is_adapter, open_adapter
 from recall_merge.files.cards import Card, has_card, open_card
@@ -42,7 +42,7 @@ class Plan:
     experts: tuple[Expert, ...]
     method: Method
     options: Mapping[str, Any]
-    weights: GivenWeights | Representations
+    weights: GivenWeights | FromSamples
     """One number an expert, summing to 1; or such a row for each depth; or how representations give them."""
     rows: list[Row]
     vocabulary: Vocabulary | None
@@ -119,8 +119,8 @@ class Plan:
         held_at_once = [min(spec.numel, SPAN) if self.in_spans(name) else spec.numel for name, spec in self.specs.items()]
         held = len(self.experts) + 3 + (len(self.experts) + 1 if self.run.prune is not None else 0)
         fusing = 4 * (held + 1) * sum(sorted(held_at_once)[-self.threads :])
-        width = 4 if isinstance(self.weights, Representations) and self.weights.precision == "float32" else 2
-        return max(fusing, 2 * width * sum(numbers) if isinstance(self.weights, Representations) else 0)
+        width = 2 if isinstance(self.weights, Representations) and self.weights.precision == "bfloat16" else 4
+        return max(fusing, 2 * width * sum(numbers) if isinstance(self.weights, FromSamples) else 0)
 
 
 def make_plan(run: MergeRun, *, writes: bool = True, download: bool = True) -> Plan:
@@ -142,10 +142,8 @@ def make_plan(run: MergeRun, *, writes: bool = True, download: bool = True) -> P
     if run.samples is not None:
         with faults.collect():
             rows = read_rows(run.samples.path, split=run.samples.split)
-    elif rules is not None and isinstance(rules.weights, Representations):
-        faults.add(
-            "`samples` are missing: representations are compared on the newest expert's data", fix="add `samples: {path: rows.jsonl}`"
-        )
+    elif rules is not None and isinstance(rules.weights, FromSamples):
+        faults.add(_without_samples(rules.weights), fix="add `samples: {path: rows.jsonl}`")
 
     with faults.collect():
         lost.raise_any()
@@ -206,6 +204,10 @@ def make_plan(run: MergeRun, *, writes: bool = True, download: bool = True) -> P
         notes,
         rules.own,
     )
+
+
+def _without_samples(rule: FromSamples) -> str:
+    return f"`samples` are missing: {rule.compares} are compared on the newest expert's data"
 
 
 def _locate(run: MergeRun, download: bool) -> tuple[dict[str, Located], Faults]:

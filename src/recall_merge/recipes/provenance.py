@@ -36,6 +36,8 @@ def made_of(weighting: Weighting) -> dict[str, Any]:
     found: dict[str, Any] = {"samples": samples, "weights": weighting.table(weighting.weights)}
     if weighting.similarity is not None:
         found["similarity"] = weighting.table(weighting.similarity)
+    if weighting.losses is not None:
+        found["losses"] = dict(weighting.losses)
     return found
 
 
@@ -57,7 +59,7 @@ def weighting_from(record: Mapping[str, Any]) -> Weighting:
         return torch.tensor(record[name]["rows"], dtype=torch.float64) if name in record else None
 
     samples = tuple(TypicalSample(**sample) for sample in record["samples"])
-    return Weighting(tuple(record["weights"]["experts"]), table("weights"), table("similarity"), samples)
+    return Weighting(tuple(record["weights"]["experts"]), table("weights"), table("similarity"), samples, losses=record.get("losses"))
 
 
 def hash_models(plan: Plan) -> dict[str, dict[str, str]]:

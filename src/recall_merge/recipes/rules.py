@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Any, cast, get_type_hints
 
 from pydantic import ConfigDict, create_model
 
-from recall_merge.config import ByDepth, MergeRun, Part, Ramp, Representations, parse
+from recall_merge.config import ByDepth, ByLoss, FromSamples, Losses, MergeRun, Part, Ramp, Representations, parse
 from recall_merge.errors import Faults, RunError, did_you_mean
 from recall_merge.maths.depths import Depths
 
 if TYPE_CHECKING:
     from recall_merge.maths.methods import Method
+
+OWN_WEIGHTS: dict[str, type[Representations] | type[Losses]] = {"recall": Representations, "lm_cocktail": Losses}
+"""Methods that are ways to make weights: their options are those of their weights, and of the average that takes them."""
 
 GivenWeights = tuple[float, ...] | tuple[tuple[float, ...], ...]
 """One number an expert, or a row of them for every depth; each row sums to 1."""
@@ -28,7 +31,7 @@ class Rules:
 
     method: Method
     options: dict[str, Any]
-    weights: GivenWeights | Points | Representations
+    weights: GivenWeights | Points | FromSamples
     parts: tuple[PartRules, ...] = ()
 
     own: Mapping[str, Own] = field(default_factory=dict)
@@ -41,14 +44,14 @@ class Rules:
         """
         faults, weights, own = Faults(), self.weights, self.own
         with faults.collect():
-            weights = weights if isinstance(weights, Representations) else _spread(weights, depths, "weights")
+            weights = weights if isinstance(weights, FromSamples) else _spread(weights, depths, "weights")
         with faults.collect():
             own = own_of_tensors(self.parts, names, depths)
         faults.raise_any(RunError)
         return replace(self, weights=weights, own=own)
 
     @property
-    def resolved(self) -> GivenWeights | Representations:
+    def resolved(self) -> GivenWeights | FromSamples:
         """The weights, once they are for a base."""
         assert not isinstance(self.weights, Points)
         return self.weights
@@ -205,16 +208,18 @@ def rules_of(run: MergeRun) -> Rules:
         )
     options, weights = dict(run.options), run.weights
     names = [entry.name for entry in run.experts]
-    found: GivenWeights | Points | Representations | None = None
-    if run.method == "recall":
+    found: GivenWeights | Points | FromSamples | None = None
+    if schema := OWN_WEIGHTS.get(run.method):
         if weights != "uniform":
-            faults.add("`method: recall` has weights of its own", where="weights", fix="leave `weights` out, or use another method")
+            faults.add(f"`method: {run.method}` has weights of its own", where="weights", fix="leave `weights` out, or use another method")
         with faults.collect():
-            own = {key: options.pop(key) for key in list(options) if key in Representations.model_fields}
-            found = parse(Representations, own, where="options")
+            own = {key: options.pop(key) for key in list(options) if key in schema.model_fields}
+            found = parse(schema, own, where="options")
+    elif isinstance(weights, Representations | ByLoss):
+        found = weights if isinstance(weights, Representations) else weights.by_loss
     else:
         with faults.collect():
-            found = weights if isinstance(weights, Representations) else _numbers(weights, names, "weights")
+            found = _numbers(weights, names, "weights")
     with faults.collect():
         options = _options(method, options, len(names))
     parts = []
@@ -227,7 +232,7 @@ def rules_of(run: MergeRun) -> Rules:
 
 
 def _part(part: Part, method: Method, experts: list[str], where: str) -> PartRules:
-    own = [key for key in part.options if method.name == "recall" and key in Representations.model_fields]
+    own = [key for key in part.options if method.name in OWN_WEIGHTS and key in OWN_WEIGHTS[method.name].model_fields]
     if own:
         raise RunError(
             f"'{own[0]}' is of the whole model's weights, not of some tensors", where=f"{where}.options", fix="give it under `options`"
@@ -282,7 +287,7 @@ def _scaled(numbers: list[float], where: str) -> tuple[float, ...]:
 def _options(method: Method, given: dict[str, Any], experts: int, where: str = "options") -> dict[str, Any]:
     """Check options against the signature of the method's function."""
     hints = get_type_hints(method.function, include_extras=True)
-    weight_options = list(Representations.model_fields) if method.name == "recall" else []
+    weight_options = list(OWN_WEIGHTS[method.name].model_fields) if method.name in OWN_WEIGHTS else []
     for key in given:
         if key not in method.options:
             known = [*method.options, *weight_options]

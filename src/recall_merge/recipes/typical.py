@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from recall_merge.recipes.plan import Plan
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from recall_merge.models.train import EncodedRow
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,17 @@ def typical_texts(plan: Plan, rule: Representations, progress: Progress) -> tupl
         chosen, sizes = typical.rows, typical.sizes
     samples = tuple(TypicalSample(seen[texts[place]], len(tokens[place]), size) for place, size in zip(chosen, sizes, strict=True))
     return [texts[place] for place in chosen], samples, notes
+
+
+def labelled(plan: Plan, samples: Sequence[TypicalSample], tokenizer: Any) -> list[EncodedRow]:
+    """Typical samples as tokens, cut like the pool's, with labels on the completion; on all tokens where none of it is left."""
+    from recall_merge.models.train import EncodedRow, encode_rows
+    from recall_merge.models.train_settings import TrainSettings
+
+    by_index = {row.index: row for row in plan.rows}
+    rows = encode_rows([by_index[sample.row] for sample in samples], tokenizer, TrainSettings(template=plan.samples.template))
+    cut = [EncodedRow(row.input_ids[: plan.samples.max_tokens], row.labels[: plan.samples.max_tokens]) for row in rows]
+    return [row if any(label != -100 for label in row.labels[1:]) else EncodedRow(row.input_ids, row.input_ids) for row in cut]
 
 
 def build_expert(plan: Plan, expert: Expert, rule: Representations) -> Any:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from recall_merge.config import Representations
+from recall_merge.config import Losses, Representations
 from recall_merge.files.experts import BaseExpert, Expert
 from recall_merge.progress import Progress, Silent
 from recall_merge.recipes.plan import Plan
@@ -26,6 +26,7 @@ class Weighting:
         similarity: (L + 1, models), float64, depths 0..L; None where weights were given.
         samples: the typical samples, in the order of their rows.
         notes: what a reader should know of how rows were handled.
+        losses: of every expert on the typical samples; None where weights are not made of them.
     """
 
     models: tuple[str, ...]
@@ -33,6 +34,7 @@ class Weighting:
     similarity: Tensor | None = None
     samples: tuple[TypicalSample, ...] = ()
     notes: tuple[str, ...] = ()
+    losses: Mapping[str, float] | None = None
 
     def of_experts(self, depth: int) -> list[float]:
         """The experts' weights at one depth, in their order, without the base's."""
@@ -54,6 +56,10 @@ def weigh(plan: Plan, progress: Progress | None = None) -> Weighting:
     import torch
 
     progress, depths = progress or Silent(), plan.base.depths
+    if isinstance(plan.weights, Losses):
+        from recall_merge.recipes.losses import weigh_by_loss
+
+        return weigh_by_loss(plan, plan.weights, progress)
     if not isinstance(plan.weights, Representations):
         names = tuple(expert.name for expert in plan.experts)
         given = torch.tensor(plan.weights, dtype=torch.float64)

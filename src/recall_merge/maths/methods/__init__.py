@@ -3,6 +3,7 @@
 from recall_merge.maths.methods import aligned as aligned
 from recall_merge.maths.methods import averages as averages
 from recall_merge.maths.methods import families as families
+from recall_merge.maths.methods import informed as informed
 from recall_merge.maths.methods import joint as joint
 from recall_merge.maths.methods import recall as recall
 from recall_merge.maths.methods import spectral as spectral

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from annotated_types import Interval
@@ -16,6 +16,9 @@ from recall_merge.maths.methods.registry import method
 from recall_merge.maths.moments import Moment, identity
 
 Keep = Annotated[float, Interval(ge=0, le=1), "off-diagonal entries of the moments are multiplied by this; 0 uses their diagonals alone"]
+Tokens = Annotated[
+    Literal["weighted", "alike"], "weighted: a token counts by how much the expert's predictions depend on it there; alike: as any other"
+]
 Ridge = Annotated[float, Interval(gt=0), "added to the sum of moments, whose mean diagonal is 1"]
 
 
@@ -26,6 +29,7 @@ def aligned(
     weights: Sequence[float],
     *,
     moments: Sequence[Moment | None] = (),
+    tokens: Tokens = "weighted",
     keep: Keep = 0.9,
     ridge: Ridge = 1e-3,
     scale: Scale = 1.0,
@@ -34,12 +38,14 @@ def aligned(
 
     W = theta_0 + scale * (sum_q w_q delta_q G_q) (sum_q w_q G_q + ridge I)^-1.    base (o, i), k of (o, i), G_q (i, i) -> (o, i)
 
-    It minimises sum_q w_q E_q |W x - theta_q x|^2 over W, where E_q runs over the layer's inputs x under expert q: the average where the
-    experts' inputs overlap, each expert's own change where they do not. G_q = E_q[x x^T] comes from expert q's card as a low-rank factor
-    and a diagonal, scaled to a mean diagonal of 1 so that no expert counts for more because its inputs are larger.
-    Departures from RegMean: deltas to the base instead of weights (what no expert uses stays the base's), moments of a few typical
-    samples, cut to a few directions, and scaled. An expert without a card has the identity as its moment. Tensors that are no linear maps,
-    and those of which no card tells, get theta_0 + scale * sum_q w_q delta_q.
+    It minimises sum_q w_q E_q s |W x - theta_q x|^2 over W, where E_q runs over the layer's inputs x under expert q: the average where the
+    experts' inputs overlap, each expert's own change where they do not. s = |g|^2 is how much expert q's own predictions depend on what
+    its layer makes of x, g the gradient of their log-likelihood by the layer's output (the trace of K-FAC's output factor, token by
+    token); 1 with `tokens: alike`. G_q = E_q[s x x^T] / E_q[s] comes from expert q's card as a low-rank factor and a diagonal, scaled to
+    a mean diagonal of 1 so that no expert counts for more because its inputs are larger.
+    Departures from RegMean: tokens that matter count for more, deltas to the base instead of weights (what no expert uses stays the
+    base's), moments of a few typical samples, cut to a few directions, and scaled. An expert without a card has the identity as its
+    moment. Tensors that are no linear maps, and those of which no card tells, get theta_0 + scale * sum_q w_q delta_q.
 
     The moments' sum is D + V V^T with D diagonal and V (i, k r): it is inverted by Woodbury's identity in float64 at a cost linear in i,
     (D + V V^T)^-1 = D^-1 - D^-1 V (I + V^T D^-1 V)^-1 V^T D^-1.
@@ -55,7 +61,7 @@ def aligned(
         return base.clone()
     total = sum(weights)
     shares = [weight / total for weight in weights]
-    known = [identity(base.shape[1]) if moment is None else moment.shrunk(keep) for moment in moments]
+    known = [_moment(moment, base.shape[1], tokens, keep) for moment in moments]
     seen = torch.zeros(base.shape, dtype=torch.float64)
     for delta, share, moment in zip(deltas, shares, known, strict=True):
         _add_seen(seen, delta, moment, share)
@@ -63,16 +69,26 @@ def aligned(
     return base + solved.mul_(scale * total).to(base.dtype)
 
 
-def condition(moments: Sequence[Moment | None], weights: Sequence[float], *, keep: float = 0.9, ridge: float = 1e-3) -> float:
+def condition(
+    moments: Sequence[Moment | None], weights: Sequence[float], *, tokens: str = "weighted", keep: float = 0.9, ridge: float = 1e-3
+) -> float:
     """An upper bound of the condition number of sum_q w_q G_q + ridge I: what the solve can lose is this times 1e-16.
 
     Its eigenvalues lie between the smallest of its diagonal part and the largest of that plus |V|^2.
     """
     size = next(len(moment.rest) for moment in moments if moment is not None)
-    known = [identity(size) if moment is None else moment.shrunk(keep) for moment in moments]
+    known = [_moment(moment, size, tokens, keep) for moment in moments]
     total = sum(weights) or 1.0
     diagonal, factor = _sum(known, [weight / total for weight in weights], ridge)
     return float((diagonal.max() + torch.linalg.matrix_norm(factor, 2).square()) / diagonal.min()) if factor.numel() else 1.0
+
+
+def _moment(moment: Moment | None, size: int, tokens: str, keep: float) -> Moment:
+    """A card's moment as the solve takes it: the identity without a card, the plain one where no gradient reached the map."""
+    if moment is None:
+        return identity(size)
+    chosen = moment.weighted if tokens == "weighted" and moment.weighted is not None else moment
+    return chosen.shrunk(keep)
 
 
 def _add_seen(seen: Tensor, delta: Delta, moment: Moment, share: float) -> None:

@@ -107,12 +107,38 @@ class Anchor:
 
 
 @dataclass(frozen=True)
+class Carded:
+    """The card of a trained model, made from the rows that it was trained on.
+
+    Attributes:
+        samples: what a run says of how typical samples are chosen, without a path.
+    """
+
+    label: str = field(compare=False)
+    model: Trained
+    samples: Mapping[str, Any] = field(hash=False)
+
+    @cached_property
+    def key(self) -> str:
+        return hashed(["card", self.model.key, self.samples])
+
+    @property
+    def cost(self) -> float:
+        return 3 * tokens_of(self.model.rows)
+
+    @property
+    def needs(self) -> list[Cell]:
+        return [self.model]
+
+
+@dataclass(frozen=True)
 class Merged:
     """A merge of models. It is made in memory where it is scored, and written only where another cell is made from it.
 
     Attributes:
         run: of the method, its options, weights and samples: what a run says, with experts by name and no paths.
         samples: the newest expert's rows, where representations are compared.
+        cards: of the experts by name, where the method wants them.
     """
 
     label: str = field(compare=False)
@@ -120,11 +146,13 @@ class Merged:
     experts: tuple[tuple[str, Model], ...]
     run: Mapping[str, Any] = field(hash=False)
     samples: tuple[Row, ...] = ()
+    cards: tuple[tuple[str, Carded], ...] = ()
 
     @cached_property
     def key(self) -> str:
         experts = [[name, model.key] for name, model in self.experts]
-        return hashed(["merged", self.base.key, experts, self.run, hash_rows(self.samples)])
+        parts = ["merged", self.base.key, experts, self.run, hash_rows(self.samples)]
+        return hashed([*parts, [[name, card.key] for name, card in self.cards]] if self.cards else parts)
 
     @property
     def cost(self) -> float:
@@ -132,7 +160,10 @@ class Merged:
 
     @property
     def needs(self) -> list[Cell]:
-        return [model for model in (self.base, *(model for _, model in self.experts)) if not isinstance(model, Base)]
+        return [
+            *(model for model in (self.base, *(model for _, model in self.experts)) if not isinstance(model, Base)),
+            *(card for _, card in self.cards),
+        ]
 
 
 Model = Base | Trained | Merged
@@ -187,21 +218,26 @@ class Scores:
         return [self.model] if isinstance(self.model, Trained) else []
 
 
-Cell = Trained | Anchor | Merged | Scores
+Cell = Trained | Anchor | Carded | Merged | Scores
 
 
 def tokens_of(rows: Sequence[Row]) -> float:
     return sum(len(row.plain) + len(row.completion) for row in rows) / CHARACTERS_PER_TOKEN
 
 
-def full_run(merged: Merged, folders: Mapping[str, Path], base: Path, samples: Path | None) -> MergeRun:
-    """The run of a merge, once its models and rows lie in folders."""
-    told = dict(merged.run)
+def full_run(
+    merged: Merged, folders: Mapping[str, Path], base: Path, samples: Path | None, cards: Mapping[str, Path] | None = None
+) -> MergeRun:
+    """The run of a merge, once its models, rows and cards lie in folders."""
+    told, cards = dict(merged.run), cards or {}
     if samples is not None:
         told["samples"] = {**told.get("samples", {}), "path": str(samples)}
     else:
         told.pop("samples", None)
-    experts = [{"name": name, "path": str(folders[name]), "same_base": True} for name, _ in merged.experts]
+    experts = [
+        {"name": name, "path": str(folders[name]), "same_base": True, "card": str(cards[name]) if name in cards else None}
+        for name, _ in merged.experts
+    ]
     return MergeRun.model_validate({**told, "base": str(base), "experts": experts, "threads": 1})
 
 
@@ -211,8 +247,8 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def place(self, cell: Trained | Anchor | Merged) -> Path:
-        """Where what a cell makes lies: a model's folder, or an anchor's file."""
+    def place(self, cell: Trained | Anchor | Carded | Merged) -> Path:
+        """Where what a cell makes lies: a model's folder, a card's, or an anchor's file."""
         kind = type(cell).__name__.lower()
         return self.folder / kind / (f"{cell.key}.safetensors" if isinstance(cell, Anchor) else cell.key)
 
@@ -259,6 +295,24 @@ class Store:
 
     def notes(self) -> list[dict[str, Any]]:
         return [json.loads(path.read_text("utf-8")) for path in sorted((self.folder / "notes").glob("*.json"))]
+
+    def note_merge(self, merged: Merged, seconds: float) -> None:
+        """Keep how long the merge alone took, which is a part of the scoring that it was made for."""
+        self._write(self._merge_note(merged), {"seconds": round(seconds, 2)})
+
+    def merge_seconds(self, merged: Merged) -> float | None:
+        path = self._merge_note(merged)
+        return json.loads(path.read_text("utf-8"))["seconds"] if path.exists() else None
+
+    def card_cost(self, card: Carded) -> tuple[int, float] | None:
+        """Bytes of a card, and the seconds that it took; None where it is not made yet."""
+        if not self.is_done(card):
+            return None
+        size = sum(file.stat().st_size for file in self.place(card).iterdir())
+        return size, json.loads(self._note(card).read_text("utf-8"))["seconds"]
+
+    def _merge_note(self, merged: Merged) -> Path:
+        return self.folder / "merges" / f"{merged.key}.json"
 
     def _note(self, cell: Cell) -> Path:
         return self.folder / "notes" / f"{cell.key}.json"

@@ -8,16 +8,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from recall_merge.config import ByDepth, MergeRun, Representations, Samples, parse
+from recall_merge.config import ByDepth, ByLoss, MergeRun, Representations, Samples, parse
 from recall_merge.errors import DataError, Faults, RunError, did_you_mean
 from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.files.hub import locate
 from recall_merge.files.rows import Row, read_rows
 from recall_merge.models.tasks import TaskSpec, check_tasks
 from recall_merge.models.train_settings import check_arguments
-from recall_merge.recipes.bench.cells import Anchor, Base, Merged, Model, Question, Scores, Trained
+from recall_merge.recipes.bench.cells import Anchor, Base, Carded, Merged, Model, Question, Scores, Trained
 from recall_merge.recipes.bench.scenario import BASELINES, EwcOptions, Kind, MethodEntry, ReplayOptions, Scenario
-from recall_merge.recipes.rules import rules_of
+from recall_merge.recipes.rules import OWN_WEIGHTS, rules_of
 
 
 @dataclass(frozen=True)
@@ -149,12 +149,13 @@ def _numbers_merged(scenario: Scenario) -> set[int]:
 def _stand_in(entry: MethodEntry, number: int) -> MergeRun:
     """A run of an entry's method over so many experts, to have its options checked before there are any."""
     experts = [{"name": f"expert {i}", "path": "."} for i in range(number)]
-    weights = entry.model_dump(mode="json")["weights"]
-    return parse(MergeRun, {**_run_of(entry), "weights": weights, "base": ".", "experts": experts}, where=f"methods, {entry.name}")
+    return parse(MergeRun, {**_run_of(entry), "base": ".", "experts": experts}, where=f"methods, {entry.name}")
 
 
 def _run_of(entry: MethodEntry) -> dict[str, Any]:
-    return {"method": entry.method, "options": entry.options, "weights": entry.model_dump(mode="json")["weights"]}
+    told = entry.model_dump(mode="json")
+    around = {key: told[key] for key in ("scale_by_depth", "prune") if told[key] is not None}
+    return {"method": entry.method, "options": entry.options, "weights": told["weights"], **around}
 
 
 def _baseline_options(entry: MethodEntry) -> EwcOptions | ReplayOptions | None:
@@ -166,7 +167,7 @@ def _baseline_options(entry: MethodEntry) -> EwcOptions | ReplayOptions | None:
     if entry.is_baseline:
         if entry.options:
             raise RunError(f"'{entry.method}' has no options", where=where, fix="leave them out")
-        if entry.weights != "uniform":
+        if entry.weights != "uniform" or entry.scale_by_depth or entry.prune:
             raise RunError(f"'{entry.method}' has no weights", where=where, fix="leave them out")
     return None
 
@@ -180,16 +181,23 @@ class _Maker:
 
     def trials(self) -> Iterator[Trial]:
         """The first order for every method, then the second: stopped at any time, the methods are compared on the same orders."""
-        for kind, seed in itertools.product(self.scenario.kinds, self.scenario.seeds):
-            orders = [[(entry, order) for order in self._orders(entry, kind)] for entry in self.scenario.methods]
+        for kind, (seed, drawn) in itertools.product(self.scenario.kinds, self._seeds()):
+            orders = [[(entry, order) for order in self._orders(entry, kind, drawn)] for entry in self.scenario.methods]
             for round_ in itertools.zip_longest(*orders):
                 yield from (self._trial(entry, kind, order, seed) for entry, order in filter(None, round_))
 
-    def _orders(self, entry: MethodEntry, kind: Kind) -> list[tuple[str, ...]]:
+    def _seeds(self) -> list[tuple[int, list[tuple[str, ...]]]]:
+        """Each seed with the orders that it is tried on."""
+        orders = self.scenario.task_orders
+        if self.scenario.trials == "paired":
+            return [(seed, [order]) for seed, order in zip(self.scenario.seeds, orders, strict=True)]
+        return [(seed, orders) for seed in self.scenario.seeds]
+
+    def _orders(self, entry: MethodEntry, kind: Kind, drawn: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
         """The orders that a method is tried on: in the single-model scenario each task alone; one where the order says nothing."""
         if kind == "single-model":
             return [(task,) for task in self.train] if entry.method == "experts" or not entry.is_baseline else []
-        return [tuple(self.train)] if entry.method in {"experts", "joint"} else self.scenario.task_orders
+        return [tuple(self.train)] if entry.method in {"experts", "joint"} else drawn
 
     def _trial(self, entry: MethodEntry, kind: Kind, order: tuple[str, ...], seed: int) -> Trial:
         last = len(order)
@@ -294,14 +302,20 @@ class _Maker:
         return Merged(f"{model.label}, written out", model.base, (("adapter", model),), {"method": "linear", "out": {"dtype": "float32"}})
 
     def _merge(self, entry: MethodEntry, experts: list[tuple[str, Model]], seed: int, label: str) -> Merged:
+        from recall_merge.maths.methods import METHODS
+
         run = {**_run_of(entry), "seed": seed, "out": {"dtype": "float32"}}
+        samples = {**self.scenario.samples, "template": self.scenario.template}
+        cards: tuple[tuple[str, Carded], ...] = ()
+        if METHODS[entry.method].informed:
+            trained = [(name, model) for name, model in experts if isinstance(model, Trained)]
+            cards = tuple((name, Carded(f"the card of {name}, seed {seed}", model, samples)) for name, model in trained)
         if not self._has_samples(entry):
-            return Merged(label, self.base, tuple(experts), run)
-        run["samples"] = {**self.scenario.samples, "template": self.scenario.template}
-        return Merged(label, self.base, tuple(experts), run, self.train[experts[-1][0]])
+            return Merged(label, self.base, tuple(experts), run, cards=cards)
+        return Merged(label, self.base, tuple(experts), {**run, "samples": samples}, self.train[experts[-1][0]], cards)
 
     def _has_samples(self, entry: MethodEntry) -> bool:
-        return entry.method == "recall" or isinstance(entry.weights, Representations)
+        return entry.method in OWN_WEIGHTS or isinstance(entry.weights, Representations | ByLoss)
 
     def _order_counts(self, entry: MethodEntry) -> bool:
         """Whether a merge of the same experts depends on their order: by the method, by its weights, or by the newest one's samples."""

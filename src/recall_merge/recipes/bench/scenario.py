@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from recall_merge.config import Section, Weights, assign, parse, read_mapping
+from recall_merge.config import DepthScale, Prune, Section, Weights, assign, parse, read_mapping
 from recall_merge.models.train_settings import TrainSettings
 
 Kind = Literal["multi-model", "sequential", "single-model"]
@@ -61,6 +61,8 @@ class MethodEntry(Section):
     method: str = Field(description="one of `recall methods`, or a baseline: " + ", ".join(BASELINES))
     options: dict[str, Any] = Field(default_factory=dict, description="of the method; ewc: strength, rows; replay: share")
     weights: Weights = Field(default="uniform", description="as in a run")
+    scale_by_depth: DepthScale | None = Field(default=None, description="as in a run")
+    prune: Prune | None = Field(default=None, description="as in a run")
     training: dict[str, Any] = Field(default_factory=dict, description="settings of training that differ for this baseline")
 
     @model_validator(mode="before")
@@ -110,6 +112,9 @@ class Scenario(Section):
     kinds: list[Kind] = Field(default_factory=lambda: ["multi-model"], min_length=1)
     orders: DrawnOrders | list[list[str]] = Field(default_factory=lambda: DrawnOrders(count=3))
     seeds: list[int] = Field(default_factory=lambda: [0], min_length=1)
+    trials: Literal["crossed", "paired"] = Field(
+        default="crossed", description="every seed with every order; or the first seed with the first order, the second with the second, .."
+    )
     methods: list[MethodEntry] = Field(min_length=1, description="worked through as listed")
     training: TrainSettings = Field(default_factory=TrainSettings)
     samples: dict[str, Any] = Field(default_factory=dict, description="as in a run, without a path: the rows are the newest task's")
@@ -140,6 +145,8 @@ class Scenario(Section):
             raise ValueError(f"an order names every task once; this does not: {wrong[0]}")
         elif not self.orders:
             raise ValueError("`orders` is empty")
+        if self.trials == "paired" and len(self.seeds) != len(self.task_orders):
+            raise ValueError(f"{len(self.seeds)} seeds and {len(self.task_orders)} orders cannot be paired; give as many of each")
         if "template" in self.training.model_fields_set or "template" in self.samples:
             raise ValueError("`template` is given once, for the whole scenario")
         if "seed" in self.training.model_fields_set:

@@ -6,8 +6,9 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from recall_merge.config import MergeRun
 from recall_merge.progress import Progress
-from recall_merge.recipes.bench.cells import Anchor, Cell, Merged, Model, Scores, Store, Trained, full_run
+from recall_merge.recipes.bench.cells import Anchor, Carded, Cell, Merged, Model, Scores, Store, Trained, full_run
 
 
 def do(cell: Cell, store: Store, progress: Progress | None = None) -> float:
@@ -18,6 +19,8 @@ def do(cell: Cell, store: Store, progress: Progress | None = None) -> float:
             _train(cell, store, progress)
         case Anchor():
             _anchor(cell, store)
+        case Carded():
+            _card(cell, store, progress)
         case Merged():
             _write(cell, store, progress)
         case Scores():
@@ -58,6 +61,16 @@ def _anchor(cell: Anchor, store: Store) -> None:
     rows = [(row.input_ids, row.labels) for row in encode_rows(cell.rows, load_tokenizer(base), settings)]
     before = load_anchor(store.place(cell.before)) if cell.before is not None else None
     save_anchor(anchored(fisher(model, rows), values_of(model), before), store.place(cell))
+
+
+def _card(cell: Carded, store: Store, progress: Progress | None) -> None:
+    from recall_merge.recipes.card import make_card
+
+    model = cell.model
+    samples = {**cell.samples, "path": str(store.keep_rows(model.rows))}
+    expert = {"name": "expert", "path": str(store.place(model)), "same_base": True}
+    run = {"base": str(store.where(model.base)), "experts": [expert], "samples": samples, "seed": model.settings.seed, "threads": 1}
+    make_card(MergeRun.model_validate(run), folder=store.place(cell), progress=progress)
 
 
 def _write(cell: Merged, store: Store, progress: Progress | None) -> None:
@@ -105,10 +118,14 @@ def _fused(merged: Merged, store: Store, progress: Progress | None) -> dict[str,
     from recall_merge.recipes.weigh import weigh
 
     plan = make_plan(_run(merged, store), writes=False)
-    return dict(fuse(plan, weigh(plan, progress), Digest()))
+    start = time.monotonic()
+    tensors = dict(fuse(plan, weigh(plan, progress), Digest()))
+    store.note_merge(merged, time.monotonic() - start)
+    return tensors
 
 
 def _run(merged: Merged, store: Store) -> Any:
     folders = {name: store.where(model) for name, model in merged.experts}
     samples = store.keep_rows(merged.samples) if merged.samples else None
-    return full_run(merged, folders, store.where(merged.base), samples)
+    cards = {name: store.place(card) for name, card in merged.cards}
+    return full_run(merged, folders, store.where(merged.base), samples, cards)
