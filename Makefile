@@ -1,5 +1,6 @@
 # make demo   the whole loop on a real small language model, minutes on two cores
 # make test   all tests but the slow ones
+# make torture   faults of every kind, for MINUTES=10 by default
 # Each sets up all that it needs, in .venv, from the pinned versions of constraints.txt.
 
 VENV  ?= .venv
@@ -7,7 +8,9 @@ PYTHON ?= python3
 BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow check lint types format bench clean
+MINUTES ?= 10
+
+.PHONY: demo test test-slow torture check lint types format bench clean
 
 demo: $(READY)
 	$(BIN)/recall demo
@@ -17,6 +20,9 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+torture: $(READY)
+	$(BIN)/python tests/torture.py --minutes $(MINUTES)
 
 check: lint types test
 

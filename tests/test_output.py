@@ -103,7 +103,7 @@ class TestCommitted:
             return rename(path, target)
 
         monkeypatch.setattr(Path, "rename", fails)
-        with pytest.raises(OSError, match="no"), folder_of(tmp_path / "merged", overwrite=True) as folder:
+        with pytest.raises(OutputError, match="the result cannot be written: no"), folder_of(tmp_path / "merged", overwrite=True) as folder:
             write_model(folder.path)
             folder.commit()
         assert names(tmp_path) == ["merged"] and (tmp_path / "merged" / "weights").read_text() == "old"

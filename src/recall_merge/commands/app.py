@@ -183,5 +183,11 @@ def main() -> None:
 
         report(error)
         sys.exit(1)
+    except OSError as error:  # a disk that is full, broken or read-only, wherever that was met
+        from recall_merge.commands.console import report
+
+        fix = "make room, or check disk and permissions; what was finished stands, and the same command goes on from there"
+        report(RecallError(f"the system refuses: {error.strerror or error}", where=error.filename or "", fix=fix))
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -11,10 +11,12 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from recall_merge.errors import CheckpointError
+from recall_merge.errors import CheckpointError, Faults
 from recall_merge.files.checkpoint import Checkpoint
 from recall_merge.files.durable import write_whole
 from recall_merge.files.safetensors import Stored
@@ -64,6 +66,39 @@ def same_weights(one: Checkpoint, other: Checkpoint) -> bool:
         return False
     names = list(one.tensors)
     return all(one.tensors[name].same_bytes(other.tensors[name]) for name in (names[0], names[len(names) // 2], names[-1]))
+
+
+@dataclass(frozen=True)
+class Watch:
+    """The files of some folders, and single ones, as they were."""
+
+    files: Mapping[Path, tuple[int, int, int, int]]
+
+    def check(self) -> None:
+        """Refuse what was read meanwhile if it is not what it was: another file in its place, another size, another time of change.
+
+        Raises:
+            CheckpointError: with every file that changed.
+        """
+        faults = Faults()
+        for file, state in self.files.items():
+            if _state(file) != state:
+                faults.add("the file changed while it was read", where=file, fix="wait until that is done, and run again")
+        faults.raise_any(CheckpointError)
+
+
+def watch(places: Iterable[Path]) -> Watch:
+    """Remember how the files of these folders, and these files, are now."""
+    files = [file for place in places for file in (sorted(place.iterdir()) if place.is_dir() else [place])]
+    return Watch({file: _state(file) for file in files if file.is_file()})
+
+
+def _state(file: Path) -> tuple[int, int, int, int]:
+    try:
+        found = file.stat()
+    except OSError:
+        return (0, 0, 0, 0)
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def _read(checkpoint: Checkpoint) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -104,16 +107,42 @@ class OutputFolder:
             raise OutputError("there is no permission to write here", where=parent, fix="choose another folder for `out`")
 
     def __enter__(self) -> OutputFolder:
-        self._mend()
-        if self.path.exists():
-            shutil.rmtree(self.path)
-        self.path.mkdir(parents=True)
-        (self.path / MARKER).touch()
+        with _writing(self.target):
+            self._lock = self._take()
+            self._mend()
+            (self.path / MARKER).touch()
+            for left in self.path.iterdir():
+                if left.is_dir():
+                    shutil.rmtree(left)
+                elif left.name != MARKER:
+                    left.unlink()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self.path.exists():
-            shutil.rmtree(self.path)
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        with suppress(OSError):  # what cannot be removed from a broken disk is removed by the next attempt
+            if _same(self.path, self._lock):
+                shutil.rmtree(self.path)
+        os.close(self._lock)
+        if isinstance(error, OSError):
+            raise _refused(error, self.target) from error
+
+    def _take(self) -> int:
+        """Make the folder, or take over what a stop has left of it, and lock it; the system gives the lock back."""
+        while True:
+            self.path.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+                fix = "wait until it has ended, or choose another folder for `out`"
+                raise OutputError("another process is writing this result", where=self.target, fix=fix) from None
+            if _same(self.path, descriptor):  # and was not put in its place meanwhile
+                if _is_ours(self.path):
+                    return descriptor
+                os.close(descriptor)
+                raise OutputError("a folder that is not ours lies where the result is to be built", where=self.path, fix="move it away")
+            os.close(descriptor)
 
     def commit(self) -> None:
         """Put the finished folder in its place. What was there stays until the new one stands."""
@@ -227,6 +256,29 @@ class WeightWriter:
 def free_bytes(target: Path) -> int:
     """Free bytes on the disk where a folder will be."""
     return shutil.disk_usage(_existing(target.absolute().parent)).free
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """What the system refuses, as a fault of ours."""
+    try:
+        yield
+    except OSError as error:
+        raise _refused(error, target) from error
+
+
+def _refused(error: OSError, target: Path) -> OutputError:
+    full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+    fix = "make room, or choose another disk; nothing is left of this attempt" if full else "choose another folder for `out`"
+    return OutputError(f"the result cannot be written: {error.strerror or error}", where=error.filename or target, fix=fix)
+
+
+def _same(path: Path, descriptor: int) -> bool:
+    """Whether a path still means the folder that is open."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _is_ours(partial: Path) -> bool:

@@ -113,7 +113,10 @@ class Stored:
                 where=self.file,
                 fix="locate the model with its weights",
             )
-        descriptor = os.open(self.file, os.O_RDONLY)
+        try:
+            descriptor = os.open(self.file, os.O_RDONLY)
+        except OSError as error:
+            raise _unreadable(self.file, error) from error
         try:
             done = 0
             while done < len(buffer):  # subtle: one call gives at most 2 GiB
@@ -123,6 +126,8 @@ class Stored:
                     fix = "it changed while it was read: restore it, and run again"
                     raise CheckpointError(f"the file ended {missing} bytes early", where=self.file, fix=fix)
                 done += count
+        except OSError as error:
+            raise _unreadable(self.file, error) from error
         finally:
             os.close(descriptor)
 
@@ -152,6 +157,11 @@ class Stored:
         buffer = bytearray(count)
         self.fill(memoryview(buffer))
         return bytes(buffer)
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    fix = "check the path, your permissions and the disk"
+    return CheckpointError(f"the file cannot be read: {error.strerror}", where=path, fix=fix)
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -6,8 +6,8 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,7 +107,7 @@ def train(
     with hushed():
         model = _model(base, settings, init_from)
         trainer, teller = _trainer(model, tokenizer, encoded, settings, arguments | {"output_dir": str(work)}, on_step, progress, callbacks)
-        with teller.open_stages:
+        with teller.open_stages, _saving(work):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         state = trainer.state
         result = TrainResult(
@@ -229,6 +229,18 @@ def _discard(work: Path) -> None:
             place.unlink()
     note.unlink()
     work.rmdir()
+
+
+@contextmanager
+def _saving(work: Path) -> Iterator[None]:
+    """torch tells of a disk that is full or broken by a RuntimeError of its writer of archives."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(word in str(error) for word in ("inline_container", "PytorchStreamWriter")):
+            raise
+        fix = "make room, or check the disk; training goes on from its last whole checkpoint"
+        raise OutputError("a checkpoint of the training cannot be written", where=work, fix=fix) from error
 
 
 def _last_checkpoint(work: Path) -> Path | None:

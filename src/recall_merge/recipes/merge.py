@@ -94,6 +94,7 @@ def apply(plan: Plan, *, progress: Progress | None = None) -> MergeResult:
             "seconds": dict(timings.seconds),
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
+        plan.inputs.check()
         sources = list(dict.fromkeys(place.repo for place in plan.located.values() if place.repo))
         write_card(out.path, base=public_name(plan, "base"), base_folder=plan.base.folder, sources=sources, record=record)
         write_record(out.path, {**record, "files": writer.hashes})

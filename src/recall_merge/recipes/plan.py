@@ -15,6 +15,7 @@ from recall_merge.errors import CheckpointError, Faults, OutputError
 from recall_merge.files.adapter import check_adapter_base, is_adapter, open_adapter
 from recall_merge.files.cards import Card, has_card, open_card
 from recall_merge.files.checkpoint import Checkpoint, open_checkpoint
+from recall_merge.files.content import Watch, watch
 from recall_merge.files.experts import AdapterExpert, Expert, FullExpert, check_checkpoint, hash_expert
 from recall_merge.files.hub import Located, locate
 from recall_merge.files.names import named_like
@@ -55,6 +56,8 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     own: Mapping[str, Own] = field(default_factory=dict)
     """Weights and options that tensors have of their own, by their names."""
+    inputs: Watch = field(default_factory=lambda: Watch({}), repr=False)
+    """All that is read, as it was before the first look at it."""
 
     @property
     def samples(self) -> Samples:
@@ -133,7 +136,7 @@ def make_plan(run: MergeRun, *, writes: bool = True, download: bool = True) -> P
     Raises:
         RecallError: with every fault that can be found without reading weights.
     """
-    faults, (located, lost) = Faults(), _locate(run, download)
+    faults, (located, lost, inputs) = Faults(), _locate(run, download)
     run, notes = _with_method(run, located)
     rules: Rules | None = None
     with faults.collect():
@@ -203,6 +206,7 @@ def make_plan(run: MergeRun, *, writes: bool = True, download: bool = True) -> P
         cards,
         notes,
         rules.own,
+        inputs,
     )
 
 
@@ -210,13 +214,14 @@ def _without_samples(rule: FromSamples) -> str:
     return f"`samples` are missing: {rule.compares} are compared on the newest expert's data"
 
 
-def _locate(run: MergeRun, download: bool) -> tuple[dict[str, Located], Faults]:
-    """Where the models are, and what is wrong with those that are nowhere."""
+def _locate(run: MergeRun, download: bool) -> tuple[dict[str, Located], Faults, Watch]:
+    """Where the models are, what is wrong with those that are nowhere, and how all that will be read is now."""
     faults, located = Faults(), {}
     for name, reference in {"base": run.base, **{entry.name: entry.path for entry in run.experts}}.items():
         with faults.collect():
             located[name] = locate(reference, weights=download)
-    return located, faults
+    single = [entry.card for entry in run.experts] + [run.samples.path if run.samples is not None else None]
+    return located, faults, watch([*(place.folder for place in located.values()), *(Path(place) for place in single if place is not None)])
 
 
 def _with_method(run: MergeRun, located: Mapping[str, Located]) -> tuple[MergeRun, list[str]]:
