@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from recall_merge.commands import bench, evaluate, export, workspace
+from recall_merge.commands import bench, evaluate, export, report, workspace
 from recall_merge.commands.options import AsJson, Base, ExpertFlags, MethodName, Quiet, RunFile, SamplesPath, Sets, Target, gather
 from recall_merge.errors import RecallError
 
@@ -170,7 +170,7 @@ def demo(
     show.demo(recipe(folder, progress=progress(quiet or as_json), say=say), as_json=as_json)
 
 
-for command in (*workspace.COMMANDS, evaluate.evaluate, bench.bench, export.export):
+for command in (*workspace.COMMANDS, evaluate.evaluate, bench.bench, export.export, report.report):
     app.command()(command)
 
 

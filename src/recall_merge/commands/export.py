@@ -45,7 +45,7 @@ def export(
     from recall_merge.commands.show import print_json
     from recall_merge.recipes.export import export_adapter, export_mergekit
 
-    experts = _experts(expert)
+    experts = experts_of(expert)
     if to is Form.mergekit:
         if rank is not None:
             raise RunError("--rank is an adapter's", fix="leave it out, or write --to adapter")
@@ -58,7 +58,7 @@ def export(
     return _show(adapter, as_json=as_json, quiet=quiet)
 
 
-def _experts(words: list[str] | None) -> dict[str, str]:
+def experts_of(words: list[str] | None) -> dict[str, str]:
     faults, found = Faults(), {}
     for word in words or []:
         name, equals, path = word.partition("=")

@@ -314,6 +314,21 @@ class Store:
     def _merge_note(self, merged: Merged) -> Path:
         return self.folder / "merges" / f"{merged.key}.json"
 
+    def seconds(self, cells: Sequence[Cell]) -> float | None:
+        """What cells and all that they need took together, each once; None where one's time is not known."""
+        found: dict[str, Cell] = {}
+
+        def add(cell: Cell) -> None:
+            if cell.key not in found:
+                found[cell.key] = cell
+                for need in cell.needs:
+                    add(need)
+
+        for cell in cells:
+            add(cell)
+        notes = [self._note(cell) for cell in found.values() if not isinstance(cell, Merged) or self._note(cell).exists()]
+        return sum(json.loads(note.read_text("utf-8"))["seconds"] for note in notes) if all(note.exists() for note in notes) else None
+
     def _note(self, cell: Cell) -> Path:
         return self.folder / "notes" / f"{cell.key}.json"
 

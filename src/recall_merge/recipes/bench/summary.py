@@ -111,7 +111,7 @@ def summarise(design: Design, store: Store, folder: Path, *, command: str = "") 
     summary = Summary(folder, tuple(rows), tuple(measured), tuple(_methods(measured, rows)), means, unfinished)
     folder.mkdir(parents=True, exist_ok=True)
     _write_table(folder / "scores", [asdict(row) for row in rows])
-    _write_table(folder / "numbers", [_number_row(one) for one in measured])
+    _write_table(folder / "numbers", [_number_row(one, store.seconds(one.trial.cells)) for one in measured])
     (folder / "R.json").write_text(json.dumps([_matrix(one) for one in measured], indent=1) + "\n", "utf-8")
     write_page(summary, design, store, command)
     return summary
@@ -180,10 +180,10 @@ def _spread(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 and not any(map(math.isnan, values)) else float("nan")
 
 
-def _number_row(one: Measured) -> dict[str, Any]:
+def _number_row(one: Measured, seconds: float | None) -> dict[str, Any]:
     trial = one.trial
     where = {"kind": trial.kind, "method": trial.method, "seed": trial.seed, "order": " > ".join(trial.order)}
-    return {**where, **{name: one.numbers[name] for name in NUMBERS}, "item_error": one.item_error}
+    return {**where, **{name: one.numbers[name] for name in NUMBERS}, "item_error": one.item_error, "seconds": seconds}
 
 
 def _matrix(one: Measured) -> dict[str, Any]:

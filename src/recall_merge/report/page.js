@@ -1,0 +1,33 @@
+const narrowed = (spec, room) => ({
+  ...spec,
+  ...(typeof spec.width === "number" && { width: Math.max(100, Math.min(spec.width, room)) }),
+  ...(spec.vconcat && { vconcat: spec.vconcat.map((part) => narrowed(part, room)) }),
+});
+const put = (box, spec) => vegaEmbed(box, spec, { renderer: "svg", actions: false, ast: true, tooltip: { theme: "custom" } });
+async function draw() {
+  for (const data of document.querySelectorAll("script.chart")) {
+    const spec = JSON.parse(data.textContent), box = data.previousElementSibling, room = box.clientWidth;
+    const set = [...box.querySelectorAll("form input")].map((input) => input.value);
+    if (room < 500) {
+      Object.assign(spec.config.legend, { columns: 2, labelLimit: 80, titleLimit: 240 });
+      spec.config.axis.labelLimit = 90;
+    }
+    if (!spec.vconcat) spec.autosize = { type: "fit-x", contains: "padding" };
+    let drawn = await put(box, narrowed(spec, room));
+    const excess = box.querySelector("svg").width.baseVal.value - room; // what stands beside the plots of a column is known once it is drawn
+    if (excess > 0) drawn = await put(box, narrowed(spec, room - excess - 4));
+    box.querySelectorAll("form input").forEach((input, at) => {
+      if (set.length) input.value = set[at], input.dispatchEvent(new Event("input"));
+    });
+    box.view = drawn.view;
+    box.dataset.drawn = "yes";
+  }
+}
+let waiting, width = innerWidth;
+addEventListener("resize", () => {
+  if (innerWidth === width) return;
+  width = innerWidth;
+  clearTimeout(waiting);
+  waiting = setTimeout(draw, 200);
+});
+draw();

@@ -1,0 +1,58 @@
+"""How all charts look: on the page, where ink follows the reader's light or dark theme, and as files, which are dark on white.
+
+Colours are those of Okabe and Ito, which colour-blind readers can tell apart; and no chart tells models by colour alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+MODELS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C6BB1", "#7A8B00")
+LOST, WON = "#D55E00", "#0072B2"
+SEQUENTIAL, DIVERGING = "viridis", "purpleorange"
+PAPER_INK, PAGE_INK = "#1d1f24", "currentColor"
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif"
+
+
+def config(ink: str, background: str | None) -> dict[str, Any]:
+    """Vega-Lite's configuration: text and lines in `ink`."""
+    title = {"titleColor": ink, "titleFontSize": 13, "titleFontWeight": "normal"}
+    label = {"labelColor": ink, "labelFontSize": 12}
+    return {
+        "background": background,
+        "font": FONT,
+        "view": {"stroke": None},
+        "axis": {
+            **title,
+            **label,
+            "labelLimit": 150,
+            "domainColor": ink,
+            "domainOpacity": 0.5,
+            "tickColor": ink,
+            "tickOpacity": 0.5,
+            "gridColor": ink,
+            "gridOpacity": 0.12,
+            "labelOverlap": True,
+        },
+        "legend": {**title, **label, "labelLimit": 150, "orient": "top", "columns": 4, "titleLimit": 260, "gradientLength": 160},
+        "header": {"titleColor": ink, "labelColor": ink, "labelFontSize": 12},
+        "title": {"color": ink, "fontSize": 13, "anchor": "start"},
+        "text": {"color": ink, "fontSize": 12},
+        "rule": {"color": ink},
+        "errorbar": {"rule": {"color": ink}},
+    }
+
+
+def spec_of(chart: Any, *, ink: str, background: str | None, description: str = "") -> dict[str, Any]:
+    """A chart as Vega-Lite, in one of the two looks. `description` is what a screen reader says of it."""
+    spec = chart.to_dict(validate=False)
+    spec["config"] = config(ink, background)
+    if description:
+        spec["description"] = description
+    return spec
+
+
+def model_colours(names: Sequence[str]) -> Mapping[str, Any]:
+    """The scale that gives each model its colour, the newest models' list being as long as it likes."""
+    return {"domain": list(names), "range": [MODELS[place % len(MODELS)] for place in range(len(names))]}
