@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 
 MINUTES ?= 10
 
-.PHONY: demo test test-slow torture check lint types format bench audit clean
+.PHONY: demo test test-slow torture check lint types format docs bench audit clean
 
 demo: $(READY)
 	$(BIN)/recall demo
@@ -36,6 +36,9 @@ types: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix src tests benchmarks scripts
 	$(BIN)/ruff format src tests benchmarks scripts
+
+docs: $(READY)
+	$(BIN)/mkdocs build --quiet --strict
 
 bench: $(READY)
 	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done

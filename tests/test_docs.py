@@ -65,6 +65,32 @@ def test_readme_run_file_and_commands_work(here):
         assert result.exit_code == 0, f"{line}: {result.output} {result.exception}"
 
 
+def test_commands_of_the_site_work(here):
+    """The pages one after the other, in one folder; what a page needs beside models and rows, an earlier one makes."""
+    for name in ("sentiment", "french"):
+        write_rows(here / f"{name}-test.jsonl", [{**row, "prompt": f"{row['prompt']} Say it.", "choices": [" yes", " no"]} for row in ROWS])
+    docs, ran = ROOT / "docs", 0
+    for page in ("index", "choosing", "cards", "workspace", "reports"):
+        for run in blocks(docs / f"{page}.md", "yaml"):
+            (here / "run.yaml").write_text(run)
+        lines = [line for block in blocks(docs / f"{page}.md", "console") for line in block.splitlines()]
+        for line in lines:
+            if line.startswith("$ recall"):
+                result = CliRunner().invoke(app, shlex.split(line.removeprefix("$ recall"), comments=True))
+                assert result.exit_code == 0, f"{page}: {line}: {result.output} {result.exception}"
+                ran += 1
+            else:
+                assert line.startswith("$ pip install"), line
+    assert ran >= 15
+    assert (here / "merged-report" / "index.html").is_file()
+
+
+def test_site_names_every_page_and_only_those():
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8").replace("!!python/name:", ""))
+    named = {path for entry in site["nav"] for path in entry.values()}
+    assert named == {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
+
+
 def test_run_files_are_sound():
     files = sorted((ROOT / "configs").rglob("*.yaml"))
     assert len(files) >= 2

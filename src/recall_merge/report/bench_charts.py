@@ -101,7 +101,8 @@ def methods_by_tasks(cells: Sequence[Mapping[str, Any]], methods: Sequence[str],
         tooltip=[alt.Tooltip("method:N"), alt.Tooltip("task:N"), alt.Tooltip("shown:N", title="score")],
     )
     words = base.mark_text(fontSize=11).encode(text=alt.Text("score:Q", format=".2f"), color=_ink_on_tiles(alt, "score > 0.6"))
-    return alt.layer(tiles, words).properties(width=WIDTH, height=30 * len(methods))
+    room = {"top": 5, "bottom": 5, "left": 5, "right": 50}  # for the slanted name of the last task
+    return alt.layer(tiles, words).properties(width=WIDTH, height=30 * len(methods), padding=room)
 
 
 def dots(points: Sequence[Mapping[str, Any]], methods: Sequence[str], title: str) -> Any:

@@ -15,7 +15,7 @@ async function draw() {
     if (!spec.vconcat) spec.autosize = { type: "fit-x", contains: "padding" };
     let drawn = await put(box, narrowed(spec, room));
     const excess = box.querySelector("svg").width.baseVal.value - room; // what stands beside the plots of a column is known once it is drawn
-    if (excess > 0) drawn = await put(box, narrowed(spec, room - excess - 4));
+    if (excess > 0) drawn = await put(box, narrowed(spec, Math.min(room, (spec.vconcat?.[0] ?? spec).width) - excess - 4));
     box.querySelectorAll("form input").forEach((input, at) => {
       if (set.length) input.value = set[at], input.dispatchEvent(new Event("input"));
     });

@@ -102,8 +102,9 @@ def lineage(stages: Sequence[Mapping[str, Any]], edges: Sequence[Mapping[str, An
     base = alt.Chart(alt.Data(values=list(stages))).encode(x=alt.X("at:Q", **x), y=alt.Y("lane:Q", **y))
     colour = alt.condition("datum.now", alt.value(LOST), alt.value(WON))
     dots = base.mark_circle(size=320, opacity=1).encode(color=colour, tooltip=[alt.Tooltip("name:N")])
-    words = base.mark_text(dy=24, limit=110).encode(text="name:N")
-    return alt.layer(lines, ways, dots, words).properties(width=min(WIDTH, 170 * (most + 1) + 60), height=76 * (lanes + 1))
+    above, below = base.transform_filter("datum.lane == 0"), base.transform_filter("datum.lane > 0")
+    words = [part.mark_text(dy=dy, limit=110, aria=False).encode(text="name:N") for part, dy in ((above, -22), (below, 24))]
+    return alt.layer(lines, ways, dots, *words).properties(width=min(WIDTH, 170 * (most + 1) + 60), height=76 * (lanes + 1))
 
 
 def _bow(edge: Mapping[str, Any]) -> list[tuple[float, float]]:
