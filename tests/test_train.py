@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from recall_merge.errors import CheckpointError, DataError, OutputError, RunError
@@ -372,3 +373,19 @@ def test_batches_of_like_length():
     assert pairs != sorted(pairs), "and not from short to long"
     sampler.set_epoch(1)
     assert list(sampler) != order
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos"), SafetensorError("I/O error: full")]
+)
+def test_a_full_disk_is_said_and_training_goes_on_afterwards(base, expert, tmp_path, monkeypatch, error):
+    import peft
+
+    def full(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patched, pytest.raises(OutputError, match="what was trained cannot be written"):
+        patched.setattr(peft.PeftModel, "save_pretrained", full)
+        train(base, ROWS, tmp_path / "expert", SMALL)
+    assert not (tmp_path / "expert").exists()
+    assert same(train(base, ROWS, tmp_path / "expert", SMALL).folder, expert.folder)

@@ -118,7 +118,8 @@ def train(
             seconds=time.monotonic() - start,
             resumed_at=int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0,
         )
-        _write(trainer.model, tokenizer, base, result, key, settings)
+        with _saving(work):
+            _write(trainer.model, tokenizer, base, result, key, settings)
     _discard(work)
     return result
 
@@ -233,14 +234,16 @@ def _discard(work: Path) -> None:
 
 @contextmanager
 def _saving(work: Path) -> Iterator[None]:
-    """torch tells of a disk that is full or broken by a RuntimeError of its writer of archives."""
+    """torch and safetensors tell of a disk that is full or broken by errors of their own."""
+    from safetensors import SafetensorError
+
     try:
         yield
-    except RuntimeError as error:
-        if not any(word in str(error) for word in ("inline_container", "PytorchStreamWriter")):
+    except (RuntimeError, SafetensorError) as error:
+        if not any(word in str(error) for word in ("inline_container", "PytorchStreamWriter", "I/O error")):
             raise
         fix = "make room, or check the disk; training goes on from its last whole checkpoint"
-        raise OutputError("a checkpoint of the training cannot be written", where=work, fix=fix) from error
+        raise OutputError("what was trained cannot be written", where=work, fix=fix) from error
 
 
 def _last_checkpoint(work: Path) -> Path | None:
