@@ -161,9 +161,11 @@ def test_what_a_run_does_not_take(world, tmp_path, settings):
     [
         ([True, True], True, False, "aligned"),
         ([True, True], False, True, "aligned"),
-        ([True, False], True, False, "recall"),
+        ([True, False], True, False, "tsv"),
         ([True, False], True, True, "linear"),
-        ([False, False], False, False, "linear"),
+        ([False, False], False, False, "tsv"),
+        ([False], True, False, "recall"),
+        ([False], False, False, "linear"),
     ],
 )
 def test_the_method_that_is_chosen(cards, samples, weights, method):
@@ -172,9 +174,8 @@ def test_the_method_that_is_chosen(cards, samples, weights, method):
 
 def test_a_run_without_a_method_says_which_it_got(world, tmp_path):
     run = a_run(world, tmp_path / "out", method=None)
-    assert make_plan(run).method.name == "linear"
-    with_samples = a_run(world, tmp_path / "out", method=None, samples={"path": str(world / "rows.jsonl"), "count": 2})
-    assert make_plan(with_samples).method.name == "recall"
+    assert make_plan(run).method.name == "tsv"
+    assert make_plan(run.model_copy(update={"experts": run.experts[:1]})).method.name == "linear"
     experts = []
     for name in "ab":
         card = tmp_path / f"card-{name}"

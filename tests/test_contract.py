@@ -52,7 +52,7 @@ ALIKE: dict[str, dict[str, Any] | None] = ONE | {
 }
 # Options beside the defaults with which the promises are checked too.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "aligned": [{"tokens": "alike"}],
+    "aligned": [{"tokens": "weighted"}],
     "regmean": [{"offdiagonal": 1.0, "ridge": 0.1}],
     "ties": [{"elect": "unweighted", "mean": "count"}, {"elect": "count", "mean": "none"}, {"rescale": "l1"}, {"density": 1.0}],
     "dare_linear": [{"rescale": "l1"}, {"rescale": "none", "density": 0.9}],

@@ -13,6 +13,7 @@ from recall_merge.maths.methods import METHODS
 from recall_merge.recipes import fuse as fusing
 from recall_merge.recipes.fuse import fuse, fuse_into
 from recall_merge.recipes.plan import make_plan
+from recall_merge.recipes.rules import OWN_WEIGHTS
 from recall_merge.recipes.weigh import weigh
 from tiny import fine_tuned, load_tensors, lora, make_model, save_model
 
@@ -61,8 +62,8 @@ VARIANTS = {
 }
 
 
-# `recall` is `linear`, with weights that want data.
-@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.elementwise and name != "recall"])
+# Those with weights that want data are `linear`.
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.elementwise and name not in OWN_WEIGHTS])
 def test_spans_give_the_bytes_of_whole_tensors(models, tmp_path, monkeypatch, method):
     monkeypatch.setattr(fusing, "SPAN", SPAN)
     tensors, hashes = written(a_plan(models, tmp_path / "merged", method), tmp_path / "spans")

@@ -168,8 +168,8 @@ def _spread(weights: GivenWeights | Points, depths: Depths, where: str) -> Given
 def choose_method(cards: Sequence[bool], *, samples: bool, weights: bool) -> tuple[str, str]:
     """The method of a run that names none, and the reason.
 
-    Provisional: `aligned` did best of all methods, on what was learnt and elsewhere, in the first trials with five tasks and small
-    adapters; the rest is by what is at hand, and no measurement stands behind it yet.
+    By what five experts of five tasks showed (docs/results/all_methods.md): merges by cards keep about what the experts know, TSV keeps
+    most of what can be kept without data, and plain averages, RECALL's among them, lose more than half of it.
 
     Args:
         cards: of each expert, whether it has one.
@@ -177,15 +177,17 @@ def choose_method(cards: Sequence[bool], *, samples: bool, weights: bool) -> tup
         weights: the run gives weights, or how they are made.
 
     >>> choose_method([True, True], samples=True, weights=False)[0], choose_method([True, False], samples=False, weights=False)[0]
-    ('aligned', 'linear')
+    ('aligned', 'tsv')
     """
     if cards and all(cards):
         return "aligned", "every expert has a card"
     if weights:
         return "linear", "the run gives weights, and not every expert has a card"
+    if len(cards) > 1:
+        return "tsv", "not every expert has a card, and of the methods that need none it did best"
     if samples:
-        return "recall", "the run gives samples, and not every expert has a card"
-    return "linear", "the run gives no samples, and not every expert has a card"
+        return "recall", "there are samples and one expert without a card"
+    return "linear", "there is one expert, without a card"
 
 
 def rules_of(run: MergeRun) -> Rules:

@@ -29,7 +29,7 @@ def aligned(
     weights: Sequence[float],
     *,
     moments: Sequence[Moment | None] = (),
-    tokens: Tokens = "weighted",
+    tokens: Tokens = "alike",
     keep: Keep = 0.9,
     ridge: Ridge = 1e-3,
     scale: Scale = 1.0,
@@ -41,11 +41,11 @@ def aligned(
     It minimises sum_q w_q E_q s |W x - theta_q x|^2 over W, where E_q runs over the layer's inputs x under expert q: the average where the
     experts' inputs overlap, each expert's own change where they do not. s = |g|^2 is how much expert q's own predictions depend on what
     its layer makes of x, g the gradient of their log-likelihood by the layer's output (the trace of K-FAC's output factor, token by
-    token); 1 with `tokens: alike`. G_q = E_q[s x x^T] / E_q[s] comes from expert q's card as a low-rank factor and a diagonal, scaled to
-    a mean diagonal of 1 so that no expert counts for more because its inputs are larger.
-    Departures from RegMean: tokens that matter count for more, deltas to the base instead of weights (what no expert uses stays the
-    base's), moments of a few typical samples, cut to a few directions, and scaled. An expert without a card has the identity as its
-    moment. Tensors that are no linear maps, and those of which no card tells, get theta_0 + scale * sum_q w_q delta_q.
+    token), with `tokens: weighted`; else 1. G_q = E_q[s x x^T] / E_q[s] comes from expert q's card as a low-rank factor and a diagonal,
+    scaled to a mean diagonal of 1 so that no expert counts for more because its inputs are larger.
+    Departures from RegMean: deltas to the base instead of weights (what no expert uses stays the base's), moments of a few typical
+    samples, cut to a few directions, and scaled. An expert without a card has the identity as its moment. Tensors that are no linear
+    maps, and those of which no card tells, get theta_0 + scale * sum_q w_q delta_q.
 
     The moments' sum is D + V V^T with D diagonal and V (i, k r): it is inverted by Woodbury's identity in float64 at a cost linear in i,
     (D + V V^T)^-1 = D^-1 - D^-1 V (I + V^T D^-1 V)^-1 V^T D^-1.
@@ -70,7 +70,7 @@ def aligned(
 
 
 def condition(
-    moments: Sequence[Moment | None], weights: Sequence[float], *, tokens: str = "weighted", keep: float = 0.9, ridge: float = 1e-3
+    moments: Sequence[Moment | None], weights: Sequence[float], *, tokens: str = "alike", keep: float = 0.9, ridge: float = 1e-3
 ) -> float:
     """An upper bound of the condition number of sum_q w_q G_q + ridge I: what the solve can lose is this times 1e-16.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 from recall_merge.errors import MissingExtra
 from recall_merge.files.record import versions
 from recall_merge.maths.metrics import FORMULAS
-from recall_merge.recipes.bench.cells import Store
+from recall_merge.recipes.bench.cells import Merged, Store
 from recall_merge.recipes.bench.design import Design
 from recall_merge.recipes.bench.scenario import BASELINES, MethodEntry, Scenario
 
@@ -46,7 +47,15 @@ def write_page(summary: Summary, design: Design, store: Store, command: str) -> 
             pictures = [draw_numbers(summary, summary.folder / "numbers.png"), draw_matrices(summary, summary.folder / "R.png")]
     except MissingExtra:
         pass
-    text = "\n".join([*_head(summary, design, store, command), *_numbers(summary, design), *_tasks(summary), *_foot(summary, pictures)])
+    text = "\n".join(
+        [
+            *_head(summary, design, store, command),
+            *_numbers(summary, design),
+            *_tasks(summary),
+            *_costs(design, store),
+            *_foot(summary, pictures),
+        ]
+    )
     (summary.folder / "summary.md").write_text(text, "utf-8")
 
 
@@ -121,6 +130,7 @@ def _numbers(summary: Summary, design: Design) -> list[str]:
 def _entry(entry: MethodEntry) -> str:
     """What a method of the tables is."""
     given: dict[str, object] = {**entry.options, **entry.training}
+    given |= {key: value for key, value in entry.model_dump(exclude_defaults=True).items() if key in ("scale_by_depth", "prune")}
     if entry.weights != "uniform":
         given["weights"] = entry.model_dump(mode="json", exclude_unset=True)["weights"]
     what = BASELINES.get(entry.method, f"the merge method `{entry.method}`")
@@ -137,6 +147,26 @@ def _tasks(summary: Summary) -> list[str]:
         rows += [[row.method, *(_number(row.final.get(task)) for task in tasks)] for row in methods]
         lines += [f"Mean score of each task at the end, {kind}:", "", *_table(["method", *tasks], rows), ""]
     return lines
+
+
+def _costs(design: Design, store: Store) -> list[str]:
+    """What the last merges of every method took, and the cards that they were made by."""
+    rows = []
+    for method in dict.fromkeys(trial.method for trial in design.trials):
+        merges = [trial.cells[-1].model for trial in design.trials if trial.method == method and isinstance(trial.cells[-1].model, Merged)]
+        seconds = [taken for merge in merges if (taken := store.merge_seconds(merge)) is not None]
+        if not seconds:
+            continue
+        cards = [cost for merge in merges for _, card in merge.cards if (cost := store.card_cost(card)) is not None]
+        told = ["-", "-"]
+        if cards:
+            sizes, times = zip(*cards, strict=True)
+            told = [f"{statistics.fmean(sizes) / 1e6:.1f} MB", f"{statistics.fmean(times):.0f} s"]
+        rows.append([method, f"{statistics.fmean(seconds):.1f} s", *told])
+    if not rows:
+        return []
+    head = ["method", "weights and merge", "a card", "made in"]
+    return ["What a merge of all experts takes on one thread, besides reading the base once more to run it:", "", *_table(head, rows), ""]
 
 
 def _foot(summary: Summary, pictures: Sequence[Path]) -> list[str]:
