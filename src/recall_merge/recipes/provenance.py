@@ -20,6 +20,7 @@ def made_from(plan: Plan) -> dict[str, Any]:
     run["base"] = public_name(plan, "base")
     for entry in run["experts"]:
         entry["path"] = public_name(plan, entry["name"])
+        entry["card"] = entry["card"] and Path(entry["card"]).name  # a place of this machine is nobody else's business
     run["out"]["path"] = plan.target.name
     rows: str | None = None
     if plan.run.samples is not None:
