@@ -203,7 +203,8 @@ def test_a_card_may_lie_elsewhere(world):
     assert open_card(world / "a") is None
     entries = [{"name": "a", "path": str(world / "a"), "card": str(world / "cards" / "a")}]
     assert make_plan(a_run(world, entries)).cards[0] is not None
-    assert str(world) not in (merge(a_run(world, entries)).path / "record.json").read_text()
+    merged = merge(a_run(world, entries, out={"path": world / "merged"})).path
+    assert str(world) not in (merged / "record.json").read_text()
     entries[0]["card"] = str(world / "nowhere")
     with pytest.raises(RecallError, match="there is no card in this folder"):
         make_plan(a_run(world, entries))
