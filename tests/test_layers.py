@@ -3,6 +3,7 @@
 import ast
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import recall_merge
 
 ROOT = Path(recall_merge.__file__).parent
-EVERYWHERE = {"errors", "progress", "parallel", "processes", "safe_yaml"}
+EVERYWHERE = {"engines", "errors", "progress", "parallel", "processes", "safe_yaml"}
 ALLOWED = {
     "maths": {"maths"},
     "files": {"files", "maths"},
@@ -21,6 +22,7 @@ ALLOWED = {
     "recipes": {"recipes", "models", "files", "maths", "report", "config"},
     "commands": {"commands", "recipes", "models", "files", "maths", "report", "config"},
     "config": {"config"},
+    "engines": {"engines"},
     "errors": {"errors"},
     "progress": {"progress"},
     "parallel": {"parallel"},
@@ -61,12 +63,17 @@ def test_every_module_can_be_imported(name):
     importlib.import_module(name)
 
 
+def test_one_module_alone_imports_ray():
+    found = [path.name for path in ROOT.rglob("*.py") if re.search(r"^\s*(import|from) ray\b", path.read_text("utf-8"), re.MULTILINE)]
+    assert found == ["cluster.py"]
+
+
 @pytest.mark.parametrize("command", [["--help"], ["merge", "--help"], ["methods", "--help"]])
 def test_help_loads_nothing_heavy(command):
     code = (
         "import sys; from recall_merge.commands.app import app\n"
         f"try: app({command!r}, prog_name='recall')\nexcept SystemExit: pass\n"
-        "heavy = {'torch', 'transformers', 'numpy', 'sklearn', 'altair', 'trl', 'peft'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'sklearn', 'altair', 'trl', 'peft', 'ray'} & set(sys.modules)\n"
         "sys.exit(f'loaded {heavy}' if heavy else 0)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -72,6 +72,10 @@ class WorkspaceError(RecallError):
     """A workspace is none, is damaged or in use, or does not allow what was asked of it."""
 
 
+class EngineError(RecallError):
+    """The machines that tasks should run on cannot be reached, cannot hold them, or lost them again and again."""
+
+
 class MissingExtra(RecallError):
     """A command needs an optional part of the package that is not installed."""
 

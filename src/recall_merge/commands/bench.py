@@ -23,6 +23,7 @@ def bench(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the cells and the results.", show_default=False)] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Say what there is to do and about how long it takes; do nothing.")] = False,
     summary: Annotated[bool, typer.Option("--summary", help="Write the results of what is done so far; do nothing else.")] = False,
+    engine: Annotated[str, typer.Option(help="Where the work is done: local, ray, or ray://ADDRESS.")] = "local",
     sets: Sets = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -45,7 +46,7 @@ def bench(
     elif summary:
         _show(summarise(make_design(told), run.store_of(told), run.out_of(told), command=command), as_json=as_json)
     else:
-        _show(run.bench(told, command=command, listener=(lambda _: None) if quiet or as_json else _tell), as_json=as_json)
+        _show(run.bench(told, engine=engine, command=command, listener=(lambda _: None) if quiet or as_json else _tell), as_json=as_json)
 
 
 def _planned(scenario: Scenario, *, as_json: bool) -> None:

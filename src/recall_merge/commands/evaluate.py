@@ -25,6 +25,7 @@ def evaluate(
     device: Annotated[str | None, typer.Option(help="A GPU if there is one, by default.", show_default=False)] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 on a CPU, by default.", show_default=False)] = None,
     template: Annotated[bool, typer.Option(help="Apply the model's chat template where it has one.")] = True,
+    engine: Annotated[str, typer.Option(help="Where the work is done: local, ray, or ray://ADDRESS.")] = "local",
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -46,6 +47,7 @@ def evaluate(
         device=device,
         dtype=dtype,
         template=template,
+        engine=engine,
         progress=progress(quiet or as_json),
     )
     _show(model, scores, as_json=as_json)

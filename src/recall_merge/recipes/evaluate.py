@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recall_merge.engines.engine import check_engine, open_engine
 from recall_merge.errors import CheckpointError, Faults, MissingExtra, RunError, did_you_mean
 from recall_merge.files.adapter import CONFIG, is_adapter, open_adapter
 from recall_merge.files.checkpoint import open_checkpoint, read_json, weight_files
@@ -36,6 +38,7 @@ def evaluate(
     device: str | None = None,
     dtype: str | None = None,
     template: bool = True,
+    engine: str = "local",
     progress: Progress | None = None,
 ) -> list[TaskScore]:
     """The score of a model on each task, in the order of the tasks.
@@ -44,6 +47,7 @@ def evaluate(
         model: a folder or a hub name: a whole model, an adapter, or a workspace, which stands for its model of now.
         tasks: FILE, NAME=FILE, the name of a task that comes with lm-eval, or paper:NAME for one of the paper's five on the hub.
         base: what an adapter is on; by default what its config names.
+        engine: `local`, `ray` or `ray://ADDRESS`, where each task is scored on a worker of its own; all nodes must find the model.
         metrics: task -> metric, where it is not to be the default.
 
     Raises:
@@ -54,8 +58,8 @@ def evaluate(
     except ImportError as error:
         raise MissingExtra("eval", "scoring") from error
     from recall_merge.models.evaluate import check_named
-    from recall_merge.models.evaluate import evaluate as score
 
+    check_engine(engine)
     faults, places = Faults(), []
     with faults.collect():
         places.append(_places(model, base))
@@ -63,8 +67,27 @@ def evaluate(
     faults.extend(check_tasks(specs))
     faults.extend(check_named(specs))
     faults.raise_any(RunError)
-    built, tokenizer = load_model(*places[0], device=device, dtype=dtype)
-    return score(built, specs, tokenizer=tokenizer, batch_size=batch_size, limit=limit, template=template, progress=progress)
+    loaded, asked = {"device": device, "dtype": dtype}, {"batch_size": batch_size, "limit": limit, "template": template}
+    if engine == "local":
+        return _score(places[0], specs, loaded, asked, progress)
+    memory = 2 * 4 * sum(stored.spec.numel for stored in open_checkpoint(places[0][1] or places[0][0]).tensors.values())
+    with open_engine(engine, len(os.sched_getaffinity(0))) as workers:
+        futures = [workers.submit(f"scores on {spec.name}", _score, places[0], [spec], loaded, asked, memory=memory) for spec in specs]
+        return [score for future in futures for score in future.result()]
+
+
+def _score(
+    place: tuple[Path, Path | None],
+    specs: Sequence[TaskSpec],
+    loaded: Mapping[str, Any],
+    asked: Mapping[str, Any],
+    progress: Progress | None = None,
+) -> list[TaskScore]:
+    """Load a model, and ask it."""
+    from recall_merge.models.evaluate import evaluate as score
+
+    built, tokenizer = load_model(*place, **loaded)
+    return score(built, specs, tokenizer=tokenizer, progress=progress, **asked)
 
 
 def read_tasks(words: Sequence[str], metrics: Mapping[str, str], faults: Faults) -> list[TaskSpec]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from recall_merge.engines.engine import Engine, check_engine, open_engine
 from recall_merge.errors import OutputError
+from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.recipes.bench.cells import Cell, Store
 from recall_merge.recipes.bench.design import Design, make_design
 from recall_merge.recipes.bench.scenario import Scenario
@@ -21,6 +19,8 @@ from recall_merge.recipes.bench.work import do
 if TYPE_CHECKING:
     from recall_merge.recipes.bench.summary import Summary
 
+PATIENCE = 10.0  # seconds after which it is looked whether a cluster has grown
+COPIES = 4  # of the base in float32
 SECONDS_A_TOKEN = 0.01  # of a forward pass, before anything was measured
 CELLS = "cells"
 
@@ -54,12 +54,13 @@ class CellDone:
 Listener = Callable[[CellDone], None]
 
 
-def bench(scenario: Scenario, *, command: str = "", listener: Listener = lambda _: None) -> Summary:
+def bench(scenario: Scenario, *, engine: str = "local", command: str = "", listener: Listener = lambda _: None) -> Summary:
     """Do all that a scenario asks for and is not done yet, and write the results.
 
     Stopped at any moment, it goes on from there when asked again. With `workers` it runs as many processes of one thread each.
 
     Args:
+        engine: `local`, `ray` or `ray://ADDRESS`; on a cluster, model, data and out must lie where every node finds them.
         command: what a reader of the results should type to have them again.
         listener: hears of every cell that is done.
 
@@ -68,12 +69,22 @@ def bench(scenario: Scenario, *, command: str = "", listener: Listener = lambda 
     """
     from recall_merge.recipes.bench.summary import summarise
 
+    check_engine(engine)
     design = make_design(scenario)
     store = store_of(scenario)
     with store.locked():
         store.keep_base(design.base)
-        _work(make_agenda(design, store), store, scenario.workers, listener)
+        agenda = make_agenda(design, store)
+        if agenda.left:
+            with open_engine(engine, scenario.workers) as opened:
+                _work(agenda, store, opened, listener, memory_of(design))
         return summarise(design, store, out_of(scenario), command=command)
+
+
+def memory_of(design: Design) -> int:
+    """Bytes of memory that a cell takes at most, beside the interpreter's own: the model in float32 when it is trained, with room for its
+    gradients, and when a merge of it is scored, with the tensors that it is built from."""
+    return 4 * COPIES * sum(stored.spec.numel for stored in open_checkpoint(design.base.folder).tensors.values())
 
 
 def out_of(scenario: Scenario) -> Path:
@@ -135,62 +146,22 @@ def seconds_left(cells: Sequence[Cell], store: Store, workers: int) -> float:
     return sum(cell.cost * rate(type(cell).__name__.lower()) for cell in cells) / workers
 
 
-def _work(agenda: Agenda, store: Store, workers: int, listener: Listener) -> None:
+def _work(agenda: Agenda, store: Store, engine: Engine, listener: Listener, memory: int = 0) -> None:
     left = {cell.key: cell for cell in agenda.left}
 
     def finished(cell: Cell, seconds: float) -> None:
         del left[cell.key]
         number, kind = len(agenda.cells) - len(left), type(cell).__name__.lower()
-        remaining = seconds_left([*left.values()], store, workers)
+        remaining = seconds_left([*left.values()], store, engine.slots)
         listener(CellDone(cell.label, kind, seconds, number, len(agenda.cells), remaining))
 
-    if workers == 1:
-        for cell in list(left.values()):
-            finished(cell, do(cell, store))
-        return
-    with _pool(workers) as pool:
-        running: dict[Future[float], Cell] = {}
-        while left:
-            at_work = {cell.key for cell in running.values()}
-            for cell in left.values():
-                if len(running) == workers:
-                    break
-                if cell.key not in at_work and not any(need.key in left for need in cell.needs):
-                    running[pool.submit(do, cell, store)] = cell
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                finished(running.pop(future), future.result())
-
-
-@contextmanager
-def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes of one thread each: two of them do more on two cores than one with two threads."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"  # subtle: it is read when torch is first loaded, so each process must be started with it
-    try:
-        pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_begin)
-        try:
-            yield pool
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-        pool.shutdown()
-    finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
-
-
-def _begin() -> None:
-    """Of each process: one thread, and an end when the process that started it ends, however that ends."""
-    import torch
-
-    torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    running: dict[Future[float], Cell] = {}
+    while left:
+        at_work = {cell.key for cell in running.values()}
+        for cell in left.values():
+            if len(running) >= engine.slots:
+                break
+            if cell.key not in at_work and not any(need.key in left for need in cell.needs):
+                running[engine.submit(cell.label, do, cell, store, memory=memory)] = cell
+        for future in wait(running, timeout=PATIENCE, return_when=FIRST_COMPLETED).done:
+            finished(running.pop(future), future.result())

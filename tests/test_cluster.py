@@ -1,0 +1,187 @@
+"""Engines: tasks on a real Ray cluster of several nodes on this machine give what they give here, whatever is lost on the way."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from recall_merge.config import load_run
+from recall_merge.engines.engine import open_engine
+from recall_merge.errors import EngineError, MissingExtra, RunError
+from recall_merge.recipes.bench.run import bench, store_of
+from recall_merge.recipes.bench.scenario import Scenario
+from recall_merge.recipes.evaluate import evaluate
+from test_bench import ALL, questions, told
+from tiny import write_rows
+
+NODE = {"num_cpus": 1, "object_store_memory": 10**8, "memory": 10**9}
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A cluster of three nodes: real Ray processes, one processor each."""
+    pytest.importorskip("ray", reason="pip install 'recall-merge[cluster]'")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # 15 by default: beside other work they would hardly run
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)  # so that workers find `stay`
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args=NODE | {"include_dashboard": False})
+    for _ in range(2):
+        made.add_node(**NODE)
+    yield made
+    made.shutdown()
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cluster-data")
+    for name, right in {"films": "the", "dogs": "no"}.items():
+        write_rows(folder / f"{name}-train.jsonl", questions(right, 8))
+        write_rows(folder / f"{name}-test.jsonl", questions(right, 6))
+    write_rows(folder / "quick-test.jsonl", [*questions("the", 2, " quick"), *questions("no", 4, " lazy")])
+    return folder
+
+
+def made_by(scenario: Scenario) -> dict[str, bytes]:
+    """The bytes of all that the cells made, and of the table: adapters, anchors, merges, scores."""
+    out = Path(str(scenario.out))
+    files = [file for file in out.rglob("*") if file.suffix == ".safetensors" or file.name == "scores.csv"]
+    return {str(file.relative_to(out)): file.read_bytes() for file in files}
+
+
+@pytest.fixture(scope="module")
+def local(llama: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What the bench makes on this machine."""
+    scenario = Scenario.model_validate(told(llama, rows, tmp_path_factory.mktemp("local") / "out", methods=ALL))
+    bench(scenario)
+    return made_by(scenario)
+
+
+@pytest.mark.slow
+def test_a_bench_that_loses_a_node_makes_the_same_bytes(
+    cluster: Any, local: dict[str, bytes], llama: Path, rows: Path, tmp_path: Path
+) -> None:
+    scenario = Scenario.model_validate(told(llama, rows, tmp_path / "out", methods=ALL))
+    heard: list[Any] = []
+
+    def lose(done: Any) -> None:
+        heard.append(done)
+        if len(heard) == 3:
+            cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)  # in the middle of a task of its
+
+    bench(scenario, engine=f"ray://{cluster.address}", listener=lose)
+    assert len(heard) == heard[-1].number == heard[-1].total >= 12
+    assert len(cluster.worker_nodes) == 1
+    assert len(local) > 5
+    assert made_by(scenario) == local
+
+
+@pytest.mark.slow
+def test_a_bench_whose_driver_is_killed_goes_on(cluster: Any, local: dict[str, bytes], llama: Path, rows: Path, tmp_path: Path) -> None:
+    given = told(llama, rows, tmp_path / "out", methods=ALL)
+    (tmp_path / "scenario.yaml").write_text(yaml.safe_dump(given))
+    words = [sys.executable, "-m", "recall_merge", "bench", tmp_path / "scenario.yaml", "--engine", f"ray://{cluster.address}", "--quiet"]
+    driver = subprocess.Popen(list(map(str, words)), stderr=subprocess.DEVNULL)
+    scenario = Scenario.model_validate(given)
+    wait_until(lambda: len(store_of(scenario).notes()) >= 3)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    before = len(store_of(scenario).notes())
+    heard: list[Any] = []
+    bench(scenario, engine=f"ray://{cluster.address}", listener=heard.append)
+    assert 0 < len(heard) <= heard[-1].total - before
+    assert made_by(scenario) == local
+
+
+@pytest.mark.slow
+def test_scores_of_tasks_side_by_side_are_the_same(cluster: Any, llama: Path, rows: Path) -> None:
+    tasks = [f"{name}={rows / f'{name}-test.jsonl'}" for name in ("films", "dogs", "quick")]
+    there = evaluate(str(llama), tasks, engine=f"ray://{cluster.address}")
+    assert [score.to_json() for score in there] == [score.to_json() for score in evaluate(str(llama), tasks)]
+
+
+@pytest.mark.slow
+def test_a_task_fails_with_its_own_message(cluster: Any, tmp_path: Path) -> None:
+    with open_engine(f"ray://{cluster.address}", 1) as engine:
+        assert engine.slots == 3
+        assert engine.submit("a sum", divmod, 7, 2).result() == (3, 1)
+        poisoned = engine.submit("a run", load_run, tmp_path / "none.yaml")
+        with pytest.raises(RunError, match=r"^there is no such run\n  where: .*none.yaml"):
+            poisoned.result()
+        with pytest.raises(ZeroDivisionError):
+            engine.submit("a division", divmod, 1, 0).result()
+        with pytest.raises(EngineError, match="'an end' was given up"):  # it kills every worker that it is given to
+            engine.submit("an end", os._exit, 3).result()
+        with pytest.raises(
+            EngineError, match=r"'much' needs up to 5,000,000,000 bytes of memory; the largest node of the cluster gives 1,000"
+        ):
+            engine.submit("much", divmod, 1, 1, memory=5 * 10**9)
+
+
+@pytest.mark.slow
+def test_no_more_is_in_flight_than_memory_allows(cluster: Any, tmp_path: Path) -> None:
+    cluster.add_node(**NODE | {"num_cpus": 3})
+    with open_engine(f"ray://{cluster.address}", 1) as engine:
+        assert engine.slots == 6
+        halves = [engine.submit(f"{place}", stay, tmp_path / str(place), 0.5, memory=6 * 10**8) for place in range(6)]
+        assert [half.result() for half in halves] == [None] * 6
+        assert (
+            max(map(int, (tmp_path / "0").parent.joinpath("most").read_text().split())) <= 4
+        )  # one a node, as each takes more than half of its memory
+
+
+def stay(place: Path, seconds: float) -> None:
+    """Be seen for a time, and note how many are seen at once."""
+    place.touch()
+    with (place.parent / "most").open("a") as file:
+        file.write(f"{sum(one.name.isdecimal() for one in place.parent.iterdir())}\n")
+    time.sleep(seconds)
+    place.unlink()
+
+
+@pytest.mark.slow
+def test_ray_on_this_machine(llama: Path, rows: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="pip install 'recall-merge[cluster]'")
+    scenario = Scenario.model_validate(told(llama, rows, tmp_path / "out", methods=["linear"]))
+    alike = Scenario.model_validate(told(llama, rows, tmp_path / "alike", methods=["linear"]))
+    bench(scenario, engine="ray")
+    bench(alike)
+    assert made_by(scenario) == made_by(alike)
+
+
+def test_what_is_no_engine() -> None:
+    for words in ("rey", "ray:", "", "dask"):
+        with pytest.raises(RunError, match=f"there is no engine '{words}'"), open_engine(words, 1):
+            pass
+
+
+def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, llama: Path, rows: Path, tmp_path: Path) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "ray" else find(name, *rest))
+    with pytest.raises(MissingExtra, match=r"pip install 'recall-merge\[cluster\]'"):
+        bench(Scenario.model_validate(told(llama, rows, tmp_path / "out")), engine="ray")
+    assert not (tmp_path / "out").exists()
+
+
+def test_local_tasks_raise_what_they_raise() -> None:
+    with open_engine("local", 1) as engine:
+        assert engine.submit("a sum", divmod, 7, 2).result() == (3, 1)
+        assert isinstance(engine.submit("a division", divmod, 1, 0).exception(), ZeroDivisionError)
+
+
+def wait_until(done: Callable[[], bool], seconds: float = 300) -> None:
+    limit = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < limit
+        time.sleep(0.2)
