@@ -491,7 +491,7 @@ def undisturbed(processes, made, data, tmp_path_factory):
     return essence(folder), changes
 
 
-PARTS = [("train", "training", 1), ("merge", "representations of", 1), ("merge", "merging by", 1), ("score", "scoring choices", 8)]
+PARTS = [("train", "training", 1), ("merge", "merging by", 1), ("score", "scoring choices", 8)]
 
 
 @pytest.mark.parametrize(("part", "label", "amount"), PARTS, ids=[label for _, label, _ in PARTS])

@@ -64,6 +64,10 @@ class OutputError(RecallError):
     """The result cannot be written where it was asked for."""
 
 
+class Unwalkable(CheckpointError):
+    """A model whose forward pass is no walk from block to block: it can be run as a whole only."""
+
+
 class ResultError(RecallError):
     """A result does not pass its checks, or no longer matches its record."""
 

@@ -62,6 +62,7 @@ def planned(plan: Plan, estimate: Estimate, *, as_json: bool) -> None:
         "blocks": plan.base.depths.blocks,
         "tensors": len(plan.specs),
         "shards": len(plan.shards),
+        "passes": plan.passes,
         "bytes_to_download": plan.bytes_to_download,
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -93,6 +93,22 @@ class Checkpoint:
             digest.update(f"{name} {stored.spec}".encode())
             digest.update(stored.identity())
         return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class HeldCheckpoint(Checkpoint):
+    """A checkpoint some of whose tensors are in memory, read once for several uses. They are not to be written to."""
+
+    held: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, held: Mapping[str, torch.Tensor]) -> HeldCheckpoint:
+        return cls(checkpoint.folder, checkpoint.config, checkpoint.tensors, checkpoint.depths, held)
+
+    def read(self, name: str, span: range | None = None) -> torch.Tensor:
+        if name not in self.held:
+            return super().read(name, span)
+        return self.held[name].view(-1)[span.start : span.stop] if span else self.held[name]
 
 
 def open_checkpoint(folder: Path, remote: Mapping[str, Remote] = MappingProxyType({})) -> Checkpoint:

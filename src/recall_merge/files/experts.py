@@ -16,7 +16,6 @@ from recall_merge.files.content import content_of, same_weights
 from recall_merge.files.safetensors import Spec, bytes_of
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from recall_merge.maths.deltas import Delta
@@ -135,7 +134,7 @@ class FullExpert:
             self.digest.add_piece(name, self.checkpoint.tensors[name].spec, span.start, stored)
         else:
             self.digest.add(name, stored)
-        return stored.to(base.dtype).sub_(base) if stored.dtype != base.dtype else stored.sub_(base)
+        return stored.to(base.dtype).sub_(base) if stored.dtype != base.dtype else stored - base
 
     def own(self, name: str, base: Tensor) -> Tensor:
         return self.checkpoint.read(name).to(base.dtype)
@@ -268,11 +267,34 @@ def own_tensors(expert: Expert, base: Checkpoint, merges: Callable[[str], bool])
     `merges` tells the tensors that are the expert's own; the others are the base's, as in the result.
     """
 
-    def own(name: str) -> torch.Tensor:
-        stored = base.read(name)
-        return expert.own(name, widen(stored)) if merges(name) else stored
+    def own(name: str) -> Tensor:
+        tensor = own_tensor(expert, base, name, merges)
+        return widen(tensor) if merges(name) else tensor
 
     return {name: own(name) for name in base.tensors}
+
+
+def own_tensor(expert: Expert, base: Checkpoint, name: str, merges: Callable[[str], bool]) -> Tensor:
+    """One tensor of `own_tensors`; in its own dtype where that is as good."""
+    if not merges(name):
+        return base.read(name)
+    if isinstance(expert, FullExpert):
+        return expert.checkpoint.read(name)
+    stored = base.read(name)
+    return stored if expert.comes_in_pieces(name) else expert.own(name, widen(stored))
+
+
+def own_rows(expert: Expert, base: Checkpoint, name: str, rows: Iterable[int], merges: Callable[[str], bool]) -> Tensor:
+    """A tensor of which only some rows are read; the others are 0, and take no memory where nobody touches them."""
+    import torch
+
+    source = expert.checkpoint if isinstance(expert, FullExpert) and merges(name) else base
+    spec = source.tensors[name].spec
+    tensor = torch.zeros(spec.shape, dtype=spec.torch_dtype)  # subtle: pages of zeros are not there until they are written to
+    width = spec.numel // max(1, spec.shape[0])
+    for row in rows:
+        tensor[row] = source.read(name, range(row * width, (row + 1) * width)).view(tensor.shape[1:])
+    return tensor
 
 
 def widen(tensor: Tensor) -> Tensor:

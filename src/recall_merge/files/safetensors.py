@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,22 @@ OTHERS = {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "u
 PACKED = {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "U32": 4, "U64": 8, "C64": 8}  # valid, but not for merging
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1} | PACKED
 CODES = {torch_name: code for code, torch_name in (FLOATS | OTHERS).items()}
+
+
+class Counter:
+    """A number to which threads add."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._lock = threading.Lock()
+
+    def add(self, amount: int) -> None:
+        with self._lock:
+            self.total += amount
+
+
+READ = Counter()
+"""Bytes of tensors that this process has read."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +124,7 @@ class Stored:
 
     def fill(self, buffer: memoryview, start: int = 0) -> None:
         """Fill a buffer with the tensor's bytes from `start` on."""
+        READ.add(len(buffer))
         if self.remote is not None:
             raise CheckpointError(
                 "the weights in this file are not downloaded, only their header is",

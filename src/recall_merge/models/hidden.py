@@ -62,10 +62,8 @@ def representations(
         return lambda _module, _args, output: keep(depth, output[0] if isinstance(output, tuple) else output)
 
     def run(batch: list[int]) -> tuple[list[int], Tensor]:
-        taken.states, taken.lengths = {}, torch.tensor([len(tokens[row]) for row in batch])
-        width = int(taken.lengths.max())
-        ids = torch.tensor([list(tokens[row]) + [0] * (width - len(tokens[row])) for row in batch])  # right padding, masked
-        mask = (torch.arange(width) < taken.lengths.unsqueeze(1)).long()
+        ids, mask, lengths = padded([tokens[row] for row in batch])
+        taken.states, taken.lengths = {}, lengths
         with torch.inference_mode(), suppress(_Enough):
             model(input_ids=ids, attention_mask=mask, use_cache=False)
         progress(int(taken.lengths.sum()))
@@ -84,6 +82,14 @@ def representations(
     for batch, part in parts:
         states[:, batch] = part
     return states
+
+
+def padded(tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """One batch: ids (b, t) with padding on the right, the mask (b, t) that hides it, and lengths (b,)."""
+    lengths = torch.tensor([len(ids) for ids in tokens])
+    width = int(lengths.max())
+    ids = torch.tensor([list(ids) + [0] * (width - len(ids)) for ids in tokens])
+    return ids, (torch.arange(width) < lengths.unsqueeze(1)).long(), lengths
 
 
 def pool(hidden: Tensor, lengths: Tensor, pooling: Pooling) -> Tensor:

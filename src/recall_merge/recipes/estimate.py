@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 from recall_merge.config import FromSamples
 from recall_merge.files.safetensors import Stored
-from recall_merge.recipes.plan import Plan
+from recall_merge.recipes.plan import CHARACTERS_PER_TOKEN, Plan
 
 PROBE = 1 << 24  # bytes that are read and hashed; enough to be past the first page faults
-CHARACTERS_PER_TOKEN = 4  # of English prose under byte-level tokenizers
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ def estimate(plan: Plan) -> Estimate:
     mean = sum(lengths) / len(lengths) / CHARACTERS_PER_TOKEN
     tokens = mean * (min(len(lengths), plan.samples.pool) + plan.samples.count * len(plan.experts))
     operations = 2 * tokens * sum(spec.numel for spec in plan.specs.values())
-    building = a_byte * plan.bytes_read  # each model is read once more for its forward pass
+    building = a_byte * (plan.experts[-1].nbytes if plan.by_depth else plan.bytes_read)  # read once more, for the forward pass
     return Estimate(passes, building + operations / (_operations_a_second() * plan.threads))
 
 

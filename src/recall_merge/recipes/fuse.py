@@ -7,7 +7,7 @@ given whole tensors. Which it is makes no difference to the result.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -49,8 +49,15 @@ def fuse(plan: Plan, weighting: Weighting, digest: Digest, advance: Callable[[in
             advance(plan.specs[name].nbytes)
 
 
-def fuse_into(writer: WeightWriter, plan: Plan, weighting: Weighting, digest: Digest, advance: Callable[[int], None]) -> None:
-    """Write what `fuse` gives, span by span where the method allows it. Arguments and errors are those of `fuse`."""
+def fuse_into(
+    writer: WeightWriter,
+    plan: Plan,
+    weighting: Weighting,
+    digest: Digest,
+    advance: Callable[[int], None],
+    names: Iterable[str] | None = None,
+) -> None:
+    """Write what `fuse` gives (of the tensors named, if any are), span by span where the method allows it. Arguments and errors are its."""
     digests = [digest, *(expert.digest for expert in plan.experts if isinstance(expert, FullExpert))]
     failures: list[BaseException] = []
 
@@ -64,7 +71,7 @@ def fuse_into(writer: WeightWriter, plan: Plan, weighting: Weighting, digest: Di
             raise failures[0] from None  # the others stopped because of it
 
     with _explained(plan):
-        for unit in in_order(work, _units(plan), plan.threads):
+        for unit in in_order(work, _units(plan, plan.specs if names is None else names), plan.threads):
             for name, merged in unit:
                 writer.add_piece(name, merged)
             advance(sum(merged.nbytes for _, merged in unit))
@@ -74,11 +81,12 @@ Unit = list[tuple[str, range | None]]
 """Tensors, or a span of one, that are worked on together."""
 
 
-def _units(plan: Plan) -> Iterator[Unit]:
-    """All tensors in the order of writing: the large ones in spans, if the method allows it, the small ones together."""
+def _units(plan: Plan, names: Iterable[str]) -> Iterator[Unit]:
+    """Tensors in the order of writing: the large ones in spans, if the method allows it, the small ones together."""
     unit: Unit = []
     held = 0
-    for name, spec in plan.specs.items():
+    for name in names:
+        spec = plan.specs[name]
         if unit and held + spec.numel > SPAN:
             yield unit
             unit, held = [], 0

@@ -5,22 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recall_merge.config import MergeRun
-from recall_merge.errors import CheckpointError, ResultError
+from recall_merge.config import MergeRun, Representations
+from recall_merge.errors import CheckpointError, ResultError, Unwalkable
 from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.files.companions import write_companions
 from recall_merge.files.experts import Digest
 from recall_merge.files.model_card import write_card
 from recall_merge.files.output import OutputFolder, WeightWriter
 from recall_merge.files.record import RECORD, verify_files, write_record
+from recall_merge.files.safetensors import READ
 from recall_merge.progress import Progress, Silent
+from recall_merge.recipes.by_depth import Typical, merge_by_depth
 from recall_merge.recipes.fuse import conditions, fuse_into
 from recall_merge.recipes.plan import Plan, make_plan
 from recall_merge.recipes.provenance import hash_models, made_apart, made_from, made_of, public_name, weighting_from
+from recall_merge.recipes.typical import typical_texts
 from recall_merge.recipes.weigh import Weighting, weigh
 
 if TYPE_CHECKING:
@@ -71,14 +74,14 @@ def merge(run: MergeRun, *, progress: Progress | None = None) -> MergeResult:
 
 def apply(plan: Plan, *, progress: Progress | None = None) -> MergeResult:
     """Carry out a plan: weights, the pass over the parameters, everything beside them, checks; then the folder takes its place."""
-    progress, timings = progress or Silent(), Timings()
+    progress, timings, before = progress or Silent(), Timings(), READ.total
+    rule = plan.weights
     with timings.of("weigh"):
-        weighting = weigh(plan, progress)
+        ready = typical_texts(plan, rule, progress) if isinstance(rule, Representations) and plan.by_depth else weigh(plan, progress)
     with OutputFolder(plan.target, overwrite=plan.run.out.overwrite) as out:
         digest = Digest()
-        bar = progress.stage(f"merging by {plan.method.name}", plan.bytes_written, "bytes")
-        with timings.of("fuse"), bar as advance, WeightWriter(out.path, plan.shards) as writer:
-            fuse_into(writer, plan, weighting, digest, advance)
+        with timings.of("fuse"):
+            weighting, hashes = _write(plan, ready, out.path, digest, progress)
         dtype = None if plan.run.out.dtype == "auto" else plan.run.out.dtype
         write_companions(out.path, plan.base.folder, [expert.folder for expert in plan.experts], plan.vocabulary, dtype)
         with timings.of("check"), progress.stage("checking the result", 1, "steps") as advance:
@@ -91,15 +94,31 @@ def apply(plan: Plan, *, progress: Progress | None = None) -> MergeResult:
             **({"parts": made_apart(plan)} if plan.own else {}),
             **({"cards": _cards(plan, weighting)} if plan.method.informed else {}),
             "notes": [*plan.notes, *weighting.notes],
+            "bytes": {"read": READ.total - before, "written": plan.bytes_written},
             "seconds": dict(timings.seconds),
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         plan.inputs.check()
         sources = list(dict.fromkeys(place.repo for place in plan.located.values() if place.repo))
         write_card(out.path, base=public_name(plan, "base"), base_folder=plan.base.folder, sources=sources, record=record)
-        write_record(out.path, {**record, "files": writer.hashes})
+        write_record(out.path, {**record, "files": hashes})
         out.commit()
     return MergeResult(plan.target, weighting, record, (*plan.notes, *weighting.notes))
+
+
+def _write(plan: Plan, ready: Weighting | Typical, folder: Path, digest: Digest, progress: Progress) -> tuple[Weighting, dict[str, str]]:
+    """The weights files of the result, from weights that are known or depth by depth; returns the weights, and the files' hashes."""
+    label = f"merging by {plan.method.name}"
+    if not isinstance(ready, Weighting):
+        try:
+            with progress.stage(label, plan.bytes_written, "bytes") as advance, WeightWriter(folder, plan.shards) as writer:
+                return merge_by_depth(writer, plan, ready, digest, advance), writer.hashes
+        except Unwalkable as error:
+            weighting = weigh(plan, progress)
+            ready = replace(weighting, notes=(*weighting.notes, f"whole models were run, not block by block: {error.faults[0].what}"))
+    with progress.stage(label, plan.bytes_written, "bytes") as advance, WeightWriter(folder, plan.shards) as writer:
+        fuse_into(writer, plan, ready, digest, advance)
+        return ready, writer.hashes
 
 
 def reuse(run: MergeRun) -> MergeResult | None:

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recall_merge.config import ExpertEntry, FromSamples, MergeRun, Representations, Samples
+from recall_merge.config import ExpertEntry, FromSamples, Losses, MergeRun, Representations, Samples
 from recall_merge.errors import CheckpointError, Faults, OutputError
 from recall_merge.files.adapter import check_adapter_base, is_adapter, open_adapter
 from recall_merge.files.cards import Card, has_card, open_card
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 SPAN = 1 << 18
 """Numbers in one unit of work. A multiple of what a processor's vectors hold, so that pieces are rounded as the whole tensor is."""
+
+
+CHARACTERS_PER_TOKEN = 4  # of English prose under byte-level tokenizers
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,22 @@ class Plan:
         alone = self.method.elementwise and self.run.prune is None and not self.aligns(name)
         return (alone or not self.merges(name)) and all(expert.comes_in_pieces(name) for expert in self.experts)
 
+    @property
+    def by_depth(self) -> bool:
+        """Whether one pass over the models, depth by depth, weighs and merges them: each depth's weights come from what lies before."""
+        return isinstance(self.weights, Representations) and self.weights.control in ("none", "uniform")
+
+    @property
+    def passes(self) -> str:
+        """How often the models are read, and why."""
+        if not isinstance(self.weights, FromSamples):
+            return "one pass over all models"
+        newest = f"'{self.experts[-1].name}' once for the typical samples"
+        if self.by_depth:
+            return f"{newest}, then one pass over all models, depth by depth"
+        why = "losses are known at the end of a model" if isinstance(self.weights, Losses) else "the control needs all depths"
+        return f"{newest}, all models whole for the weights ({why}), then one pass over all models"
+
     @cached_property
     def bytes_read(self) -> int:
         """Of the models, by the pass over the parameters."""
@@ -112,18 +131,41 @@ class Plan:
 
     @cached_property
     def memory(self) -> int:
-        """Bytes of memory at most, beside the interpreter's own: the larger of a forward pass and of the pass over the parameters.
+        """Bytes of memory at most, beside the interpreter's own: the largest of what the parts of the work hold, one after another.
 
-        A forward pass holds one model at a time, twice for a moment while it is built; the pass over the parameters holds, for each
-        thread, one tensor (or one span of it, where the method allows that) of base, experts and result in float32, and finished ones that
-        wait for their turn.
+        The pass over the parameters holds, for each thread, one tensor (or one span of it, where the method allows that) of base, experts
+        and result in float32, and finished ones that wait for their turn. Depth by depth, it also holds the block of base and experts, and
+        once more of the one that runs, and the hidden states of the pool or of every model's samples. Otherwise a forward pass holds a
+        model, twice for a moment while it is built; and so the check of the result, which is loaded as it is.
         """
-        numbers = [spec.numel for spec in self.specs.values()]
+        numbers = sum(spec.numel for spec in self.specs.values())
         held_at_once = [min(spec.numel, SPAN) if self.in_spans(name) else spec.numel for name, spec in self.specs.items()]
         held = len(self.experts) + 3 + (len(self.experts) + 1 if self.run.prune is not None else 0)
         fusing = 4 * (held + 1) * sum(sorted(held_at_once)[-self.threads :])
         width = 2 if isinstance(self.weights, Representations) and self.weights.precision == "bfloat16" else 4
-        return max(fusing, 2 * width * sum(numbers) if isinstance(self.weights, FromSamples) else 0)
+        if self.by_depth:
+            fusing += self._block * (len(self.experts) + 2) + self._states * width
+        elif isinstance(self.weights, FromSamples):
+            fusing = max(fusing, 2 * width * numbers)
+        return max(fusing, self.bytes_written if self.run.out.reload else 0)
+
+    @property
+    def _block(self) -> int:
+        """Bytes of the largest block in float32; tables of tokens are never held."""
+        depths = self.base.depths
+        sizes = [0] * (depths.last + 1)
+        for name, spec in self.specs.items():
+            if name not in self.base.token_tensors:
+                sizes[depths.of(name)] += 4 * spec.numel
+        return max(sizes)
+
+    @property
+    def _states(self) -> int:
+        """Numbers in the hidden states that wait at a depth, with a few times as many at work in a block; from the rows' characters."""
+        lengths = [min(self.samples.max_tokens, len(row.plain + row.completion) // CHARACTERS_PER_TOKEN + 1) for row in self.rows]
+        pool = sum(sorted(lengths)[-self.samples.pool :])
+        samples = sum(sorted(lengths)[-self.samples.count :]) * (len(self.experts) + 1)
+        return 4 * max(pool, samples) * self.base.tensors[self.base.embedding].spec.shape[-1]
 
 
 def make_plan(run: MergeRun, *, writes: bool = True, download: bool = True) -> Plan:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from recall_merge.config import Representations
-from recall_merge.errors import CheckpointError, DataError
-from recall_merge.files.experts import Expert, own_tensors
+from recall_merge.errors import CheckpointError, DataError, Unwalkable
+from recall_merge.files.experts import Expert, own_rows, own_tensor, own_tensors
 from recall_merge.progress import Progress
 from recall_merge.recipes.finite import refuse_not_finite
 from recall_merge.recipes.plan import Plan
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from recall_merge.models.train import EncodedRow
+    from recall_merge.models.walk import Walk
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,13 @@ def typical_texts(plan: Plan, rule: Representations, progress: Progress) -> tupl
     else:
         blocks = plan.base.depths.blocks
         spaces = {"last": [blocks], "middle": [(blocks + 1) // 2], "several": sorted({(blocks + 3) // 4, (blocks + 1) // 2, blocks})}
-        with progress.stage(f"choosing typical samples with {newest.name}", sum(map(len, tokens)), "tokens") as advance:
-            model = build_expert(plan, newest, rule)
-            states = representations(
-                model, tokens, plan.base.depths, at=spaces[wanted.space], pooling=rule.pooling, threads=plan.threads, progress=advance
-            )
+        at = spaces[wanted.space]
+        with progress.stage(f"choosing typical samples with {newest.name}", at[-1] + 1, "blocks") as advance:
+            try:
+                states = represent(plan, newest, rule, tokens, at, advance)
+            except Unwalkable:
+                model = build_expert(plan, newest, rule)
+                states = representations(model, tokens, plan.base.depths, at=at, pooling=rule.pooling, threads=plan.threads)
         check_finite(plan, states, newest)
         typical = typical_samples(states.transpose(0, 1).flatten(1).numpy(), wanted.count, seed=plan.run.seed)
         chosen, sizes = typical.rows, typical.sizes
@@ -87,6 +90,46 @@ def labelled(plan: Plan, samples: Sequence[TypicalSample], tokenizer: Any) -> li
     rows = encode_rows([by_index[sample.row] for sample in samples], tokenizer, TrainSettings(template=plan.samples.template))
     cut = [EncodedRow(row.input_ids[: plan.samples.max_tokens], row.labels[: plan.samples.max_tokens]) for row in rows]
     return [row if any(label != -100 for label in row.labels[1:]) else EncodedRow(row.input_ids, row.input_ids) for row in cut]
+
+
+def represent(
+    plan: Plan, expert: Expert, rule: Representations, tokens: Sequence[Sequence[int]], at: Sequence[int], advance: Callable[[int], None]
+) -> Tensor:
+    """An expert's representations of texts at some depths, rising, with one of its blocks in memory at a time.    -> (len(at), m, d)"""
+    import torch
+
+    states = []
+    with walk(plan, expert, rule, tokens) as going:
+        for depth in range(at[-1] + 1):
+            state = going.step(parameters(plan, expert, depth, tokens))
+            if depth in at:
+                states.append(state)
+            advance(1)
+    return torch.stack(states)
+
+
+def walk(plan: Plan, expert: Expert, rule: Representations, tokens: Sequence[Sequence[int]]) -> Walk:
+    """An expert's forward pass over texts, block by block."""
+    from recall_merge.models.walk import Walk
+
+    spec = expert.spec(plan.base.embedding)
+    rows = plan.base.vocabulary_size if spec is None else spec.shape[0]
+    folder, depths = plan.base.folder, plan.base.depths
+    return Walk(folder, tokens, depths, dtype=rule.precision, vocabulary_size=rows, pooling=rule.pooling, threads=plan.threads)
+
+
+def parameters(plan: Plan, expert: Expert, depth: int, tokens: Iterable[Iterable[int]]) -> dict[str, Tensor]:
+    """What an expert runs with at one depth; tables of tokens hold only the rows that the texts need, where they can be read by rows."""
+    rows = sorted({token for ids in tokens for token in ids}) if depth == 0 else []
+    found = {}
+    for name in plan.base.tensors:
+        if plan.base.depths.of(name) != depth:
+            continue
+        if name in plan.base.token_tensors and expert.comes_in_pieces(name):
+            found[name] = own_rows(expert, plan.base, name, rows, plan.merges)
+        else:
+            found[name] = own_tensor(expert, plan.base, name, plan.merges)
+    return found
 
 
 def build_expert(plan: Plan, expert: Expert, rule: Representations) -> Any:

@@ -70,7 +70,7 @@ def weigh(plan: Plan, progress: Progress | None = None) -> Weighting:
 
     rule = plan.weights
     texts, samples, notes = typical_texts(plan, rule, progress)
-    pool = _pool(plan, rule)
+    pool = pool_of(plan, rule)
     states = _representations(plan, rule, pool, texts, progress)  # (L + 1, n, m, d)
     alike = torch.stack([similarity(h, kernel=rule.kernel, bandwidth=rule.bandwidth) for h in states])
     weights = softmax_weights(alike, temperature=rule.temperature)
@@ -78,7 +78,8 @@ def weigh(plan: Plan, progress: Progress | None = None) -> Weighting:
     return Weighting(tuple(model.name for model in pool), weights, alike, samples, tuple(notes))
 
 
-def _pool(plan: Plan, rule: Representations) -> list[Expert]:
+def pool_of(plan: Plan, rule: Representations) -> list[Expert]:
+    """The models that are compared, the newest last."""
     with_base = rule.base_in_pool == "always" or (rule.base_in_pool == "single" and len(plan.experts) == 1)
     return [*([BaseExpert(plan.base)] if with_base else []), *plan.experts]
 

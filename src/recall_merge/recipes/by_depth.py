@@ -1,0 +1,93 @@
+"""One pass over all models, depth by depth: read a block of each, run it, compare, weigh, merge, write, and let it go.
+
+The weights of a depth need only the representations up to there. So with weights from representations every model is read once, and in
+memory is one block of each, beside the samples' hidden states. The result is that of `weigh` and `fuse`, to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from recall_merge.config import Representations
+from recall_merge.files.checkpoint import Checkpoint, HeldCheckpoint
+from recall_merge.files.experts import Digest, FullExpert
+from recall_merge.files.output import WeightWriter
+from recall_merge.parallel import in_order
+from recall_merge.recipes.fuse import fuse_into
+from recall_merge.recipes.plan import Plan
+from recall_merge.recipes.typical import TypicalSample, check_finite, expert_tokenizer, parameters, walk
+from recall_merge.recipes.weigh import Weighting, pool_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from recall_merge.models.walk import Walk
+
+Typical = tuple[list[str], tuple[TypicalSample, ...], list[str]]
+
+
+def merge_by_depth(writer: WeightWriter, plan: Plan, typical: Typical, digest: Digest, advance: Callable[[int], None]) -> Weighting:
+    """Weigh, merge and write all tensors; returns by which weights.
+
+    Args:
+        typical: what `typical_texts` gives.
+        digest: is told of every tensor of the base.
+        advance: is told the bytes of tensors when they are written.
+
+    Raises:
+        CheckpointError: if a model cannot be run, or holds or gives numbers that are not finite; `Unwalkable` if it cannot be run so.
+        ResultError: if the merge overflows.
+    """
+    import torch
+
+    from recall_merge.maths.similarity import similarity
+    from recall_merge.models.hidden import tokenize
+
+    rule, depths = plan.weights, plan.base.depths
+    assert isinstance(rule, Representations)
+    texts, samples, notes = typical
+    pool = pool_of(plan, rule)
+    tokens = [tokenize(texts, expert_tokenizer(plan, expert), max_tokens=plan.samples.max_tokens) for expert in pool]
+    alike = torch.empty(0, len(pool), dtype=torch.float64)
+
+    def fuse_depth(depth: int, plan: Plan) -> Weighting:
+        weighting = Weighting(tuple(expert.name for expert in pool), _weights(alike, rule), alike, samples, tuple(notes))
+        fuse_into(writer, plan, weighting, digest, advance, [name for name in plan.specs if depths.of(name) == depth])
+        return weighting
+
+    with ExitStack() as stack:
+        walks: list[Walk] = [stack.enter_context(walk(plan, expert, rule, ids)) for expert, ids in zip(pool, tokens, strict=True)]
+        for depth in range(depths.blocks + 1):
+            held = hold(plan, depth)
+            states = []
+            for expert, going, ids in zip(pool_of(held, rule), walks, tokens, strict=True):
+                states.append(going.step(parameters(held, expert, depth, ids)))
+                check_finite(plan, states[-1], expert)
+            here = similarity(torch.stack(states), kernel=rule.kernel, bandwidth=rule.bandwidth)
+            alike = torch.cat([alike, here.unsqueeze(0)])
+            fuse_depth(depth, held)
+    return fuse_depth(depths.last, plan)
+
+
+def _weights(alike: Tensor, rule: Representations) -> Tensor:
+    """Weights of the depths whose similarity is known, and of one more.    (i, n) -> (i + 1, n)"""
+    from recall_merge.maths.weights import control, outside_blocks, softmax_weights
+
+    return outside_blocks(control(softmax_weights(alike, temperature=rule.temperature), rule.control), rule.outside_blocks)
+
+
+def hold(plan: Plan, depth: int) -> Plan:
+    """The plan, its checkpoints' tensors of one depth in memory; but not the tables of tokens, of which texts need a few rows only."""
+    names = [name for name in plan.specs if plan.base.depths.of(name) == depth and name not in plan.base.token_tensors]
+
+    def held(checkpoint: Checkpoint, wanted: list[str]) -> HeldCheckpoint:
+        return HeldCheckpoint.of(checkpoint, dict(zip(wanted, in_order(checkpoint.read, wanted, plan.threads), strict=True)))
+
+    merged = [name for name in names if plan.merges(name)]
+    experts = [
+        replace(expert, checkpoint=held(expert.checkpoint, merged)) if isinstance(expert, FullExpert) else expert for expert in plan.experts
+    ]
+    return replace(plan, base=held(plan.base, names), experts=tuple(experts))
