@@ -197,7 +197,7 @@ def test_a_merge_that_overflows_its_dtype(world):
     tensors = load_tensors(world / "a")
     tensors["model.norm.weight"] += 1e6
     save_file(tensors, world / "a" / "model.safetensors", metadata={"format": "pt"})
-    what, _, fix = one_fault(world, method="linear", samples=None, out={"path": world / "out", "dtype": "float16"})
+    what, _, fix = one_fault(world, method="linear", samples=None, change_limit=None, out={"path": world / "out", "dtype": "float16"})
     assert what == "the merge overflows F16 in 'model.norm.weight'"
     assert "float32" in fix
 

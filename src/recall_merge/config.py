@@ -207,6 +207,9 @@ class MergeRun(Section):
     )
     scale_by_depth: DepthScale | None = Field(None, description="scale what the merge adds to the base by depth, after any method")
     prune: Prune | None = Field(None, description="prune the experts' deltas, before any method")
+    change_limit: Positive | None = Field(
+        30.0, description="an expert that changes a tensor by over so many times the size of the base's numbers is refused; null: never"
+    )
     samples: Samples | None = Field(None, description="needed where representations are compared")
     vocabulary: Literal["base", "newest", "union"] | None = Field(None, description="whose tokens, where tokenizers differ")
     skip: list[str] = Field(default_factory=list, description="tensors to keep from the base: names, or patterns with *")

@@ -37,3 +37,15 @@ Delta = Tensor | LowRank
 def dense(delta: Delta) -> Tensor:
     """A delta as one tensor, whichever form it has."""
     return delta.dense() if isinstance(delta, LowRank) else delta
+
+
+def squared(delta: Delta) -> float:
+    """The sum of a delta's squared numbers, infinite beyond float32.    of a product without forming it: |U D|^2 = tr(U'U D D')
+
+    >>> squared(LowRank(torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0, 0.0]])))
+    45.0
+    """
+    if isinstance(delta, LowRank):
+        return float(((delta.up.mT @ delta.up) * (delta.down @ delta.down.mT)).sum())
+    flat = delta.reshape(-1)
+    return float(torch.dot(flat, flat))

@@ -17,6 +17,7 @@ from recall_merge.files.output import WeightWriter
 from recall_merge.parallel import in_order
 from recall_merge.recipes.finite import is_finite, refuse_not_finite
 from recall_merge.recipes.plan import SPAN, Plan
+from recall_merge.recipes.proportion import Proportions
 from recall_merge.recipes.weigh import Weighting
 
 if TYPE_CHECKING:
@@ -36,14 +37,14 @@ def fuse(plan: Plan, weighting: Weighting, digest: Digest, advance: Callable[[in
         advance: is told the bytes of each tensor when it is done.
 
     Raises:
-        CheckpointError: if a model holds NaN or infinity; all such tensors are named.
+        CheckpointError: if a model holds NaN or infinity, or an expert changes a tensor out of all proportion; all such are named.
         ResultError: if the merge overflows.
     """
 
     def one(name: str) -> tuple[str, Tensor]:
-        return name, merge_tensor(plan, weighting, name, digest)
+        return name, merge_tensor(plan, weighting, name, digest, sizes)
 
-    with _explained(plan):
+    with _explained(plan) as sizes:
         for name, merged in in_order(one, plan.specs, plan.threads):
             yield name, merged
             advance(plan.specs[name].nbytes)
@@ -63,14 +64,14 @@ def fuse_into(
 
     def work(unit: Unit) -> list[tuple[str, Tensor]]:
         try:
-            return [(name, merge_tensor(plan, weighting, name, digest, span)) for name, span in unit]
+            return [(name, merge_tensor(plan, weighting, name, digest, sizes, span)) for name, span in unit]
         except BaseException as error:
             failures.append(error)
             for waited_for in digests:
                 waited_for.stop()
             raise failures[0] from None  # the others stopped because of it
 
-    with _explained(plan):
+    with _explained(plan) as sizes:
         for unit in in_order(work, _units(plan, plan.specs if names is None else names), plan.threads):
             for name, merged in unit:
                 writer.add_piece(name, merged)
@@ -100,7 +101,7 @@ def _units(plan: Plan, names: Iterable[str]) -> Iterator[Unit]:
         yield unit
 
 
-def merge_tensor(plan: Plan, weighting: Weighting, name: str, digest: Digest, span: range | None = None) -> Tensor:
+def merge_tensor(plan: Plan, weighting: Weighting, name: str, digest: Digest, sizes: Proportions, span: range | None = None) -> Tensor:
     """One tensor of the result; or of its numbers in their order those of a span, where method and experts allow it."""
     stored = plan.base.read(name, span)
     if span:
@@ -112,6 +113,7 @@ def merge_tensor(plan: Plan, weighting: Weighting, name: str, digest: Digest, sp
         return stored.to(spec.torch_dtype)
     weights = plan.weights_of(name, weighting)
     base, deltas = _deltas(plan, name, widen(stored), weights, span)
+    sizes.add(name, base, deltas)
     merged = base if all(delta is None for delta in deltas) else _scaled(plan, name, base, _merge(plan, name, base, deltas, weights))
     merged = merged.to(spec.torch_dtype)
     if not is_finite(merged):
@@ -120,15 +122,18 @@ def merge_tensor(plan: Plan, weighting: Weighting, name: str, digest: Digest, sp
 
 
 @contextmanager
-def _explained(plan: Plan) -> Iterator[None]:
-    """Say of numbers that are not finite where they come from."""
+def _explained(plan: Plan) -> Iterator[Proportions]:
+    """Measure what is merged; say of numbers that are not finite, or too large, where they come from."""
+    sizes = Proportions(plan)
     try:
-        yield
+        yield sizes
     except _NotFinite as found:
         refuse_not_finite(plan)
+        sizes.check()
         raise ResultError(
             f"the merge overflows {plan.specs[found.tensor].dtype} in '{found.tensor}'", fix="lower `scale`, or give `out.dtype: float32`"
         ) from None
+    sizes.check()
 
 
 def _merge(plan: Plan, name: str, base: Tensor, deltas: list[Delta | None], weights: list[float]) -> Tensor:
