@@ -9,8 +9,9 @@ BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
 
 MINUTES ?= 10
+SECONDS ?= 300
 
-.PHONY: demo test test-slow torture check lint types format docs bench audit clean
+.PHONY: demo test test-slow torture fuzz check lint types format docs bench audit clean
 
 demo: $(READY)
 	$(BIN)/recall demo
@@ -23,6 +24,13 @@ test-slow: $(READY)
 
 torture: $(READY)
 	$(BIN)/python tests/torture.py --minutes $(MINUTES)
+
+# Malformed inputs, guided by coverage. atheris lies in an environment of its own, which sees the packages of the first.
+fuzz: $(READY)
+	test -x $(VENV)-fuzz/bin/pip || $(PYTHON) -m venv $(VENV)-fuzz
+	$(VENV)-fuzz/bin/pip install --quiet --disable-pip-version-check 'atheris>=3,<4'
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(echo $(VENV)-fuzz/lib/python*/site-packages)/first.pth
+	$(VENV)-fuzz/bin/python tests/fuzz_atheris.py -max_total_time=$(SECONDS)
 
 check: lint types test
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import sys
@@ -131,6 +132,10 @@ CARD: dict[str, bytes | None] = {
     "adapter/recall-card.safetensors": weights(GROUP),
 }
 RUN = b"base: base\nexperts:\n  - {name: a, path: adapter, same_base: true}\nmethod: linear\nout: {path: merged}\n"
+MERGEKIT = (
+    b"merge_method: ties\nbase_model: base\nmodels:\n  - model: base+adapter\n    parameters: {weight: [0.5, 1], density: 0.5}\n"
+    b"parameters: {normalize: true}\ndtype: float32\n"
+)
 TASKS = b"".join(b"  - {name: %s, train: a.jsonl, test: b.jsonl}\n" % name for name in (b"a", b"b"))
 SCENARIO = b"model: base\ntasks:\n" + TASKS + b"methods: [linear]\norders: [[a, b]]\nout: bench\n"
 ROW = b'{"prompt": "is it?", "completion": "yes", "choices": ["yes", "no"]}\n'
@@ -177,6 +182,7 @@ SOUND: dict[str, dict[str, bytes | None]] = {
     "adapter": ADAPTER,
     "card": CARD,
     "run": {**ADAPTER, "run.yaml": RUN},
+    "mergekit": {**ADAPTER, "merge.yaml": MERGEKIT},
     "scenario": {"scenario.yaml": SCENARIO},
     "rows": {"rows.jsonl": ROW},
     "record": {**MODEL, "record.json": encoded(RECORD)},
@@ -474,6 +480,8 @@ def of_run() -> Iterator[tuple[str, bytes | None]]:
         return b"\n".join(other if found.startswith(start) else found for found in RUN.splitlines())
 
     yield "an unknown key", RUN + b"wieght: 3\n"
+    yield "an unknown key with a name of ours", RUN + b"rows: 3\n"
+    yield "an unknown key in brackets", RUN + b"'a[b]': 3\n"
     yield "an adapter of another base", line(b"  -", b"  - {name: a, path: adapter}")
     yield "an unknown method", line(b"method", b"method: lineer")
     yield "a method that is a list", line(b"method", b"method: [linear]")
@@ -486,6 +494,10 @@ def of_run() -> Iterator[tuple[str, bytes | None]]:
     yield "a base that is empty", line(b"base", b"base: ''")
     yield "a base with a NUL", line(b"base", b'base: "a\\0b"')
     yield "a base that is a very long name", line(b"base", b"base: " + b"a" * 5000)
+    yield "an expert of nobody's home", line(b"  -", b"  - {name: a, path: ~nobody-of-this-name/model}")
+    yield "a base of nobody's home", line(b"base", b"base: ~nobody-of-this-name/model")
+    yield "a limit that is text", RUN + b"change_limit: none\n"
+    yield "a limit below 0", RUN + b"change_limit: -1\n"
     yield "no experts", line(b"  -", b"  []")
     yield "an expert that is text", line(b"  -", b"  - adapter")
     yield "an expert without a path", line(b"  -", b"  - {name: a}")
@@ -515,6 +527,45 @@ def of_run() -> Iterator[tuple[str, bytes | None]]:
     yield "samples that are not there", RUN + b"samples: {path: none.jsonl}\n"
     yield "samples that are a folder", RUN + b"samples: {path: base}\n"
     yield "a device of YAML 1.1", RUN + b"prune: on\n"
+
+
+def of_mergekit() -> Iterator[tuple[str, bytes | None]]:
+    yield from of_yaml(MERGEKIT)
+
+    def given(old: bytes, new: bytes) -> bytes:
+        assert old in MERGEKIT
+        return MERGEKIT.replace(old, new)
+
+    yield "an unknown key", MERGEKIT + b"modles: []\n"
+    yield "an unknown method", given(b"ties", b"tise")
+    yield "a method that is a list", given(b"ties", b"[ties]")
+    yield "a method of nothing", given(b"ties", b"")
+    yield "no models", given(b"models:", b"others:")
+    yield "models that are text", MERGEKIT.partition(b"models:")[0] + b"models: base\n"
+    yield "models that are empty", MERGEKIT.partition(b"models:")[0] + b"models: []\n"
+    yield "a model that is a number", given(b"base+adapter", b"3")
+    yield "a model that is not there", given(b"base+adapter", b"base+nothing")
+    yield "a model of a NUL", given(b"base+adapter", b'"a\\0b"')
+    yield "a model of nobody's home", given(b"base+adapter", b"~nobody-of-this-name/model")
+    yield "a base of nobody's home", given(b"base_model: base", b"base_model: ~nobody-of-this-name/model")
+    yield "a weight of many digits", given(b"[0.5, 1]", b"1" + b"0" * 400)
+    yield "a model above", given(b"base+adapter", b"../../../../etc")
+    yield "a base that is an adapter", given(b"base_model: base", b"base_model: base+adapter")
+    yield "a base that is a very long name", given(b"base_model: base", b"base_model: " + b"a" * 5000)
+    yield "models and slices", MERGEKIT + b"slices: [{sources: [{model: base, layer_range: [0, 2]}]}]\n"
+    slices = MERGEKIT.partition(b"models:")[0] + b"slices: [{sources: [{model: base+adapter, layer_range: %s}]}]\n"
+    yield "slices that leave blocks out", slices % b"[0, 1]"
+    yield "slices backwards", slices % b"[2, 0]"
+    yield "slices below 0", slices % b"[-1, 2]"
+    yield "slices of many digits", slices % (b"[0, 1" + b"0" * 4000 + b"]")
+    yield "slices without end", slices % b"[0, .inf]"
+    yield "a weight that is none", given(b"[0.5, 1]", b"much")
+    yield "a weight that is no number", given(b"[0.5, 1]", b".nan")
+    yield "weights that are empty", given(b"[0.5, 1]", b"[]")
+    yield "weights of a filter that is a number", given(b"[0.5, 1]", b"[{filter: 3, value: 1}]")
+    yield "a density of two", given(b"density: 0.5", b"density: 2")
+    yield "parameters as a list", given(b"{normalize: true}", b"[normalize]")
+    yield "a dtype that is none", given(b"float32", b"float33")
 
 
 def of_scenario() -> Iterator[tuple[str, bytes | None]]:
@@ -635,6 +686,7 @@ def cases() -> list[Case]:
         "weights": ("model.safetensors", of_weights()),
         "config": ("config.json", of_config()),
         "run": ("run.yaml", of_run()),
+        "mergekit": ("merge.yaml", of_mergekit()),
         "scenario": ("scenario.yaml", of_scenario()),
         "rows": ("rows.jsonl", of_rows()),
         "workspace": ("workspace.json", of_workspace()),
@@ -653,6 +705,7 @@ def use(kind: str, folder: Path) -> None:
     from recall_merge.files.checkpoint import open_checkpoint
     from recall_merge.files.rows import read_rows
     from recall_merge.recipes.bench.scenario import load_scenario
+    from recall_merge.recipes.mergekit_run import load_any_run
     from recall_merge.recipes.plan import make_plan
     from recall_merge.recipes.result import coefficients, open_result
     from recall_merge.recipes.workspace import status
@@ -668,6 +721,8 @@ def use(kind: str, folder: Path) -> None:
             make_plan(MergeRun.model_validate({"base": str(folder / "base"), "experts": [entry], "method": method}), writes=False)
         case "run":
             make_plan(load_run(folder / "run.yaml"))
+        case "mergekit":
+            make_plan(load_any_run(folder / "merge.yaml"), writes=False)
         case "scenario":
             load_scenario(folder / "scenario.yaml")
         case "rows":
@@ -693,6 +748,7 @@ def said(case: Case, folder: Path) -> str:
 
 def main() -> None:
     if sys.argv[1:] == ["--renew"]:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # as the tests have it
         with tempfile.TemporaryDirectory() as place:
             kept = {case.id: said(case, Path(place) / str(number)) for number, case in enumerate(cases())}
         KEPT.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", "utf-8")

@@ -13,7 +13,7 @@ import pytest
 import recall_merge
 
 ROOT = Path(recall_merge.__file__).parent
-EVERYWHERE = {"engines", "errors", "progress", "parallel", "processes", "safe_yaml"}
+EVERYWHERE = {"engines", "errors", "progress", "parallel", "paths", "processes", "safe_yaml"}
 ALLOWED = {
     "maths": {"maths"},
     "files": {"files", "maths"},
@@ -26,6 +26,7 @@ ALLOWED = {
     "errors": {"errors"},
     "progress": {"progress"},
     "parallel": {"parallel"},
+    "paths": {"paths"},
     "processes": {"processes"},
     "safe_yaml": {"safe_yaml"},
     "__main__": {"commands"},

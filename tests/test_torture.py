@@ -8,16 +8,17 @@ import time
 import pytest
 
 import torture
+from disturbed import MERGED, MERGES, WALKED, World, merge_here, weights
 from recall_merge import MergeRun, RecallError, merge
 from recall_merge.files.output import MARKER, OutputFolder
 from recall_merge.recipes.verify import verify
 from tiny import fine_tuned
-from torture import FAULTS, MERGED, STAGE, World
+from torture import ALL, FAULTS
 
 
 @pytest.fixture(scope="module")
 def tortured(tmp_path_factory):
-    with torture.started(tmp_path_factory.mktemp("torture") / "world", workspace=False) as found:
+    with torture.started(tmp_path_factory.mktemp("torture") / "world", MERGES) as found:
         yield found
 
 
@@ -25,15 +26,19 @@ def sound(outcome, words=""):
     assert outcome.survived and not outcome.lost and not outcome.wrong, f"{words}: {outcome.words}"
 
 
-@pytest.mark.parametrize("fault", [fault for fault, works in FAULTS.items() if MERGED in works])
-def test_a_merge_survives(tortured, fault):
+DEEP = ("killed at any time", "disk full at a change of a file", "a read fails", "an input is replaced meanwhile")
+QUICK = [(MERGED, fault) for fault, works in FAULTS.items() if MERGED in works and fault != "two at once"]
+
+
+@pytest.mark.parametrize(("work", "fault"), [*QUICK, *((WALKED, fault) for fault in DEEP)])
+def test_a_merge_survives(tortured, work, fault):
     injected = False
     for seed in range(8):
         print("seed", seed)  # noqa: T201  pytest shows it where the test fails
-        outcome = torture.inject(*tortured, MERGED, fault, seed, seconds=0.4)
+        outcome = torture.inject(*tortured, work, fault, seed)
         sound(outcome, f"seed {seed}")
         injected |= outcome.injected
-        if injected and seed:
+        if injected and (seed or work == WALKED):
             break
     assert injected
 
@@ -44,26 +49,29 @@ def test_of_two_at_once_one_is_told_so(tortured, tmp_path):
         OutputFolder(tmp_path / "out", overwrite=False) as folder,
         pytest.raises(RecallError, match="another process is writing this result"),
     ):
-        torture.merge_here(world, folder.target)
+        merge_here(world, folder.target)
     assert list(tmp_path.iterdir()) == []
-    torture.merge_here(world, tmp_path / "out")
-    assert torture.weights(tmp_path / "out") == world.wanted[MERGED]
+    merge_here(world, tmp_path / "out")
+    assert weights(tmp_path / "out") == world.wanted[MERGED]
 
 
 @pytest.mark.slow
-def test_two_commands_at_once(tortured, tmp_path):
-    for number in range(3):
-        (tmp_path / str(number)).mkdir()
-        sound(torture.two_at_once(tortured[1], tmp_path / str(number)))
+@pytest.mark.parametrize("work", FAULTS["two at once"])
+def test_two_commands_at_once(tmp_path, work):
+    with torture.started(tmp_path / "world", [work]) as (processes, world):
+        for seed in range(3):
+            sound(torture.inject(processes, world, work, "two at once", seed))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("work", [MERGED, STAGE])
+@pytest.mark.parametrize("work", ALL)
 def test_twenty_kills(tmp_path, work):
-    with torture.started(tmp_path / "world", workspace=work == STAGE) as (processes, world):
+    with torture.started(tmp_path / "world", [work]) as (processes, world):
         for seed in range(20):
             fault = ("killed before a change of a file", "killed at any time")[seed % 2]
-            sound(torture.inject(processes, world, work, fault, seed, 0.4 if work == MERGED else 3.0), f"{fault}, seed {seed}")
+            outcome = torture.inject(processes, world, work, fault, seed)
+            print("seed", seed, fault, outcome)  # noqa: T201  pytest shows it where the test fails
+            sound(outcome, f"{fault}, seed {seed}")
 
 
 def test_a_disk_that_is_full_is_said_by_the_command(tortured, tmp_path, monkeypatch):
@@ -74,13 +82,13 @@ def test_a_disk_that_is_full_is_said_by_the_command(tortured, tmp_path, monkeypa
 
     monkeypatch.setattr("recall_merge.recipes.merge.check_result", lambda plan, folder: full(folder))
     with pytest.raises(RecallError) as error:
-        torture.merge_here(world, tmp_path / "out")
+        merge_here(world, tmp_path / "out")
     assert "the result cannot be written: No space left on device" in str(error.value) and "make room" in str(error.value)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_any_single_bit_of_any_weight_file_is_found(tortured, tmp_path):
-    out = shutil.copytree(tortured[1].folder / "undisturbed", tmp_path / "out")
+    out = shutil.copytree(tortured[1].folder / f"undisturbed {MERGED}", tmp_path / "out")
     files = sorted(out.glob("*.safetensors"))
     assert len(files) > 2
     for number, file in enumerate(files):
@@ -102,15 +110,15 @@ def test_links_spaces_and_letters_of_other_scripts(tortured, tmp_path):
     (odd / "link").symlink_to(odd / "real", target_is_directory=True)
     for name in ("base", *world.experts):
         (odd / name).symlink_to(world.folder / name, target_is_directory=True)
-    torture.merge_here(World(odd, world.experts), odd / "link" / "out")
-    assert torture.weights(odd / "real" / "out") == world.wanted[MERGED]
+    merge_here(World(odd, world.experts), odd / "link" / "out")
+    assert weights(odd / "real" / "out") == world.wanted[MERGED]
 
 
 def test_a_token_and_places_of_this_machine_are_in_nothing_that_is_written(tortured, tmp_path, monkeypatch):
     secret = "hf_" + "s3cr3t" * 6
     monkeypatch.setenv("HF_TOKEN", secret)
     out = tmp_path / "out"
-    torture.merge_here(tortured[1], out)
+    merge_here(tortured[1], out)
     for file in out.iterdir():
         data = file.read_bytes()
         assert secret.encode() not in data and str(tmp_path).encode() not in data and str(tortured[1].folder).encode() not in data
@@ -142,13 +150,13 @@ def test_a_stopped_replacement_is_put_right(tortured, tmp_path):
     world: World = tortured[1]
     shutil.copytree(world.folder / "full1", tmp_path / "out.replaced.partial")
     (tmp_path / "out.replaced.partial" / MARKER).touch()
-    torture.merge_here(world, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"] and torture.weights(tmp_path / "out") == world.wanted[MERGED]
+    merge_here(world, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and weights(tmp_path / "out") == world.wanted[MERGED]
 
 
 def test_a_clock_that_runs_backwards(tortured, tmp_path, monkeypatch):
     start = time.time()
     monkeypatch.setattr(time, "time", lambda: 2 * start - 10_000 - time.monotonic())
-    torture.merge_here(tortured[1], tmp_path / "out")
-    assert torture.weights(tmp_path / "out") == tortured[1].wanted[MERGED]
+    merge_here(tortured[1], tmp_path / "out")
+    assert weights(tmp_path / "out") == tortured[1].wanted[MERGED]
     assert json.loads((tmp_path / "out" / "record.json").read_text())["seconds"]["fuse"] >= 0

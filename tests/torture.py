@@ -10,6 +10,7 @@ stood before is damaged or gone. Wrong results: something that verifies, and has
 from __future__ import annotations
 
 import argparse
+import ctypes
 import errno
 import itertools
 import multiprocessing
@@ -18,126 +19,19 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
+import struct
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "src")]
 
-MERGED, STAGE = "a merge of five experts", "a stage of a workspace"
-
-
-@dataclass
-class World:
-    """Tiny models, and what undisturbed work makes of them."""
-
-    folder: Path
-    experts: list[str]
-    wanted: dict[str, Any] = field(default_factory=dict)
-    changes: dict[str, int] = field(default_factory=dict)
-    """How many files and folders each kind of work opens for writing, makes, renames and removes."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one fault."""
-
-    injected: bool
-    survived: bool = True
-    lost: bool = False
-    wrong: bool = False
-    words: str = ""
-
-
-# ---- the work
-
-
-def make_world(folder: Path, *, workspace: bool = True) -> World:
-    from tiny import fine_tuned, lora, make_model, save_model
-    from workspaces import essence, make_workspace, teach, write_tasks
-
-    folder.mkdir(parents=True, exist_ok=True)
-    base = save_model(make_model("llama"), folder / "base", max_shard_size=40_000)
-    experts = [fine_tuned(base, folder / f"full{seed}", seed).name for seed in (1, 2, 3)]
-    experts += [
-        lora(base, folder / f"part{seed}", seed=seed, r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"]).name for seed in (4, 5)
-    ]
-    world = World(folder, experts)
-    merge_here(world, folder / "undisturbed")
-    world.wanted[MERGED] = weights(folder / "undisturbed")
-    if workspace:
-        write_tasks(folder, "ab")
-        teach(make_workspace(folder / "before", base, method="linear", scoring__batch_size=8), folder, "a")
-        done = shutil.copytree(folder / "before", folder / "after")
-        teach(done, folder, "b")
-        world.wanted[STAGE] = essence(done)
-    return world
-
-
-def merge_here(world: World, out: Path, **changes: Any) -> None:
-    from recall_merge import MergeRun, merge
-
-    entries = [{"name": name, "path": str(world.folder / name), "same_base": True} for name in world.experts]
-    told = {"path": str(out), "overwrite": True, "shard_size": 40_000, "reload": False} | changes
-    merge(MergeRun.model_validate({"base": str(world.folder / "base"), "experts": entries, "method": "ties", "out": told, "threads": 1}))
-
-
-def learn_here(world: World, out: Path) -> None:
-    from recall_merge.files.workspace import read_state
-    from workspaces import teach
-
-    if len(read_state(out).stages) < 2:
-        teach(out, world.folder, "b")
-
-
-WORK: dict[str, Callable[[World, Path], None]] = {MERGED: merge_here, STAGE: learn_here}
-
-
-def prepare(world: World, work: str, out: Path) -> None:
-    """What stands in the place before the work begins."""
-    shutil.copytree(world.folder / ("full1" if work == MERGED else "before"), out)
-
-
-def weights(folder: Path) -> dict[str, str]:
-    from workspaces import tree
-
-    found = tree(folder)
-    return {name: digest for name, digest in found.items() if name not in {"record.json", "README.md"}}  # which tell the time
-
-
-def judge(world: World, work: str, out: Path, injected: bool, words: str = "") -> Outcome:
-    """Look at what a fault left, ask for the work again, and look at that."""
-    from recall_merge.errors import RecallError
-    from recall_merge.recipes.verify import verify
-    from recall_merge.recipes.workspace import status
-    from workspaces import essence
-
-    if work == MERGED:
-        old, new = weights(world.folder / "full1"), world.wanted[MERGED]
-        between = out.with_name(f"{out.name}.replaced.partial")  # a kill between two renames: the next run puts it back
-        found = weights(out if out.exists() else between) if out.exists() or between.exists() else {}
-        found.pop(".recall-unfinished", None)
-        if found not in (new, old):
-            return Outcome(injected, survived=False, lost=True, words=f"{words}: {sorted(found)}")
-        WORK[work](world, out)
-        with suppress(RecallError):
-            verify(out)
-            return Outcome(injected, wrong=weights(out) != new, survived=not list(out.parent.glob(f"{out.name}*.partial")), words=words)
-        return Outcome(injected, survived=False, wrong=True, words=words)
-    try:
-        status(out)
-        WORK[work](world, out)
-    except RecallError as error:
-        return Outcome(injected, survived=False, lost=True, words=str(error))
-    return Outcome(injected, wrong=essence(out) != world.wanted[STAGE], words=words)
-
+from disturbed import LONG, MERGED, MERGES, SECONDS, STAGE, WORK, Outcome, World, judge, make_world, prepare, weights  # noqa: E402
 
 # ---- faults
 
@@ -153,6 +47,23 @@ def on_changes(under: Path, heard: Callable[[int], None]) -> None:
             heard(next(numbers))
 
     sys.addaudithook(listen)
+
+
+def on_reads(under: Path, heard: Callable[[], None]) -> None:
+    """The same for each file below a place that is opened to be read."""
+
+    def listen(event: str, given: tuple[Any, ...]) -> None:
+        if event == "open" and isinstance(given[0], str) and given[0].startswith(str(under)) and not int(given[2] or 0) & os.O_CREAT:
+            heard()
+
+    sys.addaudithook(listen)
+
+
+def without_rights() -> None:
+    """Root is bound by the permissions of files no less than others from now on: it gives its capabilities up."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if os.geteuid() == 0 and libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24)):
+        raise OSError(ctypes.get_errno(), "the capabilities cannot be given up")
 
 
 def kill_at(number: int) -> Callable[[int], None]:
@@ -208,8 +119,11 @@ def child(world: World, work: str, out: Path, fault: str, seed: int, told: Any) 
             return
         case "killed before a change of a file":
             on_changes(out.parent, kill_at(at))
-        case "killed at any time":
-            pass
+        case "killed at any time" | "two at once":
+            injected[0] = True
+        case "a folder may not be written to":
+            without_rights()
+            injected[0] = True
         case "disk full at a change of a file":
             on_changes(out.parent, noticed(fail_at(at, errno.ENOSPC)))
         case "disk broken from a change on":
@@ -221,6 +135,8 @@ def child(world: World, work: str, out: Path, fault: str, seed: int, told: Any) 
             os.fsync = failing(real_fsync, draws.randrange(12))
         case "a read fails":
             os.preadv = failing(real_read, draws.randrange(120))  # type: ignore[assignment]
+        case "a file cannot be opened":
+            on_reads(world.folder, failing(lambda: None, draws.randrange(60)))
         case "the clock runs backwards":
             start = real_time()
             time.time = lambda: 2 * start - real_time() - 1000
@@ -248,66 +164,88 @@ def child(world: World, work: str, out: Path, fault: str, seed: int, told: Any) 
     except RecallError as error:
         told.put((injected[0], "refused", str(error.faults[0].what)))
     except OSError as error:
-        told.put((injected[0], "refused" if work == STAGE else "raw", repr(error)))  # of a workspace's commands: `recall` puts it in words
+        told.put((injected[0], "refused" if work in LONG else "raw", repr(error)))  # `recall` puts it in words
     else:
         told.put((injected[0], "done", ""))
 
 
+ALL = (*MERGES, *LONG)
 FAULTS = {
-    "killed before a change of a file": (MERGED, STAGE),
-    "killed at any time": (MERGED, STAGE),
-    "disk full at a change of a file": (MERGED, STAGE),
-    "disk broken from a change on": (MERGED, STAGE),
-    "disk full in the middle of a write": (MERGED, STAGE),
-    "fsync fails": (MERGED, STAGE),
-    "a read fails": (MERGED,),
-    "the clock runs backwards": (MERGED, STAGE),
-    "an input is replaced meanwhile": (MERGED,),
-    "an input is cut short meanwhile": (MERGED,),
-    "an input has a bit turned meanwhile": (MERGED,),
+    "killed before a change of a file": ALL,
+    "killed at any time": ALL,
+    "disk full at a change of a file": ALL,
+    "disk broken from a change on": ALL,
+    "disk full in the middle of a write": ALL,
+    "fsync fails": ALL,
+    "a read fails": MERGES,
+    "a file cannot be opened": MERGES,
+    "the clock runs backwards": ALL,
+    "an input is replaced meanwhile": MERGES,
+    "an input is cut short meanwhile": MERGES,
+    "an input has a bit turned meanwhile": MERGES,
+    "a folder may not be written to": (MERGED, STAGE),
+    "two at once": (MERGED, STAGE),
 }
+IN_USE = ("another process is writing this result", "the workspace is in use by")
 
 
-def inject(processes: Any, world: World, work: str, fault: str, seed: int, seconds: float) -> Outcome:
+def inject(processes: Any, world: World, work: str, fault: str, seed: int) -> Outcome:
     """One fault: in a world of its own where inputs are meddled with."""
     with tempfile.TemporaryDirectory(dir=world.folder, prefix="weird ünï 模型 ") as place:
         out, here = Path(place) / "out" / "result", world
         if "input" in fault:
-            shutil.copytree(world.folder / "base", Path(place) / "base")
-            for name in world.experts:
+            for name in ("base", *world.experts):
                 shutil.copytree(world.folder / name, Path(place) / name)
+            shutil.copy(world.folder / "rows.jsonl", place)
             here = World(Path(place), world.experts, world.wanted, world.changes)
         out.parent.mkdir()
         prepare(world, work, out)
+        closed = out.parent if work in MERGES else out
+        if "written to" in fault:
+            closed.chmod(0o555)
         told = processes.Queue()
-        process = processes.Process(target=child, args=(here, work, out, fault, seed, told))
-        process.start()
+        started = [
+            processes.Process(target=child, args=(here, work, out, fault, seed, told)) for _ in range(2 if fault == "two at once" else 1)
+        ]
+        for process in started:
+            process.start()
         if fault == "killed at any time":
-            time.sleep(random.Random(seed).random() * seconds)
-            process.kill()
-        process.join()
-        if process.exitcode == -signal.SIGKILL:
+            time.sleep(random.Random(seed).random() * SECONDS[work])
+            started[0].kill()
+        for process in started:
+            process.join()
+        closed.chmod(0o755)
+        if started[0].exitcode == -signal.SIGKILL:
             return judge(world, work, out, injected=True, words="killed")
-        if process.exitcode:
-            return Outcome(True, survived=False, words=f"ended with status {process.exitcode}")
-        injected, how, words = told.get()
+        if any(process.exitcode for process in started):
+            return Outcome(True, survived=False, words=f"ended with status {[process.exitcode for process in started]}")
+        ends = [told.get() for _ in started]
+        injected, how, words = ends[0]
+        if fault == "two at once":
+            both = [words.startswith(IN_USE) or how == "done" for _, how, words in ends]
+            if not all(both) or not any(how == "done" for _, how, _ in ends):
+                return Outcome(True, survived=False, words=str(ends))
+        if "written to" in fault and how == "done":
+            return Outcome(True, survived=False, words="it was written to")
         if how == "raw":
             return Outcome(injected, survived=False, words=words)
         if "input" in fault and injected and how == "done":
-            late = weights(out) == world.wanted[MERGED]  # after everything was read, and compared with what it was
+            late = weights(out) == world.wanted[work]  # after everything was read, and compared with what it was
             return Outcome(True, survived=late, wrong=not late, words="the change went unnoticed")
         return judge(world, work, out, injected, words)
 
 
 @contextmanager
-def started(folder: Path, *, workspace: bool = True) -> Iterator[tuple[Any, World]]:
+def started(folder: Path, works: Sequence[str] = ALL) -> Iterator[tuple[Any, World]]:
     """Processes that have all imports behind them, and a world whose work is measured."""
-    world = make_world(folder, workspace=workspace)
+    world = make_world(folder, works)
     processes = multiprocessing.get_context("forkserver")
-    modules = ["torch", "transformers", "peft", "recall_merge.recipes.merge", "recall_merge.recipes.workspace"]
-    processes.set_forkserver_preload([*modules, *(["trl.trainer.sft_trainer", "lm_eval.models.huggingface"] if workspace else [])])
-    for work in world.wanted:
-        out = folder / f"count-{len(work)}" / "result"
+    modules = ["torch", "transformers.models.llama.modeling_llama", "peft", "sklearn.cluster"]
+    modules += [f"recall_merge.{name}" for name in ("models.walk", "recipes.by_depth", "recipes.merge", "recipes.workspace")]
+    long = ["trl.trainer.sft_trainer", "lm_eval.models.huggingface", "recall_merge.recipes.bench.run"]
+    processes.set_forkserver_preload([*modules, *(long if {*works} & {*LONG} else [])])
+    for work in works:
+        out = folder / f"count {work}" / "result"
         out.parent.mkdir()
         prepare(world, work, out)
         told = processes.Queue()
@@ -316,21 +254,6 @@ def started(folder: Path, *, workspace: bool = True) -> Iterator[tuple[Any, Worl
         world.changes[work] = told.get()[1]
         process.join()
     yield processes, world
-
-
-def two_at_once(world: World, folder: Path) -> Outcome:
-    """Two commands that write one result at the same time, started again and again by different lags: one does it, or both in turn."""
-    code = "import sys; sys.path[:0] = sys.argv[1:3]; import torture, pathlib; w = torture.World(pathlib.Path(sys.argv[3]), sys.argv[5:])"
-    code += "; torture.merge_here(w, pathlib.Path(sys.argv[4]))"
-    out = folder / "result"
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "src")]
-    command = [sys.executable, "-c", code, *paths, str(world.folder), str(out), *world.experts]
-    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [process.communicate()[1] for process in both]
-    ended = [process.returncode for process in both]
-    refused = all(code == 0 or "another process is writing this result" in words for code, words in zip(ended, said, strict=True))
-    whole = out.exists() and weights(out) == world.wanted[MERGED]
-    return Outcome(True, survived=refused and 0 in ended, wrong=not whole, words=" | ".join(words[-200:] for words in said))
 
 
 def torture(minutes: float, seed: int) -> int:
@@ -345,7 +268,7 @@ def torture(minutes: float, seed: int) -> int:
             if time.monotonic() > end:
                 break
             one, begun = draws.randrange(2**31), time.monotonic()
-            outcome = inject(processes, world, work, fault, one, 0.4 if work == MERGED else 3.0)
+            outcome = inject(processes, world, work, fault, one)
             spent[fault, work] += time.monotonic() - begun  # type: ignore[assignment]
             for name, count in (("faults", outcome.injected), ("survived", outcome.injected and outcome.survived)):
                 rows[fault, work, name] += count

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
 from recall_merge.errors import Fault, RunError, did_you_mean, short
+from recall_merge.paths import exists, path_of
 from recall_merge.safe_yaml import NotYaml, read_yaml
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -277,7 +278,9 @@ def parse(model: type[M], data: Any, *, where: str) -> M:
 
 
 def _fault(model: type[BaseModel], detail: Any, where: str) -> Fault:
-    place = [part for part in detail["loc"] if not _is_union_branch(part)]
+    named = detail["type"] in {"extra_forbidden", "missing"}  # then the last part is a key, whatever it is called
+    last = len(detail["loc"]) - 1
+    place = [part for at, part in enumerate(detail["loc"]) if (named and at == last) or not _is_union_branch(part)]
     key = ".".join(map(str, place))
     if detail["type"] == "extra_forbidden":
         return Fault(f"unknown key '{key}'", where, did_you_mean(str(place[-1]), _known_keys(model, place[:-1])))
@@ -319,14 +322,6 @@ def assign(data: dict[str, Any], key: str, value: Any) -> None:
     data[last] = value
 
 
-def _exists(path: Path) -> bool:
-    """Whether there is such a place; a name that is too long for any is none."""
-    try:
-        return path.exists()
-    except OSError:
-        return False
-
-
 def _relative_to(folder: Path, data: dict[str, Any]) -> dict[str, Any]:
     """Paths in a run file are meant from where the file lies; hub names are left alone."""
 
@@ -334,8 +329,8 @@ def _relative_to(folder: Path, data: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(section, dict):
             return section
         found = {key: section[key] for key in keys if isinstance(section.get(key), str) and section[key]}
-        there = {key: folder / Path(value).expanduser() for key, value in found.items()}
-        return section | {key: str(place) for key, place in there.items() if _exists(place)}
+        there = {key: folder / path_of(value) for key, value in found.items()}
+        return section | {key: str(place) for key, place in there.items() if exists(place)}
 
     data = resolved(data, "base")
     if isinstance(data.get("experts"), list):
@@ -343,5 +338,5 @@ def _relative_to(folder: Path, data: dict[str, Any]) -> dict[str, Any]:
     if "samples" in data:
         data["samples"] = resolved(data["samples"], "path")
     if isinstance(data.get("out"), dict) and isinstance(data["out"].get("path"), str):
-        data["out"] = {**data["out"], "path": os.path.normpath(folder / Path(data["out"]["path"]).expanduser())}
+        data["out"] = {**data["out"], "path": os.path.normpath(folder / path_of(data["out"]["path"]))}
     return data

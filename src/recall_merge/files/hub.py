@@ -18,6 +18,7 @@ from recall_merge.errors import CheckpointError, Fault, RecallError
 from recall_merge.files.adapter import CONFIG, adapter_weights
 from recall_merge.files.checkpoint import weight_files
 from recall_merge.files.safetensors import MAX_HEADER, Remote
+from recall_merge.paths import path_of
 from recall_merge.progress import Advance, Progress, Silent
 
 T = TypeVar("T")
@@ -76,7 +77,7 @@ def locate(reference: str, *, weights: bool = True, progress: Progress | None = 
     Raises:
         CheckpointError: if there is no such model, no access to it, no way to it, or nothing in it that could be merged.
     """
-    folder = Path(reference).expanduser()
+    folder = path_of(reference)
     with suppress(OSError):  # a name that is too long for a folder
         if folder.is_dir():
             return Located(folder)
@@ -125,7 +126,7 @@ def parse_reference(reference: str) -> Reference | None:
 
 def meaning(reference: str, revision: str | None = None) -> Path | Reference | None:
     """What a text means: a folder, where it exists, or else a name on the hub; None if it can be neither."""
-    folder = Path(reference).expanduser()
+    folder = path_of(reference)
     if folder.is_dir() and not CACHED.fullmatch(str(folder.absolute())):
         return folder.resolve()
     name = parse_reference(str(folder.absolute()) if folder.is_dir() else reference)

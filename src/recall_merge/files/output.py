@@ -20,6 +20,7 @@ from recall_merge.files.checkpoint import INDEX, SINGLE
 from recall_merge.files.durable import sync
 from recall_merge.files.record import RECORD
 from recall_merge.files.safetensors import Spec, bytes_of, encode_header
+from recall_merge.paths import path_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,7 +68,7 @@ class OutputFolder:
     """
 
     def __init__(self, target: Path, *, overwrite: bool) -> None:
-        self.target = target.expanduser().resolve()  # a link is followed: what it points to is replaced, the link stays
+        self.target = path_of(target).resolve()  # a link is followed: what it points to is replaced, the link stays
         self.overwrite = overwrite
         self.path = self._beside(".partial")
 

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
-from recall_merge.config import Section
-from recall_merge.errors import Faults, RunError, did_you_mean
+from recall_merge.config import MAX_PATH, Section
+from recall_merge.errors import Faults, RunError, did_you_mean, short
 from recall_merge.maths.depths import Depths
 from recall_merge.maths.weights import interpolated
 
 KEY = "merge_method"  # every run file of mergekit has it, and none of ours
 Scalar = StrictBool | StrictInt | StrictFloat | StrictStr
 Settings = Mapping[str, Any]
+
+
+Layer = Annotated[int, Field(ge=0, le=1_000_000)]
 
 
 class Conditional(Section):
@@ -32,17 +35,17 @@ Setting = Conditional | Scalar | list[Conditional] | list[Scalar]
 class InputModel(Section):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-    model: str
+    model: str = Field(min_length=1, max_length=MAX_PATH)
     parameters: dict[str, Setting] = {}
 
 
 class Source(InputModel):
-    layer_range: tuple[int, int]
+    layer_range: tuple[Layer, Layer]
 
 
 class Slice(Section):
     sources: list[Source] = Field(min_length=1)
-    base_model: str | None = None
+    base_model: str | None = Field(None, min_length=1, max_length=MAX_PATH)
     residual_weight: float | None = None
     parameters: dict[str, Setting] = {}
 
@@ -60,7 +63,7 @@ class MergekitFile(Section):
     models: list[InputModel] | None = Field(None, min_length=1)
     slices: list[Slice] | None = Field(None, min_length=1)
     modules: dict[str, Any] | None = None
-    base_model: str | None = None
+    base_model: str | None = Field(None, min_length=1, max_length=MAX_PATH)
     dtype: str | None = None
     out_dtype: str | None = None
     tokenizer_source: str | None = None
@@ -83,11 +86,11 @@ class Parameter:
         if isinstance(self.default, bool):
             if isinstance(value, bool) or value in (0, 1):
                 return bool(value)
-            raise RunError(f"{value!r} is neither true nor false", where=where)
+            raise RunError(f"{short(value)} is neither true nor false", where=where, fix="give true or false")
         try:
             return float(value)
-        except ValueError:
-            raise RunError(f"{value!r} is no number", where=where) from None
+        except (ValueError, OverflowError):
+            raise RunError(f"{short(value)} is no number", where=where, fix="give a number") from None
 
 
 _WEIGHT = {"weight": Parameter(per_model=True)}

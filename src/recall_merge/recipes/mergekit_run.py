@@ -12,6 +12,7 @@ from recall_merge.config import MergeRun, assign, load_run, parse, read_mapping
 from recall_merge.errors import RunError
 from recall_merge.files.checkpoint import Checkpoint, open_checkpoint
 from recall_merge.files.hub import locate
+from recall_merge.paths import exists, path_of
 from recall_merge.recipes.mergekit_file import KEY, MergekitFile, Values, check_file, layers_of, values_of
 
 WITH_BASE = ("linear", "slerp", "karcher")  # the base is one of the models that they merge
@@ -194,6 +195,6 @@ def _vocabulary(file: MergekitFile, base: str, experts: Sequence[str]) -> str | 
 
 def _found(reference: str, path: Path) -> str:
     """A path that is in the current folder or beside the file; a hub name is left alone."""
-    place = Path(reference).expanduser()
+    place = path_of(reference)
     beside = path.parent / place
-    return str(place) if place.exists() else str(beside) if beside.exists() else reference
+    return str(place) if exists(place) else str(beside) if exists(beside) else reference

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from recall_merge.files.workspace import DataFile, Lesson, Model, Start, State, Task, stored_path
+from recall_merge.paths import exists, path_of
 
 
 @dataclass(frozen=True)
@@ -77,4 +78,4 @@ def _unread(folder: Path, path: Path) -> DataFile:
 
 
 def _place(folder: Path, reference: str) -> str:
-    return stored_path(folder, Path(reference).expanduser()) if Path(reference).expanduser().exists() else reference
+    return stored_path(folder, path_of(reference)) if exists(path_of(reference)) else reference
