@@ -9,7 +9,19 @@ from typing import Annotated
 import typer
 
 from recall_merge.commands import bench, evaluate, export, report, workspace
-from recall_merge.commands.options import AsJson, Base, ExpertFlags, MethodName, Quiet, RunFile, SamplesPath, Sets, Target, gather
+from recall_merge.commands.options import (
+    AsJson,
+    Base,
+    EngineName,
+    ExpertFlags,
+    MethodName,
+    Quiet,
+    RunFile,
+    SamplesPath,
+    Sets,
+    Target,
+    gather,
+)
 from recall_merge.errors import RecallError
 
 app = typer.Typer(
@@ -33,6 +45,7 @@ def merge(
     samples: SamplesPath = None,
     out: Target = None,
     overwrite: Overwrite = False,
+    engine: EngineName = "local",
     sets: Sets = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -46,7 +59,7 @@ def merge(
     from recall_merge.recipes.merge import merge as recipe
 
     told = gather(run, base=base, experts=expert, method=method, samples=samples, out=out, overwrite=overwrite, sets=sets)
-    show.merged(recipe(told, progress=progress(quiet or as_json)), as_json=as_json, quiet=quiet)
+    show.merged(recipe(told, engine=engine, progress=progress(quiet or as_json)), as_json=as_json, quiet=quiet)
 
 
 @app.command()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from recall_merge.commands.options import AsJson, Quiet, Sets, settings_of
+from recall_merge.commands.options import AsJson, EngineName, Quiet, Sets, settings_of
 
 if TYPE_CHECKING:
     from recall_merge.recipes.bench.run import CellDone
@@ -23,7 +23,7 @@ def bench(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the cells and the results.", show_default=False)] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Say what there is to do and about how long it takes; do nothing.")] = False,
     summary: Annotated[bool, typer.Option("--summary", help="Write the results of what is done so far; do nothing else.")] = False,
-    engine: Annotated[str, typer.Option(help="Where the work is done: local, ray, or ray://ADDRESS.")] = "local",
+    engine: EngineName = "local",
     sets: Sets = None,
     as_json: AsJson = False,
     quiet: Quiet = False,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from recall_merge.commands.options import AsJson, Quiet
+from recall_merge.commands.options import AsJson, EngineName, Quiet
 from recall_merge.errors import RunError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def evaluate(
     device: Annotated[str | None, typer.Option(help="A GPU if there is one, by default.", show_default=False)] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 on a CPU, by default.", show_default=False)] = None,
     template: Annotated[bool, typer.Option(help="Apply the model's chat template where it has one.")] = True,
-    engine: Annotated[str, typer.Option(help="Where the work is done: local, ray, or ray://ADDRESS.")] = "local",
+    engine: EngineName = "local",
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:

@@ -23,6 +23,7 @@ Sets = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the run, e.g. options.temperature=0.5.", show_default=False),
 ]
+EngineName = Annotated[str, typer.Option(help="Where the work is done: local, ray, or ray://ADDRESS.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result for machines.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
 

@@ -8,8 +8,9 @@ import os
 import pickle
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from contextlib import contextmanager
+from concurrent.futures import Future, wait
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
 from recall_merge.engines.engine import Engine
@@ -18,6 +19,7 @@ from recall_merge.errors import EngineError, MissingExtra
 R = TypeVar("R")
 RETRIES = 3  # of a task whose worker or node was lost; more than that, and it is likely the task that kills them
 STORE = 10**8  # bytes of Ray's object store where we start it: models lie in files, and only words travel
+ENDING = 30.0  # seconds within which workers that are told to end do so
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 
@@ -45,7 +47,8 @@ class Cluster:
             what = f"'{label}' needs up to {memory:,} bytes of memory; the largest node of the cluster gives {int(largest):,}"
             raise EngineError(what, where="--engine", fix="add a larger node, or start its `ray start` with a larger --memory")
         told: Future[R] = Future()
-        reference = self._task.options(name=label, memory=memory or None, scheduling_strategy="SPREAD").remote(function, arguments)
+        task = self._task.options(name=label, memory=memory or None, scheduling_strategy="SPREAD")
+        reference = task.remote(Path.cwd(), function, arguments)
         self._at_work[told] = reference
 
         def finish(found: Future[Any]) -> None:
@@ -64,8 +67,11 @@ class Cluster:
         return told
 
     def give_up(self) -> None:
-        for reference in list(self._at_work.values()):
+        """End what is at work, and wait until it has ended: it might still be writing."""
+        left = dict(self._at_work)
+        for reference in left.values():
             self._ray.cancel(reference, force=True)
+        wait(left, ENDING)
 
 
 @contextmanager
@@ -96,10 +102,16 @@ def ray_engine(address: str | None, workers: int) -> Iterator[Engine]:
         ray.shutdown()
 
 
-def _call(function: Callable[..., R], arguments: tuple[Any, ...]) -> tuple[BaseException | None, R | None]:
-    """Do a task, on a worker. What it raises comes back as it is: only lost workers are Ray's to tell of."""
+def _call(folder: Path, function: Callable[..., R], arguments: tuple[Any, ...]) -> tuple[BaseException | None, R | None]:
+    """Do a task, on a worker. What it raises comes back as it is: only lost workers are Ray's to tell of.
+
+    Args:
+        folder: from which relative paths are meant; where it is not on this machine, they will not be found either.
+    """
     import torch
 
+    with suppress(OSError):
+        os.chdir(folder)
     torch.set_num_threads(1)
     try:
         return None, function(*arguments)

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 from recall_merge.errors import RunError
 
 R = TypeVar("R")
-RAY = "ray"
+LOCAL, RAY = "local", "ray"
 
 
 class Engine(Protocol):
@@ -45,7 +45,7 @@ def check_engine(words: str) -> None:
         from recall_merge.engines.cluster import check_installed
 
         check_installed()
-    elif words != "local":
+    elif words != LOCAL:
         raise RunError(f"there is no engine '{words}'", where="--engine", fix="give local, ray, or ray://ADDRESS")
 
 
@@ -58,7 +58,7 @@ def open_engine(words: str, workers: int) -> Iterator[Engine]:
         workers: processes, of `local` and of a Ray that is started here; a cluster has as many as it has processors.
     """
     check_engine(words)
-    if words == "local":
+    if words == LOCAL:
         from recall_merge.engines.local import local_engine as opened
     else:
         from recall_merge.engines.cluster import ray_engine

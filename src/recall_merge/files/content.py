@@ -86,6 +86,19 @@ class Watch:
                 faults.add("the file changed while it was read", where=file, fix="wait until that is done, and run again")
         faults.raise_any(CheckpointError)
 
+    def check_elsewhere(self) -> None:
+        """Refuse, on another machine than the one that looked first, what is not of the same size and time of change there.
+
+        Raises:
+            CheckpointError: with every file that is another, or missing.
+        """
+        faults = Faults()
+        for file, (_, _, *state) in self.files.items():
+            if [*_state(file)[2:]] != state:
+                fix = "models and samples must lie on a file system that all machines share, under the same path"
+                faults.add("a machine of the cluster finds another file here, or none", where=file, fix=fix)
+        faults.raise_any(CheckpointError)
+
 
 def watch(places: Iterable[Path]) -> Watch:
     """Remember how the files of these folders, and these files, are now."""

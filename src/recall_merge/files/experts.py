@@ -28,13 +28,16 @@ class Digest:
     """
 
     def __init__(self) -> None:
-        self._lines: dict[str, str] = {}
+        self.lines: dict[str, str] = {}  # of each tensor, by its name
         self._begun: dict[str, tuple[Any, int]] = {}  # of a tensor that comes in pieces: its hash so far, and where the next one begins
         self._turn = threading.Condition()
         self._stopped = False
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Digest, ()  # a copy in another process begins anew: what it reads there comes back as lines
+
     def add(self, name: str, tensor: Tensor) -> None:
-        self._lines[name] = _line(name, Spec.of(tensor), hash_tensor(tensor))
+        self.lines[name] = _line(name, Spec.of(tensor), hash_tensor(tensor))
 
     def add_piece(self, name: str, spec: Spec, start: int, piece: Tensor) -> None:
         """The numbers of a tensor from `start` on. Pieces may come from several threads: each waits until those before it have come."""
@@ -49,7 +52,7 @@ class Digest:
             self._begun[name] = digest, stop
             if stop == spec.numel:
                 del self._begun[name]
-                self._lines[name] = _line(name, spec, digest.hexdigest())
+                self.lines[name] = _line(name, spec, digest.hexdigest())
             self._turn.notify_all()
 
     def stop(self) -> None:
@@ -59,7 +62,7 @@ class Digest:
             self._turn.notify_all()
 
     def hexdigest(self) -> str:
-        return hashlib.sha256("\n".join(self._lines[name] for name in sorted(self._lines)).encode()).hexdigest()
+        return hashlib.sha256("\n".join(self.lines[name] for name in sorted(self.lines)).encode()).hexdigest()
 
 
 class Expert(Protocol):

@@ -6,10 +6,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recall_merge.config import MergeRun, Representations
+from recall_merge.engines.engine import LOCAL, check_engine, open_engine
 from recall_merge.errors import CheckpointError, ResultError, Unwalkable
 from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.files.companions import write_companions
@@ -19,12 +21,13 @@ from recall_merge.files.output import OutputFolder, WeightWriter
 from recall_merge.files.record import RECORD, verify_files, write_record
 from recall_merge.files.safetensors import READ
 from recall_merge.progress import Progress, Silent
-from recall_merge.recipes.by_depth import Typical, merge_by_depth
+from recall_merge.recipes.by_depth import merge_by_depth
 from recall_merge.recipes.fuse import conditions, fuse_into
 from recall_merge.recipes.plan import Plan, make_plan
 from recall_merge.recipes.provenance import hash_models, made_apart, made_from, made_of, public_name, weighting_from
+from recall_merge.recipes.spread import fuse_apart, weigh_apart
 from recall_merge.recipes.typical import typical_texts
-from recall_merge.recipes.weigh import Weighting, weigh
+from recall_merge.recipes.weigh import Weighting, weigh, whole_note
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,26 +65,27 @@ class MergeResult:
         return self.weighting.weights
 
 
-def merge(run: MergeRun, *, progress: Progress | None = None) -> MergeResult:
+def merge(run: MergeRun, *, engine: str = LOCAL, progress: Progress | None = None) -> MergeResult:
     """Merge as the run says.
+
+    Args:
+        engine: `local`, `ray` or `ray://ADDRESS`; on a cluster, models, samples and the result must lie where every machine finds them.
 
     Raises:
         RecallError: with every fault of the run and its files, before any work starts; or with what went wrong later. Nothing is
             left of a merge that fails, and what stood in the output's place stands as it was.
     """
-    return apply(make_plan(run), progress=progress)
+    check_engine(engine)
+    return apply(make_plan(run), engine=engine, progress=progress)
 
 
-def apply(plan: Plan, *, progress: Progress | None = None) -> MergeResult:
+def apply(plan: Plan, *, engine: str = LOCAL, progress: Progress | None = None) -> MergeResult:
     """Carry out a plan: weights, the pass over the parameters, everything beside them, checks; then the folder takes its place."""
     progress, timings, before = progress or Silent(), Timings(), READ.total
-    rule = plan.weights
-    with timings.of("weigh"):
-        ready = typical_texts(plan, rule, progress) if isinstance(rule, Representations) and plan.by_depth else weigh(plan, progress)
     with OutputFolder(plan.target, overwrite=plan.run.out.overwrite) as out:
         digest = Digest()
-        with timings.of("fuse"):
-            weighting, hashes = _write(plan, ready, out.path, digest, progress)
+        write = _write if engine == LOCAL else partial(_write_apart, engine)
+        weighting, hashes = write(plan, out.path, digest, timings, progress)
         dtype = None if plan.run.out.dtype == "auto" else plan.run.out.dtype
         write_companions(out.path, plan.base.folder, [expert.folder for expert in plan.experts], plan.vocabulary, dtype)
         with timings.of("check"), progress.stage("checking the result", 1, "steps") as advance:
@@ -106,19 +110,33 @@ def apply(plan: Plan, *, progress: Progress | None = None) -> MergeResult:
     return MergeResult(plan.target, weighting, record, (*plan.notes, *weighting.notes))
 
 
-def _write(plan: Plan, ready: Weighting | Typical, folder: Path, digest: Digest, progress: Progress) -> tuple[Weighting, dict[str, str]]:
+def _write(plan: Plan, folder: Path, digest: Digest, timings: Timings, progress: Progress) -> tuple[Weighting, dict[str, str]]:
     """The weights files of the result, from weights that are known or depth by depth; returns the weights, and the files' hashes."""
-    label = f"merging by {plan.method.name}"
-    if not isinstance(ready, Weighting):
-        try:
-            with progress.stage(label, plan.bytes_written, "bytes") as advance, WeightWriter(folder, plan.shards) as writer:
-                return merge_by_depth(writer, plan, ready, digest, advance), writer.hashes
-        except Unwalkable as error:
-            weighting = weigh(plan, progress)
-            ready = replace(weighting, notes=(*weighting.notes, f"whole models were run, not block by block: {error.faults[0].what}"))
-    with progress.stage(label, plan.bytes_written, "bytes") as advance, WeightWriter(folder, plan.shards) as writer:
-        fuse_into(writer, plan, ready, digest, advance)
-        return ready, writer.hashes
+    rule, label = plan.weights, f"merging by {plan.method.name}"
+    with timings.of("weigh"):
+        ready = typical_texts(plan, rule, progress) if isinstance(rule, Representations) and plan.by_depth else weigh(plan, progress)
+    with timings.of("fuse"):
+        if not isinstance(ready, Weighting):
+            try:
+                with progress.stage(label, plan.bytes_written, "bytes") as advance, WeightWriter(folder, plan.shards) as writer:
+                    return merge_by_depth(writer, plan, ready, digest, advance), writer.hashes
+            except Unwalkable as error:
+                weighting = weigh(plan, progress)
+                ready = replace(weighting, notes=(*weighting.notes, whole_note(error)))
+        with progress.stage(label, plan.bytes_written, "bytes") as advance, WeightWriter(folder, plan.shards) as writer:
+            fuse_into(writer, plan, ready, digest, advance)
+            return ready, writer.hashes
+
+
+def _write_apart(
+    engine: str, plan: Plan, folder: Path, digest: Digest, timings: Timings, progress: Progress
+) -> tuple[Weighting, dict[str, str]]:
+    """The same, by tasks on an engine. It is closed before the folder is, so that of a merge that fails nobody writes on."""
+    with open_engine(engine, plan.threads) as workers:
+        with timings.of("weigh"):
+            weighting = weigh_apart(plan, workers, progress)
+        with timings.of("fuse"):
+            return weighting, fuse_apart(plan, weighting, workers, folder, digest, progress)
 
 
 def reuse(run: MergeRun) -> MergeResult | None:

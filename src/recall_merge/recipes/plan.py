@@ -133,21 +133,38 @@ class Plan:
     def memory(self) -> int:
         """Bytes of memory at most, beside the interpreter's own: the largest of what the parts of the work hold, one after another.
 
-        The pass over the parameters holds, for each thread, one tensor (or one span of it, where the method allows that) of base, experts
-        and result in float32, and finished ones that wait for their turn. Depth by depth, it also holds the block of base and experts, and
-        once more of the one that runs, and the hidden states of the pool or of every model's samples. Otherwise a forward pass holds a
-        model, twice for a moment while it is built; and so the check of the result, which is loaded as it is.
+        Depth by depth, the pass over the parameters also holds the block of base and experts, and once more of the one that runs, and the
+        hidden states of the pool or of every model's samples. The check of the result loads it as it is.
         """
-        numbers = sum(spec.numel for spec in self.specs.values())
+        fusing = self.memory_to_fuse
+        if self.by_depth:
+            fusing += self._block * (len(self.experts) + 2) + self._states(len(self.experts) + 1)
+        elif isinstance(self.weights, FromSamples):
+            fusing = max(fusing, self.memory_to_run)
+        return max(fusing, self.bytes_written if self.run.out.reload else 0)
+
+    @cached_property
+    def memory_to_fuse(self) -> int:
+        """Bytes of the pass over the parameters: for each thread one tensor (or one span of it, where the method allows that) of base,
+        experts and result in float32, and finished ones that wait for their turn."""
         held_at_once = [min(spec.numel, SPAN) if self.in_spans(name) else spec.numel for name, spec in self.specs.items()]
         held = len(self.experts) + 3 + (len(self.experts) + 1 if self.run.prune is not None else 0)
-        fusing = 4 * (held + 1) * sum(sorted(held_at_once)[-self.threads :])
-        width = 2 if isinstance(self.weights, Representations) and self.weights.precision == "bfloat16" else 4
-        if self.by_depth:
-            fusing += self._block * (len(self.experts) + 2) + self._states * width
-        elif isinstance(self.weights, FromSamples):
-            fusing = max(fusing, 2 * width * numbers)
-        return max(fusing, self.bytes_written if self.run.out.reload else 0)
+        return 4 * (held + 1) * sum(sorted(held_at_once)[-self.threads :])
+
+    @property
+    def memory_to_walk(self) -> int:
+        """Bytes of one model's forward pass block by block: a block as it is read and as it runs, and the hidden states."""
+        return 2 * self._block + self._states(1)
+
+    @property
+    def memory_to_run(self) -> int:
+        """Bytes of one model's forward pass as a whole: the model, twice for a moment while it is built."""
+        return 2 * self._width * sum(spec.numel for spec in self.specs.values())
+
+    @property
+    def _width(self) -> int:
+        """Bytes of a number in a forward pass."""
+        return 2 if isinstance(self.weights, Representations) and self.weights.precision == "bfloat16" else 4
 
     @property
     def _block(self) -> int:
@@ -159,13 +176,12 @@ class Plan:
                 sizes[depths.of(name)] += 4 * spec.numel
         return max(sizes)
 
-    @property
-    def _states(self) -> int:
-        """Numbers in the hidden states that wait at a depth, with a few times as many at work in a block; from the rows' characters."""
+    def _states(self, models: int) -> int:
+        """Bytes of the hidden states that wait at a depth, with a few times as many at work in a block; from the rows' characters."""
         lengths = [min(self.samples.max_tokens, len(row.plain + row.completion) // CHARACTERS_PER_TOKEN + 1) for row in self.rows]
         pool = sum(sorted(lengths)[-self.samples.pool :])
-        samples = sum(sorted(lengths)[-self.samples.count :]) * (len(self.experts) + 1)
-        return 4 * max(pool, samples) * self.base.tensors[self.base.embedding].spec.shape[-1]
+        samples = sum(sorted(lengths)[-self.samples.count :]) * models
+        return 4 * self._width * max(pool, samples) * self.base.tensors[self.base.embedding].spec.shape[-1]
 
 
 def make_plan(run: MergeRun, *, writes: bool = True, download: bool = True) -> Plan:

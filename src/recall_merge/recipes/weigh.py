@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from recall_merge.config import Losses, Representations
+from recall_merge.errors import Unwalkable
 from recall_merge.files.experts import BaseExpert, Expert
 from recall_merge.progress import Progress, Silent
 from recall_merge.recipes.plan import Plan
@@ -55,7 +56,7 @@ def weigh(plan: Plan, progress: Progress | None = None) -> Weighting:
     """
     import torch
 
-    progress, depths = progress or Silent(), plan.base.depths
+    progress = progress or Silent()
     if isinstance(plan.weights, Losses):
         from recall_merge.recipes.losses import weigh_by_loss
 
@@ -63,19 +64,28 @@ def weigh(plan: Plan, progress: Progress | None = None) -> Weighting:
     if not isinstance(plan.weights, Representations):
         names = tuple(expert.name for expert in plan.experts)
         given = torch.tensor(plan.weights, dtype=torch.float64)
-        return Weighting(names, given if given.ndim == 2 else given.repeat(depths.last + 1, 1))
+        return Weighting(names, given if given.ndim == 2 else given.repeat(plan.base.depths.last + 1, 1))
+    rule = plan.weights
+    texts, samples, notes = typical_texts(plan, rule, progress)
+    states = [represent_whole(plan, rule, expert, texts, progress) for expert in pool_of(plan, rule)]  # one model in memory at a time
+    return compare(plan, rule, torch.stack(states, dim=1), samples, notes)
+
+
+def compare(plan: Plan, rule: Representations, states: Tensor, samples: tuple[TypicalSample, ...], notes: Sequence[str]) -> Weighting:
+    """Weights from what the models of the pool represent.
+
+    Args:
+        states: (L + 1, n, m, d), of every model and sample at every depth 0..L.
+    """
+    import torch
 
     from recall_merge.maths.similarity import similarity
     from recall_merge.maths.weights import control, outside_blocks, softmax_weights
 
-    rule = plan.weights
-    texts, samples, notes = typical_texts(plan, rule, progress)
-    pool = pool_of(plan, rule)
-    states = _representations(plan, rule, pool, texts, progress)  # (L + 1, n, m, d)
     alike = torch.stack([similarity(h, kernel=rule.kernel, bandwidth=rule.bandwidth) for h in states])
     weights = softmax_weights(alike, temperature=rule.temperature)
     weights = outside_blocks(control(weights, rule.control, seed=plan.run.seed), rule.outside_blocks)
-    return Weighting(tuple(model.name for model in pool), weights, alike, samples, tuple(notes))
+    return Weighting(tuple(model.name for model in pool_of(plan, rule)), weights, alike, samples, tuple(notes))
 
 
 def pool_of(plan: Plan, rule: Representations) -> list[Expert]:
@@ -84,18 +94,18 @@ def pool_of(plan: Plan, rule: Representations) -> list[Expert]:
     return [*([BaseExpert(plan.base)] if with_base else []), *plan.experts]
 
 
-def _representations(plan: Plan, rule: Representations, pool: Sequence[Expert], texts: list[str], progress: Progress) -> Tensor:
-    """Every model's representation of every sample at every depth 0..L, one model in memory at a time.    -> (L + 1, n, m, d)"""
-    import torch
-
+def represent_whole(plan: Plan, rule: Representations, expert: Expert, texts: Sequence[str], progress: Progress) -> Tensor:
+    """One model's representation of every sample at every depth 0..L, with the whole of it in memory.    -> (L + 1, m, d)"""
     from recall_merge.models.hidden import representations, tokenize
 
-    states = []
-    for expert in pool:
-        tokens = tokenize(texts, expert_tokenizer(plan, expert), max_tokens=plan.samples.max_tokens)
-        with progress.stage(f"representations of {expert.name}", sum(map(len, tokens)), "tokens") as advance:
-            model = build_expert(plan, expert, rule)
-            states.append(representations(model, tokens, plan.base.depths, pooling=rule.pooling, threads=plan.threads, progress=advance))
-            del model
-        check_finite(plan, states[-1], expert)
-    return torch.stack(states, dim=1)
+    tokens = tokenize(texts, expert_tokenizer(plan, expert), max_tokens=plan.samples.max_tokens)
+    with progress.stage(f"representations of {expert.name}", sum(map(len, tokens)), "tokens") as advance:
+        model = build_expert(plan, expert, rule)
+        states = representations(model, tokens, plan.base.depths, pooling=rule.pooling, threads=plan.threads, progress=advance)
+    check_finite(plan, states, expert)
+    return states
+
+
+def whole_note(error: Unwalkable) -> str:
+    """What a reader should know where models that should be run block by block were not."""
+    return f"whole models were run, not block by block: {error.faults[0].what}"

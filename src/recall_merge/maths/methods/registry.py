@@ -46,6 +46,9 @@ class Method:
     """The order of the experts matters to it; the newest is the last."""
     options: dict[str, inspect.Parameter] = field(default_factory=dict, compare=False)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _row, (self.name,)  # in another process it is that one's own
+
     @cached_property
     def random(self) -> bool:
         return "draws" in inspect.signature(self.function).parameters
@@ -89,6 +92,14 @@ def _range(interval: Interval) -> str:
 
 
 METHODS: dict[str, Method] = {}
+
+
+def _row(name: str) -> Method:
+    import recall_merge.maths.methods  # whose modules fill the table
+
+    return recall_merge.maths.methods.METHODS[name]
+
+
 GIVEN = ("draws", "moments")  # what a method is given besides its options, where it names it
 
 F = TypeVar("F", bound=Callable[..., Tensor])
