@@ -7,40 +7,132 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
+from recall_merge import MergeRun, merge, verify
 from recall_merge.config import load_run
 from recall_merge.engines.engine import open_engine
-from recall_merge.errors import EngineError, MissingExtra, RunError
+from recall_merge.errors import DataError, EngineError, MissingExtra, RunError
 from recall_merge.recipes.bench.run import bench, store_of
 from recall_merge.recipes.bench.scenario import Scenario
 from recall_merge.recipes.evaluate import evaluate
+from recall_merge.recipes.spread import ATTEMPT
 from test_bench import ALL, questions, told
-from tiny import write_rows
+from test_spread import a_run, files_of
+from tiny import fine_tuned, lora, make_model, save_model, write_rows
 
 NODE = {"num_cpus": 1, "object_store_memory": 10**8, "memory": 10**9}
 
 
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A cluster of three nodes: real Ray processes, one processor each."""
+@pytest.fixture(scope="module")
+def started() -> Iterator[Any]:
+    """A cluster of one node: real Ray processes."""
     pytest.importorskip("ray", reason="pip install 'recall-merge[cluster]'")
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("RAY_worker_niceness", "0")  # 15 by default: beside other work they would hardly run
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)  # so that workers find `stay`
-    from ray.cluster_utils import Cluster
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_worker_niceness", "0")  # 15 by default: beside other work they would hardly run
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)  # so that workers find `stay`
+        from ray.cluster_utils import Cluster
 
-    made = Cluster(initialize_head=True, head_node_args=NODE | {"include_dashboard": False})
-    for _ in range(2):
-        made.add_node(**NODE)
-    yield made
-    made.shutdown()
+        made = Cluster(initialize_head=True, head_node_args=NODE | {"include_dashboard": False})
+        patch.setenv("RAY_ADDRESS", made.address)  # which `auto` means
+        yield made
+        made.shutdown()
+
+
+@pytest.fixture
+def cluster(started: Any) -> Any:
+    """A cluster of three nodes, one processor each, whatever an earlier test has done to it."""
+    for _ in range(2 - len(started.worker_nodes)):
+        started.add_node(**NODE)
+    return started
+
+
+def lose_a_node(cluster: Any, folder: Path) -> Path:
+    """Wait until a shard is being written on a node other than the head, halt its writer, and end all processes of that node.
+
+    Returns:
+        The folder that the writer leaves, with its half of the shard.
+    """
+    nodes = {info.process.pid: node for node in cluster.worker_nodes for info in node.all_processes["raylet"]}
+    limit = time.monotonic() + 300
+    while time.monotonic() < limit:
+        for attempt in folder.glob(f"{ATTEMPT}*"):
+            writer = psutil.Process(int(attempt.name.removeprefix(ATTEMPT).partition("-")[0]))
+            node = nodes.get(writer.ppid())
+            if node is None:
+                continue
+            writer.suspend()
+            wait_until(lambda writer=writer: writer.status() == psutil.STATUS_STOPPED)
+            if attempt.exists():  # it had not finished, and never will
+                cluster.remove_node(node, allow_graceful=False)
+                writer.kill()
+                return attempt
+            writer.resume()
+        time.sleep(0.001)
+    raise AssertionError("no shard was ever seen in the making")
+
+
+def lost_in_the_middle(cluster: Any, run: MergeRun) -> dict[str, bytes]:
+    """Merge on the cluster, and lose a node while it writes a shard.    -> what was made"""
+    assert run.out.path is not None
+    partial = run.out.path.with_name(run.out.path.name + ".partial")
+    left: list[Path] = []
+    losing = threading.Thread(target=lambda: left.append(lose_a_node(cluster, partial)), daemon=True)
+    losing.start()
+    result = merge(run, engine=f"ray://{cluster.address}")
+    losing.join()
+    assert len(left) == 1
+    assert len(cluster.worker_nodes) == 1
+    verify(result.path)
+    return files_of(result.path)
+
+
+def test_a_merge_that_loses_a_node_makes_the_same_bytes(cluster: Any, tmp_path: Path) -> None:
+    base = save_model(make_model(num_hidden_layers=6), tmp_path / "base")
+    experts = {name: fine_tuned(base, tmp_path / name, seed=seed) for seed, name in enumerate("abc")}
+    experts |= {name: lora(base, tmp_path / name, seed=seed, r=2, target_modules=["q_proj"]) for seed, name in enumerate("xy")}
+    rows = write_rows(tmp_path / "rows.jsonl", questions("the", 9))
+
+    def run(target: str) -> MergeRun:
+        return a_run(base, experts, rows, tmp_path / target)
+
+    here = files_of(merge(run("here")).path)
+    assert sum(name.endswith(".safetensors") for name in here) > 20
+    assert lost_in_the_middle(cluster, run("there")) == here
+
+
+@pytest.mark.slow
+def test_a_merge_of_the_real_model_that_loses_a_node_makes_the_same_bytes(cluster: Any, tmp_path: Path) -> None:
+    from recall_merge.models.smollm import unpack
+
+    base = unpack(tmp_path / "base")
+    experts = {name: fine_tuned(base, tmp_path / name, seed=seed, scale=0.001) for seed, name in enumerate("abcde")}
+    rows = write_rows(tmp_path / "rows.jsonl", questions("the", 30))
+
+    def run(target: str) -> MergeRun:
+        return a_run(base, experts, rows, tmp_path / target, out={"shard_size": "60MB"})
+
+    there = lost_in_the_middle(cluster, run("there"))
+    assert sum(name.endswith(".safetensors") for name in there) >= 5
+    assert there == files_of(merge(run("here")).path)
+
+
+@pytest.mark.slow
+def test_a_merge_that_fails_on_a_worker_leaves_nothing(cluster: Any, llama: Path, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": " "}])
+    run = a_run(llama, {"a": fine_tuned(llama, tmp_path / "a", seed=1)}, rows, tmp_path / "out")
+    with pytest.raises(DataError, match=r"^no row has any text\n  where: .*rows.jsonl"):
+        merge(run, engine=f"ray://{cluster.address}")
+    assert not [*tmp_path.glob("out*")]
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +146,9 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def made_by(scenario: Scenario) -> dict[str, bytes]:
-    """The bytes of all that the cells made, and of the table: adapters, anchors, merges, scores."""
+    """The bytes of all that the cells made, and of the tables: adapters, anchors, merges, scores, the numbers made of them."""
     out = Path(str(scenario.out))
-    files = [file for file in out.rglob("*") if file.suffix == ".safetensors" or file.name == "scores.csv"]
+    files = [file for file in out.rglob("*") if file.suffix in (".safetensors", ".csv") or file.name == "R.json"]
     return {str(file.relative_to(out)): file.read_bytes() for file in files}
 
 
@@ -100,6 +192,7 @@ def test_a_bench_whose_driver_is_killed_goes_on(cluster: Any, local: dict[str, b
     before = len(store_of(scenario).notes())
     heard: list[Any] = []
     bench(scenario, engine=f"ray://{cluster.address}", listener=heard.append)
+    assert heard[-1].number == heard[-1].total >= 12
     assert 0 < len(heard) <= heard[-1].total - before
     assert made_by(scenario) == local
 
@@ -127,11 +220,13 @@ def test_a_task_fails_with_its_own_message(cluster: Any, tmp_path: Path) -> None
             EngineError, match=r"'much' needs up to 5,000,000,000 bytes of memory; the largest node of the cluster gives 1,000"
         ):
             engine.submit("much", divmod, 1, 1, memory=5 * 10**9)
+        with pytest.raises(EngineError, match="'wide' needs up to 2 processors; the largest node of the cluster gives 1"):
+            engine.submit("wide", divmod, 1, 1, threads=2)
 
 
 @pytest.mark.slow
 def test_no_more_is_in_flight_than_memory_allows(cluster: Any, tmp_path: Path) -> None:
-    cluster.add_node(**NODE | {"num_cpus": 3})
+    larger = cluster.add_node(**NODE | {"num_cpus": 3})
     with open_engine(f"ray://{cluster.address}", 1) as engine:
         assert engine.slots == 6
         halves = [engine.submit(f"{place}", stay, tmp_path / str(place), 0.5, memory=6 * 10**8) for place in range(6)]
@@ -139,6 +234,8 @@ def test_no_more_is_in_flight_than_memory_allows(cluster: Any, tmp_path: Path) -
         assert (
             max(map(int, (tmp_path / "0").parent.joinpath("most").read_text().split())) <= 4
         )  # one a node, as each takes more than half of its memory
+    cluster.remove_node(larger)
+    cluster.wait_for_nodes()
 
 
 def stay(place: Path, seconds: float) -> None:
@@ -171,6 +268,8 @@ def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, ll
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "ray" else find(name, *rest))
     with pytest.raises(MissingExtra, match=r"pip install 'recall-merge\[cluster\]'"):
         bench(Scenario.model_validate(told(llama, rows, tmp_path / "out")), engine="ray")
+    with pytest.raises(MissingExtra, match=r"pip install 'recall-merge\[cluster\]'"):
+        merge(a_run(llama, {"a": llama}, rows / "films-train.jsonl", tmp_path / "out"), engine="ray")
     assert not (tmp_path / "out").exists()
 
 

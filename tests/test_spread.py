@@ -23,7 +23,7 @@ from recall_merge.maths.methods import METHODS
 from recall_merge.models.walk import Walk
 from recall_merge.recipes import merge as recipe
 from recall_merge.recipes.plan import make_plan
-from recall_merge.recipes.spread import ATTEMPT, on_one_thread, write_shard
+from recall_merge.recipes.spread import ATTEMPT, for_tasks, write_shard
 from recall_merge.recipes.weigh import weigh
 from test_by_depth import ROWS
 from tiny import fine_tuned, lora, make_model, save_model, write_rows
@@ -37,9 +37,10 @@ class Worker(Here):
     def __init__(self) -> None:
         self.labels: list[str] = []
 
-    def submit(self, label: str, function: Callable[..., Any], *arguments: Any, memory: int = 0) -> Future[Any]:
+    def submit(self, label: str, function: Callable[..., Any], *arguments: Any, memory: int = 0, threads: int = 1) -> Future[Any]:
         self.labels.append(label)
         assert memory > 0
+        assert threads == 1
         function, arguments = pickle.loads(pickle.dumps((function, arguments)))
         return super().submit(label, function, *arguments)
 
@@ -141,13 +142,13 @@ def test_what_a_lost_attempt_leaves_is_no_part_of_the_result(bases: Bases, worke
     experts = {name: fine_tuned(base, tmp_path / name, seed=seed) for seed, name in enumerate("ab")}
     submit = worker.submit
 
-    def lost_once(label: str, function: Any, *arguments: Any, memory: int = 0) -> Future[Any]:
+    def lost_once(label: str, function: Any, *arguments: Any, **needs: int) -> Future[Any]:
         if label.endswith(".safetensors"):  # the worker before was lost in the middle, and another one had finished and could not say so
             folder = tmp_path / "apart.partial"
             (folder / f"{ATTEMPT}1-x").mkdir(exist_ok=True)
             (folder / f"{ATTEMPT}1-x" / label).write_bytes(b"half")
             (folder / label).write_bytes(b"another")
-        return submit(label, function, *arguments, memory=memory)
+        return submit(label, function, *arguments, **needs)
 
     worker.submit = lost_once  # type: ignore[method-assign]
     same(lambda target: a_run(base, experts, rows, target), tmp_path)
@@ -174,7 +175,7 @@ def test_a_merge_that_fails_apart_leaves_nothing(bases: Bases, worker: Worker, r
 def test_a_machine_that_finds_other_files_says_so(bases: Bases, rows: Path, tmp_path: Path) -> None:
     base = bases("llama")
     experts = {name: fine_tuned(base, tmp_path / name, seed=seed) for seed, name in enumerate("ab")}
-    plan = on_one_thread(make_plan(a_run(base, experts, rows, tmp_path / "out", weights=[1.0, 1.0], method="linear")))
+    plan = for_tasks(make_plan(a_run(base, experts, rows, tmp_path / "out", weights=[1.0, 1.0], method="linear")))
     folder = tmp_path / "out.partial"
 
     def refused() -> str:

@@ -30,24 +30,22 @@ def check_installed() -> None:
 
 
 class Cluster:
-    """Tasks of one processor each, anywhere on the cluster."""
+    """Tasks anywhere on the cluster."""
 
     def __init__(self, ray: Any) -> None:
         self._ray = ray
-        self._task = ray.remote(max_retries=RETRIES, num_cpus=1)(_call)
+        self._task = ray.remote(max_retries=RETRIES)(_call)
         self._at_work: dict[Future[Any], Any] = {}
 
     @property
     def slots(self) -> int:
         return max(1, int(self._ray.cluster_resources().get("CPU", 1)))
 
-    def submit(self, label: str, function: Callable[..., R], *arguments: Any, memory: int = 0) -> Future[R]:
-        largest = max((node["Resources"].get("memory", 0) for node in self._ray.nodes() if node["Alive"]), default=0)
-        if memory > largest:
-            what = f"'{label}' needs up to {memory:,} bytes of memory; the largest node of the cluster gives {int(largest):,}"
-            raise EngineError(what, where="--engine", fix="add a larger node, or start its `ray start` with a larger --memory")
+    def submit(self, label: str, function: Callable[..., R], *arguments: Any, memory: int = 0, threads: int = 1) -> Future[R]:
+        self._check_fits(label, memory, "bytes of memory", "memory", "--memory")
+        self._check_fits(label, threads, "processors", "CPU", "--num-cpus")
         told: Future[R] = Future()
-        task = self._task.options(name=label, memory=memory or None, scheduling_strategy="SPREAD")
+        task = self._task.options(name=label, num_cpus=threads, memory=memory or None, scheduling_strategy="SPREAD")
         reference = task.remote(Path.cwd(), function, arguments)
         self._at_work[told] = reference
 
@@ -65,6 +63,13 @@ class Cluster:
 
         reference.future().add_done_callback(finish)
         return told
+
+    def _check_fits(self, label: str, needed: int, unit: str, resource: str, flag: str) -> None:
+        """Refuse what no node can hold: Ray would wait for one for ever."""
+        largest = int(max((node["Resources"].get(resource, 0) for node in self._ray.nodes() if node["Alive"]), default=0))
+        if needed > largest:
+            what = f"'{label}' needs up to {needed:,} {unit}; the largest node of the cluster gives {largest:,}"
+            raise EngineError(what, where="--engine", fix=f"add a larger node, or start its `ray start` with a larger {flag}")
 
     def give_up(self) -> None:
         """End what is at work, and wait until it has ended: it might still be writing."""

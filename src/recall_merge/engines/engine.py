@@ -14,7 +14,7 @@ LOCAL, RAY = "local", "ray"
 
 
 class Engine(Protocol):
-    """Runs tasks, each on one thread, so that results do not depend on the engine.
+    """Runs tasks, each with its sums on one thread, so that results do not depend on the engine.
 
     A task is a function of a module with arguments that can be pickled. What it raises is what its future raises.
     """
@@ -24,12 +24,13 @@ class Engine(Protocol):
         """How many tasks run at a time; on a cluster that may change while it works."""
         ...
 
-    def submit(self, label: str, function: Callable[..., R], *arguments: Any, memory: int = 0) -> Future[R]:
+    def submit(self, label: str, function: Callable[..., R], *arguments: Any, memory: int = 0, threads: int = 1) -> Future[R]:
         """Have a task done.
 
         Args:
             label: what it is, for people.
             memory: bytes that it needs at most; tasks that would not fit into a node's memory together wait for one another.
+            threads: processors that it uses, likewise.
         """
         ...
 

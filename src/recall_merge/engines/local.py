@@ -20,7 +20,7 @@ class Here:
 
     slots = 1
 
-    def submit(self, label: str, function: Callable[..., R], *arguments: Any, memory: int = 0) -> Future[R]:
+    def submit(self, label: str, function: Callable[..., R], *arguments: Any, memory: int = 0, threads: int = 1) -> Future[R]:
         done: Future[R] = Future()
         try:
             done.set_result(function(*arguments))
@@ -35,7 +35,7 @@ class Processes:
     def __init__(self, pool: ProcessPoolExecutor, slots: int) -> None:
         self._pool, self.slots = pool, slots
 
-    def submit(self, label: str, function: Callable[..., R], *arguments: Any, memory: int = 0) -> Future[R]:
+    def submit(self, label: str, function: Callable[..., R], *arguments: Any, memory: int = 0, threads: int = 1) -> Future[R]:
         return self._pool.submit(function, *arguments)
 
 

@@ -41,15 +41,15 @@ def weigh_apart(plan: Plan, engine: Engine, progress: Progress) -> Weighting:
 
     Losses are one task in all: they take a small part of the time, and whole models.
     """
-    rule, plan = plan.weights, on_one_thread(plan)
+    rule, plan = plan.weights, for_tasks(plan)
     if isinstance(rule, Losses):
-        return _all(engine, [Task("losses", weigh, (plan,), plan.memory_to_run)])[0]
+        return _all(plan, engine, [Task("losses", weigh, (plan,), plan.memory_to_run)])[0]
     if not isinstance(rule, Representations):
         return weigh(plan, progress)
     newest = plan.experts[-1].name
     with progress.stage(f"choosing typical samples with {newest}", 1, "tasks") as advance:
         first = Task(f"typical samples by {newest}", typical_texts, (plan, rule, Silent()), plan.memory_to_walk)
-        ((texts, samples, notes),) = _all(engine, [first], lambda _: advance(1))
+        ((texts, samples, notes),) = _all(plan, engine, [first], lambda _: advance(1))
     pool = pool_of(plan, rule)
 
     def states(*, whole: bool) -> Tensor:
@@ -61,7 +61,7 @@ def weigh_apart(plan: Plan, engine: Engine, progress: Progress) -> Weighting:
             for place, model in enumerate(pool)
         ]
         with progress.stage("representations", len(tasks), "models") as advance:
-            return torch.stack(_all(engine, tasks, lambda _: advance(1)), dim=1)
+            return torch.stack(_all(plan, engine, tasks, lambda _: advance(1)), dim=1)
 
     try:
         found = states(whole=False)
@@ -84,10 +84,12 @@ def fuse_apart(plan: Plan, weighting: Weighting, engine: Engine, folder: Path, d
         OutputError: if a machine does not find the folder.
     """
     WeightWriter(folder, plan.shards)  # which begins with the index
-    given = (on_one_thread(plan), weighting, folder)
-    tasks = [Task(shard.file, write_shard, (*given, place), given[0].memory_to_fuse) for place, shard in enumerate(plan.shards)]
+    plan = for_tasks(plan)
+    tasks = [
+        Task(shard.file, write_shard, (plan, weighting, folder, place), plan.memory_to_fuse) for place, shard in enumerate(plan.shards)
+    ]
     with progress.stage(f"merging by {plan.method.name}", plan.bytes_written, "bytes") as advance:
-        done = _all(engine, tasks, lambda place: advance(plan.shards[place].nbytes))
+        done = _all(plan, engine, tasks, lambda place: advance(plan.shards[place].nbytes))
     for left in folder.glob(f"{ATTEMPT}*"):
         shutil.rmtree(left)
     for shard in done:
@@ -133,9 +135,9 @@ def representations_of(plan: Plan, place: int, texts: list[str], whole: bool) ->
     return states
 
 
-def on_one_thread(plan: Plan) -> Plan:
-    """The plan for a task, which has one processor. What it makes does not depend on that."""
-    return replace(plan, run=plan.run.model_copy(update={"threads": 1}))
+def for_tasks(plan: Plan) -> Plan:
+    """The plan of one task of several at a time: on as many threads as the run says, or one. What it makes does not depend on that."""
+    return replace(plan, run=plan.run.model_copy(update={"threads": plan.run.threads or 1}))
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ class Task:
     memory: int
 
 
-def _all(engine: Engine, tasks: Sequence[Task], done: Callable[[int], None] = lambda _: None) -> list[Any]:
+def _all(plan: Plan, engine: Engine, tasks: Sequence[Task], done: Callable[[int], None] = lambda _: None) -> list[Any]:
     """What the tasks return, in their order; no more of them are in flight than the engine has places.
 
     Args:
@@ -160,7 +162,7 @@ def _all(engine: Engine, tasks: Sequence[Task], done: Callable[[int], None] = la
     while len(found) < len(tasks):
         while begun < len(tasks) and len(running) < engine.slots:
             task = tasks[begun]
-            running[engine.submit(task.label, _counted, task.function, task.arguments, memory=task.memory)] = begun
+            running[engine.submit(task.label, _counted, task.function, task.arguments, memory=task.memory, threads=plan.threads)] = begun
             begun += 1
         for future in wait(running, timeout=PATIENCE, return_when=FIRST_COMPLETED).done:
             place = running.pop(future)
