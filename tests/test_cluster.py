@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +18,10 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from recall_merge import MergeRun, merge, verify
+from recall_merge.commands.app import app
 from recall_merge.config import load_run
 from recall_merge.engines.engine import open_engine
 from recall_merge.errors import DataError, EngineError, MissingExtra, RunError
@@ -26,6 +30,7 @@ from recall_merge.recipes.bench.scenario import Scenario
 from recall_merge.recipes.evaluate import evaluate
 from recall_merge.recipes.spread import ATTEMPT
 from test_bench import ALL, questions, told
+from test_docs import ROOT, blocks
 from test_spread import a_run, files_of
 from tiny import fine_tuned, lora, make_model, save_model, write_rows
 
@@ -245,6 +250,30 @@ def stay(place: Path, seconds: float) -> None:
         file.write(f"{sum(one.name.isdecimal() for one in place.parent.iterdir())}\n")
     time.sleep(seconds)
     place.unlink()
+
+
+@pytest.mark.slow
+def test_the_documented_commands_work(cluster: Any, llama: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a folder with relative paths, which mean on the nodes what they mean here."""
+    monkeypatch.chdir(tmp_path)
+    for name, source in {"opinion": "films", "french": "dogs"}.items():
+        shutil.copy(rows / f"{source}-test.jsonl", f"{name}.jsonl")
+        fine_tuned(llama, tmp_path / name, seed=len(name))
+    run = {"base": os.path.relpath(llama), "experts": [{"name": name, "path": name} for name in ("opinion", "french")]}
+    run |= {"method": "recall", "samples": {"path": "french.jsonl", "count": 3}, "out": {"path": "merged", "shard_size": "20KB"}}
+    Path("run.yaml").write_text(yaml.safe_dump(run))
+    Path("scenario.yaml").write_text(yaml.safe_dump(told(llama, rows, Path("bench"))))
+    lines = [line for block in blocks(ROOT / "docs" / "scale.md", "console") for line in block.splitlines()]
+    given = [shlex.split(line.removeprefix("$ recall")) for line in lines if line.startswith("$ recall")]
+    assert [words[0] for words in given] == ["merge", "evaluate", "bench"]
+    for words in given:
+        found = CliRunner().invoke(app, words)
+        assert found.exit_code == 0, f"{words}: {found.output} {found.exception}"
+    there = files_of(tmp_path / "merged")
+    assert CliRunner().invoke(app, ["merge", "run.yaml", "--overwrite"]).exit_code == 0
+    assert {name: there[name] for name in there if name != "record.json"} == {
+        name: data for name, data in files_of(tmp_path / "merged").items() if name != "record.json"
+    }
 
 
 @pytest.mark.slow
