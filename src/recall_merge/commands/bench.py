@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from recall_merge.commands import glance
 from recall_merge.commands.options import AsJson, EngineName, Quiet, Sets, settings_of
 
 if TYPE_CHECKING:
     from recall_merge.recipes.bench.run import CellDone
     from recall_merge.recipes.bench.scenario import Scenario
-    from recall_merge.recipes.bench.summary import Summary
+    from recall_merge.recipes.bench.summary import MethodRow, Summary
 
 PLACES = {"model": "MODEL", "data": "DATA"}  # keys whose values are folders of this machine
 
@@ -75,21 +77,28 @@ def _show(summary: Summary, *, as_json: bool) -> None:
 
     if as_json:
         return print_json(summary.to_json())
-    from rich.table import Table
-
+    console = out()
     for kind in dict.fromkeys(row.kind for row in summary.methods):
         rows = [row for row in summary.methods if row.kind == kind]
         known = [name for name in SHORT.values() if any(shown(row)[name] != "-" for row in rows)]
-        table = Table(box=None, title=kind, title_justify="left")
-        for name in ("method", "trials", *known):
-            table.add_column(name, no_wrap=name == "method")
-        for row in rows:
-            table.add_row(row.method, str(row.trials), *(shown(row)[name] for name in known))
-        out().print(table)
+        numbers = [(row.method, [glance.Cell(text) for text in (str(row.trials), *(shown(row)[name] for name in known))]) for row in rows]
+        tasks = list(dict.fromkeys(task for row in rows for task in row.final))
+        scores = [(row.method, [_score(row, task) for task in tasks]) for row in rows]
+        for title, head, lines in (("", ["method", "trials", *known], numbers), (", each task at the end", ["method", *tasks], scores)):
+            console.print(f"{kind}{title}: mean ± standard deviation over trials")
+            for table in glance.heat(head, lines, console.width):
+                console.print(table)
     for (kind, method), count in summary.unfinished.items():
         err().print(f"note: not finished: {method} ({kind}), {count} trials", markup=False)
     out().print(f"results: {summary.folder / 'summary.md'}", markup=False)
     return None
+
+
+def _score(row: MethodRow, task: str) -> glance.Cell:
+    mean, spread = row.final.get(task), row.final_spread.get(task, math.nan)
+    if mean is None or math.isnan(mean):
+        return glance.Cell("-")
+    return glance.Cell(f"{mean:.3f}" + ("" if math.isnan(spread) else f" ± {spread:.3f}"), mean)
 
 
 def _tell(done: CellDone) -> None:

@@ -10,12 +10,17 @@ from typing import Any
 from recall_merge.errors import RecallError
 from recall_merge.progress import Advance, Progress, Silent
 
+WIDE = 10_000  # columns where nobody watches: no table is cut for the next program in the pipe
+
 
 def out() -> Any:
-    """Where results are printed."""
+    """Where results are printed. What is in brackets is a user's, and no markup."""
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    if not console.is_terminal:
+        console.width = WIDE
+    return console
 
 
 def err() -> Any:

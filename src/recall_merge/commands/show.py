@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recall_merge.commands import glance
 from recall_merge.commands.console import err, out
 from recall_merge.config import FromSamples, Losses
 from recall_merge.errors import RunError, did_you_mean
@@ -28,7 +29,7 @@ def merged(result: MergeResult, *, as_json: bool, quiet: bool) -> None:
     if as_json:
         return print_json({"path": str(result.path), "record": result.record})
     if not quiet:
-        _weights_table(result.weighting)
+        _weights(result.weighting)
         notes(result.notes)
     out().print(f"merged by {result.record['method']['name']} into {result.path}", markup=False)
     return None
@@ -44,7 +45,7 @@ def weighed(weighting: Weighting, *, picture: Path | None, as_json: bool, quiet:
     if as_json:
         samples = [{"row": sample.row, "tokens": sample.tokens, "cluster": sample.cluster} for sample in weighting.samples]
         return print_json({"similarity": similarity, "weights": weights, "samples": samples, "notes": list(weighting.notes)})
-    _weights_table(weighting)
+    _weights(weighting)
     if not quiet:
         notes(weighting.notes)
     if picture is not None:
@@ -58,7 +59,7 @@ def planned(plan: Plan, estimate: Estimate, *, as_json: bool) -> None:
         "experts": {expert.name: str(plan.located[expert.name].folder) for expert in plan.experts},
         "method": plan.method.name,
         "options": dict(plan.options),
-        "weights": _weights(plan.weights),
+        "weights": _rule(plan.weights),
         "blocks": plan.base.depths.blocks,
         "tensors": len(plan.specs),
         "shards": len(plan.shards),
@@ -180,12 +181,28 @@ def notes(found: Any) -> None:
         err().print(f"note: {note}", markup=False)
 
 
-def _weights_table(weighting: Weighting) -> None:
+def _weights(weighting: Weighting) -> None:
+    """The numbers; and on a terminal, below them, where they can be seen at once, a strip a model."""
+    console = out()
+    numbers = _weights_table(weighting)
+    watched = glance.watched(console)
+    if not watched or console.measure(numbers).minimum <= console.width:
+        console.print(numbers)
+    if watched:
+        if weighting.similarity is not None:
+            console.print("\n", glance.strips("similarity to the newest", weighting.table(weighting.similarity), console.width), sep="")
+        if len(weighting.models) > 1:
+            even = 1 / len(weighting.models)
+            console.print("\n", glance.strips("weights", weighting.table(weighting.weights), console.width, middle=even), sep="")
+
+
+def _weights_table(weighting: Weighting) -> Any:
     from rich.table import Table
 
-    table = Table("depth", *(f"w {name}" for name in weighting.models), box=None)
+    names = [glance.plain(name) for name in weighting.models]
+    table = Table("depth", *(f"w {name}" for name in names), box=None)
     if weighting.similarity is not None:
-        for name in weighting.models[:-1]:
+        for name in names[:-1]:
             table.add_column(f"S {name}")
     rows: list[tuple[int, int, list[str]]] = []  # first and last depth, and the numbers they share
     for depth, row in enumerate(weighting.weights.tolist()):
@@ -195,10 +212,10 @@ def _weights_table(weighting: Weighting) -> None:
         rows.append((first, depth, numbers))
     for first, last, numbers in rows:
         table.add_row(str(first) if first == last else f"{first} to {last}", *numbers)
-    out().print(table)
+    return table
 
 
-def _weights(given: Any) -> Any:
+def _rule(given: Any) -> Any:
     if isinstance(given, FromSamples):
         return "losses" if isinstance(given, Losses) else "representations"
     return {f"depth {depth}": list(row) for depth, row in enumerate(given)} if isinstance(given[0], tuple) else list(given)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recall_merge.commands import glance
 from recall_merge.commands.console import out
 from recall_merge.commands.show import notes, print_json
 
@@ -54,7 +56,8 @@ def status(folder: Path, found: Status, *, as_json: bool) -> None:
     for line in found.branches:
         end = line.stages[-1].id
         console.print(f"\nR, the line to stage {end}" + (" (now)" if end == state.head else ""), markup=False)
-        console.print(_matrix(line))
+        for table in _matrix(line, console):
+            console.print(table)
         _numbers(line)
     if found.unfinished is not None:
         lesson, part = found.unfinished
@@ -116,15 +119,20 @@ def _tree(state: State) -> Any:
     return nodes[0]
 
 
-def _matrix(line: Branch) -> Any:
-    from rich.table import Table
+def _matrix(line: Branch, console: Any) -> Iterator[Any]:
+    """R and the experts' own scores; on a terminal as a heat map, with a line of bars a task from the base to now."""
+    head = ["after stage", *line.tasks, *(f"{name} (unseen)" for name in line.unseen)]
+    names = ["0 base", *(f"{stage.id} {task}" for stage, task in zip(line.stages, line.tasks, strict=True))]
+    stages = [(name, (*row, *unseen)) for name, row, unseen in zip(names, line.r, line.r_unseen, strict=True)]
+    own = ("own expert", (*line.experts, *(None for _ in line.unseen)))
+    rows = [(name, [_cell(score) for score in scores]) for name, scores in (*stages, own)]
+    watched = glance.watched(console)
+    trends = [glance.spark([scores[at] for _, scores in stages]) for at in range(len(head) - 1)]
+    return glance.heat(head, rows, console.width, below=("base to now", trends) if watched else None)
 
-    table = Table("after stage", *(str(name) for name in line.tasks), *(f"{name} (unseen)" for name in line.unseen), box=None)
-    for number, (row, unseen) in enumerate(zip(line.r, line.r_unseen, strict=True)):
-        stage = "0 base" if number == 0 else f"{line.stages[number - 1].id} {line.tasks[number - 1]}"
-        table.add_row(stage, *map(_number, (*row, *unseen)))
-    table.add_row("own expert", *map(_number, line.experts), *("" for _ in line.unseen))
-    return table
+
+def _cell(score: float | None) -> glance.Cell:
+    return glance.Cell(_number(score), score)
 
 
 def _changes(line: Branch) -> Any:

@@ -71,6 +71,8 @@ class MethodRow:
     """Of the average performance: the mean over the trials, which share their test items."""
     final: Mapping[str, float]
     """Mean score of each task at the end, unseen ones too."""
+    final_spread: Mapping[str, float]
+    """Its standard deviation over the trials."""
 
 
 @dataclass(frozen=True)
@@ -165,10 +167,11 @@ def _methods(measured: Sequence[Measured], rows: Sequence[ScoreRow]) -> list[Met
         if kind == "single-model":
             last = [row for row in last if row.seen or " > " in row.order]
         tasks = dict.fromkeys(row.task for row in last)
-        final = {task: _mean([row.score for row in last if row.task == task]) for task in tasks}
+        ends = {task: [row.score for row in last if row.task == task] for task in tasks}
+        final, final_spread = ({task: of(scores) for task, scores in ends.items()} for of in (_mean, _spread))
         mean = {name: _mean(numbers) for name, numbers in values.items()}
         spread = {name: _spread(numbers) for name, numbers in values.items()}
-        found.append(MethodRow(kind, method, len(own), mean, spread, _mean([one.item_error for one in own]), final))
+        found.append(MethodRow(kind, method, len(own), mean, spread, _mean([one.item_error for one in own]), final, final_spread))
     return found
 
 
