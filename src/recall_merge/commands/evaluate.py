@@ -26,6 +26,7 @@ def evaluate(
     dtype: Annotated[str | None, typer.Option(help="float32 on a CPU, by default.", show_default=False)] = None,
     template: Annotated[bool, typer.Option(help="Apply the model's chat template where it has one.")] = True,
     engine: EngineName = "local",
+    card: Annotated[bool, typer.Option("--card", help="Add the scores to the model's card (README.md).")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -48,6 +49,7 @@ def evaluate(
         dtype=dtype,
         template=template,
         engine=engine,
+        card=card,
         progress=progress(quiet or as_json),
     )
     _show(model, scores, as_json=as_json)

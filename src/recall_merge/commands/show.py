@@ -39,7 +39,7 @@ def weighed(weighting: Weighting, *, picture: Path | None, as_json: bool, quiet:
     similarity = None if weighting.similarity is None else weighting.table(weighting.similarity)
     weights = weighting.table(weighting.weights)
     if picture is not None:
-        from recall_merge.report.charts import draw_weights
+        from recall_merge.report.merge_charts import draw_weights
 
         draw_weights(similarity, weights, picture)
     if as_json:

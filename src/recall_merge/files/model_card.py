@@ -1,18 +1,31 @@
-"""The model card of a result: what the hub needs to know, and how the model was made. No local path is ever in it."""
+"""The model card of a result: what the hub needs to know, and how the model was made. No local path is ever in it.
+
+A card is for people: they may go on writing it, so a record does not hold its hash. Scores come to it when they are known, as a table and,
+for machines, as the `model-index` of its metadata.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import html
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from recall_merge.errors import CheckpointError
+from recall_merge.files.durable import write_whole
 from recall_merge.safe_yaml import MAX_BYTES, NotYaml, parse_yaml
 
-CARD = "README.md"
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult, ModelCard
+
+CARD, PICTURE = "README.md", "weights.png"
+BEGIN, END = "<!-- scores -->", "<!-- end of scores -->"  # what stands between is written anew with every score
+ERROR = "_stderr"  # after a metric's name, as lm-eval calls its standard error
 
 
 def write_card(folder: Path, *, base: str, base_folder: Path, sources: Sequence[str], record: Mapping[str, Any]) -> None:
-    """Write the card.
+    """Write the card. It shows `weights.png` where that lies in the folder.
 
     Args:
         base: how the base is called in text.
@@ -30,34 +43,134 @@ def write_card(folder: Path, *, base: str, base_folder: Path, sources: Sequence[
         pipeline_tag="text-generation",
         tags=["merge", "recall-merge", record["run"]["method"]],
         base_model_relation="merge",
-        eval_results=None,
     )
-    (folder / CARD).write_text(f"---\n{data.to_yaml()}\n---\n\n{_text(folder.name, base, record)}", "utf-8")
+    text = _text(base, record, pictured=(folder / PICTURE).is_file())
+    (folder / CARD).write_text(f"---\n{data.to_yaml()}\n---\n\n{text}", "utf-8")
 
 
-def _text(name: str, base: str, record: Mapping[str, Any]) -> str:
+def read_card(folder: Path) -> ModelCard:
+    """The card of a folder.
+
+    Raises:
+        CheckpointError: if there is none, or its metadata cannot be read.
+    """
+    from huggingface_hub import ModelCard
+
+    if not (folder / CARD).is_file():
+        raise CheckpointError(f"there is no model card ({CARD})", where=folder, fix="scores are added to the card of a folder that has one")
+    with (folder / CARD).open("rb") as file:
+        text = file.read(MAX_BYTES + 1)
+    try:
+        if len(text) > MAX_BYTES:
+            raise NotYaml(f"it is larger than {MAX_BYTES} bytes")
+        if not isinstance(parse_yaml(_metadata(text)), dict):
+            raise NotYaml("it has no metadata between two lines of '---'")
+        return ModelCard(text.decode("utf-8"))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        fix = "mend the metadata at its head, or delete the file and merge again"
+        raise CheckpointError(f"the model card cannot be read: {error}", where=folder / CARD, fix=fix) from error
+
+
+def add_scores(folder: Path, name: str, scores: Sequence[Mapping[str, Any]]) -> None:
+    """Put scores into a folder's card. A score of the same task by the same metric is replaced; all else in the card stays.
+
+    Args:
+        name: how the card calls the model, unless it has a name there already.
+        scores: task, metric, score (0 to 1), stderr or None, and n, the rows.
+
+    Raises:
+        CheckpointError: if there is no card, or it cannot be read.
+    """
+    card = read_card(folder)
+    new = [result for score in scores for result in _results(score)]
+    told = {(result.dataset_type, result.metric_type) for result in new}
+    data: Any = card.data
+    kept = [result for result in data.eval_results or () if (result.dataset_type, result.metric_type) not in told]
+    data.model_name = data.model_name or name
+    data.eval_results = [*kept, *new]
+    table = "\n".join(_scores(data.eval_results))
+    before, _, rest = card.text.partition(BEGIN)
+    card.text = f"{before.rstrip()}\n\n{BEGIN}\n{table}\n{END}\n\n{rest.partition(END)[2].lstrip()}"
+    write_whole(folder / CARD, str(card))
+
+
+def _results(score: Mapping[str, Any]) -> Iterator[EvalResult]:
+    """A score, and its standard error, as the hub knows them."""
+    from huggingface_hub import EvalResult
+
+    numbers = {score["metric"]: score["score"], **({} if score["stderr"] is None else {score["metric"] + ERROR: score["stderr"]})}
+    for metric, value in numbers.items():
+        yield EvalResult(
+            task_type="text-generation",
+            dataset_type=score["task"],
+            dataset_name=score["task"],
+            dataset_args={"rows": score["n"]},
+            metric_type=metric,
+            metric_value=round(value, 4),
+        )
+
+
+def _scores(results: Sequence[EvalResult]) -> Iterator[str]:
+    errors = {(result.dataset_type, result.metric_type): result.metric_value for result in results}
+    yield "## Scores"
+    yield ""
+    yield "| task | metric | score | standard error | rows |"
+    yield "|---|---|---|---|---|"
+    for result in results:
+        if not result.metric_type.endswith(ERROR):
+            error = errors.get((result.dataset_type, result.metric_type + ERROR), "-")
+            rows = (result.dataset_args or {}).get("rows", "-")
+            cells = (result.dataset_name, result.metric_type, result.metric_value, error, rows)
+            yield "| " + " | ".join(plain(str(cell)) for cell in cells) + " |"
+
+
+def plain(text: str) -> str:
+    """A user's words as one line of Markdown that means nothing but itself, of 100 characters at most.
+
+    >>> print(plain("<b>a|\\n[b](c)"))
+    &lt;b&gt;a\\| \\[b\\](c)
+    """
+    line = " ".join(text.split())
+    line = html.escape(line if len(line) <= 100 else line[:99] + "…", quote=False)
+    return re.sub(r"([\\`*_\[\]|~!#$])", r"\\\1", line)
+
+
+def _text(base: str, record: Mapping[str, Any], *, pictured: bool) -> str:
     run = record["run"]
-    experts = [entry["name"] for entry in run["experts"]]
+    experts = [plain(entry["name"]) for entry in run["experts"]]
     lines = [
         "# Merged model",
         "",
-        f"One model from {len(experts)} expert{'s' * (len(experts) > 1)} ({', '.join(experts)}) on the base {base}, "
+        f"One model from {len(experts)} expert{'s' * (len(experts) > 1)} ({', '.join(experts)}) on the base {plain(base)}, "
         f"merged by `{run['method']}` with [recall-merge](https://pypi.org/project/recall-merge/) {record['versions']['recall-merge']}.",
         "",
-        "## Weights by depth",
-        "",
-        *_table(record["weights"]),
-        "",
     ]
+    if pictured:
+        lines += [f"![Weights of the experts by depth, and the similarity that they follow from]({PICTURE})", ""]
+    lines += [BEGIN, END, "", "## How it was made", "", *_essentials(record), ""]
+    lines += ["## Weights by depth", "", *_table(record["weights"]), ""]
     if record.get("similarity"):
         lines += ["## Similarity to the newest expert by depth", "", *_table(record["similarity"]), ""]
     lines += ["Depth 0 is the embedding, the last depth of the weights is the final norm and head. `record.json` holds the whole run.", ""]
     return "\n".join(lines)
 
 
+def _essentials(record: Mapping[str, Any]) -> Iterator[str]:
+    """The record in short."""
+    method, run = record["method"], record["run"]
+    yield f"- method: `{method['name']}`, {plain(method['source'])}"
+    for key, value in {**run["options"], **method["options"]}.items():
+        yield f"- option {plain(key)}: {plain(str(value))}"
+    if record["samples"]:
+        yield f"- compared on {len(record['samples'])} typical samples of the newest expert's data"
+    yield f"- seed {run['seed']}; made {record['created']} with " + ", ".join(
+        f"{package} {record['versions'][package]}" for package in ("torch", "transformers") if package in record["versions"]
+    )
+
+
 def _table(table: Mapping[str, Any]) -> list[str]:
     """A Markdown table; runs of depths whose numbers print alike share a line."""
-    lines = ["| depth | " + " | ".join(table["experts"]) + " |", "|---" * (1 + len(table["experts"])) + "|"]
+    lines = ["| depth | " + " | ".join(map(plain, table["experts"])) + " |", "|---" * (1 + len(table["experts"])) + "|"]
     shown: list[tuple[int, int, str]] = []
     for depth, row in zip(table["depths"], table["rows"], strict=True):
         text = " | ".join(f"{number:.3f}" for number in row)
@@ -74,9 +187,15 @@ def _front_matter(base: Path) -> dict[str, Any]:
     if not card.is_file():
         return {}
     with card.open("rb") as file:
-        parts = file.read(MAX_BYTES).decode("utf-8", errors="replace").split("---", 2)
+        text = file.read(MAX_BYTES)
     try:
-        found = parse_yaml(parts[1]) if len(parts) == 3 and not parts[0].strip() else {}
+        found = parse_yaml(_metadata(text))
     except NotYaml:
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _metadata(card: bytes) -> str:
+    """What stands between the first two '---' of a card."""
+    parts = card.decode("utf-8", errors="replace").split("---", 2)
+    return parts[1] if len(parts) == 3 and not parts[0].strip() else ""

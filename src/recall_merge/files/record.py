@@ -16,7 +16,8 @@ from recall_merge.files.experts import hash_file
 RECORD = "record.json"
 FORMAT = 1
 READ_BY_LOADERS = {".safetensors", ".json", ".jinja", ".txt", ".model", ".py", ".bin", ".pt", ".pth", ".ckpt"}
-LATER = (RECORD, "recall-card.json", "recall-card.safetensors")  # what may come to a result, or an expert, after its record
+# what may come to a result, or an expert, after its record, or change: of the model card, people are the authors
+LATER = (RECORD, "README.md", "recall-card.json", "recall-card.safetensors")
 PACKAGES = ("recall-merge", "torch", "transformers", "safetensors", "huggingface_hub", "peft", "scikit-learn", "numpy", "tokenizers")
 
 
@@ -34,7 +35,7 @@ def versions() -> dict[str, str]:
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Write the record with the hashes of all other files of the folder. Its weight files' hashes may be given, to spare reading them."""
     known = dict(record.get("files", {}))
-    names = sorted(file.name for file in folder.iterdir() if file.is_file() and file.name != RECORD and not file.name.startswith("."))
+    names = sorted(file.name for file in folder.iterdir() if file.is_file() and file.name not in LATER and not file.name.startswith("."))
     files = {name: known.get(name) or hash_file(folder / name) for name in names}
     text = json.dumps({"format": FORMAT, **record, "files": files}, indent=2, ensure_ascii=False) + "\n"
     (folder / RECORD).write_text(text, "utf-8")
@@ -56,6 +57,8 @@ def verify_files(folder: Path) -> dict[str, Any]:
     faults = Faults()
     for name, wanted in record["files"].items():
         file = folder / name
+        if name in LATER:
+            continue
         if Path(name).name != name or len(name) > 255 or "\0" in name:
             faults.add(f"the record names {short(name)}, outside its folder", where=folder, fix="do not trust this folder")
         elif not file.is_file():

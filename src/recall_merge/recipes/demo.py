@@ -16,6 +16,7 @@ from recall_merge.config import MergeRun
 from recall_merge.files.adapter import open_adapter
 from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.files.experts import AdapterExpert, own_tensors
+from recall_merge.files.model_card import add_scores
 from recall_merge.files.record import RECORD, versions
 from recall_merge.files.rows import Row, read_rows
 from recall_merge.processes import side_by_side
@@ -119,6 +120,9 @@ def demo(
     models = ("base", *(task.name for task in tasks), *MERGES)
     scored = side_by_side(score_model, [(folder, name, tasks) for name in models], workers, progress)
     reused += [f"the scores of {one.model}" for one in scored if one.reused]
+    for one in scored:
+        if one.model in MERGES:
+            add_scores(folder / one.model, one.model, [score.to_json() for score in one.scores.values()])
     return DemoResult(
         tasks,
         {one.model: one.scores for one in scored},
@@ -204,7 +208,7 @@ def _key(model: Path, base: Path, rows: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for record in dict.fromkeys((base, model)):
         known = json.loads((record / RECORD).read_text("utf-8"))["files"]
-        digest.update(json.dumps({file: known[file] for file in sorted(known) if file != "README.md"}).encode())
+        digest.update(json.dumps(known, sort_keys=True).encode())
     for file in rows:
         digest.update(file.read_bytes())
     digest.update(json.dumps(versions()).encode())
@@ -230,7 +234,7 @@ def _answer(task: DemoTask, answers: dict[str, dict[str, str]]) -> Answer:
 
 
 def _picture(folder: Path, result: MergeResult) -> Path:
-    from recall_merge.report.charts import draw_weights
+    from recall_merge.report.merge_charts import draw_weights
 
     record = result.record
     return draw_weights(record["similarity"], record["weights"], folder / "weights.png", title="RECALL: similarity and weights by depth")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from recall_merge.files.adapter import CONFIG, is_adapter, open_adapter
 from recall_merge.files.checkpoint import open_checkpoint, read_json, weight_files
 from recall_merge.files.experts import AdapterExpert, own_tensors
 from recall_merge.files.hub import locate
+from recall_merge.files.model_card import add_scores, read_card
 from recall_merge.files.rows import read_rows
 from recall_merge.files.vocabulary import read_vocabulary
 from recall_merge.files.workspace import found_path, is_workspace, read_state
@@ -39,6 +40,7 @@ def evaluate(
     dtype: str | None = None,
     template: bool = True,
     engine: str = "local",
+    card: bool = False,
     progress: Progress | None = None,
 ) -> list[TaskScore]:
     """The score of a model on each task, in the order of the tasks.
@@ -49,6 +51,7 @@ def evaluate(
         base: what an adapter is on; by default what its config names.
         engine: `local`, `ray` or `ray://ADDRESS`, where each task is scored on a worker of its own; all nodes must find the model.
         metrics: task -> metric, where it is not to be the default.
+        card: add the scores to the model's card, in its folder; a workspace's are added to that of its model of now.
 
     Raises:
         RecallError: with every fault that can be found before the model is loaded.
@@ -63,16 +66,40 @@ def evaluate(
     faults, places = Faults(), []
     with faults.collect():
         places.append(_places(model, base))
+        if card:
+            _check_card(model, places[0][0])
     specs = read_tasks(tasks, metrics or {}, faults)
     faults.extend(check_tasks(specs))
     faults.extend(check_named(specs))
     faults.raise_any(RunError)
     loaded, asked = {"device": device, "dtype": dtype}, {"batch_size": batch_size, "limit": limit, "template": template}
+    scores = _all_scores(places[0], specs, loaded, asked, engine, progress)
+    if card:
+        folder = Path(model).absolute().resolve()
+        add_scores(places[0][0], f"{folder.name}-{places[0][0].name}" if is_workspace(folder) else folder.name, list(map(asdict, scores)))
+    return scores
+
+
+def _check_card(model: str, folder: Path) -> None:
+    """There must be a card, and it must be the user's own."""
+    if not Path(model).exists():
+        raise RunError("scores are not added to the card of a hub model", where=model, fix="leave out --card, or give a folder")
+    read_card(folder)
+
+
+def _all_scores(
+    place: tuple[Path, Path | None],
+    specs: Sequence[TaskSpec],
+    loaded: Mapping[str, Any],
+    asked: Mapping[str, Any],
+    engine: str,
+    progress: Progress | None,
+) -> list[TaskScore]:
     if engine == "local":
-        return _score(places[0], specs, loaded, asked, progress)
-    memory = 2 * 4 * sum(stored.spec.numel for stored in open_checkpoint(places[0][1] or places[0][0]).tensors.values())
+        return _score(place, specs, loaded, asked, progress)
+    memory = 2 * 4 * sum(stored.spec.numel for stored in open_checkpoint(place[1] or place[0]).tensors.values())
     with open_engine(engine, len(os.sched_getaffinity(0))) as workers:
-        futures = [workers.submit(f"scores on {spec.name}", _score, places[0], [spec], loaded, asked, memory=memory) for spec in specs]
+        futures = [workers.submit(f"scores on {spec.name}", _score, place, [spec], loaded, asked, memory=memory) for spec in specs]
         return [score for future in futures for score in future.result()]
 
 

@@ -20,6 +20,7 @@ from recall_merge.errors import Faults, WorkspaceError
 from recall_merge.files.adapter import is_adapter
 from recall_merge.files.cards import open_card
 from recall_merge.files.durable import write_whole
+from recall_merge.files.model_card import CARD, add_scores
 from recall_merge.files.record import versions
 from recall_merge.files.workspace import (
     Lesson,
@@ -202,6 +203,7 @@ class Work:
         """Make the stage part of the workspace, and its merge the workspace's model."""
         plain = {role: {name: found["score"] for name, found in tasks.items()} for role, tasks in scores.items()}
         samples = self._samples(card, made)
+        self._tell_card(merged, scores)
         with self._noted("commit"):
             tidy(self._folder)
             if self._ready.settings.keep_samples:
@@ -218,6 +220,11 @@ class Work:
             state = self._state.changed(stages=(*self._state.stages, stage), head=stage.id, unfinished=None)
             write_state(self._folder, state)
         return Learned(stage, state, made, scores, (*self._notes(), *made.notes))
+
+    def _tell_card(self, merged: Model, scores: Kept) -> None:
+        """The scores of the merge come into its model card."""
+        if (place := found_path(self._folder, merged.path) / CARD).is_file():
+            add_scores(place.parent, f"{self._folder.name}-{self._lesson.id}", list(scores["merged"].values()))
 
     @property
     def _rows(self) -> str | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from recall_merge.config import MergeRun, Representations
 from recall_merge.engines.engine import LOCAL, check_engine, open_engine
-from recall_merge.errors import CheckpointError, ResultError, Unwalkable
+from recall_merge.errors import CheckpointError, MissingExtra, ResultError, Unwalkable
 from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.files.companions import write_companions
 from recall_merge.files.experts import Digest
-from recall_merge.files.model_card import write_card
+from recall_merge.files.model_card import PICTURE, write_card
 from recall_merge.files.output import OutputFolder, WeightWriter
 from recall_merge.files.record import RECORD, verify_files, write_record
 from recall_merge.files.safetensors import READ
@@ -99,10 +101,12 @@ def apply(plan: Plan, *, engine: str = LOCAL, progress: Progress | None = None) 
             **({"cards": _cards(plan, weighting)} if plan.method.informed else {}),
             "notes": [*plan.notes, *weighting.notes],
             "bytes": {"read": READ.total - before, "written": plan.bytes_written},
+            "peak_memory": peak_memory(),
             "seconds": dict(timings.seconds),
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         plan.inputs.check()
+        _draw(record, out.path)
         sources = list(dict.fromkeys(place.repo for place in plan.located.values() if place.repo))
         write_card(out.path, base=public_name(plan, "base"), base_folder=plan.base.folder, sources=sources, record=record)
         write_record(out.path, {**record, "files": hashes})
@@ -182,6 +186,22 @@ def check_result(plan: Plan, folder: Path) -> None:
         logits = model(input_ids=torch.arange(min(8, plan.base.vocabulary_size)).unsqueeze(0), use_cache=False).logits
     if not logits.isfinite().all():
         raise ResultError("the result's forward pass gives numbers that are not finite", where=plan.target, fix="give `out.dtype: float32`")
+
+
+def _draw(record: Mapping[str, Any], folder: Path) -> None:
+    """The picture of the model card, where depths differ; without the `report` extra the card has its tables alone."""
+    from recall_merge.report.merge_charts import draw_weights
+
+    weights = record["weights"]["rows"]
+    if "similarity" in record or any(row != weights[0] for row in weights):
+        with suppress(MissingExtra):
+            draw_weights(record.get("similarity"), record["weights"], folder / PICTURE)
+
+
+def peak_memory() -> int:
+    """Bytes that this process has held at most since it began, whatever it did before the merge."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
 def _cards(plan: Plan, weighting: Weighting) -> dict[str, Any]:

@@ -6,9 +6,10 @@ Tables come in the form of `record.json`: `{"experts": [..], "depths": [..], "ro
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from recall_merge.report.pictures import altair
+from recall_merge.report.pictures import altair, save_chart
 from recall_merge.report.theme import DIVERGING, MODELS, SEQUENTIAL, model_colours
 
 WIDTH = 860
@@ -23,6 +24,17 @@ def points_of(table: Mapping[str, Any], name: str) -> Points:
         for model, value in zip(table["experts"], row, strict=True)
         if value is not None
     ]
+
+
+def draw_weights(similarity: Mapping[str, Any] | None, weights: Mapping[str, Any], path: Path, *, title: str = "") -> Path:
+    """Save similarity and weights by depth, in the tables' form of `record.json`.
+
+    Raises:
+        MissingExtra: without the `report` extra.
+        OutputError: if the suffix of `path` is not one of .png, .svg, .html, .json.
+    """
+    chart = similarity_and_weights(similarity, weights)
+    return save_chart(chart.properties(title=title) if title else chart, path)
 
 
 def similarity_and_weights(similarity: Mapping[str, Any] | None, weights: Mapping[str, Any]) -> Any:

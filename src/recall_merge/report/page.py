@@ -16,9 +16,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar
 
-from recall_merge.errors import MissingExtra
-from recall_merge.report.pictures import altair
-from recall_merge.report.theme import PAGE_INK, PAPER_INK, spec_of
+from recall_merge.report.pictures import altair, save_chart
+from recall_merge.report.theme import PAGE_INK, spec_of
 
 
 @dataclass(frozen=True)
@@ -179,18 +178,12 @@ def render(page: Page) -> str:
 
 
 def save_figures(figures: Sequence[Figure], folder: Path) -> list[Path]:
-    """Each chart as PNG (144 dots an inch) and SVG, dark on white."""
-    import vl_convert
-
-    altair()
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for figure in figures:
-        spec = spec_of(figure.chart.properties(title=figure.title), ink=PAPER_INK, background="white", description=figure.says)
-        (picture := folder / f"{figure.name}.png").write_bytes(vl_convert.vegalite_to_png(spec, ppi=144))
-        (drawing := folder / f"{figure.name}.svg").write_text(vl_convert.vegalite_to_svg(spec), "utf-8")
-        written += [picture, drawing]
-    return written
+    """Each chart as PNG and SVG."""
+    return [
+        save_chart(figure.chart.properties(title=figure.title), folder / f"{figure.name}.{form}", figure.says)
+        for figure in figures
+        for form in ("png", "svg")
+    ]
 
 
 def json_in_html(value: Any) -> str:
@@ -218,11 +211,9 @@ SNIPPET = "window.vegaEmbed = vegaEmbed;"  # what the page needs of the bundle
 @cache
 def _bundle() -> str:
     """Vega, Vega-Lite and vega-embed as one script."""
-    try:
-        import vl_convert
-    except ImportError:
-        raise MissingExtra("report", "a report") from None
     altair()
+    import vl_convert
+
     return vl_convert.javascript_bundle(SNIPPET).replace("\r\n", "\n").replace("\r", "\n").replace("</script", "<\\/script").strip()
 
 

@@ -203,11 +203,13 @@ def _samples(facts: MergeFacts) -> Table:
 def _cost(facts: MergeFacts) -> Table:
     record = facts.record
     rows = [[PARTS.get(part, part), f"{seconds:,.1f} s"] for part, seconds in record["seconds"].items()]
+    known = record.get("bytes", {})
+    rows.append(["all of it", f"{sum(record['seconds'].values()):,.1f} s"])
+    rows += [["weights read", f"{known['read'] / 1e6:,.1f} MB"]] if "read" in known else []
     rows.append(["weights written", f"{facts.nbytes / 1e6:,.1f} MB"])
-    for key, words in (("bytes_read", "weights read"), ("memory", "memory at most"), ("peak_memory", "memory at most")):
-        if key in record:
-            rows.append([words, f"{record[key] / 1e6:,.1f} MB"])
-    return Table("Time and bytes of this merge", ["part", "cost"], rows)
+    if "peak_memory" in record:
+        rows.append(["memory of the process at most, from its start to the merge's end", f"{record['peak_memory'] / 1e6:,.1f} MB"])
+    return Table("Time, bytes and memory of this merge", ["part", "cost"], rows)
 
 
 def _numbers(row: Sequence[float | None]) -> list[str]:
