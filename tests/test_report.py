@@ -23,6 +23,7 @@ from recall_merge.report.page import Figure, Item, Items, Matrix, Page, Section,
 from tiny import fine_tuned, lora, write_rows
 from workspaces import make_workspace, teach, write_tasks
 
+EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 needs_chromium = pytest.mark.skipif(chromium() is None, reason="Chromium is not installed: apt-get install chromium chromium-driver")
 ROWS = [{"prompt": f"is the fox {word}?", "completion": " yes"} for word in ("quick", "lazy", "good", "bad", "brown")]
 HOSTILE = (
@@ -129,7 +130,33 @@ def test_page_draws_all_it_has_asks_for_nothing_and_fits(kind, pages, driver):
             "return [...document.querySelectorAll('.plot svg')].filter((s) => s.getAttribute('width') > s.parentElement.clientWidth).length"
         )
         assert driver.execute_script(too_wide) == 0
+        assert cut(driver) == []
         assert serious(driver) == []
+
+
+@needs_chromium
+@pytest.mark.parametrize("page", sorted(EXAMPLES.glob("*.html")), ids=lambda page: page.stem)
+def test_example_pages_of_the_site_are_drawn_whole(page, driver):
+    assert page.stat().st_size < 2_000_000
+    for width, dark in ((400, False), (1600, True)):
+        show(driver, page, width=width, dark=dark)
+        assert [one for one in requests(driver) if not one.startswith("data:")] == [page.resolve().as_uri()]
+        assert messages(driver) == []
+        assert driver.execute_script("return document.documentElement.scrollWidth") <= width
+        assert cut(driver) == []
+        shortened = "return [...document.querySelectorAll('.plot text')].map((one) => one.textContent).filter((text) => text.endsWith('…'))"
+        assert driver.execute_script(shortened) == []
+
+
+def cut(driver) -> list[str]:
+    """Words of charts that reach beyond the room of their chart."""
+    return driver.execute_script(
+        "return [...document.querySelectorAll('.plot')].flatMap((plot) => { const room = plot.getBoundingClientRect();"
+        "  return [...plot.querySelectorAll('svg text')].filter((one) => { const box = one.getBoundingClientRect();"
+        "    return getComputedStyle(one).opacity > 0 && box.width"
+        "      && (box.left < room.left - 1 || box.right > room.right + 1 || box.top < room.top - 1 || box.bottom > room.bottom + 1); })"
+        "  .map((one) => one.textContent); })"
+    )
 
 
 @needs_chromium

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from recall_merge.report.pictures import altair, save_chart
-from recall_merge.report.theme import DIVERGING, SEQUENTIAL, WON, model_colours
+from recall_merge.report.theme import SEQUENTIAL, WON, model_colours
 
 WIDTH = 860
 SHOWN = {  # number -> its title
@@ -93,7 +93,7 @@ def methods_by_tasks(cells: Sequence[Mapping[str, Any]], methods: Sequence[str],
     """Scores at the end, a row a method and a column a task.    cells: method, task, score (mean over trials), shown."""
     alt = altair()
     base = alt.Chart(alt.Data(values=list(cells))).encode(
-        x=alt.X("task:N", title=None, scale=alt.Scale(domain=list(tasks)), axis=alt.Axis(labelAngle=-30, orient="top", labelLimit=110)),
+        x=alt.X("task:N", title=None, scale=alt.Scale(domain=list(tasks)), axis=alt.Axis(labelAngle=-90, orient="top", labelOverlap=False)),
         y=alt.Y("method:N", title=None, scale=alt.Scale(domain=list(methods))),
     )
     tiles = base.mark_rect().encode(
@@ -101,8 +101,7 @@ def methods_by_tasks(cells: Sequence[Mapping[str, Any]], methods: Sequence[str],
         tooltip=[alt.Tooltip("method:N"), alt.Tooltip("task:N"), alt.Tooltip("shown:N", title="score")],
     )
     words = base.mark_text(fontSize=11).encode(text=alt.Text("score:Q", format=".2f"), color=_ink_on_tiles(alt, "score > 0.6"))
-    room = {"top": 5, "bottom": 5, "left": 5, "right": 50}  # for the slanted name of the last task
-    return alt.layer(tiles, words).properties(width=WIDTH, height=30 * len(methods), padding=room)
+    return alt.layer(tiles, words).properties(width=WIDTH, height=30 * len(methods))
 
 
 def dots(points: Sequence[Mapping[str, Any]], methods: Sequence[str], title: str) -> Any:
@@ -124,14 +123,12 @@ def ranks(cells: Sequence[Mapping[str, Any]], methods: Sequence[str], orders: Se
         x=alt.X("trial:N", title="order and seed", scale=alt.Scale(domain=list(orders)), axis=alt.Axis(labelAngle=0)),
         y=alt.Y("method:N", title=None, scale=alt.Scale(domain=list(methods))),
     )
-    scale = alt.Scale(scheme=DIVERGING, domain=[1, max(2, most)], reverse=True)
+    scale = alt.Scale(scheme=SEQUENTIAL, domain=[1, max(2, most)], reverse=True)
     tiles = base.mark_rect().encode(
-        color=alt.Color(
-            "rank:Q", scale=scale, title="place by average performance; 1 is the best", legend=alt.Legend(format="d", tickMinStep=1)
-        ),
+        color=alt.Color("rank:Q", scale=scale, title="place; 1 is the best", legend=alt.Legend(format="d", tickMinStep=1)),
         tooltip=[alt.Tooltip("method:N"), alt.Tooltip("order:N"), alt.Tooltip("rank:Q"), alt.Tooltip("value:Q", format=".3f")],
     )
-    words = base.mark_text(color="black").encode(text="rank:Q")
+    words = base.mark_text().encode(text="rank:Q", color=_ink_on_tiles(alt, f"rank < {1 + 0.4 * (max(2, most) - 1)}"))
     return alt.layer(tiles, words).properties(width=min(WIDTH, 190 * len(orders)), height=30 * len(methods))
 
 

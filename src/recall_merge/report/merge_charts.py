@@ -71,7 +71,7 @@ def explore(similarity: Mapping[str, Any], weighting: Mapping[str, Any]) -> Any:
     alt = altair()
     temperature = float(weighting.get("temperature", 1.0))
     tau = alt.param(name="temperature", value=temperature, bind=alt.binding_range(min=0.02, max=2, step=0.01, name="temperature"))
-    width = alt.param(name="bandwidth", value=1, bind=alt.binding_range(min=0.25, max=4, step=0.05, name="bandwidth, times"))
+    width = alt.param(name="bandwidth", value=1, bind=alt.binding_range(min=0.25, max=4, step=0.05, name="bandwidth x"))
     scale = alt.param(name="lambda", value=1, bind=alt.binding_range(min=0, max=3, step=0.05, name="lambda"))
     rbf = weighting.get("kernel", "rbf") == "rbf"
     kernel = "pow(datum.similarity, 1 / (bandwidth * bandwidth))" if rbf else "datum.similarity"
@@ -152,7 +152,7 @@ def _heat(alt: Any, points: Points, table: Mapping[str, Any], name: str, colour:
 
 def _lines(alt: Any, base: Any, table: Mapping[str, Any], name: str, title: str, who: Any, *, last_is_merge: bool = False) -> Any:
     """A line a model over depth, told by colour, shape and dash."""
-    order, ends = list(table["experts"]), [table["depths"][0], table["depths"][-1]]
+    order, ends = list(table["experts"]), [table["depths"][0] - 0.5, table["depths"][-1] + 0.5]  # as in the maps
     colours = model_colours(order)
     dashes = [[1, 0]] * len(order)
     if last_is_merge:

@@ -9,8 +9,8 @@ async function draw() {
     const spec = JSON.parse(data.textContent), box = data.previousElementSibling, room = box.clientWidth;
     const set = [...box.querySelectorAll("form input")].map((input) => input.value);
     if (room < 500) {
-      Object.assign(spec.config.legend, { columns: 2, labelLimit: 80, titleLimit: 240 });
-      spec.config.axis.labelLimit = 90;
+      Object.assign(spec.config.legend, { columns: 2, labelLimit: 135, titleLimit: 240 });
+      spec.config.axis.labelLimit = 140;
     }
     if (!spec.vconcat) spec.autosize = { type: "fit-x", contains: "padding" };
     let drawn = await put(box, narrowed(spec, room));

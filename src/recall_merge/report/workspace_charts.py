@@ -52,7 +52,7 @@ def numbers(rows: Sequence[Mapping[str, Any]]) -> Any:
     )
     zero = alt.Chart(alt.Data(values=[{"zero": 0}])).mark_rule(aria=False, opacity=0.4).encode(x="zero:Q")
     dots = base.mark_point(filled=True, size=80, color=WON, opacity=1).encode(
-        x=alt.X("value:Q", title="with 95 % interval over test items"),
+        x=alt.X("value:Q", title="with 95 % interval"),
         tooltip=[alt.Tooltip("name:N"), *(alt.Tooltip(f"{name}:Q", format="+.3f") for name in ("value", "low", "high"))],
     )
     whiskers = base.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=2, aria=False).encode(x="low:Q", x2="high:Q")
@@ -66,7 +66,7 @@ def flow(rows: Sequence[Mapping[str, Any]], steps: Sequence[str]) -> Any:
     base = alt.Chart(alt.Data(values=list(rows)))
     bars = base.mark_bar(height={"band": 0.75}).encode(
         y=alt.Y("at:O", title=None, axis=alt.Axis(labelExpr=f"{_names(steps)}[datum.value]", labelLimit=220)),
-        x=alt.X("share:Q", title="share of the task's items; left = lost, right = won", axis=alt.Axis(format="+%")),
+        x=alt.X("share:Q", title="share of the task's items", axis=alt.Axis(format="+%")),
         color=alt.Color("kind:N", scale=kinds, title=None),
         tooltip=[alt.Tooltip("task:N"), alt.Tooltip("kind:N"), alt.Tooltip("items:Q"), alt.Tooltip("share:Q", format="+.1%")],
     )
@@ -83,7 +83,7 @@ def lineage(stages: Sequence[Mapping[str, Any]], edges: Sequence[Mapping[str, An
     forward, back = [[edge for edge in edges if edge["back"] is kind] for kind in (False, True)]
     most, lanes = max(stage["at"] for stage in stages), max(stage["lane"] for stage in stages)
     x = {"scale": alt.Scale(domain=[-0.35, most + 0.6], nice=False), "axis": None}
-    y = {"scale": alt.Scale(domain=[lanes + 0.5, -0.75 if back else -0.4], nice=False), "axis": None}
+    y = {"scale": alt.Scale(domain=[lanes + 0.5, -1 if back else -0.4], nice=False), "axis": None}
     lines = (
         alt.Chart(alt.Data(values=forward))
         .mark_rule(strokeWidth=2, aria=False)
@@ -99,18 +99,21 @@ def lineage(stages: Sequence[Mapping[str, Any]], edges: Sequence[Mapping[str, An
     ]
     ways = alt.Chart(alt.Data(values=bows)).mark_line(interpolate="natural", strokeDash=[5, 4], strokeWidth=2, color=LOST)
     ways = ways.encode(x=alt.X("at:Q", **x), y=alt.Y("lane:Q", **y), order="step:Q", detail="way:N")
+    heads = alt.Chart(alt.Data(values=[bow for bow in bows if bow["step"] == 2])).encode(x=alt.X("at:Q", **x), y=alt.Y("lane:Q", **y))
+    ways += heads.mark_point(shape="triangle-down", filled=True, size=90, color=LOST, opacity=1, aria=False)
     base = alt.Chart(alt.Data(values=list(stages))).encode(x=alt.X("at:Q", **x), y=alt.Y("lane:Q", **y))
     colour = alt.condition("datum.now", alt.value(LOST), alt.value(WON))
     dots = base.mark_circle(size=320, opacity=1).encode(color=colour, tooltip=[alt.Tooltip("name:N")])
     above, below = base.transform_filter("datum.lane == 0"), base.transform_filter("datum.lane > 0")
     words = [part.mark_text(dy=dy, limit=110, aria=False).encode(text="name:N") for part, dy in ((above, -22), (below, 24))]
-    return alt.layer(lines, ways, dots, *words).properties(width=min(WIDTH, 170 * (most + 1) + 60), height=76 * (lanes + 1))
+    return alt.layer(lines, ways, dots, *words).properties(width=min(WIDTH, 170 * (most + 1) + 60), height=84 * (lanes + 1))
 
 
 def _bow(edge: Mapping[str, Any]) -> list[tuple[float, float]]:
-    """A way back leaves above its stage, and comes down on the one it leads to."""
-    top = min(edge["lane"], edge["to_lane"]) - 0.5
-    return [(edge["at"], edge["lane"]), ((edge["at"] + edge["to_at"]) / 2, top), (edge["to_at"], edge["to_lane"])]
+    """A way back leaves above its stage, and comes down on the one it leads to; in the first row above the names, too."""
+    ends = [(edge[at], edge[lane] - (0.15 if edge[lane] else 0.56)) for at, lane in (("at", "lane"), ("to_at", "to_lane"))]
+    top = min(lane for _, lane in ends) - 0.35
+    return [ends[0], ((edge["at"] + edge["to_at"]) / 2, top), ends[1]]
 
 
 def _names(names: Sequence[str]) -> str:

@@ -184,7 +184,10 @@ def _line(line: Line, words: Words, first: bool) -> Iterator[Block]:
                 ("wrong to right", change.won, change.won_items),
             )
         ]
-        says = "A bar a stage and task, against the last time it was scored. An unchanged mean may hide items that change places."
+        says = (
+            "A bar a stage and task, against the last time it was scored: to the left what was lost, to the right what was won."
+            " An unchanged mean may hide items that change places."
+        )
         shown = [[step, f"{c.lost:.1%}", f"{c.won:.1%}", f"{c.chance:.1%}", str(c.n)] for step, (_, _, c) in zip(steps, rows, strict=True)]
         head = ["stage: task", "right to wrong", "wrong to right", "either by chance", "items"]
         yield Figure(f"flow-{end}", "Items lost and won", says, charts.flow(bars, steps), head, shown)
