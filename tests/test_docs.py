@@ -5,15 +5,19 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
+from click import Context
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from recall_merge.commands.app import app
 from recall_merge.config import MergeRun, load_run
 from recall_merge.maths.methods import METHODS
+from recall_merge.recipes.bench.scenario import Scenario
 from tiny import fine_tuned, write_rows
 
 ROOT = Path(__file__).parents[1]
@@ -65,24 +69,72 @@ def test_readme_run_file_and_commands_work(here):
         assert result.exit_code == 0, f"{line}: {result.output} {result.exception}"
 
 
+def commands(page: Path) -> list[str]:
+    """What a page tells people to type: in console blocks after a '$', and in indented blocks."""
+    told = [line.removeprefix("$ ") for block in blocks(page, "console") for line in block.splitlines()]
+    return told + re.findall(r"^ {4}((?:recall|pip) .*)$", page.read_text("utf-8"), re.MULTILINE)
+
+
+def invoke(page: Path, line: str) -> None:
+    result = CliRunner().invoke(app, shlex.split(line.removeprefix("recall"), comments=True))
+    assert result.exit_code == 0, f"{page.name}: {line}: {result.output} {result.exception}"
+
+
+def understood(line: str) -> bool:
+    """A command's words are those that the command takes; nothing is run."""
+    group = get_command(app)
+    name, *words = shlex.split(line.removeprefix("recall"), comments=True)
+    context = Context(group, info_name="recall")
+    return group.get_command(context, name).make_context(name, words, parent=context) is not None
+
+
 def test_commands_of_the_site_work(here):
-    """The pages one after the other, in one folder; what a page needs beside models and rows, an earlier one makes."""
+    """All pages one after the other, in one folder; what a page needs beside models and rows, an earlier one makes."""
     for name in ("sentiment", "french"):
         write_rows(here / f"{name}-test.jsonl", [{**row, "prompt": f"{row['prompt']} Say it.", "choices": [" yes", " no"]} for row in ROWS])
-    docs, ran = ROOT / "docs", 0
-    for page in ("index", "choosing", "cards", "workspace", "reports"):
-        for run in blocks(docs / f"{page}.md", "yaml"):
+    models = ", ".join(f"{{model: out/{name}, parameters: {{weight: 0.5}}}}" for name in ("sentiment", "french"))
+    (here / "mergekit.yml").write_text(f"models: [{models}]\nmerge_method: task_arithmetic\nbase_model: base\n")
+    first = [ROOT / "docs" / f"{name}.md" for name in ("index", "choosing", "cards", "workspace", "reports")]
+    ran, extras = 0, tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    for page in (*first, *(page for page in sorted((ROOT / "docs").rglob("*.md")) if page not in first)):
+        if page.stem == "index":
+            (run,) = blocks(page, "yaml")
             (here / "run.yaml").write_text(run)
-        lines = [line for block in blocks(docs / f"{page}.md", "console") for line in block.splitlines()]
-        for line in lines:
-            if line.startswith("$ recall"):
-                result = CliRunner().invoke(app, shlex.split(line.removeprefix("$ recall"), comments=True))
-                assert result.exit_code == 0, f"{page}: {line}: {result.output} {result.exception}"
-                ran += 1
+        if page.stem == "mergekit":
+            shutil.rmtree(here / "merged")
+        for line in commands(page):
+            if line.startswith("pip install"):
+                assert set(re.findall(r"\[(\w+)\]", line)) <= set(extras)
+            elif line.startswith("recall bench benchmarks/"):  # hours of work: its plan
+                prepare_bench(here, line.split()[2])
+                invoke(page, line.replace("DATA", "data").replace("MODEL", "base") + " --plan")
+            elif "ray://" in line:  # a cluster, and tasks of the hub: tests/test_cluster.py runs these
+                assert understood(line)
             else:
-                assert line.startswith("$ pip install"), line
-    assert ran >= 15
+                assert line.startswith("recall "), line
+                invoke(page, line)
+            ran += 1
+    assert ran >= 25
     assert (here / "merged-report" / "index.html").is_file()
+
+
+def prepare_bench(here: Path, name: str) -> None:
+    """The scenario, and a few rows wherever it wants some."""
+    (here / "benchmarks").mkdir(exist_ok=True)
+    shutil.copy(ROOT / name, here / name)
+    scenario = yaml.safe_load((here / name).read_text("utf-8"))
+    for task in (*scenario["tasks"], *scenario["unseen"]):
+        choices = {} if "metric" in task else {"choices": [" yes", " no"]}
+        for key in ("train", "test"):
+            if key in task:
+                file = here / "data" / task[key]
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_rows(file, [{**row, "prompt": f"{task['name']} {key} {row['prompt']}", **choices} for row in ROWS])
+
+
+def test_scenario_of_the_page_is_sound():
+    (block,) = blocks(ROOT / "docs" / "bench.md", "yaml")
+    Scenario.model_validate(yaml.safe_load(block))
 
 
 def test_site_names_every_page_and_only_those():
