@@ -13,9 +13,14 @@ async function draw() {
       spec.config.axis.labelLimit = 140;
     }
     if (!spec.vconcat) spec.autosize = { type: "fit-x", contains: "padding" };
-    let drawn = await put(box, narrowed(spec, room));
-    const excess = box.querySelector("svg").width.baseVal.value - room; // what stands beside the plots of a column is known once it is drawn
-    if (excess > 0) drawn = await put(box, narrowed(spec, Math.min(room, (spec.vconcat?.[0] ?? spec).width) - excess - 4));
+    const over = () => box.querySelector("svg").width.baseVal.value - room; // what stands beside the plots is known once they are drawn
+    let drawn;
+    for (const columns of [spec.config.legend.columns, 1]) {
+      spec.config.legend.columns = columns;
+      drawn = await put(box, narrowed(spec, room));
+      if (over() > 0) drawn = await put(box, narrowed(spec, Math.min(room, (spec.vconcat?.[0] ?? spec).width) - over() - 4));
+      if (over() <= 0) break;
+    }
     box.querySelectorAll("form input").forEach((input, at) => {
       if (set.length) input.value = set[at], input.dispatchEvent(new Event("input"));
     });
