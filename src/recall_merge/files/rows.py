@@ -12,6 +12,7 @@ from recall_merge.errors import DataError, Fault
 
 FORMS = "prompt + completion (+ choices), prompt + answer, instruction (+ input) + output, messages, or text"
 MAX_FAULTS = 20  # of one file; the rest is counted
+MAX_LINE, MAX_LIST = 64_000_000, 1_000_000_000  # bytes of a line, and of a .json file, which is read at once
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,18 @@ def read_records(source: str | Path, *, split: str = "train") -> Iterator[Any]:
             except Exception as error:  # pyarrow raises its own tree; the message is what helps
                 raise DataError(f"this is not a readable Parquet file: {error}", where=path) from error
         elif path.suffix == ".json":
+            if path.stat().st_size > MAX_LIST:
+                raise DataError(f"the file is longer than {MAX_LIST:,} bytes", where=path, fix="write one JSON object a line, and .jsonl")
             records = _json(path.read_bytes(), str(path))
             if not isinstance(records, list):
                 raise DataError("a .json file of rows must hold one list", where=path, fix="use one JSON object a line, and .jsonl")
             yield from records
         else:
             with path.open("rb") as lines:
-                for number, line in enumerate(lines, start=1):
+                for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE + 1), b""), start=1):
+                    if len(line) > MAX_LINE:
+                        what = f"the line is longer than {MAX_LINE:,} bytes"
+                        raise DataError(what, where=f"{path}, line {number}", fix="write one JSON object a line")
                     if line.strip():
                         yield _json(line, f"{path}, line {number}")
         return

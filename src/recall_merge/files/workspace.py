@@ -23,6 +23,7 @@ from recall_merge.files.lock import lock
 
 STATE, JOURNAL, LOCK = "workspace.json", "journal.jsonl", "lock"
 FORMAT = 1
+MAX_STATE = 64_000_000  # bytes
 NAME = re.compile(r"\w[\w.-]{0,63}")  # of a task; folders are called after it
 Start = Literal["base", "last"]
 
@@ -147,7 +148,11 @@ def read_state(folder: Path) -> State:
         raise WorkspaceError(what, where=folder, fix="make one: recall init WORKSPACE --base MODEL")
     damaged = "put back what was there; the journal beside it tells what was done last"
     try:
-        data = json.loads(text := path.read_text("utf-8"))
+        with path.open("rb") as file:
+            text = file.read(MAX_STATE + 1).decode("utf-8")
+        if len(text) > MAX_STATE:
+            raise WorkspaceError(f"the workspace's state is longer than {MAX_STATE:,} bytes", where=path, fix=damaged)
+        data = json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise WorkspaceError(f"the workspace's state cannot be read: {error}", where=path, fix=damaged) from error
     found = data.get("format") if isinstance(data, dict) else None

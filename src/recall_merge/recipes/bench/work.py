@@ -13,7 +13,7 @@ from recall_merge.recipes.bench.cells import Anchor, Carded, Cell, Merged, Model
 
 def do(cell: Cell, store: Store, progress: Progress | None = None) -> float:
     """Do a cell whose needs are done, and note what it took.    -> seconds"""
-    start = time.monotonic()
+    start, done = time.monotonic(), cell
     match cell:
         case Trained():
             _train(cell, store, progress)
@@ -24,10 +24,10 @@ def do(cell: Cell, store: Store, progress: Progress | None = None) -> float:
         case Merged():
             _write(cell, store, progress)
         case Scores():
-            cell = replace(cell, questions=tuple(store.missing(cell)))
-            _score(cell, store, progress)
+            done = replace(cell, questions=tuple(store.missing(cell)))
+            _score(done, store, progress)
     seconds = time.monotonic() - start
-    store.note(cell, cell.cost, seconds)
+    store.note(cell, done.cost, seconds)
     return seconds
 
 

@@ -1,0 +1,48 @@
+"""Files of any length cost no memory beyond a bound: a file of 8 GB, of which the disk holds nothing, in the place of each sound one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from corpus import SOUND
+
+TESTS = Path(__file__).parent
+MORE = 400_000_000  # bytes of addresses that may be taken beside those of the interpreter, with torch and all else that is imported
+LENGTH = 8_000_000_000
+READ = [("record", "config.json"), ("record", "model.safetensors")]  # to their ends, piece by piece, to be hashed
+FILES = [(kind, name) for kind, files in SOUND.items() for name in files if (kind, name) not in READ]
+CODE = """
+import json, os, resource, sys
+sys.path[:0] = json.loads(sys.argv[1])
+from pathlib import Path
+from corpus import SOUND, Case, use
+from recall_merge.errors import RecallError
+
+place, more, length = Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+for kind in SOUND:  # all that is imported at its first use
+    use(kind, Case(kind, "sound", {}).write(place / kind))
+taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + more, taken + more))
+for kind, name in json.loads(sys.argv[5]):
+    folder = Case(kind, "long", {}).write(place / f"{kind} {name.replace('/', ' ')}")
+    os.truncate(folder / name, length)
+    try:
+        use(kind, folder)
+        print(kind, name, "was taken")
+    except RecallError as error:
+        assert error.faults[0].fix, error
+    except MemoryError:
+        print(kind, name, "takes more memory")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the bound is set from what Linux tells of a process")
+def test_long_files(tmp_path):
+    libraries = json.dumps([str(TESTS), str(TESTS.parent / "src")])
+    command = [sys.executable, "-c", CODE, libraries, str(tmp_path), str(MORE), str(LENGTH), json.dumps(FILES)]
+    run = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (0, ""), run.stdout + run.stderr[-2000:]
