@@ -154,15 +154,20 @@ def test_what_a_lost_attempt_leaves_is_no_part_of_the_result(bases: Bases, worke
     same(lambda target: a_run(base, experts, rows, target), tmp_path)
 
 
-def test_a_merge_that_fails_apart_leaves_nothing(bases: Bases, worker: Worker, rows: Path, tmp_path: Path) -> None:
+def spoilt(base: Path, folder: Path) -> Path:
+    """An expert with a number in its head that is none."""
     from safetensors.torch import load_file, save_file
 
-    base = bases("llama")
-    experts = {name: fine_tuned(base, tmp_path / name, seed=seed) for seed, name in enumerate("ab")}
-    file = tmp_path / "a" / "model.safetensors"
+    file = fine_tuned(base, folder, seed=7) / "model.safetensors"
     tensors = load_file(file)
     tensors["lm_head.weight"][0, 0] = torch.nan
     save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+def test_a_merge_that_fails_apart_leaves_nothing(bases: Bases, worker: Worker, rows: Path, tmp_path: Path) -> None:
+    base = bases("llama")
+    experts = {"a": spoilt(base, tmp_path / "a"), "b": fine_tuned(base, tmp_path / "b", seed=1)}
     told = []
     for engine in ("local", "ray"):
         with pytest.raises(CheckpointError, match=r"expert 'a' holds NaN or infinity in 'lm_head.weight'") as refused:
