@@ -71,10 +71,10 @@ def a_run(base: Path, experts: dict[str, Path], rows: Path, target: Path, **sett
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
-    """All files of a result, without what the record says of the time it took."""
+    """All files of a result, without what the record says of time, memory and bytes read."""
     found = {file.name: file.read_bytes() for file in folder.iterdir()}
     record = json.loads(found["record.json"])
-    for key in ("seconds", "bytes", "created"):
+    for key in ("seconds", "bytes", "peak_memory", "created"):
         del record[key]
     record["run"]["out"]["path"] = record["files"]["README.md"] = ""  # these name the folder
     return found | {"record.json": json.dumps(record).encode(), "README.md": b""}
