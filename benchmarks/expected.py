@@ -1,0 +1,107 @@
+"""Is a result right? Computed again here, with numpy and torch over the files as the safetensors library reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from benchmarks.inputs import all_tensors
+
+WORD = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}  # half a unit in the last place, relative
+
+
+class WrongError(Exception):
+    """A result is not what it should be."""
+
+
+def check_mean(out: Path, models: Sequence[Path], weights: Sequence[float] | None = None) -> None:
+    """Every tensor is the weighted mean of the models', rounded once.
+
+    Raises:
+        WrongError: if one is not.
+    """
+    shares = weights or [1 / len(models)] * len(models)
+    seen = 0
+    for name, found in all_tensors(out):
+        check_tensor(name, found, [read(model, name) for model in models], shares)
+        seen += 1
+    if seen != sum(1 for _ in all_tensors(models[0])):
+        raise WrongError(f"{out.name} holds {seen} tensors")
+
+
+def check_tensor(name: str, found: Tensor, parts: Sequence[Tensor], shares: Sequence[float], slack: float = 1e-6) -> None:
+    """One tensor is the weighted mean of the parts within its dtype's rounding, and float32's in the sum."""
+    exact = torch.zeros(found.shape, dtype=torch.float64)
+    largest = torch.zeros(found.shape, dtype=torch.float64)
+    for part, share in zip(parts, shares, strict=True):
+        exact.add_(part.double(), alpha=share)
+        torch.maximum(largest, part.double().abs(), out=largest)
+    wrong = (found.double() - exact).abs() > WORD[found.dtype] * 1.001 * exact.abs() + slack * largest
+    if wrong.any():
+        raise WrongError(f"{int(wrong.sum())} of {wrong.numel()} numbers of '{name}' are not the mean")
+
+
+def check_ties(out: Path, base: Path, experts: Sequence[Path], names: Sequence[str], density: float) -> float:
+    """Given tensors are base + the mean of the deltas that agree with the elected sign, of each delta's largest entries.
+
+    Returns:
+        the share of numbers that differ. Where a vote is even but for rounding, the sign is nobody's: 1 number in 1,000 may.
+
+    Raises:
+        WrongError: if more do.
+    """
+    different = total = 0
+    for name in names:
+        stored = read(base, name)
+        below = stored.float().numpy()
+        deltas = []
+        for expert in experts:
+            delta = read(expert, name).float().numpy() - below
+            size = np.abs(delta)
+            place = delta.size - max(1, int(density * delta.size))
+            deltas.append(np.where(size >= np.partition(size.ravel(), place)[place], delta, 0))
+        sign = np.where(np.sum(deltas, axis=0) >= 0, 1, -1)
+        agree = [np.sign(delta) == sign for delta in deltas]
+        mean = sum(delta * yes for delta, yes in zip(deltas, agree, strict=True)) / np.maximum(1, np.sum(agree, axis=0))
+        exact = torch.from_numpy(below.astype(np.float64) + mean)
+        wrong = (read(out, name).double() - exact).abs() > WORD[stored.dtype] * 1.001 * exact.abs() + 1e-6 * np.abs(below).max()
+        different += int(wrong.sum())
+        total += wrong.numel()
+    if different > total / 1000:
+        raise WrongError(f"{different} of {total} numbers are not what TIES gives")
+    return different / total
+
+
+def difference(one: Path, other: Path, names: Sequence[str]) -> float:
+    """Share of the numbers of some tensors in which two models differ by more than two units in the last place."""
+    different = total = 0
+    for name in names:
+        ours, theirs = read(one, name), read(other, name)
+        far = (ours.double() - theirs.double()).abs() > 4 * WORD[ours.dtype] * ours.double().abs() + 1e-9
+        different, total = different + int(far.sum()), total + far.numel()
+    return different / total
+
+
+def recall_weights(states: Tensor, temperature: float = 1.0) -> Tensor:
+    """RECALL's weights out of pooled hidden states.    (L + 1, n, m, d), newest last -> (L + 2, n), float64"""
+    rows = []
+    for h in states.double():
+        n = len(h)
+        apart = torch.cat([(h[p] - h[q]).pow(2).sum(-1) for p in range(n) for q in range(p + 1, n)])
+        alike = torch.exp(-(h - h[-1]).pow(2).sum(-1) / (2 * apart.quantile(0.5))).mean(-1)
+        rows.append(torch.softmax(alike / temperature, 0))
+    return torch.stack([*rows, rows[-1]])
+
+
+def read(folder: Path, name: str) -> Tensor:
+    """One tensor of a model."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            if name in opened.keys():  # noqa: SIM118  it is no dict
+                return opened.get_tensor(name)
+    raise WrongError(f"{folder.name} has no '{name}'")

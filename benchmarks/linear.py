@@ -1,0 +1,68 @@
+"""`linear`: whole processes and the merge alone beside mergekit, the pass over the files beside `cat` and `cp`, memory."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.bars import Figure
+from benchmarks.expected import check_mean
+from benchmarks.inputs import L1B, QUICK, TINY, llamas, peers_run, small_models, weight_files
+from benchmarks.measure import GB, Bench, Run, Side, ratios, remove, run
+
+
+def measure(bench: Bench) -> list[Figure]:
+    cases = {
+        "4 x SmolLM2-135M float32": ("float32", small_models(bench, 4, "float32")),
+        "4 x SmolLM2-135M bfloat16": ("bfloat16", small_models(bench, 4, "bfloat16")),
+        "2 x 1.1B bfloat16, 3 shards": ("bfloat16", llamas(bench, "1b", QUICK if bench.quick else L1B, 2, shards=3)),
+    }
+    warm = peers_run(bench.work / "runs" / "warm.yaml", "linear", llamas(bench, "tiny", TINY, 2))
+    return [figure for case, (dtype, models) in cases.items() for figure in one_case(bench, case, dtype, models, warm)]
+
+
+def one_case(bench: Bench, case: str, dtype: str, models: Sequence[Path], warm: Path) -> list[Figure]:
+    """All that is asked of one set of models, from the same rounds."""
+    file = peers_run(bench.work / "runs" / f"linear-{models[0].name}.yaml", "linear", models)
+    out = {name: bench.work / "out" / name for name in ("whole", "peer", "inside", "peer-inside", "engine", "limit")}
+    given = {"run": str(file), "warm": str(warm)}
+    sides = {
+        "whole": Side(lambda: bench.recall("merge", file, "--out", out["whole"], "--quiet"), out["whole"]),
+        "peer": bench.peer and Side(lambda: run([bench.peer.with_name("mergekit-yaml"), file, out["peer"]]), out["peer"]),
+        "inside": Side(lambda: bench.inside("ours", {"do": "merge", "out": str(out["inside"]), **given}), out["inside"]),
+        "peer-inside": bench.peer and Side(lambda: bench.inside_peer({"out": str(out["peer-inside"]), **given}), out["peer-inside"]),
+        "engine": Side(lambda: bench.inside("ours", {"do": "engine", "out": str(out["engine"]), **given}), out["engine"]),
+        "limit": Side(lambda: read_and_copy(models, out["limit"]), out["limit"]),
+    }
+    runs = bench.in_turn(sides)
+    for name in ("whole", "inside", "engine"):
+        check_mean(out[name], models)
+    for place in out.values():
+        remove(place)
+
+    def against(bar: str, name: str, other: str, *, faster: bool, note: str = "") -> Figure:
+        values = ratios(runs[other], runs[name]) if faster else ratios(runs[name], runs[other])
+        return Figure(bar, case, values, _seconds(runs[name]), _seconds(runs[other]), note)
+
+    figures = []
+    if bench.peer:
+        figures += [against(f"linear.{dtype}.whole", "whole", "peer", faster=True)]
+        figures += [against(f"linear.{dtype}.inside", "inside", "peer-inside", faster=True)]
+    memory = [[run.anonymous / GB for run in runs[name]] for name in ("whole", "peer") if name in runs]
+    figures += [Figure("linear.memory", case, [max(memory[0])], *memory)]
+    figures += [against("linear.engine", "engine", "limit", faster=False)]
+    figures += [against("linear.checked", "inside", "limit", faster=False, note="waits for the disk at the end, `cp` does not")]
+    return figures
+
+
+def read_and_copy(models: Sequence[Path], out: Path) -> Run:
+    """The limit: all inputs read, and as many bytes as the result has written, by the system's own tools."""
+    files = [shlex.quote(str(file)) for model in models for file in weight_files(model)]
+    one = " ".join(shlex.quote(str(file)) for file in weight_files(models[0]))
+    out.mkdir(parents=True)
+    return run(["sh", "-c", f"cat {' '.join(files)} > /dev/null && cp --reflink=never {one} {shlex.quote(str(out))}"])
+
+
+def _seconds(runs: Sequence[Run]) -> list[float]:
+    return [run.seconds for run in runs]

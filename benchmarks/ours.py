@@ -1,0 +1,76 @@
+"""recall-merge inside one process: all that it loads is loaded by a tiny merge first, then the job is timed.
+
+python -m benchmarks.ours '{"do": "merge", "run": "run.yaml", "out": "merged", "warm": "tiny.yaml", "sets": {}}'
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+
+def do(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Seconds, and bytes read as counted by the library and by the system (which counts all files, and the result's check too)."""
+    from recall_merge.files.safetensors import READ
+    from recall_merge.recipes.mergekit_run import load_any_run
+
+    work, sets = JOBS[job["do"]], job.get("sets", {})
+    with tempfile.TemporaryDirectory() as warm:
+        work(load_any_run(Path(job["warm"]), sets | {"out.path": f"{warm}/out"}))
+    run = load_any_run(Path(job["run"]), sets | {"out.path": job["out"]})
+    counted, by_system = READ.total, _bytes_read()
+    start, cpu = time.perf_counter(), time.process_time()
+    work(run)
+    seconds, used = time.perf_counter() - start, time.process_time() - cpu
+    return {"seconds": seconds, "cpu": used, "read": READ.total - counted, "read_by_system": _bytes_read() - by_system}
+
+
+def merge(run: Any) -> None:
+    """Everything: plan, checks, hashes, the result read again."""
+    from recall_merge import merge
+
+    merge(run)
+
+
+def engine(run: Any) -> None:
+    """The plan, and the pass that reads, merges and writes the weights. Off: hashes of inputs and output, the look for numbers that are not
+    finite, the check of the result, record and card, and the wait until the disk has everything."""
+    from recall_merge.files.experts import Digest
+    from recall_merge.files.output import WeightWriter
+    from recall_merge.recipes.fuse import fuse_into
+    from recall_merge.recipes.plan import make_plan
+    from recall_merge.recipes.weigh import weigh
+
+    plan = make_plan(run)
+    plan.target.mkdir(parents=True)
+    unchecked = patch("recall_merge.recipes.fuse.is_finite", lambda _: True)
+    with patch("hashlib.sha256", NoHash), unchecked, WeightWriter(plan.target, plan.shards) as writer:
+        fuse_into(writer, plan, weigh(plan), Digest(), lambda _: None)
+
+
+class NoHash:
+    """Stands in for a hash that is off."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def update(self, data: object) -> None: ...
+
+    def hexdigest(self) -> str:
+        return ""
+
+
+JOBS: dict[str, Callable[[Any], None]] = {"merge": merge, "engine": engine}
+
+
+def _bytes_read() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])  # rchar: through read calls, from the page cache or not
+
+
+if __name__ == "__main__":
+    print(json.dumps(do(json.loads(sys.argv[1]))))

@@ -1,0 +1,35 @@
+"""mergekit inside one process, run by its own Python: a tiny merge loads all that it loads, then the job is timed.
+
+.venv-mergekit/bin/python benchmarks/peer.py '{"run": "run.yaml", "out": "merged", "warm": "tiny.yaml"}'
+"""
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import yaml
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+
+
+def merge(run: str, out: str) -> float:
+    """As `mergekit-yaml RUN OUT` does with its defaults; seconds."""
+    text = Path(run).read_text()
+    options = MergeOptions()
+    options.apply_global_options()
+    start = time.perf_counter()
+    run_merge(MergeConfiguration.model_validate(yaml.safe_load(text)), out, options, config_source=text)
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    job = json.loads(sys.argv[1])
+    with tempfile.TemporaryDirectory() as warm, open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):  # noqa: PTH123
+        merge(job["warm"], f"{warm}/out")
+        seconds = merge(job["run"], job["out"])
+    print(json.dumps({"seconds": seconds}))

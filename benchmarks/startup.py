@@ -1,0 +1,33 @@
+"""What a user waits for before anything happens: `recall --help`, beside an empty Python and `mergekit-yaml --help`."""
+
+from __future__ import annotations
+
+import sys
+
+from benchmarks.bars import Figure
+from benchmarks.measure import Bench, Side, ratios, run
+
+
+def measure(bench: Bench) -> list[Figure]:
+    ours = [sys.executable, "-m", "recall_merge", "--help"]
+    sides = {"recall --help": Side(lambda: run(ours)), "python -c pass": Side(lambda: run([sys.executable, "-c", "pass"]))}
+    if bench.peer:
+        theirs = [bench.peer.with_name("mergekit-yaml"), "--help"]
+        sides["mergekit-yaml --help"] = Side(lambda: run(theirs))
+    runs = bench.in_turn(sides)
+    seconds = {name: [run.wall for run in found] for name, found in runs.items()}
+    help_, empty = seconds["recall --help"], seconds["python -c pass"]
+    note = f"{imports(ours)} modules imported; an empty Python imports {imports([sys.executable, '-c', 'pass'])}"
+    figures = [Figure("startup.help", "`recall --help`", help_, help_, empty, note)]
+    if bench.peer:
+        note = f"the peer imports {imports([bench.peer, *theirs])} modules"
+        values = ratios(runs["mergekit-yaml --help"], runs["recall --help"])
+        work = "against `mergekit-yaml --help`"
+        figures += [Figure(None, "`recall --help`", values, help_, seconds["mergekit-yaml --help"], note, work, "x as fast")]
+    return figures
+
+
+def imports(command: list) -> int:
+    """Modules that a Python command loads until it ends."""
+    python, *rest = command
+    return sum(row.startswith("import time:") for row in run([python, "-X", "importtime", *rest]).err.splitlines()) - 1

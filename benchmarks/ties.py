@@ -1,0 +1,52 @@
+"""`ties` of density 0.2: three 1.1B-shaped models, base and two experts, beside our own linear and beside mergekit, which takes minutes."""
+
+from __future__ import annotations
+
+from benchmarks.bars import Figure
+from benchmarks.expected import check_ties, difference
+from benchmarks.inputs import L1B, QUICK, TINY, llamas, peers_run
+from benchmarks.measure import Bench, Side, ratios, remove
+
+DENSITY = 0.2
+
+
+def measure(bench: Bench) -> list[Figure]:
+    shape = QUICK if bench.quick else L1B
+    models, tiny = llamas(bench, "1b", shape, 3, shards=3), llamas(bench, "tiny", TINY, 3)
+    case = "3 x 1.1B bfloat16 (base and 2 experts)"
+
+    def run_file(name: str, method: str, folders: list, **each: float):
+        return peers_run(bench.work / "runs" / f"{name}.yaml", method, folders[1:], base=folders[0], **each)
+
+    # linear over the same files: base and both experts are read
+    jobs = {
+        "ties": (run_file("ties", "ties", models, density=DENSITY), run_file("ties-warm", "ties", tiny, density=DENSITY)),
+        "linear": (run_file("arithmetic", "task_arithmetic", models), run_file("arithmetic-warm", "task_arithmetic", tiny)),
+    }
+    out = {name: bench.work / "out" / name for name in ("ties", "linear", "peer")}
+    given = {name: {"run": str(file), "warm": str(warm), "out": str(out[name])} for name, (file, warm) in jobs.items()}
+    runs = bench.in_turn(
+        {name: Side(lambda name=name: bench.inside("ours", {"do": "merge", **given[name]}), out[name]) for name in ("ties", "linear")}
+    )
+    names = [f"model.layers.{shape['num_hidden_layers'] // 2}.{part}.weight" for part in ("input_layernorm", "self_attn.q_proj")]
+    names += ["model.layers.0.mlp.down_proj.weight", "model.norm.weight"]
+    check_ties(out["ties"], models[0], models[1:], names, DENSITY)
+    figures = [
+        Figure(
+            "ties.linear",
+            case,
+            ratios(runs["ties"], runs["linear"]),
+            [r.seconds for r in runs["ties"]],
+            [r.seconds for r in runs["linear"]],
+        )
+    ]
+    if bench.slow_peer:
+        remove(out["peer"])
+        theirs = bench.inside_peer({**given["ties"], "out": str(out["peer"])})
+        share = difference(out["ties"], out["peer"], names)
+        note = f"one run of the peer; {share:.2%} of the numbers differ: of entries that tie at the threshold the peer keeps some, we all"
+        values = [theirs.seconds / r.seconds for r in runs["ties"]]
+        figures += [Figure("ties.peer", case, values, [r.seconds for r in runs["ties"]], [theirs.seconds], note)]
+    for place in out.values():
+        remove(place)
+    return figures
