@@ -17,7 +17,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bars import Figure, line
+import torch
+
+from benchmarks.bars import line
 from benchmarks.measure import ROOT, Bench, run
 
 NAMES = ("startup", "linear", "tensors", "recall", "ties", "large", "methods")
@@ -43,6 +45,7 @@ def main() -> None:
     theirs = peer if peer.exists() and not args.no_peer else None
     bench = Bench(work, args.rounds, args.quick, theirs, None if args.no_slow_peer else theirs)
     (work / "results").mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # inputs are made and results checked here; what is measured has processes of its own
     around = surroundings(bench)
     for name in args.names or NAMES:
         path = work / "results" / f"{name}.json"
@@ -51,10 +54,11 @@ def main() -> None:
             continue
         print(f"== {name}", flush=True)
         start = time.perf_counter()
-        figures: list[Figure] = import_module(f"benchmarks.{name}").measure(bench)
-        told = [figure.told() for figure in figures]
+        told = []
+        for figure in import_module(f"benchmarks.{name}").measure(bench):
+            told.append(figure.told())
+            print(line(told[-1]), flush=True)
         path.write_text(json.dumps({"benchmark": name, **around, "seconds": time.perf_counter() - start, "figures": told}, indent=1) + "\n")
-        print("\n".join(map(line, told)), flush=True)
 
 
 def surroundings(bench: Bench) -> dict[str, Any]:

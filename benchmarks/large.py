@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -22,16 +22,16 @@ from benchmarks.measure import GB, Bench, remove
 BLOCKS, EXPERTS = 4, 3
 
 
-def measure(bench: Bench) -> list[Figure]:
+def measure(bench: Bench) -> Iterator[Figure]:
     shape = QUICK if bench.quick else L8B
     rows = write_rows(bench.work / "runs" / "large.jsonl", 24, 100)
     whole = recall_run(bench.work / "runs" / "large.yaml", sparse_llamas(bench, "8b", shape, EXPERTS + 1), rows, count=20)
     out = bench.work / "out" / "large"
     told = {name: bench.recall("plan", whole, "--out", out, "--json", "--set", f"out.reload={name}") for name in ("true", "false")}
     case = "8B bfloat16, base and 3 experts"
-    figures = [Figure("large.plan", f"{case}; all checks", [told["true"].told["memory"] / GB])]
+    yield Figure("large.plan", f"{case}; all checks", [told["true"].told["memory"] / GB])
     note = f"{told['false'].told['bytes_read'] / GB:.0f} GB to read; the plan itself {told['false'].wall:.1f} s"
-    figures += [Figure("large.plan", f"{case}; `out.reload: false`", [told["false"].told["memory"] / GB], note=note)]
+    yield Figure("large.plan", f"{case}; `out.reload: false`", [told["false"].told["memory"] / GB], note=note)
 
     fewer = shape | {"num_hidden_layers": min(BLOCKS, shape["num_hidden_layers"])}
     few = llamas(bench, "8b-blocks", fewer, EXPERTS + 1, zeros=["lm_head.weight"])
@@ -44,12 +44,11 @@ def measure(bench: Bench) -> list[Figure]:
         size = sum(weights.stat().st_size for weights in weight_files(out)) / GB
         note = f"{merged.wall:.0f} s; the plan says {planned / GB:.2f} GB beside interpreter and libraries without the check of the result"
         note += f", a result of {size:.1f} GB"
-        figures += [Figure("large.memory", f"{case}; {words}", [merged.anonymous / GB], note=note)]
+        yield Figure("large.memory", f"{case}; {words}", [merged.anonymous / GB], note=note)
     check(out, few)
     remove(out)
     for model in [] if bench.quick else few:
         shutil.rmtree(model)  # 11 GB
-    return figures
 
 
 def check(out: Path, models: Sequence[Path]) -> None:

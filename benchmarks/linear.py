@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.bars import Figure
-from benchmarks.expected import check_mean
+from benchmarks.expected import WrongError, check_mean, difference
 from benchmarks.inputs import L1B, QUICK, TINY, llamas, peers_run, small_models, weight_files
 from benchmarks.measure import GB, Bench, Run, Side, ratios, remove, run
 
 
-def measure(bench: Bench) -> list[Figure]:
-    cases = {
-        "4 x SmolLM2-135M float32": ("float32", small_models(bench, 4, "float32")),
-        "4 x SmolLM2-135M bfloat16": ("bfloat16", small_models(bench, 4, "bfloat16")),
-        "2 x 1.1B bfloat16, 3 shards": ("bfloat16", llamas(bench, "1b", QUICK if bench.quick else L1B, 2, shards=3)),
-    }
+def measure(bench: Bench) -> Iterator[Figure]:
     warm = peers_run(bench.work / "runs" / "warm.yaml", "linear", llamas(bench, "tiny", TINY, 2))
-    return [figure for case, (dtype, models) in cases.items() for figure in one_case(bench, case, dtype, models, warm)]
+    for dtype in ("float32", "bfloat16"):
+        yield from one_case(bench, f"4 x SmolLM2-135M {dtype}", dtype, small_models(bench, 4, dtype), warm)
+    models = llamas(bench, "1b", QUICK if bench.quick else L1B, 2, shards=3)
+    yield from one_case(bench, "2 x 1.1B bfloat16, 3 shards", "bfloat16", models, warm)
 
 
-def one_case(bench: Bench, case: str, dtype: str, models: Sequence[Path], warm: Path) -> list[Figure]:
+def one_case(bench: Bench, case: str, dtype: str, models: Sequence[Path], warm: Path) -> Iterator[Figure]:
     """All that is asked of one set of models, from the same rounds."""
     file = peers_run(bench.work / "runs" / f"linear-{models[0].name}.yaml", "linear", models)
     out = {name: bench.work / "out" / name for name in ("whole", "peer", "inside", "peer-inside", "engine", "limit")}
@@ -38,6 +36,10 @@ def one_case(bench: Bench, case: str, dtype: str, models: Sequence[Path], warm: 
     runs = bench.in_turn(sides)
     for name in ("whole", "inside", "engine"):
         check_mean(out[name], models)
+    if bench.peer:
+        names = ["model.norm.weight", "model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight"]
+        if (share := difference(out["whole"], out["peer"], names)) > 0.001:
+            raise WrongError(f"the peer's result is another one: {share:.2%} of the numbers differ")
     for place in out.values():
         remove(place)
 
@@ -45,15 +47,13 @@ def one_case(bench: Bench, case: str, dtype: str, models: Sequence[Path], warm: 
         values = ratios(runs[other], runs[name]) if faster else ratios(runs[name], runs[other])
         return Figure(bar, case, values, _seconds(runs[name]), _seconds(runs[other]), note)
 
-    figures = []
     if bench.peer:
-        figures += [against(f"linear.{dtype}.whole", "whole", "peer", faster=True)]
-        figures += [against(f"linear.{dtype}.inside", "inside", "peer-inside", faster=True)]
+        yield against(f"linear.{dtype}.whole", "whole", "peer", faster=True)
+        yield against(f"linear.{dtype}.inside", "inside", "peer-inside", faster=True)
     memory = [[run.anonymous / GB for run in runs[name]] for name in ("whole", "peer") if name in runs]
-    figures += [Figure("linear.memory", case, [max(memory[0])], *memory)]
-    figures += [against("linear.engine", "engine", "limit", faster=False)]
-    figures += [against("linear.checked", "inside", "limit", faster=False, note="waits for the disk at the end, `cp` does not")]
-    return figures
+    yield Figure("linear.memory", case, [max(memory[0])], *memory)
+    yield against("linear.engine", "engine", "limit", faster=False)
+    yield against("linear.checked", "inside", "limit", faster=False, note="waits for the disk at the end, `cp` does not")
 
 
 def read_and_copy(models: Sequence[Path], out: Path) -> Run:

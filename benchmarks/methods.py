@@ -45,13 +45,11 @@ def main() -> None:
         print(f"{name:18} {kind:>12} {seconds * 1e3:9.1f} {relative:9.1f}", flush=True)
 
 
-def measure(bench: Bench) -> list[Figure]:
+def measure(bench: Bench) -> Iterator[Figure]:
     size = 64 if bench.quick else 4096
     case = f"{size} x {size} float32, 1 thread"
-    return [
-        Figure(None, f"{case}, {kind}", [relative], [seconds], work=f"`{name}` against `linear`", unit="x the time")
-        for name, kind, seconds, relative in times(list(METHODS), size=size)
-    ]
+    for name, kind, seconds, relative in times(list(METHODS), size=size):
+        yield Figure(None, f"{case}, {kind}", [relative], [seconds], work=f"`{name}` against `linear`", unit="x the time")
 
 
 def times(names: Sequence[str], *, size: int, experts: int = 3, dense: bool = False) -> Iterator[tuple[str, str, float, float]]:

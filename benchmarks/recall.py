@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ EXPERTS, SAMPLES, ROWS, CHARACTERS = 5, 20, 60, 500
 ALLOWANCE = 0.6e9  # bytes: interpreter, libraries, and what a block works with
 
 
-def measure(bench: Bench) -> list[Figure]:
+def measure(bench: Bench) -> Iterator[Figure]:
     models = small_models(bench, EXPERTS + 1, "bfloat16")
     rows = write_rows(bench.work / "runs" / "rows.jsonl", 24 if bench.quick else ROWS, 60 if bench.quick else CHARACTERS)
     few = write_rows(bench.work / "runs" / "warm.jsonl", 4, 60)
@@ -53,24 +53,21 @@ def measure(bench: Bench) -> list[Figure]:
     parts = [sum(one.told["seconds"] for one in found["plain"]), sum(one.told["pool"] for one in found["plain"])]
     parts = [*parts, sum(one.seconds for one in found["linear"])]
     note = "forward passes {:.2f} s, of the newest over all rows {:.2f} s, linear {:.2f} s".format(*(part / len(seconds) for part in parts))
-    figures = [Figure("recall.time", case, [a / b for a, b in zip(seconds, needed, strict=True)], seconds, needed, note)]
+    yield Figure("recall.time", case, [a / b for a, b in zip(seconds, needed, strict=True)], seconds, needed, note)
     for place in (out["recall"], out["linear"]):
         remove(place)
-    figures += bytes_and_memory(bench, case, models, files["recall"], found["recall"][0].told["read"], tokens, rows)
-    return figures
+    yield from bytes_and_memory(bench, case, models, files["recall"], found["recall"][0].told["read"], tokens, rows)
 
 
 def bytes_and_memory(
     bench: Bench, case: str, models: Sequence[Path], file: Path, read_: int, tokens: Sequence[int], rows: Path
-) -> list[Figure]:
+) -> Iterator[Figure]:
     """From whole processes, without the check that loads the result: that is another model's worth, of the result."""
     sizes = [sum(weights.stat().st_size for weights in weight_files(model)) for model in models]
     experts = sum(sizes[1:]) + sizes[-1]
     note = f"{read_ / GB:.2f} GB read"
-    figures = [Figure("recall.bytes", case, [read_ / (experts + sizes[0])], note=note)]
-    figures += [
-        Figure("recall.bytes.experts", case, [read_ / experts], note=note + "; deltas are taken from the base, which is hashed too")
-    ]
+    yield Figure("recall.bytes", case, [read_ / (experts + sizes[0])], note=note)
+    yield Figure("recall.bytes.experts", case, [read_ / experts], note=note + "; deltas are taken from the base, which is hashed too")
     deep = recall_run(bench.work / "runs" / "recall-deep.yaml", deeper(bench, models), rows, count=SAMPLES)
     out = bench.work / "out" / "memory"
     # hidden states in float32: of the pool, or of all experts' samples, whichever are more
@@ -85,9 +82,8 @@ def bytes_and_memory(
     told = f"{allowed / GB:.2f} GB allowed, of which {ALLOWANCE / GB:.1f} GB for libraries and work"
     for checked, words in ((True, "all checks"), (False, "`out.reload: false`")):
         one, two = peaks["as it is", checked], peaks["twice", checked]
-        figures += [Figure("recall.memory", f"{case}; {words}", [one / allowed], [one / GB], [allowed / GB], told)]
-        figures += [Figure("recall.depth", f"{case}; {words}", [two / one], [two / GB], [one / GB])]
-    return figures
+        yield Figure("recall.memory", f"{case}; {words}", [one / allowed], [one / GB], [allowed / GB], told)
+        yield Figure("recall.depth", f"{case}; {words}", [two / one], [two / GB], [one / GB])
 
 
 def check_recall(out: Path, models: Sequence[Path], states: torch.Tensor) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 
 from benchmarks.bars import Figure
 from benchmarks.measure import Bench, Side, ratios, run
 
 
-def measure(bench: Bench) -> list[Figure]:
+def measure(bench: Bench) -> Iterator[Figure]:
     ours = [sys.executable, "-m", "recall_merge", "--help"]
     sides = {"recall --help": Side(lambda: run(ours)), "python -c pass": Side(lambda: run([sys.executable, "-c", "pass"]))}
     if bench.peer:
@@ -18,13 +19,12 @@ def measure(bench: Bench) -> list[Figure]:
     seconds = {name: [run.wall for run in found] for name, found in runs.items()}
     help_, empty = seconds["recall --help"], seconds["python -c pass"]
     note = f"{imports(ours)} modules imported; an empty Python imports {imports([sys.executable, '-c', 'pass'])}"
-    figures = [Figure("startup.help", "`recall --help`", help_, help_, empty, note)]
+    yield Figure("startup.help", "`recall --help`", help_, help_, empty, note)
     if bench.peer:
         note = f"the peer imports {imports([bench.peer, *theirs])} modules"
         values = ratios(runs["mergekit-yaml --help"], runs["recall --help"])
         work = "against `mergekit-yaml --help`"
-        figures += [Figure(None, "`recall --help`", values, help_, seconds["mergekit-yaml --help"], note, work, "x as fast")]
-    return figures
+        yield Figure(None, "`recall --help`", values, help_, seconds["mergekit-yaml --help"], note, work, "x as fast")
 
 
 def imports(command: list) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from statistics import median
 
 from benchmarks.bars import Figure
@@ -13,8 +14,7 @@ BLOCKS = (100, 400, 1600)
 PEER_UP_TO = 400  # blocks; its time grows with the square, to hours
 
 
-def measure(bench: Bench) -> list[Figure]:
-    figures: list[Figure] = []
+def measure(bench: Bench) -> Iterator[Figure]:
     warm = peers_run(bench.work / "runs" / "warm.yaml", "linear", llamas(bench, "tiny", TINY, 2))
     found: dict[int, list[Run]] = {}
     for blocks in (2,) if bench.quick else BLOCKS:
@@ -41,15 +41,12 @@ def measure(bench: Bench) -> list[Figure]:
         for place in out.values():
             remove(place)
         case = f"{count:,} tensors"
-        figures += [Figure("tensors.time", case, [run.seconds for run in runs["checked"]], note="the result loaded and run once")]
-        figures += [Figure("tensors.time", case, [run.seconds for run in runs["unchecked"]], note="`out.reload: false`")]
+        yield Figure("tensors.time", case, [run.seconds for run in runs["checked"]], note="the result loaded and run once")
+        yield Figure("tensors.time", case, [run.seconds for run in runs["unchecked"]], note="`out.reload: false`")
         if "peer" in runs:
             behind = [[run.seconds for run in runs[name]] for name in ("checked", "peer")]
-            figures += [
-                Figure(None, case, ratios(runs["peer"], runs["checked"]), *behind, work="the same, against mergekit", unit="x as fast")
-            ]
+            yield Figure(None, case, ratios(runs["peer"], runs["checked"]), *behind, work="the same, against mergekit", unit="x as fast")
     if not bench.quick:
         middle, many = (9 * blocks + 3 for blocks in BLOCKS[1:])
         each = [median(run.seconds for run in found[count]) / count for count in (middle, many)]
-        figures += [Figure("tensors.growth", f"{many:,} tensors", [each[1] / each[0]])]
-    return figures
+        yield Figure("tensors.growth", f"{many:,} tensors", [each[1] / each[0]])

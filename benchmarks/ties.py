@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from benchmarks.bars import Figure
 from benchmarks.expected import check_ties, difference
 from benchmarks.inputs import L1B, QUICK, TINY, llamas, peers_run
@@ -10,7 +12,7 @@ from benchmarks.measure import Bench, Side, ratios, remove
 DENSITY = 0.2
 
 
-def measure(bench: Bench) -> list[Figure]:
+def measure(bench: Bench) -> Iterator[Figure]:
     shape = QUICK if bench.quick else L1B
     models, tiny = llamas(bench, "1b", shape, 3, shards=3), llamas(bench, "tiny", TINY, 3)
     case = "3 x 1.1B bfloat16 (base and 2 experts)"
@@ -31,22 +33,13 @@ def measure(bench: Bench) -> list[Figure]:
     names = [f"model.layers.{shape['num_hidden_layers'] // 2}.{part}.weight" for part in ("input_layernorm", "self_attn.q_proj")]
     names += ["model.layers.0.mlp.down_proj.weight", "model.norm.weight"]
     check_ties(out["ties"], models[0], models[1:], names, DENSITY)
-    figures = [
-        Figure(
-            "ties.linear",
-            case,
-            ratios(runs["ties"], runs["linear"]),
-            [r.seconds for r in runs["ties"]],
-            [r.seconds for r in runs["linear"]],
-        )
-    ]
+    seconds = {name: [run.seconds for run in found] for name, found in runs.items()}
+    yield Figure("ties.linear", case, ratios(runs["ties"], runs["linear"]), seconds["ties"], seconds["linear"])
     if bench.slow_peer:
         remove(out["peer"])
         theirs = bench.inside_peer({**given["ties"], "out": str(out["peer"])})
         share = difference(out["ties"], out["peer"], names)
         note = f"one run of the peer; {share:.2%} of the numbers differ: of entries that tie at the threshold the peer keeps some, we all"
-        values = [theirs.seconds / r.seconds for r in runs["ties"]]
-        figures += [Figure("ties.peer", case, values, [r.seconds for r in runs["ties"]], [theirs.seconds], note)]
+        yield Figure("ties.peer", case, [theirs.seconds / one for one in seconds["ties"]], seconds["ties"], [theirs.seconds], note)
     for place in out.values():
         remove(place)
-    return figures

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The peer's merge methods in a virtual environment of their own (.venv-mergekit, git-ignored), for the tests marked `mergekit`:
+# The peer in a virtual environment of its own (.venv-mergekit, git-ignored), for `make bench` and the tests marked `mergekit`:
 #     scripts/mergekit_venv.sh && pytest -m mergekit tests/test_references.py
 # Ours and theirs need different versions of the same libraries, and theirs (LGPL) is only ever run, never imported or copied.
 set -eu
