@@ -22,7 +22,7 @@ import torch
 from benchmarks.bars import line
 from benchmarks.measure import ROOT, Bench, run
 
-NAMES = ("startup", "linear", "tensors", "recall", "ties", "large", "methods")
+NAMES = ("machine", "startup", "linear", "tensors", "recall", "ties", "large", "methods")
 
 
 def main() -> None:
@@ -49,16 +49,26 @@ def main() -> None:
     around = surroundings(bench)
     for name in args.names or NAMES:
         path = work / "results" / f"{name}.json"
-        if args.resume and path.exists() and json.loads(path.read_text())["commit"] == around["commit"]:
+        if args.resume and is_done(path, around["commit"]):
             print(f"== {name}: has results of {around['commit']}", flush=True)
             continue
         print(f"== {name}", flush=True)
-        start = time.perf_counter()
-        told = []
+        start, told = time.perf_counter(), []
         for figure in import_module(f"benchmarks.{name}").measure(bench):
             told.append(figure.told())
             print(line(told[-1]), flush=True)
-        path.write_text(json.dumps({"benchmark": name, **around, "seconds": time.perf_counter() - start, "figures": told}, indent=1) + "\n")
+            keep(path, {"benchmark": name, **around, "whole": False, "figures": told})
+        keep(path, {"benchmark": name, **around, "whole": True, "seconds": time.perf_counter() - start, "figures": told})
+
+
+def keep(path: Path, result: dict[str, Any]) -> None:
+    path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+
+
+def is_done(path: Path, commit: str) -> bool:
+    """Whether a benchmark has run to its end on this commit."""
+    result = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return result.get("commit") == commit and result["whole"]
 
 
 def surroundings(bench: Bench) -> dict[str, Any]:

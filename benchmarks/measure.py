@@ -49,6 +49,11 @@ class Run:
         """Of the work itself, where the process told them (after its imports); else of the whole process."""
         return self.told.get("seconds", self.wall)
 
+    @property
+    def processor(self) -> float:
+        """Seconds of processor time of the same, of all threads."""
+        return self.told.get("cpu", self.cpu)
+
 
 @dataclass(frozen=True)
 class Side:
@@ -105,7 +110,11 @@ class Bench:
                 found = side.run()
                 if self.quick or number:
                     runs[name].append(found)
-                    print(f"   {name}: {found.seconds:.2f} s, {found.anonymous / GB:.2f} GB", file=sys.stderr, flush=True)
+                    print(
+                        f"   {name}: {found.seconds:.2f} s, {found.processor:.2f} of a processor, {found.anonymous / GB:.2f} GB",
+                        file=sys.stderr,
+                        flush=True,
+                    )
         return runs
 
 

@@ -37,7 +37,7 @@ def with_figures(page: str, results: Sequence[dict[str, Any]]) -> str:
 
 def figures(results: Sequence[dict[str, Any]]) -> str:
     """A table for each benchmark; what missed its bar in bold."""
-    parts = []
+    parts = [] if results else ["No results are kept here yet: `make bench` gives them.\n"]
     for result in results:
         machine = result["machine"]
         parts.append(f"### {result['benchmark']}\n")

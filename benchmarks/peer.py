@@ -17,19 +17,19 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
 
-def merge(run: str, out: str) -> float:
-    """As `mergekit-yaml RUN OUT` does with its defaults; seconds."""
+def merge(run: str, out: str) -> tuple[float, float]:
+    """As `mergekit-yaml RUN OUT` does with its defaults; seconds, and seconds of processor time."""
     text = Path(run).read_text()
     options = MergeOptions()
     options.apply_global_options()
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     run_merge(MergeConfiguration.model_validate(yaml.safe_load(text)), out, options, config_source=text)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - cpu
 
 
 if __name__ == "__main__":
     job = json.loads(sys.argv[1])
     with tempfile.TemporaryDirectory() as warm, open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):  # noqa: PTH123
         merge(job["warm"], f"{warm}/out")
-        seconds = merge(job["run"], job["out"])
-    print(json.dumps({"seconds": seconds}))
+        seconds, cpu = merge(job["run"], job["out"])
+    print(json.dumps({"seconds": seconds, "cpu": cpu}))

@@ -1,0 +1,63 @@
+"""What this machine gives one core: reading and writing a file in the page cache, hashing, and the arithmetic of a merge."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+
+from benchmarks.bars import Figure
+from benchmarks.measure import Bench
+
+SPAN = 1 << 18  # numbers at a time, as the merge takes them
+PIECE = 1 << 20  # bytes at a time
+
+
+def measure(bench: Bench) -> Iterator[Figure]:
+    size = PIECE * (4 if bench.quick else 512)
+    path, piece = bench.work / "machine.bytes", os.urandom(PIECE)
+    buffer = bytearray(PIECE)
+
+    def write() -> None:
+        with path.open("wb", buffering=0) as file:
+            for _ in range(size // PIECE):
+                file.write(piece)
+
+    def read() -> None:
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+    def digest() -> None:
+        hashed = hashlib.sha256()
+        for _ in range(size // PIECE):
+            hashed.update(buffer)
+
+    stored = [torch.randn(SPAN).bfloat16() for _ in range(2)]
+    base, total = stored[0].float(), torch.zeros(SPAN)
+
+    def arithmetic() -> None:
+        for _ in range(size // PIECE):
+            total.add_(stored[1].float().sub_(base), alpha=0.5)
+
+    for work, job in {"written": write, "read": read, "hashed by SHA-256": digest}.items():
+        speeds = [size / 1e9 / seconds for seconds in times(job, bench)]
+        yield Figure(None, f"{size / 1e6:.0f} MB", speeds, work=f"{work}, page cache, one core", unit="GB/s")
+    if buffer != piece:
+        raise AssertionError("what was read is not what was written")
+    each = [seconds / (size // PIECE) / SPAN * 1e9 for seconds in times(arithmetic, bench)]
+    yield Figure(None, "one expert, bfloat16", each, work="widened, subtracted, weighted and added, one core", unit="ns a number")
+    path.unlink()
+
+
+def times(job: Callable[[], None], bench: Bench) -> list[float]:
+    """Processor seconds of each round, after one that warms up."""
+    found = []
+    for _ in range(2 if bench.quick else bench.rounds + 1):
+        start = time.thread_time()
+        job()
+        found.append(time.thread_time() - start)
+    return found[1:]
