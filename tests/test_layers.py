@@ -13,7 +13,7 @@ import pytest
 import recall_merge
 
 ROOT = Path(recall_merge.__file__).parent
-EVERYWHERE = {"engines", "errors", "progress", "parallel", "paths", "processes", "safe_yaml"}
+EVERYWHERE = {"engines", "errors", "memory", "progress", "parallel", "paths", "processes", "safe_yaml"}
 ALLOWED = {
     "maths": {"maths"},
     "files": {"files", "maths"},
@@ -25,6 +25,7 @@ ALLOWED = {
     "engines": {"engines"},
     "errors": {"errors"},
     "progress": {"progress"},
+    "memory": {"memory"},
     "parallel": {"parallel"},
     "paths": {"paths"},
     "processes": {"processes"},

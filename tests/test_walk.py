@@ -1,12 +1,14 @@
 """A forward pass block by block: the very numbers of the whole model, in every family, and no more than a block in memory."""
 
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 from recall_merge.errors import CheckpointError
 from recall_merge.files.checkpoint import open_checkpoint
+from recall_merge.memory import zeros
 from recall_merge.models.build import build_model
 from recall_merge.models.hidden import representations
 from recall_merge.models.walk import Walk
@@ -69,3 +71,17 @@ def test_a_block_without_its_numbers_is_an_error(llama):
             walk.step({})
     with Walk(base.folder, TOKENS, base.depths) as walk, pytest.raises(CheckpointError, match="unexpected keys"):
         walk.step({"stray.weight": torch.zeros(2)})
+
+
+def test_zeros_take_no_memory_until_they_are_written_to():
+    def anonymous():
+        return next(
+            int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")
+        )
+
+    before = anonymous()
+    table = zeros((1 << 14, 1 << 12), torch.float32)  # 256 MB
+    table[5] = torch.arange(1 << 12)
+    assert table[5, 7] == 7 and not table[4].any() and not table[6].any()
+    assert anonymous() - before < 1 << 25
+    assert zeros((0, 3), torch.bfloat16).shape == (0, 3)

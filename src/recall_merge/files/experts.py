@@ -16,6 +16,7 @@ from recall_merge.files.content import content_of, same_weights
 from recall_merge.files.safetensors import Spec, bytes_of
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from recall_merge.maths.deltas import Delta
@@ -287,13 +288,19 @@ def own_tensor(expert: Expert, base: Checkpoint, name: str, merges: Callable[[st
     return stored if expert.comes_in_pieces(name) else expert.own(name, widen(stored))
 
 
-def own_rows(expert: Expert, base: Checkpoint, name: str, rows: Iterable[int], merges: Callable[[str], bool]) -> Tensor:
-    """A tensor of which only some rows are read; the others are 0, and take no memory where nobody touches them."""
-    import torch
+def own_rows(
+    expert: Expert, base: Checkpoint, name: str, rows: Iterable[int], merges: Callable[[str], bool], *, dtype: torch.dtype
+) -> Tensor:
+    """A tensor of which only some rows are read; the others are 0, and take no memory where nobody touches them.
+
+    Args:
+        dtype: that it is used in: to convert it would be to touch all of it.
+    """
+    from recall_merge.memory import zeros
 
     source = expert.checkpoint if isinstance(expert, FullExpert) and merges(name) else base
     spec = source.tensors[name].spec
-    tensor = torch.zeros(spec.shape, dtype=spec.torch_dtype)  # subtle: pages of zeros are not there until they are written to
+    tensor = zeros(spec.shape, dtype)
     width = spec.numel // max(1, spec.shape[0])
     for row in rows:
         tensor[row] = source.read(name, range(row * width, (row + 1) * width)).view(tensor.shape[1:])

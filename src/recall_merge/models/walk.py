@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recall_merge import memory
 from recall_merge.errors import CheckpointError, Unwalkable
 from recall_merge.maths.depths import Depths
 from recall_merge.models.build import load_config, quiet
@@ -46,6 +47,7 @@ class Walk:
         pooling: Pooling = "mean",
         threads: int = 1,
     ) -> None:
+        memory.share()
         self.depth = 0
         self._folder, self._threads, self._rows = folder, threads, len(tokens)
         self._model = _without_numbers(folder, dtype, vocabulary_size)
@@ -67,6 +69,7 @@ class Walk:
         self._loader.bind(tensors)
         parts = list(in_order(_Batch.go_on, self._batches, self._threads))
         self._release()
+        memory.give_back()
         self.depth += 1
         states = torch.empty(self._rows, parts[0].shape[-1])
         for batch, part in zip(self._batches, parts, strict=True):

@@ -64,7 +64,7 @@ def merge_by_depth(writer: WeightWriter, plan: Plan, typical: Typical, digest: D
             held = hold(plan, depth)
             states = []
             for expert, going, ids in zip(pool_of(held, rule), walks, tokens, strict=True):
-                states.append(going.step(parameters(held, expert, depth, ids)))
+                states.append(going.step(parameters(held, expert, rule, depth, ids)))
                 check_finite(plan, states[-1], expert)
             here = similarity(torch.stack(states), kernel=rule.kernel, bandwidth=rule.bandwidth)
             alike = torch.cat([alike, here.unsqueeze(0)])

@@ -101,7 +101,7 @@ def represent(
     states = []
     with walk(plan, expert, rule, tokens) as going:
         for depth in range(at[-1] + 1):
-            state = going.step(parameters(plan, expert, depth, tokens))
+            state = going.step(parameters(plan, expert, rule, depth, tokens))
             if depth in at:
                 states.append(state)
             advance(1)
@@ -118,15 +118,17 @@ def walk(plan: Plan, expert: Expert, rule: Representations, tokens: Sequence[Seq
     return Walk(folder, tokens, depths, dtype=rule.precision, vocabulary_size=rows, pooling=rule.pooling, threads=plan.threads)
 
 
-def parameters(plan: Plan, expert: Expert, depth: int, tokens: Iterable[Iterable[int]]) -> dict[str, Tensor]:
+def parameters(plan: Plan, expert: Expert, rule: Representations, depth: int, tokens: Iterable[Iterable[int]]) -> dict[str, Tensor]:
     """What an expert runs with at one depth; tables of tokens hold only the rows that the texts need, where they can be read by rows."""
+    import torch
+
     rows = sorted({token for ids in tokens for token in ids}) if depth == 0 else []
     found = {}
     for name in plan.base.tensors:
         if plan.base.depths.of(name) != depth:
             continue
         if name in plan.base.token_tensors and expert.comes_in_pieces(name):
-            found[name] = own_rows(expert, plan.base, name, rows, plan.merges)
+            found[name] = own_rows(expert, plan.base, name, rows, plan.merges, dtype=getattr(torch, rule.precision))
         else:
             found[name] = own_tensor(expert, plan.base, name, plan.merges)
     return found

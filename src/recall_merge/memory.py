@@ -1,0 +1,46 @@
+"""Memory as the system gives it: pages that are there when they are touched, and are given back when they are free."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+ARENA_MAX = -8  # M_ARENA_MAX of glibc's malloc.h
+
+
+def zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of zeros, of which only what is written to takes memory. (`torch.zeros` writes to all of it.)"""
+    import torch
+
+    if not (size := math.prod(shape) * dtype.itemsize):
+        return torch.zeros(*shape, dtype=dtype)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # else a number here and there would bring two megabytes each
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(*shape)
+
+
+def share() -> None:
+    """Let threads that begin from now on share one heap: glibc would give each its own, where what one has freed is of no use to others."""
+    if _glibc() is not None:
+        _glibc().mallopt(ARENA_MAX, 1)
+
+
+def give_back() -> None:
+    """Give the system what is free, wherever it lies. To touch it again costs less than the smallest block takes to run."""
+    if _glibc() is not None:
+        _glibc().malloc_trim(0)
+
+
+@cache
+def _glibc() -> Any:
+    """The C library, where it is glibc; elsewhere there is nothing to do."""
+    library = ctypes.CDLL(None)
+    return library if hasattr(library, "malloc_trim") and hasattr(library, "mallopt") else None
