@@ -45,6 +45,7 @@ def started() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_worker_niceness", "0")  # 15 by default: beside other work they would hardly run
+        patch.setenv("RAY_memory_monitor_refresh_ms", "0")  # or workers are killed when something else fills the machine's memory
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)  # so that workers find `stay`
         from ray.cluster_utils import Cluster
 
