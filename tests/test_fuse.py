@@ -1,18 +1,20 @@
 """The pass over the parameters, span by span: the same bytes as whole tensors give, and no more memory than a span takes."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 
 from recall_merge import MergeRun, RecallError
-from recall_merge.files.experts import Digest
+from recall_merge.files.experts import Digest, FullExpert
 from recall_merge.files.output import WeightWriter
-from recall_merge.files.safetensors import Spec, Stored
+from recall_merge.files.safetensors import READ, Spec, Stored
 from recall_merge.maths.methods import METHODS
 from recall_merge.recipes import fuse as fusing
 from recall_merge.recipes.fuse import fuse, fuse_into
 from recall_merge.recipes.plan import make_plan
+from recall_merge.recipes.provenance import hashes_of
 from recall_merge.recipes.rules import OWN_WEIGHTS
 from recall_merge.recipes.weigh import weigh
 from tiny import fine_tuned, load_tensors, lora, make_model, save_model
@@ -132,3 +134,22 @@ class TestDigest:
         digest.stop()
         with pytest.raises(RuntimeError, match="was not read"):
             digest.add_piece("w", Spec("F32", (4,)), 2, torch.zeros(2))
+
+
+def test_the_base_as_an_expert_is_not_read_again(models, tmp_path):
+    """The bytes, and the record's hash of it, are those of a model that is read; also where `skip` keeps some of its tensors out."""
+    base, experts, _ = models
+    entries = [{"name": "same", "path": str(base), "is_base": True}, {"name": "a", "path": str(experts["a"])}]
+    plan = a_plan(models, tmp_path / "merged", experts=entries, skip=["*norm.weight"])
+    before = READ.total
+    tensors, _ = written(plan, tmp_path / "spans")
+    assert READ.total - before == plan.base.nbytes + sum(spec.nbytes for name, spec in plan.specs.items() if plan.merges(name))
+
+    again = replace(plan, experts=(FullExpert("same", plan.base), plan.experts[1]))
+    wanted, (digest, *_) = written(again, tmp_path / "again")
+    assert all(torch.equal(tensors[name], wanted[name]) for name in wanted)
+    told = Digest()
+    for name in plan.specs:
+        told.add(name, plan.base.read(name))
+    assert hashes_of(plan, told) == hashes_of(again, told)
+    assert hashes_of(plan, told)["base"] == {"tensors": digest}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -189,6 +190,7 @@ for command in (*workspace.COMMANDS, evaluate.evaluate, bench.bench, export.expo
 
 def main() -> None:
     """Run the command; every fault that the library names is printed, and the exit status is 0 only on success."""
+    gc.set_threshold(50_000)  # imports make a million objects that stay; a look at them with every 700 more is an eighth of the start
     try:
         app(prog_name="recall")
     except RecallError as error:

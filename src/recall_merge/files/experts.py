@@ -62,8 +62,9 @@ class Digest:
             self._stopped = True
             self._turn.notify_all()
 
-    def hexdigest(self) -> str:
-        return hashlib.sha256("\n".join(self.lines[name] for name in sorted(self.lines)).encode()).hexdigest()
+    def hexdigest(self, wanted: Callable[[str], bool] = lambda _: True) -> str:
+        """Of all tensors, or of those that are wanted."""
+        return hashlib.sha256("\n".join(self.lines[name] for name in sorted(self.lines) if wanted(name)).encode()).hexdigest()
 
 
 class Expert(Protocol):
@@ -187,7 +188,7 @@ class AdapterExpert:
 
 @dataclass(frozen=True)
 class BaseExpert:
-    """The base as a member of the pool of models: it changes nothing."""
+    """The base as one of the models: it changes nothing, so it is not read again."""
 
     base: Checkpoint
     name: str = "base"
@@ -316,8 +317,8 @@ def widen(tensor: Tensor) -> Tensor:
 
 def hash_expert(expert: Expert) -> str:
     """Tells one state of an expert from every other: SHA-256 of an adapter's files, or of a checkpoint's weights and config."""
-    if isinstance(expert, FullExpert):
-        return content_of(expert.checkpoint)
+    if isinstance(expert, FullExpert | BaseExpert):
+        return content_of(expert.checkpoint if isinstance(expert, FullExpert) else expert.base)
     return hashlib.sha256(repr(sorted(expert.hashes().items())).encode()).hexdigest()
 
 

@@ -14,8 +14,9 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from recall_merge.errors import CheckpointError, Fault, short
 
@@ -59,11 +60,11 @@ class Spec:
     def of(cls, tensor: torch.Tensor) -> Spec:
         return cls(CODES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
 
-    @property
+    @cached_property
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return self.numel * SIZES[self.dtype]
 
@@ -71,7 +72,7 @@ class Spec:
     def is_float(self) -> bool:
         return self.dtype in FLOATS
 
-    @property
+    @cached_property
     def torch_dtype(self) -> torch.dtype:
         import torch
 
@@ -118,7 +119,7 @@ class Stored:
         numbers, size = span or range(self.spec.numel), SIZES[self.spec.dtype]
         raw = torch.empty(len(numbers) * size, dtype=torch.uint8)
         if numbers:
-            self.fill(bytes_of(raw), numbers.start * size)
+            self.fill(memoryview(cast("Any", raw.numpy())), numbers.start * size)
         flat = raw.view(self.spec.torch_dtype)
         return flat if span else flat.reshape(self.spec.shape)
 

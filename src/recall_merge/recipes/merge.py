@@ -26,7 +26,7 @@ from recall_merge.progress import Progress, Silent
 from recall_merge.recipes.by_depth import merge_by_depth
 from recall_merge.recipes.fuse import conditions, fuse_into
 from recall_merge.recipes.plan import Plan, make_plan
-from recall_merge.recipes.provenance import hash_models, made_apart, made_from, made_of, public_name, weighting_from
+from recall_merge.recipes.provenance import hash_models, hashes_of, made_apart, made_from, made_of, public_name, weighting_from
 from recall_merge.recipes.spread import fuse_apart, weigh_apart
 from recall_merge.recipes.typical import typical_texts
 from recall_merge.recipes.weigh import Weighting, weigh, whole_note
@@ -95,7 +95,7 @@ def apply(plan: Plan, *, engine: str = LOCAL, progress: Progress | None = None) 
             advance(1)
         record = {
             **made_from(plan),
-            "models": {"base": {"tensors": digest.hexdigest()}, **{expert.name: expert.hashes() for expert in plan.experts}},
+            "models": hashes_of(plan, digest),
             **made_of(weighting),
             **({"parts": made_apart(plan)} if plan.own else {}),
             **({"cards": _cards(plan, weighting)} if plan.method.informed else {}),

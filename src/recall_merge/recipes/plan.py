@@ -16,7 +16,7 @@ from recall_merge.files.adapter import check_adapter_base, is_adapter, open_adap
 from recall_merge.files.cards import Card, has_card, open_card
 from recall_merge.files.checkpoint import Checkpoint, open_checkpoint
 from recall_merge.files.content import Watch, watch
-from recall_merge.files.experts import AdapterExpert, Expert, FullExpert, check_checkpoint, hash_expert
+from recall_merge.files.experts import AdapterExpert, BaseExpert, Expert, FullExpert, check_checkpoint, hash_expert
 from recall_merge.files.hub import Located, locate
 from recall_merge.files.names import named_like
 from recall_merge.files.output import OutputFolder, Shard, free_bytes, plan_shards
@@ -309,7 +309,7 @@ def _open_expert(entry: ExpertEntry, place: Located, base: Checkpoint, run: Merg
         return AdapterExpert(name, adapter)
     checkpoint = named_like(open_checkpoint(place.folder, place.remote), base)
     check_checkpoint(name, checkpoint, base, lambda tensor: skipped(tensor, run.skip), is_base=entry.is_base)
-    return FullExpert(name, checkpoint)
+    return BaseExpert(checkpoint, name) if entry.is_base else FullExpert(name, checkpoint)
 
 
 def _check_output(run: MergeRun, located: Mapping[str, Located]) -> None:

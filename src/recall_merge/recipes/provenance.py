@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from recall_merge.files.experts import Digest, FullExpert, hash_file
+from recall_merge.files.experts import BaseExpert, Digest, FullExpert, hash_file
 from recall_merge.files.record import versions
 from recall_merge.recipes.plan import Plan
 from recall_merge.recipes.typical import TypicalSample
@@ -71,7 +71,14 @@ def hash_models(plan: Plan) -> dict[str, dict[str, str]]:
         for expert in plan.experts:
             if isinstance(expert, FullExpert) and plan.merges(name):
                 expert.digest.add(name, expert.checkpoint.read(name))
-    return {"base": {"tensors": digest.hexdigest()}, **{expert.name: expert.hashes() for expert in plan.experts}}
+    return hashes_of(plan, digest)
+
+
+def hashes_of(plan: Plan, digest: Digest) -> dict[str, dict[str, str]]:
+    """What the record says of the models once they have been read; `digest` was told of the base's tensors."""
+    merged = {"tensors": digest.hexdigest(plan.merges)}  # of an expert, only what is merged is read
+    experts = {expert.name: merged if isinstance(expert, BaseExpert) else expert.hashes() for expert in plan.experts}
+    return {"base": {"tensors": digest.hexdigest()}, **experts}
 
 
 def public_name(plan: Plan, name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated
 
+import torch
 from annotated_types import Interval
 from torch import Tensor
 
@@ -23,8 +24,8 @@ def linear(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], *, 
     >>> linear(torch.zeros(2), [torch.ones(2), 3 * torch.ones(2)], [0.5, 0.5])
     tensor([2., 2.])
     """
-    merged = base.clone()
-    for delta, weight in zip(deltas, weights, strict=True):
+    merged = torch.add(base, deltas[0], alpha=scale * weights[0])
+    for delta, weight in zip(deltas[1:], weights[1:], strict=True):
         merged.add_(delta, alpha=scale * weight)
     return merged
 
