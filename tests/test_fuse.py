@@ -12,6 +12,7 @@ from recall_merge.files.output import WeightWriter
 from recall_merge.files.safetensors import READ, Spec, Stored
 from recall_merge.maths.methods import METHODS
 from recall_merge.recipes import fuse as fusing
+from recall_merge.recipes import plan as planning
 from recall_merge.recipes.fuse import fuse, fuse_into
 from recall_merge.recipes.plan import make_plan
 from recall_merge.recipes.provenance import hashes_of
@@ -36,6 +37,12 @@ def a_plan(models, target, method="linear", adapter=False, **settings):
     most = METHODS[method].experts[1] or len(entries)
     settings = {"base": str(base), "experts": entries[:most], "method": method, "out": {"path": target}} | settings
     return make_plan(MergeRun.model_validate(settings))
+
+
+def small_spans(monkeypatch, span=SPAN):
+    monkeypatch.setattr(fusing, "SPAN", span)
+    monkeypatch.setattr(planning, "SPAN", span)
+    monkeypatch.setattr(planning, "WHOLE", span)
 
 
 def written(plan, folder):
@@ -65,11 +72,15 @@ VARIANTS = {
 
 
 # Those with weights that want data are `linear`.
-@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.elementwise and name not in OWN_WEIGHTS])
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if (row.elementwise or row.look) and name not in OWN_WEIGHTS])
 def test_spans_give_the_bytes_of_whole_tensors(models, tmp_path, monkeypatch, method):
-    monkeypatch.setattr(fusing, "SPAN", SPAN)
-    tensors, hashes = written(a_plan(models, tmp_path / "merged", method), tmp_path / "spans")
-    wanted, wanted_hashes = whole(a_plan(models, tmp_path / "merged", method))
+    small_spans(monkeypatch)
+
+    def plan():
+        return a_plan(models, tmp_path / "merged", method, adapter=METHODS[method].look is not None, threads=3)
+
+    tensors, hashes = written(plan(), tmp_path / "spans")
+    wanted, wanted_hashes = whole(plan())
     assert tensors.keys() == wanted.keys()
     assert all(torch.equal(tensors[name], wanted[name]) for name in wanted)
     assert hashes == wanted_hashes
@@ -77,7 +88,7 @@ def test_spans_give_the_bytes_of_whole_tensors(models, tmp_path, monkeypatch, me
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_spans_give_the_bytes_of_whole_tensors_whatever_the_run(models, tmp_path, monkeypatch, variant):
-    monkeypatch.setattr(fusing, "SPAN", SPAN)
+    small_spans(monkeypatch)
     plan = a_plan(models, tmp_path / "merged", **{"threads": 3} | VARIANTS[variant])
     tensors, hashes = written(plan, tmp_path / "spans")
     wanted, wanted_hashes = whole(plan)
@@ -94,22 +105,39 @@ def test_no_read_is_longer_than_a_span(models, tmp_path, monkeypatch):
         return read(self, span)
 
     plan = a_plan(models, tmp_path / "merged", threads=2)
-    monkeypatch.setattr(fusing, "SPAN", SPAN)
+    small_spans(monkeypatch)
     monkeypatch.setattr(Stored, "read", counted)
     written(plan, tmp_path / "spans")
     assert max(lengths) == SPAN
     assert sum(lengths) == 3 * sum(spec.numel for spec in plan.specs.values())  # each number of base and experts once
 
 
-def test_a_number_that_is_not_finite_stops_all_threads(models, tmp_path, monkeypatch):
+def test_looks_hold_no_tensor_whole(models, tmp_path, monkeypatch):
+    """Large tensors are read by spans, also where a method wants to know something of each delta as a whole."""
+    lengths = []
+    read = Stored.read
+
+    def counted(self, span=None):
+        lengths.append(len(span) if span else self.spec.numel)
+        return read(self, span)
+
+    plan = a_plan(models, tmp_path / "merged", "ties", threads=2)
+    small_spans(monkeypatch)
+    monkeypatch.setattr(Stored, "read", counted)
+    written(plan, tmp_path / "spans")
+    assert max(lengths) == SPAN
+
+
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_a_number_that_is_not_finite_stops_all_threads(models, tmp_path, monkeypatch, method):
     base, experts, _ = models
     bad = fine_tuned(base, tmp_path / "bad", seed=3)
     file = bad / "model.safetensors"
     data = bytearray(file.read_bytes())
     data[-2:] = b"\x80\x7f"  # infinity in bfloat16
     file.write_bytes(data)
-    plan = a_plan((base, experts | {"bad": bad}, None), tmp_path / "merged", threads=3)
-    monkeypatch.setattr(fusing, "SPAN", 64)
+    plan = a_plan((base, experts | {"bad": bad}, None), tmp_path / "merged", method, threads=3)
+    small_spans(monkeypatch, 64)
     threads = threading.active_count()
     with pytest.raises(RecallError, match="expert 'bad' holds NaN or infinity"):
         written(plan, tmp_path / "spans")

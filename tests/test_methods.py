@@ -13,7 +13,7 @@ from recall_merge.maths.methods import order as order_statistics
 from recall_merge.maths.methods.consensus import agreeing
 from recall_merge.maths.methods.factors import combined, norm, orthonormal, singular
 from recall_merge.maths.methods.informed import cocktail_weights, fisher, regmean
-from recall_merge.maths.methods.order import below, kth_largest
+from recall_merge.maths.methods.order import below, kth_largest, kth_largest_size
 from recall_merge.maths.methods.pieces import PIECE, in_pieces, rows
 from recall_merge.maths.methods.sparsify import drop_by_rank, drop_random, keep_largest, keep_middle
 from recall_merge.maths.methods.wrappers import anchor_ramp, lines_scales, prune_by_saliency
@@ -407,6 +407,8 @@ def test_kth_largest_is_exact(kind):
         ordered = (values.abs() if size else values).sort(descending=True).values
         for k in (1, 2, n // 100, n // 5, n // 2, n - 1, n):
             assert kth_largest(values, k, size=size) == float(ordered[k - 1])
+            if size:
+                assert kth_largest_size(lambda span: values[span.start : span.stop], n, k, span=1 << 16) == float(ordered[k - 1])
 
 
 def test_kth_largest_searches_all_where_the_sample_misleads(monkeypatch):
@@ -421,9 +423,9 @@ def test_kth_largest_searches_all_where_the_sample_misleads(monkeypatch):
 
 
 def test_below_is_the_next_number_down():
-    assert below(1.0, torch.ones(1)) == 1 - 2**-24
-    assert below(1.0, torch.ones(1, dtype=torch.float64)) == 1 - 2**-53
-    assert below(0.0, torch.ones(1)) == 0.0
+    assert below(1.0, torch.float32) == 1 - 2**-24
+    assert below(1.0, torch.float64) == 1 - 2**-53
+    assert below(0.0, torch.float32) == 0.0
 
 
 def test_pieces_cover_everything_once():

@@ -139,7 +139,11 @@ class FullExpert:
             self.digest.add_piece(name, self.checkpoint.tensors[name].spec, span.start, stored)
         else:
             self.digest.add(name, stored)
-        return stored.to(base.dtype).sub_(base) if stored.dtype != base.dtype else stored - base
+        return _minus(stored, base)
+
+    def glance(self, name: str, base: Tensor, span: range) -> Tensor:
+        """A span of its delta, of which the digest is not told: for a look before the pass that reads it."""
+        return _minus(self.checkpoint.read(name, span), base)
 
     def own(self, name: str, base: Tensor) -> Tensor:
         return self.checkpoint.read(name).to(base.dtype)
@@ -320,6 +324,10 @@ def hash_expert(expert: Expert) -> str:
     if isinstance(expert, FullExpert | BaseExpert):
         return content_of(expert.checkpoint if isinstance(expert, FullExpert) else expert.base)
     return hashlib.sha256(repr(sorted(expert.hashes().items())).encode()).hexdigest()
+
+
+def _minus(stored: Tensor, base: Tensor) -> Tensor:
+    return stored.to(base.dtype).sub_(base) if stored.dtype != base.dtype else stored - base
 
 
 def hash_tensor(tensor: Tensor) -> str:

@@ -1,15 +1,19 @@
 """The pass over the parameters: read every number of every model once, merge it, and hand it on in the order of the plan.
 
 Where a method looks at one number at a time, the unit of work is a span of a few hundred thousand numbers, whatever tensor they are of: all
-that is held of them fits the processor's cache, and the memory that a merge takes does not depend on the model. Other methods are
+that is held of them fits the processor's cache, and the memory that a merge takes does not depend on the model. Where it wants to know
+something of a delta as a whole first (which sizes are the largest), a look at the delta, span by span too, goes before. Other methods are
 given whole tensors. Which it is makes no difference to the result.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from recall_merge.errors import CheckpointError, ResultError
 from recall_merge.files.experts import Digest, FullExpert, widen
@@ -62,9 +66,12 @@ def fuse_into(
     digests = [digest, *(expert.digest for expert in plan.experts if isinstance(expert, FullExpert))]
     failures: list[BaseException] = []
 
-    def work(unit: Unit) -> list[tuple[str, Tensor]]:
+    def work(unit: Unit | Look) -> list[tuple[str, Tensor]]:
+        if isinstance(unit, Look):
+            unit.take(plan)
+            return []
         try:
-            return [(name, merge_tensor(plan, weighting, name, digest, sizes, span)) for name, span in unit]
+            return [(part.name, merge_tensor(plan, weighting, part.name, digest, sizes, part.span, part.bands)) for part in unit]
         except BaseException as error:
             failures.append(error)
             for waited_for in digests:
@@ -78,11 +85,39 @@ def fuse_into(
             advance(sum(merged.nbytes for _, merged in unit))
 
 
-Unit = list[tuple[str, range | None]]
+@dataclass(frozen=True)
+class Look:
+    """What a method needs to know of one expert's delta before its spans can be merged. They wait for it."""
+
+    name: str
+    expert: int
+    found: Future[Any] = field(default_factory=Future)
+
+    def take(self, plan: Plan) -> None:
+        try:
+            self.found.set_result(_look(plan, self.name, self.expert))
+        except BaseException as error:
+            self.found.set_exception(error)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor, or a span of it, with the looks that go before."""
+
+    name: str
+    span: range | None = None
+    looks: tuple[Look, ...] = ()
+
+    @property
+    def bands(self) -> list[Any] | None:
+        return [look.found.result() for look in self.looks] or None
+
+
+Unit = list[Part]
 """Tensors, or a span of one, that are worked on together."""
 
 
-def _units(plan: Plan, names: Iterable[str]) -> Iterator[Unit]:
+def _units(plan: Plan, names: Iterable[str]) -> Iterator[Unit | Look]:
     """Tensors in the order of writing: the large ones in spans, if the method allows it, the small ones together."""
     unit: Unit = []
     held = 0
@@ -91,18 +126,47 @@ def _units(plan: Plan, names: Iterable[str]) -> Iterator[Unit]:
         if unit and held + spec.numel > SPAN:
             yield unit
             unit, held = [], 0
-        if spec.numel > SPAN and plan.in_spans(name):
+        if plan.in_spans(name):
+            looks = tuple(Look(name, q) for q in range(len(plan.experts)) if plan.looks(name))
+            yield from looks
             for start in range(0, spec.numel, SPAN):
-                yield [(name, range(start, min(start + SPAN, spec.numel)))]
+                yield [Part(name, range(start, min(start + SPAN, spec.numel)), looks)]
         else:
-            unit.append((name, None))
+            unit.append(Part(name))
             held += spec.numel
     if unit:
         yield unit
 
 
-def merge_tensor(plan: Plan, weighting: Weighting, name: str, digest: Digest, sizes: Proportions, span: range | None = None) -> Tensor:
-    """One tensor of the result; or of its numbers in their order those of a span, where method and experts allow it."""
+def _look(plan: Plan, name: str, q: int) -> Any:
+    """What the method finds when it looks at expert q's whole delta, by reading it span by span, a few times over."""
+    import torch
+
+    from recall_merge.maths.methods.order import kth_largest_size
+
+    expert, spec = plan.experts[q], plan.base.tensors[name].spec
+    dtype = torch.promote_types(spec.torch_dtype, torch.float32)
+    assert plan.method.look is not None
+
+    def read(span: range) -> Tensor:
+        base = widen(plan.base.read(name, span))
+        return expert.glance(name, base, span) if isinstance(expert, FullExpert) else base.new_zeros(base.shape)
+
+    kth = partial(kth_largest_size, read, spec.numel, span=SPAN)
+    return plan.method.look(kth, spec.numel, dtype, q, plan.options_of(name))
+
+
+def merge_tensor(
+    plan: Plan,
+    weighting: Weighting,
+    name: str,
+    digest: Digest,
+    sizes: Proportions,
+    span: range | None = None,
+    bands: list[Any] | None = None,
+) -> Tensor:
+    """One tensor of the result; or of its numbers in their order those of a span, where method and experts allow it, with what a look at
+    the deltas has found, where the method wants one."""
     stored = plan.base.read(name, span)
     if span:
         digest.add_piece(name, plan.base.tensors[name].spec, span.start, stored)
@@ -114,7 +178,7 @@ def merge_tensor(plan: Plan, weighting: Weighting, name: str, digest: Digest, si
     weights = plan.weights_of(name, weighting)
     base, deltas = _deltas(plan, name, widen(stored), weights, span)
     sizes.add(name, base, deltas)
-    merged = base if all(delta is None for delta in deltas) else _scaled(plan, name, base, _merge(plan, name, base, deltas, weights))
+    merged = base if all(delta is None for delta in deltas) else _scaled(plan, name, base, _merge(plan, name, base, deltas, weights, bands))
     merged = merged.to(spec.torch_dtype)
     if not is_finite(merged):
         raise _NotFinite(name)
@@ -136,7 +200,7 @@ def _explained(plan: Plan) -> Iterator[Proportions]:
     sizes.check()
 
 
-def _merge(plan: Plan, name: str, base: Tensor, deltas: list[Delta | None], weights: list[float]) -> Tensor:
+def _merge(plan: Plan, name: str, base: Tensor, deltas: list[Delta | None], weights: list[float], bands: list[Any] | None) -> Tensor:
     """Apply the method. Tables of tokens are no linear maps: methods that are made for those leave them to `linear`."""
     from recall_merge.maths.methods import METHODS, Draws
 
@@ -146,6 +210,8 @@ def _merge(plan: Plan, name: str, base: Tensor, deltas: list[Delta | None], weig
     ready = _pruned(plan, [_ready(delta, base, method.factors and plan.run.prune is None) for delta in deltas])
     if method.random:
         given["draws"] = Draws(plan.run.seed, name, tuple(expert.name for expert in plan.experts))
+    if bands is not None:
+        given["bands"] = bands
     if not method.informed:
         return method.function(base, ready, weights, **given)
     known = [None if card is None else card.moment(name) for card in plan.cards]

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 SPAN = 1 << 18
 """Numbers in one unit of work. A multiple of what a processor's vectors hold, so that pieces are rounded as the whole tensor is."""
+WHOLE = 1 << 22
+"""Numbers of a tensor from which a look at deltas before the merge, and reading them again for it, is better than to hold them whole."""
 
 
 CHARACTERS_PER_TOKEN = 4  # of English prose under byte-level tokenizers
@@ -94,9 +96,15 @@ class Plan:
         """Whether the rows of a tensor are matched by token."""
         return self.vocabulary is not None and name in self.base.token_tensors
 
+    def looks(self, name: str) -> bool:
+        """Whether the method looks at the deltas of a tensor before it merges their numbers one by one."""
+        return self.method.look is not None and self.merges(name)
+
     def in_spans(self, name: str) -> bool:
-        """Whether a tensor may be merged one span of numbers after another."""
-        alone = self.method.elementwise and self.run.prune is None and not self.aligns(name)
+        """Whether a tensor is merged one span of numbers after another: it is large, and may be."""
+        if self.specs[name].numel <= (WHOLE if self.looks(name) else SPAN):
+            return False
+        alone = self.method.in_spans(self.options_of(name)) and self.run.prune is None and not self.aligns(name)
         return (alone or not self.merges(name)) and all(expert.comes_in_pieces(name) for expert in self.experts)
 
     @property
@@ -108,7 +116,7 @@ class Plan:
     def passes(self) -> str:
         """How often the models are read, and why."""
         if not isinstance(self.weights, FromSamples):
-            return "one pass over all models"
+            return "one pass over all models" + (f", tensors of more than {WHOLE:,} numbers twice" if self.method.look else "")
         newest = f"'{self.experts[-1].name}' once for the typical samples"
         if self.by_depth:
             return f"{newest}, then one pass over all models, depth by depth"
@@ -134,20 +142,20 @@ class Plan:
         """Bytes of memory at most, beside the interpreter's own: the largest of what the parts of the work hold, one after another.
 
         Depth by depth, the pass over the parameters also holds the block of base and experts, and once more of the one that runs, and the
-        hidden states of the pool or of every model's samples. The check of the result loads it as it is.
+        hidden states of the pool or of every model's samples. The check of the result maps its files: the system may take that memory back.
         """
         fusing = self.memory_to_fuse
         if self.by_depth:
             fusing += self._block * (len(self.experts) + 2) + self._states(len(self.experts) + 1)
         elif isinstance(self.weights, FromSamples):
             fusing = max(fusing, self.memory_to_run)
-        return max(fusing, self.bytes_written if self.run.out.reload else 0)
+        return fusing
 
     @cached_property
     def memory_to_fuse(self) -> int:
         """Bytes of the pass over the parameters: for each thread one tensor (or one span of it, where the method allows that) of base,
         experts and result in float32, and finished ones that wait for their turn."""
-        held_at_once = [min(spec.numel, SPAN) if self.in_spans(name) else spec.numel for name, spec in self.specs.items()]
+        held_at_once = [SPAN if self.in_spans(name) else spec.numel for name, spec in self.specs.items()]
         held = len(self.experts) + 3 + (len(self.experts) + 1 if self.run.prune is not None else 0)
         return 4 * (held + 1) * sum(sorted(held_at_once)[-self.threads :])
 

@@ -84,7 +84,7 @@ def sce(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], *, den
     threshold = kth_largest(variance, max(1, int(density * varying))) if varying and density < 1 else 0.0
 
     def selected(*found: Tensor) -> list[Tensor]:
-        chosen = hardshrink(found[0], below(threshold, variance)).sign_() if threshold else torch.ones_like(found[0])
+        chosen = hardshrink(found[0], below(threshold, variance.dtype)).sign_() if threshold else torch.ones_like(found[0])
         return [change * chosen for change in found[1:]]
 
     squares = [0.0] * len(changes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from recall_merge.maths.methods.pieces import PIECE
 
 _SMALL = 1 << 18  # below this a plain selection on a copy is as fast
 _SAMPLE = 1 << 15
+_RUN = 256  # neighbours that are sampled together where numbers come from a file
 
 
 def kth_largest(values: Tensor, k: int, *, size: bool = False) -> float:
@@ -54,6 +57,41 @@ def _bracketed(numbers: np.ndarray, k: int, size: bool) -> float | None:
     return _select(gathered, k - above) if 0 < k - above <= len(gathered) else None
 
 
-def below(threshold: float, like: Tensor) -> float:
-    """The number just below a positive threshold in the tensor's own precision, so that `> below(t)` means `>= t`."""
-    return float(torch.nextafter(torch.tensor(threshold, dtype=like.dtype), torch.zeros((), dtype=like.dtype)))
+def kth_largest_size(read: Callable[[range], Tensor], count: int, k: int, *, span: int) -> float:
+    """The k-th largest absolute value of `count` numbers that are nowhere whole: `read` gives any span of them, again and again.
+
+    As `kth_largest`, with a sample of short runs, whose bracket is wider because neighbours are alike, and wider again each time that it
+    misses. Held are a span and what lies strictly inside of the bracket: numbers that are all the same take no memory.
+
+    >>> kth_largest_size(lambda span: torch.tensor([3.0, -5.0, 1.0])[span.start : span.stop], 3, 2, span=2)
+    3.0
+    """
+
+    def sizes(start: int, length: int) -> np.ndarray:
+        return np.abs(read(range(start, min(start + length, count))).numpy())
+
+    step = max(_RUN, count * _RUN // _SAMPLE)
+    sample = np.sort(np.concatenate([sizes(start, _RUN) for start in range(0, count, step)]))
+    share, spread = k / count, 8 * (len(sample) * k / count * (1 - k / count)) ** 0.5 + 2
+    while True:
+        first, last = (len(sample) - 1 - int(len(sample) * share + way * spread) for way in (1, -1))
+        low = sample[first] if first >= 0 else -1.0
+        high = sample[last] if last < len(sample) else np.inf
+        above, reach, inside = 0, 0, []
+        for start in range(0, count, span):
+            piece = sizes(start, span)
+            over = piece > high
+            above += int(np.count_nonzero(over))
+            reach += int(np.count_nonzero(piece >= low))
+            inside.append(piece[np.flatnonzero((piece > low) ^ over)])
+        gathered = np.concatenate(inside)
+        if 0 < k - above <= len(gathered):
+            return _select(gathered, k - above)
+        if len(gathered) < k - above and (k <= reach or low < 0):  # the low end itself; or not all are numbers, which is refused later
+            return max(0.0, float(low))
+        spread *= 4
+
+
+def below(threshold: float, dtype: torch.dtype) -> float:
+    """The number just below a positive threshold in a tensor's own precision, so that `> below(t)` means `>= t`."""
+    return float(torch.nextafter(torch.tensor(threshold, dtype=dtype), torch.zeros((), dtype=dtype)))

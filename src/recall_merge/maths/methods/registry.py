@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import UnionType
@@ -27,6 +27,10 @@ class MergeFunction(Protocol):
     def __call__(self, base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], **options: Any) -> Tensor: ...
 
 
+Look = Callable[..., Any]
+"""(k -> k-th largest size of a delta, n, dtype, expert, options) -> what the method needs to know of that delta as a whole."""
+
+
 @dataclass(frozen=True)
 class Method:
     """One row of the table."""
@@ -36,6 +40,8 @@ class Method:
     source: str
     elementwise: bool = False
     """Every element is merged on its own, so a tensor may be merged in pieces."""
+    look: Look | None = None
+    """Every element is merged on its own once each delta has been looked at as a whole; the function takes what was found as `bands`."""
     experts: tuple[int, int | None] = (1, None)
     """Fewest and most experts that it merges; None = any number."""
     factors: bool = False
@@ -48,6 +54,10 @@ class Method:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _row, (self.name,)  # in another process it is that one's own
+
+    def in_spans(self, options: Mapping[str, Any]) -> bool:
+        """Whether, with these options, a tensor may be merged span by span, if need be after a look. Sums over a tensor want it whole."""
+        return self.elementwise or (self.look is not None and options["rescale"] == "none")
 
     @cached_property
     def random(self) -> bool:
@@ -100,7 +110,7 @@ def _row(name: str) -> Method:
     return recall_merge.maths.methods.METHODS[name]
 
 
-GIVEN = ("draws", "moments")  # what a method is given besides its options, where it names it
+GIVEN = ("draws", "moments", "bands")  # what a method is given besides its options, where it names it
 
 F = TypeVar("F", bound=Callable[..., Tensor])
 
@@ -110,6 +120,7 @@ def method(
     *,
     source: str,
     elementwise: bool = False,
+    look: Look | None = None,
     experts: tuple[int, int | None] = (1, None),
     factors: bool = False,
     matrices: bool = False,
@@ -123,7 +134,7 @@ def method(
             raise ValueError(f"method '{name}' is registered twice: {first} and {second}")
         parameters = inspect.signature(function, eval_str=True).parameters.values()
         options = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in GIVEN}
-        METHODS[name] = Method(name, function, source, elementwise, experts, factors, matrices, ordered, options)
+        METHODS[name] = Method(name, function, source, elementwise, look, experts, factors, matrices, ordered, options)
         return function
 
     return register

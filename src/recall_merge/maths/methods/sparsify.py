@@ -22,6 +22,10 @@ from recall_merge.maths.methods.pieces import pieces
 
 Trim = Callable[[Tensor], Tensor]
 """The next piece of a delta -> the same piece with what is dropped set to 0."""
+Band = tuple[float, float | None]
+"""What stays: sizes above the one, and not above the other."""
+Kth = Callable[[int], float]
+"""k -> the k-th largest size of a delta."""
 Stream = Callable[[Sequence[int]], Tensor]
 """A shape -> the next uniform numbers of an expert's stream."""
 
@@ -43,9 +47,13 @@ def keep_largest(delta: Tensor, *, density: Density = 0.2, rescale: Rescale = "n
     >>> keep_largest(delta, density=0.5)(delta)
     tensor([ 0., -3.,  2.,  0.])
     """
-    n = delta.numel()
-    low = kth_largest(delta, _count(density, n), size=True) if density < 1 else 0.0
-    return _rescaled(lambda: partial(_band, low=below(low, delta)), delta, rescale)
+    low, _ = largest(partial(kth_largest, delta, size=True), delta.numel(), delta.dtype, density=density)
+    return _rescaled(lambda: partial(between, low=low), delta, rescale)
+
+
+def largest(kth: Kth, n: int, dtype: torch.dtype, *, density: float) -> Band:
+    """The sizes that `keep_largest` keeps of n numbers."""
+    return below(kth(_count(density, n)), dtype) if density < 1 else 0.0, None
 
 
 def keep_middle(delta: Tensor, *, density: Density = 0.1, gamma: Gamma = 0.01, rescale: Rescale = "none") -> Trim:
@@ -57,13 +65,17 @@ def keep_middle(delta: Tensor, *, density: Density = 0.1, gamma: Gamma = 0.01, r
     >>> keep_middle(delta, density=0.5, gamma=0.25)(delta)
     tensor([1., 0., 2., 0.])
     """
-    n = delta.numel()
+    low, high = middle(partial(kth_largest, delta, size=True), delta.numel(), delta.dtype, density=density, gamma=gamma)
+    return _rescaled(lambda: partial(between, low=low, high=high), delta, rescale)
+
+
+def middle(kth: Kth, n: int, dtype: torch.dtype, *, density: float, gamma: float) -> Band:
+    """The sizes that `keep_middle` keeps of n numbers."""
     if density >= 1:
-        return _rescaled(lambda: partial(_band, low=0.0), delta, rescale)
+        return 0.0, None
     kept = _count(density, n)
     outliers = min(int(gamma * n), n - kept)
-    low, high = kth_largest(delta, outliers + kept, size=True), kth_largest(delta, outliers + 1, size=True)
-    return _rescaled(lambda: partial(_band, low=below(low, delta), high=high), delta, rescale)
+    return below(kth(outliers + kept), dtype), kth(outliers + 1)
 
 
 def drop_random(delta: Tensor, start: Callable[[], Stream], *, density: Density = 0.5, rescale: RescaleRandom = "share") -> Trim:
@@ -110,7 +122,7 @@ def _count(density: float, n: int) -> int:
     return max(1, int(density * n))
 
 
-def _band(piece: Tensor, *, low: float, high: float | None = None) -> Tensor:
+def between(piece: Tensor, low: float, high: float | None = None) -> Tensor:
     """What is larger than `low` and, if given, not larger than `high`. x - x is 0 exactly, so the difference of two shrinks is exact."""
     kept = hardshrink(piece, low)
     return kept if high is None else kept.sub_(hardshrink(piece, high))
@@ -149,3 +161,7 @@ def _rescaled(begin: Callable[[], Trim], delta: Tensor, rescale: str, *, by_row:
     factor = before / after if after else 1.0
     again = begin()
     return lambda piece: again(piece).mul_(factor)
+
+
+BANDS: dict[Callable[..., Trim], Callable[..., Band]] = {keep_largest: largest, keep_middle: middle}
+"""The trims that need to know no more of a delta than a band of sizes."""

@@ -68,7 +68,7 @@ def prune_by_saliency(
 def _pruned(delta: Tensor, score: Tensor, density: float) -> Tensor:
     if not delta.numel():
         return delta.clone()
-    low = below(kth_largest(score, max(1, int(density * delta.numel())), size=True), score)
+    low = below(kth_largest(score, max(1, int(density * delta.numel())), size=True), score.dtype)
     if low == 0 and not score.any():
         return delta.clone()
     return in_pieces(lambda change, scored: change * (scored.abs() > low), [delta, score])
