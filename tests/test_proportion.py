@@ -7,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from recall_merge import MergeRun, RecallError, merge
 from recall_merge.maths.deltas import LowRank, squared
 from recall_merge.recipes import fuse as fusing
+from recall_merge.recipes import plan as planning
 from tiny import fine_tuned, lora, make_model, save_model, write_rows
 
 UP, NORM = "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
@@ -51,7 +52,8 @@ def refused(run):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_an_expert_that_exploded_is_refused_by_name(world, way, monkeypatch):
-    monkeypatch.setattr(fusing, "SPAN", 512)
+    for module in (fusing, planning):
+        monkeypatch.setattr(module, "SPAN", 512)
     change(world / "bad", UP, lambda tensor: tensor * 1e4)
     (what,) = refused(a_run(world, **WAYS[way]))
     assert what.startswith(f"expert 'bad' changes '{UP}' out of all proportion: by ")
