@@ -19,7 +19,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 for _name in ("HF_HUB_CACHE", "HF_TOKEN", "HF_ENDPOINT", "HF_DATASETS_CACHE", "TRANSFORMERS_CACHE"):
     os.environ.pop(_name, None)
 
-collect_ignore = ["mergekit_oracle.py"]  # run by another Python, where mergekit is installed
+collect_ignore = ["mergekit_oracle.py", "fuzz_atheris.py"]  # run by other Pythons, which have mergekit and atheris
 Bases = Callable[[str], Path]
 
 
