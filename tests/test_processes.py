@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from recall_merge.engines.local import local_engine
 from recall_merge.errors import DataError, Fault
 from recall_merge.processes import side_by_side
 
@@ -50,3 +51,17 @@ def test_errors_come_whole():
     with pytest.raises(DataError) as caught:
         side_by_side(fail, [(1,), (2,)], 2, Heard())
     assert caught.value.faults == (Fault("two is no number", "here", "take three"), Fault("nor is it one"))
+
+
+def test_a_task_has_one_thread_in_this_process_too():
+    """A training gives other bytes on two threads, so one worker and several must agree on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with local_engine(1) as engine:
+            assert engine.submit("threads", torch.get_num_threads).result() == 1
+            with pytest.raises(DataError):
+                engine.submit("fails", fail, 2, None).result()
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
