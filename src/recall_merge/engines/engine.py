@@ -11,6 +11,7 @@ from recall_merge.errors import RunError
 
 R = TypeVar("R")
 LOCAL, RAY = "local", "ray"
+PATIENCE = 10.0  # seconds after which whoever waits for tasks looks whether a cluster has grown
 
 
 class Engine(Protocol):

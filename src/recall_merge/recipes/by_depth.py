@@ -19,11 +19,9 @@ from recall_merge.parallel import in_order
 from recall_merge.recipes.fuse import fuse_into
 from recall_merge.recipes.plan import Plan
 from recall_merge.recipes.typical import TypicalSample, check_finite, expert_tokenizer, parameters, walk
-from recall_merge.recipes.weigh import Weighting, pool_of
+from recall_merge.recipes.weigh import Weighting, pool_of, weigh_alike
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from recall_merge.models.walk import Walk
 
 Typical = tuple[list[str], tuple[TypicalSample, ...], list[str]]
@@ -54,7 +52,7 @@ def merge_by_depth(writer: WeightWriter, plan: Plan, typical: Typical, digest: D
     alike = torch.empty(0, len(pool), dtype=torch.float64)
 
     def fuse_depth(depth: int, plan: Plan) -> Weighting:
-        weighting = Weighting(tuple(expert.name for expert in pool), _weights(alike, rule), alike, samples, tuple(notes))
+        weighting = weigh_alike(plan, rule, alike, samples, notes)
         fuse_into(writer, plan, weighting, digest, advance, [name for name in plan.specs if depths.of(name) == depth])
         return weighting
 
@@ -70,13 +68,6 @@ def merge_by_depth(writer: WeightWriter, plan: Plan, typical: Typical, digest: D
             alike = torch.cat([alike, here.unsqueeze(0)])
             fuse_depth(depth, held)
     return fuse_depth(depths.last, plan)
-
-
-def _weights(alike: Tensor, rule: Representations) -> Tensor:
-    """Weights of the depths whose similarity is known, and of one more.    (i, n) -> (i + 1, n)"""
-    from recall_merge.maths.weights import control, outside_blocks, softmax_weights
-
-    return outside_blocks(control(softmax_weights(alike, temperature=rule.temperature), rule.control), rule.outside_blocks)
 
 
 def hold(plan: Plan, depth: int) -> Plan:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recall_merge.config import Losses, Representations
-from recall_merge.engines.engine import Engine
+from recall_merge.engines.engine import PATIENCE, Engine
 from recall_merge.errors import OutputError, Unwalkable
 from recall_merge.files.durable import sync
 from recall_merge.files.experts import Digest, FullExpert
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ATTEMPT = ".attempt-"  # before the name of a folder in which a shard is being written, and the number of the process that writes it
-PATIENCE = 10.0  # seconds after which it is looked whether a cluster has grown
 
 
 def weigh_apart(plan: Plan, engine: Engine, progress: Progress) -> Weighting:

@@ -80,9 +80,19 @@ def compare(plan: Plan, rule: Representations, states: Tensor, samples: tuple[Ty
     import torch
 
     from recall_merge.maths.similarity import similarity
-    from recall_merge.maths.weights import control, outside_blocks, softmax_weights
 
     alike = torch.stack([similarity(h, kernel=rule.kernel, bandwidth=rule.bandwidth) for h in states])
+    return weigh_alike(plan, rule, alike, samples, notes)
+
+
+def weigh_alike(plan: Plan, rule: Representations, alike: Tensor, samples: tuple[TypicalSample, ...], notes: Sequence[str]) -> Weighting:
+    """Weights of the depths whose similarity is known, and of one more.
+
+    Args:
+        alike: (i, n), of every model of the pool at the first i depths.
+    """
+    from recall_merge.maths.weights import control, outside_blocks, softmax_weights
+
     weights = softmax_weights(alike, temperature=rule.temperature)
     weights = outside_blocks(control(weights, rule.control, seed=plan.run.seed), rule.outside_blocks)
     return Weighting(tuple(model.name for model in pool_of(plan, rule)), weights, alike, samples, tuple(notes))

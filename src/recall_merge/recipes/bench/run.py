@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recall_merge.engines.engine import Engine, check_engine, open_engine
+from recall_merge.engines.engine import PATIENCE, Engine, check_engine, open_engine
 from recall_merge.errors import OutputError
 from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.recipes.bench.cells import Cell, Store
@@ -19,7 +19,6 @@ from recall_merge.recipes.bench.work import do
 if TYPE_CHECKING:
     from recall_merge.recipes.bench.summary import Summary
 
-PATIENCE = 10.0  # seconds after which it is looked whether a cluster has grown
 COPIES = 4  # of the base in float32
 SECONDS_A_TOKEN = 0.01  # of a forward pass, before anything was measured
 CELLS = "cells"
