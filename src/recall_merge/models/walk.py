@@ -1,7 +1,7 @@
 """A forward pass that pauses after each block, so that a block's parameters need to be in memory only while it runs.
 
 The model is the architecture's own, without numbers. Each batch goes through its forward pass on a thread of its own, which sleeps
-wherever the pass enters the first block or leaves one; what a block is given (masks, rotary embeddings, attention types) is therefore
+wherever the pass enters a block, and at the end of the last; what a block is given (masks, rotary embeddings, attention types) is therefore
 exactly what transformers gives it. `Walk.step` binds the parameters of the next depth, lets every batch go on to its next stop, and
 empties the block again.
 """
@@ -54,8 +54,11 @@ class Walk:
         self._blocks = find_blocks(self._model, depths)
         self._loader = _Loader(self._model, folder, getattr(torch, dtype))
         self._batches = [_Batch(self._model, rows, [tokens[row] for row in rows], pooling) for rows in make_batches([*map(len, tokens)])]
+        # where the next block begins the input of the last one is given up, which at its end is still held
         self._hooks = [self._blocks[0].register_forward_pre_hook(_before_first, with_kwargs=True)]
         self._hooks += [block.register_forward_hook(_after) for block in self._blocks]
+        self._hooks += [block.register_forward_pre_hook(_pause) for block in self._blocks[1:]]
+        self._hooks += [self._blocks[-1].register_forward_hook(_pause)]
 
     def step(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Representations at the next depth, from 0 on.    -> (m, d), float32
@@ -122,9 +125,13 @@ class _Batch:
             self._go.release()
             self._thread.join()
 
-    def stop(self, hidden: Tensor) -> None:
-        """Called on this batch's own thread: hand out what it has reached, and sleep."""
+    def reach(self, hidden: Tensor) -> None:
+        """Called on this batch's own thread, as `stop` is: keep what is to be handed out."""
         self._state = pool(hidden, self._lengths, self._pooling)
+
+    def stop(self) -> None:
+        """Hand it out, and sleep."""
+        memory.rest()
         self._stopped.release()
         self._go.acquire()
         if self._ending:
@@ -161,11 +168,16 @@ class _Ended(Exception):
 
 
 def _before_first(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    _present.batch.stop(args[0] if args else kwargs["hidden_states"])
+    _present.batch.reach(args[0] if args else kwargs["hidden_states"])
+    _present.batch.stop()
 
 
 def _after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-    _present.batch.stop(output[0] if isinstance(output, tuple) else output)
+    _present.batch.reach(output[0] if isinstance(output, tuple) else output)
+
+
+def _pause(*_: Any) -> None:
+    _present.batch.stop()
 
 
 class _Loader:
