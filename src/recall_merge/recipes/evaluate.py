@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from recall_merge.files.rows import read_rows
 from recall_merge.files.vocabulary import read_vocabulary
 from recall_merge.files.workspace import found_path, is_workspace, read_state
 from recall_merge.models.tasks import TaskSpec, check_tasks
+from recall_merge.parallel import cores
 from recall_merge.progress import Progress
 from recall_merge.recipes.request import task_word
 
@@ -98,7 +98,7 @@ def _all_scores(
     if engine == "local":
         return _score(place, specs, loaded, asked, progress)
     memory = 2 * 4 * sum(stored.spec.numel for stored in open_checkpoint(place[1] or place[0]).tensors.values())
-    with open_engine(engine, len(os.sched_getaffinity(0))) as workers:
+    with open_engine(engine, cores()) as workers:
         futures = [workers.submit(f"scores on {spec.name}", _score, place, [spec], loaded, asked, memory=memory) for spec in specs]
         return [score for future in futures for score in future.result()]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,6 +22,7 @@ from recall_merge.files.output import OutputFolder, Shard, free_bytes, plan_shar
 from recall_merge.files.rows import Row, read_rows
 from recall_merge.files.safetensors import CODES, Spec
 from recall_merge.files.vocabulary import Vocabulary, plan_vocabulary
+from recall_merge.parallel import cores
 from recall_merge.recipes.rules import GivenWeights, Own, Rules, choose_method, rules_of
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Plan:
 
     @property
     def threads(self) -> int:
-        return self.run.threads or len(os.sched_getaffinity(0))
+        return self.run.threads or cores()
 
     def merges(self, name: str) -> bool:
         """Whether a tensor is merged, or kept from the base: by `skip`, or because it does not hold floating-point numbers."""
