@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,19 @@ def build_model(
         if info[kind]:
             raise CheckpointError(f"transformers finds {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:5]}", where=folder)
     return model.eval()
+
+
+def import_architecture(folder: Path) -> None:
+    """Import what `build_model` of a folder with this config needs.
+
+    Raises:
+        CheckpointError: if transformers does not know the architecture.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = load_config(folder)
+    with suppress(KeyError):  # none that `build_model` could build
+        _ = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
 def load_config(folder: Path) -> Any:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from recall_merge import memory
 from recall_merge.errors import CheckpointError, ResultError
 from recall_merge.files.experts import Digest, FullExpert, widen
 from recall_merge.files.output import WeightWriter
@@ -63,6 +64,8 @@ def fuse_into(
     names: Iterable[str] | None = None,
 ) -> None:
     """Write what `fuse` gives (of the tensors named, if any are), span by span where the method allows it. Arguments and errors are its."""
+    memory.give_back()  # what reading the tokenizers has taken
+    memory.share()
     digests = [digest, *(expert.digest for expert in plan.experts if isinstance(expert, FullExpert))]
     failures: list[BaseException] = []
 

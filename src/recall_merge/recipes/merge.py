@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from recall_merge.config import MergeRun, Representations
 from recall_merge.engines.engine import LOCAL, check_engine, open_engine
-from recall_merge.errors import CheckpointError, MissingExtra, ResultError, Unwalkable
-from recall_merge.files.checkpoint import open_checkpoint
+from recall_merge.errors import MissingExtra, ResultError, Unwalkable
 from recall_merge.files.companions import write_companions
 from recall_merge.files.experts import Digest
 from recall_merge.files.model_card import PICTURE, write_card
@@ -27,6 +26,7 @@ from recall_merge.recipes.by_depth import merge_by_depth
 from recall_merge.recipes.fuse import conditions, fuse_into
 from recall_merge.recipes.plan import Plan, make_plan
 from recall_merge.recipes.provenance import hash_models, hashes_of, made_apart, made_from, made_of, public_name, weighting_from
+from recall_merge.recipes.recheck import Reader, check_result, reader
 from recall_merge.recipes.spread import fuse_apart, weigh_apart
 from recall_merge.recipes.typical import typical_texts
 from recall_merge.recipes.weigh import Weighting, weigh, whole_note
@@ -78,11 +78,14 @@ def merge(run: MergeRun, *, engine: str = LOCAL, progress: Progress | None = Non
             left of a merge that fails, and what stood in the output's place stands as it was.
     """
     check_engine(engine)
-    return apply(make_plan(run), engine=engine, progress=progress)
+    with reader(run) as other:
+        return apply(make_plan(run), other, engine=engine, progress=progress)
 
 
-def apply(plan: Plan, *, engine: str = LOCAL, progress: Progress | None = None) -> MergeResult:
+def apply(plan: Plan, other: Reader | None = None, *, engine: str = LOCAL, progress: Progress | None = None) -> MergeResult:
     """Carry out a plan: weights, the pass over the parameters, everything beside them, checks; then the folder takes its place."""
+    if other is not None:
+        other.prepare(plan.base.folder)
     progress, timings, before = progress or Silent(), Timings(), READ.total
     with OutputFolder(plan.target, overwrite=plan.run.out.overwrite) as out:
         digest = Digest()
@@ -91,7 +94,7 @@ def apply(plan: Plan, *, engine: str = LOCAL, progress: Progress | None = None) 
         dtype = None if plan.run.out.dtype == "auto" else plan.run.out.dtype
         write_companions(out.path, plan.base.folder, [expert.folder for expert in plan.experts], plan.vocabulary, dtype)
         with timings.of("check"), progress.stage("checking the result", 1, "steps") as advance:
-            check_result(plan, out.path)
+            check_result(plan, out.path, other)
             advance(1)
         record = {
             **made_from(plan),
@@ -160,32 +163,6 @@ def reuse(run: MergeRun) -> MergeResult | None:
     if any(record.get(key) != value for key, value in wanted.items()) or record.get("models") != hash_models(plan):
         return None
     return MergeResult(plan.target, weighting_from(record), record, tuple(record["notes"]))
-
-
-def check_result(plan: Plan, folder: Path) -> None:
-    """Read the result as a stranger would: headers against the plan, then, unless the run says no, transformers' own loading and one pass.
-
-    Raises:
-        ResultError: if anything is not as planned.
-    """
-    try:
-        found = open_checkpoint(folder).specs
-        if found != dict(plan.specs):
-            raise ResultError("the result's tensors are not those of the plan", where=plan.target)
-        if not plan.run.out.reload:
-            return
-        from recall_merge.models.build import build_model
-
-        model = build_model(folder, dtype="auto")
-    except CheckpointError as error:
-        fix = "give `out.reload: false` if the architecture is not one of transformers' own"
-        raise ResultError(f"the result cannot be loaded: {error.faults[0].what}", where=plan.target, fix=fix) from error
-    import torch
-
-    with torch.inference_mode():
-        logits = model(input_ids=torch.arange(min(8, plan.base.vocabulary_size)).unsqueeze(0), use_cache=False).logits
-    if not logits.isfinite().all():
-        raise ResultError("the result's forward pass gives numbers that are not finite", where=plan.target, fix="give `out.dtype: float32`")
 
 
 def _draw(record: Mapping[str, Any], folder: Path) -> None:

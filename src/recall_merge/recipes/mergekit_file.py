@@ -14,7 +14,6 @@ from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt, Stri
 from recall_merge.config import MAX_PATH, Section
 from recall_merge.errors import Faults, RunError, did_you_mean, short
 from recall_merge.maths.depths import Depths
-from recall_merge.maths.weights import interpolated
 
 KEY = "merge_method"  # every run file of mergekit has it, and none of ours
 Scalar = StrictBool | StrictInt | StrictFloat | StrictStr
@@ -282,4 +281,6 @@ def _evaluated(setting: Any, parameter: Parameter, tensor: str, t: float, where:
     values = [parameter.read(one, where) for one in setting]
     if isinstance(parameter.default, bool):
         return values[int(t * (len(values) - 1))]
+    from recall_merge.maths.weights import interpolated
+
     return interpolated([[one] for one in values], t)[0]

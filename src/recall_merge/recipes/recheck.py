@@ -1,0 +1,158 @@
+"""The check of a result: read again as a stranger would, by transformers' own loading and one pass.
+
+What transformers imports takes longer than all else of the check, and than a small merge; on a thread it would take turns with the merge.
+So where this process has no other use for it, another one imports it while the merge is at work, and then loads the result.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recall_merge.errors import CheckpointError, ResultError
+from recall_merge.files.checkpoint import open_checkpoint
+from recall_merge.files.durable import sync
+
+if TYPE_CHECKING:
+    from recall_merge.config import MergeRun
+    from recall_merge.recipes.plan import Plan
+
+UNUSED = ("scipy", "sklearn")  # optional parts of transformers, for losses of pictures and drafts of text: a sixth of its imports
+
+
+def check_result(plan: Plan, folder: Path, other: Reader | None = None) -> None:
+    """Hold the headers against the plan; then, unless the run says no, load the result and run it once.
+
+    Args:
+        other: the process that does so; None = this one.
+
+    Raises:
+        ResultError: if anything is not as planned.
+    """
+    tokens = min(8, plan.base.vocabulary_size)
+    try:
+        if open_checkpoint(folder).specs != dict(plan.specs):
+            raise ResultError("the result's tensors are not those of the plan", where=plan.target)
+        if not plan.run.out.reload:
+            return
+        finite = is_sound(folder, tokens) if other is None else other.is_sound(folder, tokens, plan.target)
+    except CheckpointError as error:
+        fix = "give `out.reload: false` if the architecture is not one of transformers' own"
+        raise ResultError(f"the result cannot be loaded: {error.faults[0].what}", where=plan.target, fix=fix) from error
+    if not finite:
+        raise ResultError("the result's forward pass gives numbers that are not finite", where=plan.target, fix="give `out.dtype: float32`")
+
+
+def is_sound(folder: Path, tokens: int) -> bool:
+    """Whether a forward pass over the first tokens of the vocabulary gives finite numbers.
+
+    Raises:
+        CheckpointError: if transformers cannot load the folder.
+    """
+    import torch
+
+    from recall_merge.models.build import build_model
+
+    model = build_model(folder, dtype="auto")
+    with torch.inference_mode():
+        return bool(model(input_ids=torch.arange(tokens).unsqueeze(0), use_cache=False).logits.isfinite().all())
+
+
+@contextmanager
+def reader(run: MergeRun) -> Iterator[Reader | None]:
+    """Another process for the check of a run's result, where it saves time: where there is a core for it, and where this process neither
+    has imported transformers nor will run models for the weights. It ends with the context."""
+    cores = run.threads or len(os.sched_getaffinity(0))
+    other: Reader | None = None
+    if run.out.reload and run.samples is None and "transformers" not in sys.modules and cores > 1 and sys.executable:
+        with suppress(OSError):  # no room for a process: this one checks
+            other = Reader()
+    try:
+        yield other
+    finally:
+        if other is not None:
+            other.end()
+
+
+class Reader:
+    """A process that imports transformers, waits for a folder, and tells whether it is sound. It is told one line of JSON after another: a
+    model of the same architecture, the folder. When nobody is left who could tell it anything, it ends."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", __name__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            text=True,
+            start_new_session=True,  # Ctrl-C is for the merge, which ends this one
+        )
+
+    def prepare(self, like: Path) -> None:
+        """Have it import the architecture of a model."""
+        self._tell(str(like))
+
+    def is_sound(self, folder: Path, tokens: int, target: Path) -> bool:
+        """What `is_sound` gives in that process. Meanwhile the disk gets the result, which it must have before it takes its place.
+
+        Args:
+            target: that place, to be named in an error.
+
+        Raises:
+            CheckpointError: if transformers cannot load the folder.
+            ResultError: if the process ends without an answer.
+        """
+        self._tell([str(folder), tokens])
+        for file in folder.iterdir():
+            sync(file)
+        printed, said = self._process.communicate()
+        if status := self._process.returncode:
+            last = (said.strip().splitlines() or ["it said nothing"])[-1]
+            what = f"the process that loads the result ended with status {status}: {last}"
+            raise ResultError(what, where=target, fix="make room in memory, or give `out.reload: false`")
+        answer = json.loads(printed.splitlines()[-1])
+        if "fault" in answer:
+            raise CheckpointError(answer["fault"], where=folder)
+        return answer["finite"]
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def _tell(self, what: Any) -> None:
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # it has died; that is told when it is asked
+            self._process.stdin.write(json.dumps(what) + "\n")
+            self._process.stdin.flush()
+
+
+def _serve() -> None:
+    """What the other process does."""
+    gc.disable()  # imports make a million objects that stay
+    sys.modules.update(dict.fromkeys(UNUSED))  # type: ignore[arg-type]  # None: not to be had
+    import transformers.modeling_utils  # noqa: F401  # what all architectures need
+
+    from recall_merge.models.build import import_architecture
+
+    if like := sys.stdin.readline():
+        with suppress(CheckpointError):
+            import_architecture(Path(json.loads(like)))
+    if asked := sys.stdin.readline():
+        folder, tokens = json.loads(asked)
+        try:
+            answer: dict[str, Any] = {"finite": is_sound(Path(folder), tokens)}
+        except CheckpointError as error:
+            answer = {"fault": error.faults[0].what}
+        sys.stdout.write(json.dumps(answer) + "\n")
+
+
+if __name__ == "__main__":
+    _serve()
