@@ -135,12 +135,11 @@ def _of_task_vectors(method: str, values: Values, experts: Sequence[str], total:
 def _composed(outcomes: Mapping[str, Outcome], base: Checkpoint) -> dict[str, Any]:
     """Weights, options and parts of a run, in which every tensor has its outcome: what most tensors of a depth have is the depth's."""
     depths = base.depths
-    usual = {
-        depth: Counter(outcome for name, outcome in outcomes.items() if depths.of(name) == depth).most_common(1)
-        for depth in range(depths.last + 1)
-    }
-    everywhere = Counter(outcomes.values()).most_common(1)[0][0]
-    by_depth = {depth: found[0][0] if found else everywhere for depth, found in usual.items()}
+    found: list[Counter[Outcome]] = [Counter() for _ in range(depths.last + 1)]
+    for name, outcome in outcomes.items():
+        found[depths.of(name)][outcome] += 1
+    everywhere = Counter(outcomes.values())
+    by_depth = {depth: (here or everywhere).most_common(1)[0][0] for depth, here in enumerate(found)}
     options = Counter(told for _, told in by_depth.values()).most_common(1)[0][0]
     parts: dict[Outcome, list[str]] = {}
     for name, outcome in outcomes.items():
