@@ -389,6 +389,16 @@ def test_vocabularies_that_differ_need_a_word(grown):
     assert "`vocabulary: base`, `newest` or `union`" in fix
 
 
+def test_a_tokenizer_that_all_models_share_is_not_interpreted_but_must_be_whole(world, monkeypatch):
+    monkeypatch.setattr("recall_merge.files.vocabulary.read_vocabulary", lambda folder: pytest.fail(f"{folder} was read"))
+    make_plan(a_run(world, method="linear", samples=None))
+    for name in ("base", "a", "b"):
+        path = world / name / "tokenizer.json"
+        path.write_text(path.read_text()[:-10])
+    what, where, _ = one_fault(world, method="linear", samples=None)
+    assert what.startswith("tokenizer.json cannot be read") and where == str(world / "base" / "tokenizer.json")
+
+
 def test_tokens_at_other_ids_need_a_word(world):
     path = world / "b" / "tokenizer.json"
     data = json.loads(path.read_text())

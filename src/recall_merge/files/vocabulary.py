@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from recall_merge.errors import CheckpointError, Fault
+from recall_merge.files.checkpoint import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,9 +114,13 @@ def plan_vocabulary(
         CheckpointError: if they differ and no choice was made, or rows have no tokens that could tell what they are.
     """
     folder, size = base
+    same = {name for name, (place, _) in experts.items() if _same_tokenizer(place, folder)}
+    if len(same) == len(experts) and all(rows == size for _, rows in experts.values()):
+        read_json(folder / "tokenizer.json")  # what its tokens mean is no matter, that it is whole is
+        return None, []
     tokens = read_vocabulary(folder)
     theirs: dict[str, Mapping[str, int] | None] = {
-        name: tokens if _same_tokenizer(place, folder) else read_vocabulary(place) for name, (place, _) in experts.items()
+        name: tokens if name in same else read_vocabulary(place) for name, (place, _) in experts.items()
     }
     different = {n: place for n, place in experts.items() if place[1] != size or (theirs[n] is not None and theirs[n] != tokens)}
     if not different:
