@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -46,3 +47,32 @@ def test_long_files(tmp_path):
     command = [sys.executable, "-c", CODE, libraries, str(tmp_path), str(MORE), str(LENGTH), json.dumps(FILES)]
     run = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout) == (0, ""), run.stdout + run.stderr[-2000:]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have nothing of the kind")
+def test_what_is_freed_is_kept_for_the_next_and_can_be_given_back():
+    """Faults of pages of taking and freeing 8 MB in pieces, once the heap has been at that size."""
+    program = """
+import resource, sys
+from recall_merge import memory
+import torch
+memory.share()
+if sys.argv[1] == "keep":
+    memory.keep()
+def pages(times):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(times):
+        held = [torch.ones(1 << 18) for _ in range(8)]
+        del held
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+pages(3)
+again = pages(10)
+memory.give_back()
+print(again, pages(1))
+"""
+    faults, begin = {}, os.environ | {"MALLOC_TRIM_THRESHOLD_": "131072"}  # as the C library begins; imports raise it by chance
+    for how in ("keep", "not"):
+        ended = subprocess.run([sys.executable, "-c", program, how], env=begin, check=True, capture_output=True, text=True)
+        faults[how] = [int(word) for word in ended.stdout.split()]
+    assert faults["keep"][0] < 100 < faults["not"][0]
+    assert faults["keep"][1] > 1000

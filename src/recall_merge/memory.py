@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-ARENA_MAX = -8  # M_ARENA_MAX of glibc's malloc.h
+TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
+KEPT = 1 << 25
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -32,6 +33,14 @@ def share() -> None:
     """Let threads that begin from now on share one heap: glibc would give each its own, where what one has freed is of no use to others."""
     if _glibc() is not None:
         _glibc().mallopt(ARENA_MAX, 1)
+
+
+def keep() -> None:
+    """Keep what is freed for those who want as much again in a moment, up to 32 MB: else the system takes each piece back, and has to make
+    pages of zeros of it again. `give_back` still does so."""
+    if _glibc() is not None:
+        _glibc().mallopt(MMAP_THRESHOLD, KEPT // 2)
+        _glibc().mallopt(TRIM_THRESHOLD, KEPT)
 
 
 def give_back() -> None:

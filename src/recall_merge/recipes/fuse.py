@@ -66,6 +66,7 @@ def fuse_into(
     """Write what `fuse` gives (of the tensors named, if any are), span by span where the method allows it. Arguments and errors are its."""
     memory.give_back()  # what reading the tokenizers has taken
     memory.share()
+    memory.keep()
     digests = [digest, *(expert.digest for expert in plan.experts if isinstance(expert, FullExpert))]
     failures: list[BaseException] = []
 

@@ -136,7 +136,7 @@ class Reader:
 
 def _serve() -> None:
     """What the other process does."""
-    gc.disable()  # imports make a million objects that stay
+    gc.set_threshold(50_000)  # imports make a million objects that stay
     sys.modules.update(dict.fromkeys(UNUSED))  # type: ignore[arg-type]  # None: not to be had
     import transformers.modeling_utils  # noqa: F401  # what all architectures need
 
