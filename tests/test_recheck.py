@@ -52,7 +52,7 @@ import sys
 from recall_merge import MergeRun, merge
 run = {{"base": {str(llama)!r}, "experts": [{{"name": "a", "path": {str(expert)!r}}}], "method": "linear", "threads": 2}}
 for reload in (True, False):
-    merge(MergeRun.model_validate(run | {{"out": {{"path": {str(tmp_path)!r} + f"/{{reload}}", "reload": reload}}}}))
+    merge(MergeRun.model_validate(run | {{"out": {{"path": {str(tmp_path)!r} + f"/{{reload}}", "reload": reload}}}}), once=True)
 assert "torch" in sys.modules and "transformers" not in sys.modules
 """
     ended = subprocess.run([sys.executable, "-W", "error", "-c", program], check=False, env=os.environ, capture_output=True, text=True)

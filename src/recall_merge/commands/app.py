@@ -60,7 +60,7 @@ def merge(
     from recall_merge.recipes.merge import merge as recipe
 
     told = gather(run, base=base, experts=expert, method=method, samples=samples, out=out, overwrite=overwrite, sets=sets)
-    show.merged(recipe(told, engine=engine, progress=progress(quiet or as_json)), as_json=as_json, quiet=quiet)
+    show.merged(recipe(told, engine=engine, progress=progress(quiet or as_json), once=True), as_json=as_json, quiet=quiet)
 
 
 @app.command()

@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -67,18 +67,19 @@ class MergeResult:
         return self.weighting.weights
 
 
-def merge(run: MergeRun, *, engine: str = LOCAL, progress: Progress | None = None) -> MergeResult:
+def merge(run: MergeRun, *, engine: str = LOCAL, progress: Progress | None = None, once: bool = False) -> MergeResult:
     """Merge as the run says.
 
     Args:
         engine: `local`, `ray` or `ray://ADDRESS`; on a cluster, models, samples and the result must lie where every machine finds them.
+        once: this process merges nothing else, so what the check of the result imports may be imported by another one meanwhile.
 
     Raises:
         RecallError: with every fault of the run and its files, before any work starts; or with what went wrong later. Nothing is
             left of a merge that fails, and what stood in the output's place stands as it was.
     """
     check_engine(engine)
-    with reader(run) as other:
+    with reader(run) if once else nullcontext() as other:
         return apply(make_plan(run), other, engine=engine, progress=progress)
 
 

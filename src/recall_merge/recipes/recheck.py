@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,12 +43,23 @@ def check_result(plan: Plan, folder: Path, other: Reader | None = None) -> None:
             raise ResultError("the result's tensors are not those of the plan", where=plan.target)
         if not plan.run.out.reload:
             return
-        finite = is_sound(folder, tokens) if other is None else other.is_sound(folder, tokens, plan.target)
+        with _on_its_way(folder):
+            finite = is_sound(folder, tokens) if other is None else other.is_sound(folder, tokens, plan.target)
     except CheckpointError as error:
         fix = "give `out.reload: false` if the architecture is not one of transformers' own"
         raise ResultError(f"the result cannot be loaded: {error.faults[0].what}", where=plan.target, fix=fix) from error
     if not finite:
         raise ResultError("the result's forward pass gives numbers that are not finite", where=plan.target, fix="give `out.dtype: float32`")
+
+
+@contextmanager
+def _on_its_way(folder: Path) -> Iterator[None]:
+    """Let the disk take what is written meanwhile: it must have all before the folder takes its place."""
+    with ThreadPoolExecutor(1) as disk:
+        taken = [disk.submit(sync, file) for file in folder.iterdir()]
+        yield
+    for one in taken:
+        one.result()
 
 
 def is_sound(folder: Path, tokens: int) -> bool:
@@ -101,18 +113,16 @@ class Reader:
         self._tell(str(like))
 
     def is_sound(self, folder: Path, tokens: int, target: Path) -> bool:
-        """What `is_sound` gives in that process. Meanwhile the disk gets the result, which it must have before it takes its place.
+        """What `is_sound` gives in that process.
 
         Args:
-            target: that place, to be named in an error.
+            target: where the folder will be, to be named in an error.
 
         Raises:
             CheckpointError: if transformers cannot load the folder.
             ResultError: if the process ends without an answer.
         """
         self._tell([str(folder), tokens])
-        for file in folder.iterdir():
-            sync(file)
         printed, said = self._process.communicate()
         if status := self._process.returncode:
             last = (said.strip().splitlines() or ["it said nothing"])[-1]
