@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from recall_merge.errors import CheckpointError, ResultError
 from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.files.durable import sync
+from recall_merge.parallel import cores
 
 if TYPE_CHECKING:
     from recall_merge.config import MergeRun
@@ -81,9 +82,8 @@ def is_sound(folder: Path, tokens: int) -> bool:
 def reader(run: MergeRun) -> Iterator[Reader | None]:
     """Another process for the check of a run's result, where it saves time: where there is a core for it, and where this process neither
     has imported transformers nor will run models for the weights. It ends with the context."""
-    cores = run.threads or len(os.sched_getaffinity(0))
     other: Reader | None = None
-    if run.out.reload and run.samples is None and "transformers" not in sys.modules and cores > 1 and sys.executable:
+    if run.out.reload and run.samples is None and "transformers" not in sys.modules and (run.threads or cores()) > 1 and sys.executable:
         with suppress(OSError):  # no room for a process: this one checks
             other = Reader()
     try:
