@@ -74,5 +74,5 @@ print(again, pages(1))
     for how in ("keep", "not"):
         ended = subprocess.run([sys.executable, "-c", program, how], env=begin, check=True, capture_output=True, text=True)
         faults[how] = [int(word) for word in ended.stdout.split()]
-    assert faults["keep"][0] < 100 < faults["not"][0]
-    assert faults["keep"][1] > 1000
+    assert faults["keep"][0] < 2000 < faults["not"][0]
+    assert faults["keep"][1] > 1_000
