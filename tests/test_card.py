@@ -88,9 +88,19 @@ def test_alike_inputs_give_the_mean_and_one_expert_gives_itself():
     torch.testing.assert_close(aligned(base, deltas[:1], [1.0], moments=[same], ridge=1e-9), base + deltas[0], rtol=1e-5, atol=1e-5)
 
 
+def test_a_few_large_inputs_do_not_hide_what_the_others_tell():
+    """Massive activations: one input is a thousand times as large as the rest, which then are a millionth of its square."""
+    read = [torch.diag(torch.tensor([1e6, *numbers])) for numbers in ([1.0, 0.01], [0.01, 1.0])]
+    deltas = [torch.tensor([[0.0, 1.0, 1.0]]), torch.tensor([[0.0, -1.0, -1.0]])]
+    found = aligned(torch.zeros(1, 3), deltas, [0.5, 0.5], moments=[compress(one, 3) for one in read])
+    # sum of the moments 0.505e-6 * 3, of the signed ones 0.495e-6 * 3, times 1e6 / 1e6; the ridge 1e-6 takes its part
+    expected = 0.495 * 3 / (0.505 * 3 + 1)
+    torch.testing.assert_close(found, torch.tensor([[0.0, expected, -expected]]), rtol=1e-3, atol=1e-6)
+
+
 def test_condition_bounds_the_true_one():
     parts, weights = [compress(moment(seed), 3) for seed in range(2)], [0.5, 0.5]
-    total = sum(0.5 * part.shrunk(0.9).dense() for part in parts) + 1e-3 * torch.eye(12)
+    total = sum(0.5 * part.shrunk(0.9).dense() for part in parts) + 1e-6 * torch.eye(12)
     assert torch.linalg.cond(total) <= condition(parts, weights) * (1 + 1e-9)
 
 

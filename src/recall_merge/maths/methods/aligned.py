@@ -31,7 +31,7 @@ def aligned(
     moments: Sequence[Moment | None] = (),
     tokens: Tokens = "alike",
     keep: Keep = 0.9,
-    ridge: Ridge = 1e-3,
+    ridge: Ridge = 1e-6,
     scale: Scale = 1.0,
 ) -> Tensor:
     """Least squares over the experts' typical inputs, from their cards: no text and no old data.
@@ -42,7 +42,8 @@ def aligned(
     experts' inputs overlap, each expert's own change where they do not. s = |g|^2 is how much expert q's own predictions depend on what
     its layer makes of x, g the gradient of their log-likelihood by the layer's output (the trace of K-FAC's output factor, token by
     token), with `tokens: weighted`; else 1. G_q = E_q[s x x^T] / E_q[s] comes from expert q's card as a low-rank factor and a diagonal,
-    scaled to a mean diagonal of 1 so that no expert counts for more because its inputs are larger.
+    scaled to a mean diagonal of 1 so that no expert counts for more because its inputs are larger. The ridge is small beside all inputs but
+    the dead ones: a few inputs may be a thousand times larger than the rest, which then are a thousandth of the mean.
     Departures from RegMean: deltas to the base instead of weights (what no expert uses stays the base's), moments of a few typical
     samples, cut to a few directions, and scaled. An expert without a card has the identity as its moment. Tensors that are no linear
     maps, and those of which no card tells, get theta_0 + scale * sum_q w_q delta_q.
@@ -70,7 +71,7 @@ def aligned(
 
 
 def condition(
-    moments: Sequence[Moment | None], weights: Sequence[float], *, tokens: str = "alike", keep: float = 0.9, ridge: float = 1e-3
+    moments: Sequence[Moment | None], weights: Sequence[float], *, tokens: str = "alike", keep: float = 0.9, ridge: float = 1e-6
 ) -> float:
     """An upper bound of the condition number of sum_q w_q G_q + ridge I: what the solve can lose is this times 1e-16.
 
