@@ -41,7 +41,7 @@ from recall_merge.recipes.plan import Plan, make_plan
 from recall_merge.recipes.weigh import weigh
 
 ASKED = 16  # rows of each task
-KEEP, RIDGE = 0.9, 1e-3  # aligned's own defaults
+KEEP, RIDGE = 0.9, 1e-6  # aligned's own defaults
 PULL = 0.1  # ridge of the correction block by block, against a mean diagonal of 1
 GROUPS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -64,12 +64,12 @@ def each_map(plan: Plan, merge: Callable[[Tensor, list[Any], list[Moment]], Tens
     """The merge by cards with another solution for every linear map that all cards tell of."""
     tensors = merged_by(plan, "aligned")
     for name in tensors:
-        known = [card.moment(name) if card else None for card in plan.cards]
-        if all(known):
+        known = [found[0] for card in plan.cards if card and (found := card.moment(name))]
+        if len(known) == len(plan.experts):
             base = widen(plan.base.read(name))
             deltas = [expert.delta(name, base) for expert in plan.experts]
             if all(isinstance(delta, LowRank) for delta in deltas):
-                tensors[name] = merge(base, deltas, [moment for moment, _ in known if moment is not None])
+                tensors[name] = merge(base, deltas, known)
     return tensors
 
 
@@ -80,6 +80,22 @@ def tsv_of_parts(base: Tensor, deltas: list[LowRank], moments: list[Moment]) -> 
     downs = [torch.linalg.solve(whole, (delta.down.double() @ own).mT).mT for delta, own in zip(deltas, shrunk, strict=True)]
     parts = [LowRank(delta.up, down.float()) for delta, down in zip(deltas, downs, strict=True)]
     return tsv(base, parts, [1 / len(parts)] * len(parts))
+
+
+def parts_that_add_up(quiet: float) -> Callable[[Tensor, list[LowRank], list[Moment]], Tensor]:
+    """sum_q delta_q G_q (G_q + quiet sum_{p != q} G_p + k ridge I)^-1: each part answers its own expert's inputs and is quiet on those of the
+    others, which counts less than in aligned (quiet = 1). Where several experts read the same, parts add up to more than their mean."""
+
+    def merge(base: Tensor, deltas: list[LowRank], moments: list[Moment]) -> Tensor:
+        shrunk = [moment.shrunk(KEEP).dense() for moment in moments]
+        whole = quiet * sum(shrunk, torch.zeros_like(shrunk[0])) + len(moments) * RIDGE * torch.eye(base.shape[1], dtype=torch.float64)
+        merged = base.double()
+        for delta, own in zip(deltas, shrunk, strict=True):
+            down = torch.linalg.solve(whole + (1 - quiet) * own, (delta.down.double() @ own).mT).mT
+            merged = merged + delta.up.double() @ down
+        return merged.float()
+
+    return merge
 
 
 def from_deltas(floor: float) -> Callable[[Tensor, list[LowRank], list[Moment]], Tensor]:
@@ -250,6 +266,9 @@ def main() -> None:
             "tsv": lambda plan=plan: merged_by(plan, "tsv"),
             "regmean": lambda plan=plan: merged_by(plan, "regmean"),
             "aligned": lambda plan=plan: merged_by(plan, "aligned"),
+            "aligned, ridge 1e-3": lambda plan=plan: merged_by(plan, "aligned", {"ridge": 1e-3}),
+            "aligned, scale 1.2": lambda plan=plan: merged_by(plan, "aligned", {"scale": 1.2}),
+            "aligned, parts add up": lambda plan=plan: each_map(plan, parts_that_add_up(0.5)),
             "aligned, RECALL's weights": lambda plan=plan, newest=newest: merged_by(
                 plan, "aligned", weights={"temperature": 1.0}, samples=newest
             ),
