@@ -83,8 +83,8 @@ def tsv_of_parts(base: Tensor, deltas: list[LowRank], moments: list[Moment]) -> 
 
 
 def parts_that_add_up(quiet: float) -> Callable[[Tensor, list[LowRank], list[Moment]], Tensor]:
-    """sum_q delta_q G_q (G_q + quiet sum_{p != q} G_p + k ridge I)^-1: each part answers its own expert's inputs and is quiet on those of the
-    others, which counts less than in aligned (quiet = 1). Where several experts read the same, parts add up to more than their mean."""
+    """sum_q delta_q G_q (G_q + quiet sum_{p != q} G_p + k ridge I)^-1: each part answers its own expert's inputs and is quiet on those of
+    the others, which counts less than in aligned (quiet = 1). Where several experts read the same, parts add up to more than their mean."""
 
     def merge(base: Tensor, deltas: list[LowRank], moments: list[Moment]) -> Tensor:
         shrunk = [moment.shrunk(KEEP).dense() for moment in moments]
