@@ -112,12 +112,12 @@ ADAPTER: dict[str, bytes | None] = {
 }
 _HASHES = {Path(name).name: hashlib.sha256(data or b"").hexdigest() for name, data in ADAPTER.items() if name.startswith("adapter/")}
 GROUP = {
-    **{f"0000.{part}factor": (WIDTH, 2) for part in ("", "weighted.")},
-    **{f"0000.{part}rest": (WIDTH,) for part in ("", "weighted.")},
+    "0000.factor": (WIDTH, 2),
+    "0000.rest": (WIDTH,),
     "model.layers.0.mlp.weight.gradient": (WIDTH,),
 }
 CARD_FACTS: dict[str, Any] = {
-    "format": 2,
+    "format": 3,
     "expert": hashlib.sha256(repr(sorted(_HASHES.items())).encode()).hexdigest(),
     "base": "",
     "samples": 1,
@@ -425,7 +425,7 @@ def of_card() -> Iterator[tuple[str, dict[str, bytes | None]]]:
         yield name, {facts: text}
     for what, change in {
         "of an older form": {"format": 1},
-        "of a newer form": {"format": 3},
+        "of a newer form": {"format": 4},
         "no tensors": {"tensors": None},
         "tensors as a list": {"tensors": ["mlp"]},
         "of another expert": {"expert": "0" * 64},

@@ -52,7 +52,7 @@ ALIKE: dict[str, dict[str, Any] | None] = ONE | {
 }
 # Options beside the defaults with which the promises are checked too.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "aligned": [{"tokens": "weighted"}],
+    "aligned": [{"keep": 1.0, "ridge": 0.1}],
     "regmean": [{"offdiagonal": 1.0, "ridge": 0.1}],
     "ties": [{"elect": "unweighted", "mean": "count"}, {"elect": "count", "mean": "none"}, {"rescale": "l1"}, {"density": 1.0}],
     "dare_linear": [{"rescale": "l1"}, {"rescale": "none", "density": 0.9}],
@@ -107,7 +107,7 @@ def moment(name: str, outputs: int, size: int) -> Moment:
     generator = torch.Generator().manual_seed(NAMES.index(name))
     factor = torch.randn(size, 2, generator=generator, dtype=torch.float64)
     rest, gradient = 0.1 + torch.rand(size, generator=generator, dtype=torch.float64), torch.rand(outputs, generator=generator)
-    return Moment(factor, rest, weighted=Moment(factor.flip(0), rest.flip(0)), gradient=gradient)
+    return Moment(factor, rest, gradient)
 
 
 def test_every_method_has_a_place_in_the_tables():

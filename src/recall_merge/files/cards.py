@@ -1,8 +1,8 @@
 """An expert's card in its folder: for every linear map the second moment of its inputs on the expert's typical samples. It holds no text.
 
 `recall-card.safetensors` holds, in bfloat16, for each group of maps that read the same hidden state, a factor (i, r) and a diagonal (i,),
-once with all tokens alike and once weighted, and for each map the squared gradients of its outputs (o,). `recall-card.json` says which
-tensors of the base belong to which group, what the card was made from, and of which bytes of the expert.
+and for each map the squared gradients of its outputs (o,). `recall-card.json` says which tensors of the base belong to which group, what
+the card was made from, and of which bytes of the expert.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from recall_merge.maths.moments import Moment
 
 CARD, WEIGHTS = "recall-card.json", "recall-card.safetensors"
-FORMAT = 2
+FORMAT = 3
 KINDS: dict[str, type] = {"expert": str, "samples": int, "tokens": int, "rank": int, "rows": list}  # of what a merge tells of a card
 
 
@@ -56,17 +56,15 @@ class Card:
         if entry is None:
             return None
         group, axis = entry
-        weighted = Moment(self._read(f"{group}.weighted.factor"), self._read(f"{group}.weighted.rest"))
-        known = weighted if weighted.diagonal.any() else None
-        return Moment(self._read(f"{group}.factor"), self._read(f"{group}.rest"), known, self._read(f"{name}.gradient")), axis
+        return Moment(self._read(f"{group}.factor"), self._read(f"{group}.rest"), self._read(f"{name}.gradient")), axis
 
     def _read(self, part: str) -> Tensor:
         return self.stored[part].read().float()
 
 
-def parts_of(group: str) -> tuple[str, ...]:
+def parts_of(group: str) -> tuple[str, str]:
     """Names of the numbers that a group of maps has in common."""
-    return tuple(f"{group}.{part}" for part in ("factor", "rest", "weighted.factor", "weighted.rest"))
+    return f"{group}.factor", f"{group}.rest"
 
 
 def write_card(folder: Path, parts: Mapping[str, Tensor], tensors: Mapping[str, tuple[str, int]], facts: Mapping[str, Any]) -> Path:
@@ -117,15 +115,11 @@ def open_card(folder: Path) -> Card | None:
     if missing := sorted(wanted - set(stored)):
         raise CheckpointError(f"the card lacks '{missing[0]}'", where=folder / WEIGHTS, fix=fix)
     for group in sorted({group for group, _ in facts["tensors"].values()}):
-        specs = [stored[part].spec for part in parts_of(group)]
-        if not (all(spec.is_float for spec in specs) and all(_fits(*pair) for pair in (specs[:2], specs[2:])) and specs[1] == specs[3]):
-            told = ", ".join(map(str, specs))
+        factor, rest = (stored[part].spec for part in parts_of(group))
+        if not (factor.is_float and rest.is_float and len(factor.shape) == 2 and factor.shape[:1] == rest.shape):
+            told = f"{factor}, {rest}"
             raise CheckpointError(f"the card's numbers of '{group}' are no factor and rest: {told}", where=folder / WEIGHTS, fix=fix)
     return Card(folder, facts, stored)
-
-
-def _fits(factor: Spec, rest: Spec) -> bool:
-    return len(factor.shape) == 2 and factor.shape[:1] == rest.shape
 
 
 def _is_entry(entry: Any) -> bool:

@@ -15,15 +15,12 @@ class Moment:
     Attributes:
         factor: (i, r), and
         rest: (i,) >= 0, float32 or better: G = factor factor^T + diag(rest), an estimate of E[x x^T] over the inputs x.
-        weighted: the same estimate with every token counting by how much the model's predictions depend on what the map makes of it,
-            E[s x x^T] / E[s] with s = |g|^2 summed over the maps that read x; None where it is not known.
         gradient: (o,) the mean over samples of the sum over tokens of g^2, g the gradient of the log-likelihood of the model's own
             predictions by the map's output; None where it is not known.
     """
 
     factor: Tensor
     rest: Tensor
-    weighted: Moment | None = None
     gradient: Tensor | None = None
 
     @property

@@ -23,16 +23,14 @@ class Inputs:
         modules: their dotted names (q, k and v of a block share their inputs).
         axis: of their weights, along which inputs run: 1 for torch's Linear (o, i), 0 for GPT-2's Conv1D (i, o).
         moment: sum over tokens of x x^T / tokens, (i, i) float64; zeros where no token arrived, as at an expert nobody was routed to.
-        weighted: the same with every token counting by s = sum of g^2 over the maps' outputs, divided by the sum of s; zeros where
-            nothing depends on the maps. g is the gradient of the log-likelihood of predictions that the model makes itself.
-        gradients: of each module, the mean over rows of the sum over tokens of g^2, (o,) float64.
+        gradients: of each module, the mean over rows of the sum over tokens of g^2, (o,) float64; g is the gradient of the
+            log-likelihood of predictions that the model makes itself, by the map's output.
         tokens: how many arrived.
     """
 
     modules: tuple[str, ...]
     axis: int
     moment: Tensor
-    weighted: Tensor
     gradients: tuple[Tensor, ...]
     tokens: int
 
@@ -83,8 +81,6 @@ class _Sums:
     def __init__(self, leader: str) -> None:
         self.leader = leader
         self.moment: Tensor | None = None
-        self.weighted: Tensor | None = None
-        self.weight = 0.0
         self.tokens = 0
         self.gradient: Tensor | None = None
 
@@ -98,12 +94,6 @@ class _Sums:
         self.tokens += len(x)
         moment = x.mT @ x
         self.moment = moment if self.moment is None else self.moment.add_(moment)
-        heard = [other.squares.sum(1) for other in reads.values() if other.leader == read.leader and other.squares is not None]
-        if heard:
-            weights = torch.stack(heard).sum(0)  # (tokens,)
-            weighted = (x * weights.unsqueeze(1)).mT @ x
-            self.weighted = weighted if self.weighted is None else self.weighted.add_(weighted)
-            self.weight += float(weights.sum())
 
 
 def _inputs(names: list[str], maps: dict[str, Any], found: dict[str, _Sums], rows: int) -> Inputs:
@@ -113,12 +103,11 @@ def _inputs(names: list[str], maps: dict[str, Any], found: dict[str, _Sums], row
     sums = found.get(names[0], _Sums(names[0]))
     nothing = torch.zeros(size, size, dtype=torch.float64)
     moment = nothing if sums.moment is None else sums.moment / sums.tokens
-    weighted = nothing if sums.weighted is None or not sums.weight else sums.weighted / sums.weight
     gradients = []
     for name in names:
         gradient = found[name].gradient if name in found else None
         gradients.append(torch.zeros(maps[name].weight.shape[1 - axis], dtype=torch.float64) if gradient is None else gradient / rows)
-    return Inputs(tuple(names), axis, moment, weighted, tuple(gradients), sums.tokens)
+    return Inputs(tuple(names), axis, moment, tuple(gradients), sums.tokens)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from recall_merge.recipes.typical import TypicalSample, build_expert, expert_tok
 if TYPE_CHECKING:
     from torch import Tensor
 
-RANK = 8
+RANK = 24
 RULE = Representations.model_validate({})
 
 
@@ -75,8 +75,8 @@ def _moments(
         if not told or not inputs.tokens:  # a head is no map to align; of a map that nothing reached there is nothing to tell
             continue
         group = f"{number:04d}"
-        plain, weighted = compress(inputs.moment, rank), compress(inputs.weighted, rank)
-        parts |= dict(zip(parts_of(group), (plain.factor, plain.rest, weighted.factor, weighted.rest), strict=True))
+        kept = compress(inputs.moment, rank)
+        parts |= dict(zip(parts_of(group), (kept.factor, kept.rest), strict=True))
         for name, module in told.items():
             parts[f"{name}.gradient"] = inputs.gradients[inputs.modules.index(module)]
         tensors |= dict.fromkeys(told, (group, inputs.axis))

@@ -279,7 +279,7 @@ def conditions(plan: Plan, weighting: Weighting) -> dict[str, float]:
         known = [None if card is None else card.moment(name) for card in plan.cards]
         if any(known):
             moments = [None if one is None else one[0] for one in known]
-            options = {key: value for key, value in plan.options_of(name).items() if key in ("tokens", "keep", "ridge")}
+            options = {key: value for key, value in plan.options_of(name).items() if key in ("keep", "ridge")}
             found[name] = condition(moments, plan.weights_of(name, weighting), **options)
     return found
 
