@@ -1,5 +1,6 @@
 """The commands as a user types them: a table of arguments, what is printed, and the exit status."""
 
+import inspect
 import json
 import shutil
 import subprocess
@@ -132,3 +133,11 @@ def test_the_installed_command_runs_in_a_process_of_its_own(here):
     run = subprocess.run([sys.executable, "-m", "recall_merge", "verify", "base"], capture_output=True, text=True, check=False)
     assert run.returncode == 1
     assert run.stderr.startswith("error: there is no record.json")
+
+
+def test_command_workspace_and_library_keep_as_many_directions():
+    from recall_merge.commands.app import card
+    from recall_merge.recipes.card import RANK
+    from recall_merge.recipes.settings import Settings
+
+    assert inspect.signature(card).parameters["rank"].default == Settings.model_fields["card_rank"].default == RANK

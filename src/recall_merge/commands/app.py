@@ -136,7 +136,7 @@ def card(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder of the card; the expert's own by default.", show_default=False)
     ] = None,
-    rank: Annotated[int, typer.Option(min=0, help="Directions kept of each moment.")] = 8,
+    rank: Annotated[int, typer.Option(min=0, help="Directions kept of each moment.")] = 24,
     sets: Sets = None,
     as_json: AsJson = False,
     quiet: Quiet = False,

@@ -35,7 +35,7 @@ class Settings(MergeRun):
         default="one_shot", description="merge all experts anew each time, or the merge before with the newest"
     )
     keep_samples: bool = Field(default=False, description="keep the typical samples themselves, too; by default only which rows they are")
-    card_rank: int = Field(default=8, ge=0, description="directions that an expert's card keeps of each input; 0 for no cards")
+    card_rank: int = Field(default=24, ge=0, description="directions that an expert's card keeps of each input; 0 for no cards")
     training: TrainSettings = Field(default_factory=TrainSettings)
     scoring: Scoring = Field(default_factory=Scoring)
     template: bool = Field(default=True, description="apply the base's chat template where it has one, in training, samples and scoring")
