@@ -1,6 +1,6 @@
 """Time of every method relative to `linear`, on one thread: python -m benchmarks.methods [--size 4096] [--experts 3] [--dense] [methods]
 
-Methods that take low-rank factors get experts of rank 16 (and cards of rank 8, where they read them); with --dense they get dense deltas
+Methods that take low-rank factors get experts of rank 16 (and cards of 24 directions, where they read them); with --dense they get dense deltas
 too, which takes minutes at 4096 (singular value decompositions). Every result is checked to be finite. Times are processor time, the best
 of three runs.
 """
@@ -60,7 +60,7 @@ def times(names: Sequence[str], *, size: int, experts: int = 3, dense: bool = Fa
     n = size
     base = torch.randn(n, n, generator=generator)
     deltas = [torch.randn(n, n, generator=generator) * 0.01 for _ in range(experts)]
-    moments = [Moment(torch.randn(n, 8, generator=generator), torch.rand(n, generator=generator)) for _ in range(experts)]
+    moments = [Moment(torch.randn(n, 24, generator=generator), torch.rand(n, generator=generator)) for _ in range(experts)]
     low = [LowRank(torch.randn(n, 16, generator=generator), torch.randn(16, n, generator=generator) * 0.01) for _ in range(experts)]
 
     def timed(method: Method, given: list) -> float:
