@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-TOKENS = 1024  # padded tokens a batch, as ours
+TOKENS = 512  # padded tokens a batch, as ours
 
 
 def do(job: Mapping[str, Any]) -> dict[str, Any]:

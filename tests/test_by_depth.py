@@ -8,7 +8,7 @@ import torch
 from recall_merge import MergeRun, merge
 from recall_merge.errors import Unwalkable
 from recall_merge.files.experts import Digest
-from recall_merge.models.walk import Walk
+from recall_merge.models.walk import _Batch
 from recall_merge.recipes.fuse import fuse
 from recall_merge.recipes.plan import make_plan
 from recall_merge.recipes.weigh import weigh
@@ -103,14 +103,14 @@ def test_every_model_is_read_once_and_the_newest_once_more(rows, tmp_path):
 
 
 def test_what_cannot_be_walked_takes_whole_models_and_says_so(bases, rows, tmp_path, monkeypatch):
-    def unwalkable(self, tensors):
+    def unwalkable(batch):
         raise Unwalkable("its forward pass needs numbers that it does not have", fix="none")
 
     base = bases("llama")
     experts = {name: fine_tuned(base, tmp_path / name, seed=seed) for seed, name in enumerate("ab")}
     plan = a_plan(base, experts, rows, tmp_path / "out")
     wanted = same(a_plan(base, experts, rows, tmp_path / "walked"))
-    monkeypatch.setattr(Walk, "step", unwalkable)
+    monkeypatch.setattr(_Batch, "go_on", unwalkable)
     found = merge(plan.run)
     assert torch.equal(found.weights, wanted.weights)
     assert any("whole models were run" in note for note in found.notes)

@@ -20,7 +20,7 @@ from recall_merge.engines.local import Here
 from recall_merge.errors import CheckpointError, RecallError, Unwalkable
 from recall_merge.files.output import MARKER
 from recall_merge.maths.methods import METHODS
-from recall_merge.models.walk import Walk
+from recall_merge.models.walk import _Batch
 from recall_merge.recipes import merge as recipe
 from recall_merge.recipes.plan import make_plan
 from recall_merge.recipes.spread import ATTEMPT, for_tasks, write_shard
@@ -127,10 +127,10 @@ def test_every_way(way: str, worker: Worker, rows: Path, tmp_path: Path) -> None
 def test_what_cannot_be_walked_takes_whole_models_and_says_so(
     bases: Bases, worker: Worker, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unwalkable(self: Walk, tensors: Any) -> None:
+    def unwalkable(batch: _Batch) -> None:
         raise Unwalkable("its forward pass needs numbers that it does not have", fix="none")
 
-    monkeypatch.setattr(Walk, "step", unwalkable)
+    monkeypatch.setattr(_Batch, "go_on", unwalkable)
     base = bases("llama")
     experts = {name: fine_tuned(base, tmp_path / name, seed=seed) for seed, name in enumerate("ab")}
     found = same(lambda target: a_run(base, experts, rows, target), tmp_path)

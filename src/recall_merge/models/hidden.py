@@ -14,7 +14,7 @@ from recall_merge.maths.depths import Depths
 from recall_merge.parallel import in_order
 
 Pooling = Literal["mean", "last"]
-BATCH_TOKENS = 1024  # padded tokens a batch: large enough for the matrix products, and twice as many take twice the memory
+BATCH_TOKENS = 512  # padded tokens a batch: large enough for the matrix products, and twice as many take twice the memory
 
 
 def tokenize(texts: Sequence[str], tokenizer: Any, *, max_tokens: int) -> list[list[int]]:

@@ -9,8 +9,9 @@ empties the block again.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +70,7 @@ class Walk:
         Raises:
             CheckpointError: if transformers does not take these parameters.
         """
-        self._loader.bind(tensors)
-        parts = list(in_order(_Batch.go_on, self._batches, self._threads))
-        self._release()
-        memory.give_back()
-        self.depth += 1
-        states = torch.empty(self._rows, parts[0].shape[-1])
-        for batch, part in zip(self._batches, parts, strict=True):
-            states[batch.rows] = part
-        return states
+        return step([self], [tensors])[0]
 
     def __enter__(self) -> Walk:
         return self
@@ -88,10 +81,32 @@ class Walk:
         for hook in self._hooks:
             hook.remove()
 
-    def _release(self) -> None:
-        """Give up the numbers of a block that has run. What lies before the blocks may be needed again, and is small: few rows."""
+    def _reached(self, parts: Sequence[Tensor]) -> Tensor:
+        """Give up the numbers of the block that has run, and put together what its batches have reached. What lies before the blocks may be
+        needed again, and is small: few rows."""
         if self.depth:
             _empty(self._blocks[self.depth - 1])
+        self.depth += 1
+        states = torch.empty(self._rows, parts[0].shape[-1])
+        for batch, part in zip(self._batches, parts, strict=True):
+            states[batch.rows] = part
+        return states
+
+
+def step(walks: Sequence[Walk], tensors: Iterable[Mapping[str, Tensor]]) -> list[Tensor]:
+    """`Walk.step` of several models, whose batches follow one another on the threads of the first: none of them has nothing to do while a
+    model's last batch runs. Parameters are bound when their model's turn comes, and released when it is over."""
+
+    def batches() -> Iterator[_Batch]:
+        for walk, own in zip(walks, tensors, strict=True):
+            walk._loader.bind(own)
+            yield from walk._batches
+
+    parts = in_order(_Batch.go_on, batches(), walks[0]._threads)
+    states = [walk._reached(list(islice(parts, len(walk._batches)))) for walk in walks]
+    assert next(parts, None) is None  # so it has come to its end, and to what it does there
+    memory.give_back()
+    return states
 
 
 class _Batch:

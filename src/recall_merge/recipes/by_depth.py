@@ -43,6 +43,7 @@ def merge_by_depth(writer: WeightWriter, plan: Plan, typical: Typical, digest: D
 
     from recall_merge.maths.similarity import similarity
     from recall_merge.models.hidden import tokenize
+    from recall_merge.models.walk import step
 
     rule, depths = plan.weights, plan.base.depths
     assert isinstance(rule, Representations)
@@ -60,10 +61,10 @@ def merge_by_depth(writer: WeightWriter, plan: Plan, typical: Typical, digest: D
         walks: list[Walk] = [stack.enter_context(walk(plan, expert, rule, ids)) for expert, ids in zip(pool, tokens, strict=True)]
         for depth in range(depths.blocks + 1):
             held = hold(plan, depth)
-            states = []
-            for expert, going, ids in zip(pool_of(held, rule), walks, tokens, strict=True):
-                states.append(going.step(parameters(held, expert, rule, depth, ids)))
-                check_finite(plan, states[-1], expert)
+            experts = pool_of(held, rule)
+            states = step(walks, (parameters(held, expert, rule, depth, ids) for expert, ids in zip(experts, tokens, strict=True)))
+            for expert, reached in zip(experts, states, strict=True):
+                check_finite(plan, reached, expert)
             here = similarity(torch.stack(states), kernel=rule.kernel, bandwidth=rule.bandwidth)
             alike = torch.cat([alike, here.unsqueeze(0)])
             fuse_depth(depth, held)
