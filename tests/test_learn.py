@@ -24,6 +24,7 @@ from recall_merge.files.rows import read_rows
 from recall_merge.files.workspace import read_journal, read_state
 from recall_merge.models.evaluate import evaluate
 from recall_merge.models.tasks import TaskSpec
+from recall_merge.recipes.card import RANK
 from recall_merge.recipes.learn import learn
 from recall_merge.recipes.request import Request
 from recall_merge.recipes.workspace import rollback, status
@@ -222,7 +223,7 @@ def test_every_expert_leaves_a_card_so_a_later_stage_may_merge_by_cards(ws, data
     stage = teach(folder, data, "b", method="aligned", start="last").stage
     assert (read_state(folder).stages[0].card, stage.card) == ("cards/1-a", "cards/2-b")
     facts = json.loads((folder / "cards" / "1-a" / "recall-card.json").read_text())
-    assert (facts["samples"], facts["rank"]) == (SETTINGS["samples.count"], 8)
+    assert (facts["samples"], facts["rank"]) == (SETTINGS["samples.count"], RANK)
     record = json.loads((folder / "merges" / "2" / "record.json").read_text())
     assert set(record["cards"]["experts"]) == {"a", "b"}
     assert not [note for note in record["notes"] if "has no card" in note]
