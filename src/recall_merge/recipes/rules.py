@@ -168,7 +168,7 @@ def _spread(weights: GivenWeights | Points, depths: Depths, where: str) -> Given
 def choose_method(cards: Sequence[bool], *, samples: bool, weights: bool) -> tuple[str, str]:
     """The method of a run that names none, and the reason.
 
-    By what five experts of five tasks showed (docs/results/all_methods.md): merges by cards keep about what the experts know, TSV keeps
+    By what experts of five tasks showed (docs/results/all_methods.md, five_tasks_paired.md): merges by cards keep about what the experts know, TSV keeps
     most of what can be kept without data, and plain averages, RECALL's among them, lose more than half of it.
 
     Args:
