@@ -168,8 +168,8 @@ def _spread(weights: GivenWeights | Points, depths: Depths, where: str) -> Given
 def choose_method(cards: Sequence[bool], *, samples: bool, weights: bool) -> tuple[str, str]:
     """The method of a run that names none, and the reason.
 
-    By what experts of five tasks showed (docs/results/all_methods.md, five_tasks_paired.md): merges by cards keep about what the experts know, TSV keeps
-    most of what can be kept without data, and plain averages, RECALL's among them, lose more than half of it.
+    By what experts of five tasks showed (docs/results/all_methods.md, five_tasks_paired.md): merges by cards keep nearly all of what the
+    experts know, TSV keeps most of what can be kept without data, and plain averages, RECALL's among them, lose nearly half of it or more.
 
     Args:
         cards: of each expert, whether it has one.
