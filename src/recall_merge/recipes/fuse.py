@@ -64,7 +64,6 @@ def fuse_into(
     names: Iterable[str] | None = None,
 ) -> None:
     """Write what `fuse` gives (of the tensors named, if any are), span by span where the method allows it. Arguments and errors are its."""
-    memory.give_back()  # what reading the tokenizers has taken
     memory.share()
     memory.keep()
     digests = [digest, *(expert.digest for expert in plan.experts if isinstance(expert, FullExpert))]

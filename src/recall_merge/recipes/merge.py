@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recall_merge import memory
 from recall_merge.config import MergeRun, Representations
 from recall_merge.engines.engine import LOCAL, check_engine, open_engine
 from recall_merge.errors import MissingExtra, ResultError, Unwalkable
@@ -87,6 +88,7 @@ def apply(plan: Plan, other: Reader | None = None, *, engine: str = LOCAL, progr
     """Carry out a plan: weights, the pass over the parameters, everything beside them, checks; then the folder takes its place."""
     if other is not None:
         other.prepare(plan.base.folder)
+    memory.give_back()  # what making the plan has taken, such as reading tokenizers
     progress, timings, before = progress or Silent(), Timings(), READ.total
     with OutputFolder(plan.target, overwrite=plan.run.out.overwrite) as out:
         digest = Digest()
