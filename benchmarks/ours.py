@@ -50,7 +50,8 @@ def engine(run: Any) -> None:
     plan = make_plan(run.model_copy(update={"change_limit": None}))
     plan.target.mkdir(parents=True)
     unchecked = patch("recall_merge.recipes.fuse.is_finite", lambda _: True)
-    with patch("hashlib.sha256", NoHash), unchecked, WeightWriter(plan.target, plan.shards) as writer:
+    read, written = (patch(f"recall_merge.files.{module}.blake3", NoHash) for module in ("experts", "output"))
+    with read, written, unchecked, WeightWriter(plan.target, plan.shards) as writer:
         fuse_into(writer, plan, weigh(plan), Digest(), lambda _: None)
 
 

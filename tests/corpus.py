@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from blake3 import blake3
+
 KEPT = Path(__file__).with_name("corpus.json")
 BLOCKS, WIDTH, ROWS = 2, 4, 6
 DEEP = 5_000  # levels of nesting, beyond what Python's own readers take
@@ -140,14 +142,14 @@ TASKS = b"".join(b"  - {name: %s, train: a.jsonl, test: b.jsonl}\n" % name for n
 SCENARIO = b"model: base\ntasks:\n" + TASKS + b"methods: [linear]\norders: [[a, b]]\nout: bench\n"
 ROW = b'{"prompt": "is it?", "completion": "yes", "choices": ["yes", "no"]}\n'
 RECORD: dict[str, Any] = {
-    "format": 1,
+    "format": 2,
     "run": {"base": "base", "experts": [{"name": "a", "path": "adapter"}], "skip": [], "vocabulary": None},
     "method": {"name": "linear", "source": "", "options": {"scale": 1.0}},
     "models": {"base": {"tensors": ""}, "a": {"tensors": ""}},
     "samples": [],
     "weights": {"experts": ["a"], "depths": [0, 1, 2, 3], "rows": [[1.0]] * 4},
     "notes": [],
-    "files": {name: hashlib.sha256(data or b"").hexdigest() for name, data in MODEL.items()},
+    "files": {name: blake3(data or b"").hexdigest() for name, data in MODEL.items()},
 }
 STATE: dict[str, Any] = {
     "format": 1,
@@ -624,7 +626,7 @@ def of_record() -> Iterator[tuple[str, dict[str, bytes | None]]]:
         return {"record.json": encoded(RECORD | {"files": {**RECORD["files"], **files}})}
 
     for what, change in {
-        "a newer form": {"format": 2},
+        "a newer form": {"format": 3},
         "no form": {"format": None},
         "no files": {"files": None},
         "files as a list": {"files": ["model.safetensors"]},

@@ -144,6 +144,14 @@ def test_a_number_that_is_not_finite_stops_all_threads(models, tmp_path, monkeyp
     assert threading.active_count() == threads
 
 
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.sums])
+def test_deltas_that_are_zero_may_be_left_out_of_sums(method):
+    base, delta = torch.randn(2, 50)
+    zero = torch.zeros(50)
+    merged = METHODS[method].function(base, [zero, delta, zero], [0.25, 0.5, 0.25])
+    assert torch.equal(METHODS[method].function(base, [delta], [0.5]), merged)
+
+
 class TestDigest:
     def test_takes_pieces_in_any_order_of_threads(self):
         tensor = torch.arange(12.0)

@@ -15,8 +15,10 @@ from safetensors.torch import save_file
 from recall_merge import MergeRun, verify
 from recall_merge.errors import CheckpointError, ResultError
 from recall_merge.recipes import recheck
+from recall_merge.recipes.merge import apply
+from recall_merge.recipes.plan import make_plan
 from recall_merge.recipes.recheck import Reader, is_sound, reader
-from tiny import fine_tuned, load_tensors
+from tiny import FAMILIES, fine_tuned, load_tensors
 
 
 @pytest.fixture
@@ -79,6 +81,45 @@ def test_numbers_that_are_not_finite_and_a_folder_that_cannot_be_loaded(llama, t
     with pytest.raises(CheckpointError) as here:
         is_sound(lacking, 8)
     assert str(here.value) == str(there.value) and "missing keys" in str(here.value)
+
+
+def test_a_part_of_transformers_loads_every_family(bases):
+    """And all architectures import in it; of what it leaves out nothing is imported after all."""
+    folders = [str(bases(family)) for family in FAMILIES]
+    program = f"""
+import sys
+from recall_merge.models.lean import import_lean
+import_lean()
+from pathlib import Path
+import transformers.models.auto.modeling_auto as known
+from recall_merge.recipes.recheck import is_sound
+assert all(is_sound(Path(folder), 8) for folder in {folders!r})
+for name in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+    getattr(sys.modules["transformers"], name)
+left_out = ("scipy", "sklearn", "accelerate", "torch._dynamo.symbolic_convert", "torch.distributed.tensor", "torch._inductor")
+assert not [name for name in left_out if sys.modules.get(name)]
+"""
+    ended = subprocess.run([sys.executable, "-c", program], check=False, env=os.environ, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_what_the_part_cannot_load_is_loaded_by_the_whole(llama, tmp_path, monkeypatch):
+    (tmp_path / "transformers.py").write_text("raise RuntimeError('broken')\n")  # the other process finds this; the present one has its own
+    monkeypatch.syspath_prepend(str(tmp_path))
+    other = Reader()
+    try:
+        other.prepare(llama)
+        with pytest.raises(CheckpointError, match="broken"):
+            other.is_sound(llama, 8, llama)
+    finally:
+        other.end()
+
+    expert = fine_tuned(llama, tmp_path / "expert", seed=1)
+    monkeypatch.delitem(sys.modules, "transformers")
+    with reader(run()) as other:
+        monkeypatch.undo()
+        made = run(base=str(llama), experts=[{"name": "a", "path": str(expert)}], out={"path": str(tmp_path / "merged")})
+        assert verify(apply(make_plan(made), other).path)
 
 
 def test_a_process_that_is_killed_is_said_with_what_helps(llama, other):

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from blake3 import blake3
+
 from recall_merge.errors import CheckpointError, Faults
 from recall_merge.files.adapter import CONFIG, WEIGHTS, Adapter
 from recall_merge.files.checkpoint import Checkpoint
@@ -23,9 +25,10 @@ if TYPE_CHECKING:
 
 
 class Digest:
-    """The content of a model as one number: SHA-256 over (name, dtype, shape, SHA-256 of the bytes) of its tensors, by name.
+    """The content of a model as one number: BLAKE3 over (name, dtype, shape, BLAKE3 of the bytes) of its tensors, by name.
 
-    It does not depend on how the tensors lie in shards, nor on the order in which they are read.
+    It does not depend on how the tensors lie in shards, nor on the order in which they are read. A merge hashes all that it reads: SHA-256
+    would take four times as long, longer than everything else. Source: https://github.com/BLAKE3-team/BLAKE3-specs
     """
 
     def __init__(self) -> None:
@@ -46,7 +49,7 @@ class Digest:
             self._turn.wait_for(lambda: self._stopped or self._begun.get(name, (None, 0))[1] == start)
             if self._stopped:
                 raise RuntimeError("a piece before this one was not read")
-            digest = self._begun[name][0] if start else hashlib.sha256()
+            digest = self._begun[name][0] if start else blake3()
         digest.update(bytes_of(piece))
         stop = start + piece.numel()
         with self._turn:
@@ -64,7 +67,7 @@ class Digest:
 
     def hexdigest(self, wanted: Callable[[str], bool] = lambda _: True) -> str:
         """Of all tensors, or of those that are wanted."""
-        return hashlib.sha256("\n".join(self.lines[name] for name in sorted(self.lines) if wanted(name)).encode()).hexdigest()
+        return blake3("\n".join(self.lines[name] for name in sorted(self.lines) if wanted(name)).encode()).hexdigest()
 
 
 class Expert(Protocol):
@@ -331,11 +334,18 @@ def _minus(stored: Tensor, base: Tensor) -> Tensor:
 
 
 def hash_tensor(tensor: Tensor) -> str:
-    """SHA-256 of the bytes of a tensor."""
-    return hashlib.sha256(bytes_of(tensor)).hexdigest()
+    """BLAKE3 of the bytes of a tensor."""
+    return blake3(bytes_of(tensor)).hexdigest()
+
+
+def hash_result(path: Path) -> str:
+    """BLAKE3 of a file of a result, as `b3sum` tells it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, blake3).hexdigest()
 
 
 def hash_file(path: Path) -> str:
+    """SHA-256, as `sha256sum` and the hub tell it."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -14,6 +13,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from blake3 import blake3
 
 from recall_merge.errors import OutputError
 from recall_merge.files.checkpoint import INDEX, SINGLE
@@ -183,7 +184,7 @@ class OutputFolder:
 
 
 class WeightWriter:
-    """Writes the planned tensors, in the planned order, straight into their places in the shards; hashes each file as it goes.
+    """Writes the planned tensors, in the planned order, straight into their places in the shards; hashes (BLAKE3) each file as it goes.
 
     Use as a context, which closes the file that is open.
     """
@@ -195,7 +196,7 @@ class WeightWriter:
         self._expected: deque[tuple[str, Spec]] = deque()
         self._pieces = 0  # numbers of the next tensor that have come in pieces
         self._file = None
-        self._digest = hashlib.sha256()
+        self._digest = blake3()
         if len(shards) > 1:
             total = sum(shard.nbytes for shard in shards)
             index = {"metadata": {"total_size": total}, "weight_map": {name: shard.file for shard in shards for name in shard.specs}}
@@ -244,7 +245,7 @@ class WeightWriter:
         shard = next(self._shards)
         self._expected = deque(shard.specs.items())
         self._file = (self._folder / shard.file).open("wb", buffering=0)
-        self._digest = hashlib.sha256()
+        self._digest = blake3()
         self._write(memoryview(encode_header(shard.specs)))
 
     def _write(self, data: memoryview) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 
 from recall_merge.errors import Faults, ResultError, short
 from recall_merge.files.checkpoint import read_json
-from recall_merge.files.experts import hash_file
+from recall_merge.files.experts import hash_result
 
 RECORD = "record.json"
-FORMAT = 1
+FORMAT = 2
 READ_BY_LOADERS = {".safetensors", ".json", ".jinja", ".txt", ".model", ".py", ".bin", ".pt", ".pth", ".ckpt"}
 # what may come to a result, or an expert, after its record, or change: of the model card, people are the authors
 LATER = (RECORD, "README.md", "recall-card.json", "recall-card.safetensors")
@@ -33,10 +33,10 @@ def versions() -> dict[str, str]:
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write the record with the hashes of all other files of the folder. Its weight files' hashes may be given, to spare reading them."""
+    """Write the record with BLAKE3 of all other files of the folder. That of its weight files may be given, to spare reading them."""
     known = dict(record.get("files", {}))
     names = sorted(file.name for file in folder.iterdir() if file.is_file() and file.name not in LATER and not file.name.startswith("."))
-    files = {name: known.get(name) or hash_file(folder / name) for name in names}
+    files = {name: known.get(name) or hash_result(folder / name) for name in names}
     text = json.dumps({"format": FORMAT, **record, "files": files}, indent=2, ensure_ascii=False) + "\n"
     (folder / RECORD).write_text(text, "utf-8")
 
@@ -63,7 +63,7 @@ def verify_files(folder: Path) -> dict[str, Any]:
             faults.add(f"the record names {short(name)}, outside its folder", where=folder, fix="do not trust this folder")
         elif not file.is_file():
             faults.add(f"'{name}' is missing", where=folder, fix="merge again")
-        elif hash_file(file) != wanted:
+        elif hash_result(file) != wanted:
             faults.add(f"'{name}' has changed since the merge", where=file, fix="merge again, or restore it")
     for file in sorted(folder.iterdir()):
         if file.suffix in READ_BY_LOADERS and file.name not in {*record["files"], *LATER}:

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from recall_merge import memory
@@ -68,13 +69,15 @@ def fuse_into(
     memory.keep()
     digests = [digest, *(expert.digest for expert in plan.experts if isinstance(expert, FullExpert))]
     failures: list[BaseException] = []
+    turn = Lock()
 
     def work(unit: Unit | Look) -> list[tuple[str, Tensor]]:
         if isinstance(unit, Look):
             unit.take(plan)
             return []
-        try:
-            return [(part.name, merge_tensor(plan, weighting, part.name, digest, sizes, part.span, part.bands)) for part in unit]
+        try:  # small tensors are Python's work, which threads do in turns: to leave a turn in the middle makes it twice as long
+            with turn if len(unit) > 1 else nullcontext():
+                return [(part.name, merge_tensor(plan, weighting, part.name, digest, sizes, part.span, part.bands)) for part in unit]
         except BaseException as error:
             failures.append(error)
             for waited_for in digests:
@@ -210,6 +213,9 @@ def _merge(plan: Plan, name: str, base: Tensor, deltas: list[Delta | None], weig
     method, given = plan.method, plan.options_of(name)
     if method.matrices and name in plan.base.token_tensors:
         method, given = METHODS["linear"], {key: value for key, value in given.items() if key == "scale"}
+    if method.sums:
+        weights = [weight for weight, delta in zip(weights, deltas, strict=True) if delta is not None]
+        deltas = [delta for delta in deltas if delta is not None]
     ready = _pruned(plan, [_ready(delta, base, method.factors and plan.run.prune is None) for delta in deltas])
     if method.random:
         given["draws"] = Draws(plan.run.seed, name, tuple(expert.name for expert in plan.experts))

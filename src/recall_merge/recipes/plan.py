@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from recall_merge.maths.methods import Method
     from recall_merge.recipes.weigh import Weighting
 
-SPAN = 1 << 18
+SPAN = 1 << 19
 """Numbers in one unit of work. A multiple of what a processor's vectors hold, so that pieces are rounded as the whole tensor is."""
 WHOLE = 1 << 22
 """Numbers of a tensor from which a look at deltas before the merge, and reading them again for it, is better than to hold them whole."""

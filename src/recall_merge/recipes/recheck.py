@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from recall_merge.config import MergeRun
     from recall_merge.recipes.plan import Plan
 
-UNUSED = ("scipy", "sklearn")  # optional parts of transformers, for losses of pictures and drafts of text: a sixth of its imports
-
 
 def check_result(plan: Plan, folder: Path, other: Reader | None = None) -> None:
     """Hold the headers against the plan; then, unless the run says no, load the result and run it once.
@@ -45,12 +43,20 @@ def check_result(plan: Plan, folder: Path, other: Reader | None = None) -> None:
         if not plan.run.out.reload:
             return
         with _on_its_way(folder):
-            finite = is_sound(folder, tokens) if other is None else other.is_sound(folder, tokens, plan.target)
+            finite = _told(folder, tokens, plan.target, other)
     except CheckpointError as error:
         fix = "give `out.reload: false` if the architecture is not one of transformers' own"
         raise ResultError(f"the result cannot be loaded: {error.faults[0].what}", where=plan.target, fix=fix) from error
     if not finite:
         raise ResultError("the result's forward pass gives numbers that are not finite", where=plan.target, fix="give `out.dtype: float32`")
+
+
+def _told(folder: Path, tokens: int, target: Path, other: Reader | None) -> bool:
+    """What `is_sound` gives, there or here."""
+    if other is not None:
+        with suppress(CheckpointError):  # it has a part of transformers; what that cannot load, the whole of it may
+            return other.is_sound(folder, tokens, target)
+    return is_sound(folder, tokens)
 
 
 @contextmanager
@@ -146,21 +152,21 @@ class Reader:
 
 def _serve() -> None:
     """What the other process does."""
-    gc.set_threshold(50_000)  # imports make a million objects that stay
-    sys.modules.update(dict.fromkeys(UNUSED))  # type: ignore[arg-type]  # None: not to be had
-    import transformers.modeling_utils  # noqa: F401  # what all architectures need
-
+    gc.disable()  # imports make half a million objects that stay, and then this process ends
     from recall_merge.models.build import import_architecture
+    from recall_merge.models.lean import import_lean
 
+    with suppress(Exception):  # what is missing now is missing again when the result is read
+        import_lean()
     if like := sys.stdin.readline():
-        with suppress(CheckpointError):
+        with suppress(Exception):
             import_architecture(Path(json.loads(like)))
     if asked := sys.stdin.readline():
         folder, tokens = json.loads(asked)
         try:
             answer: dict[str, Any] = {"finite": is_sound(Path(folder), tokens)}
-        except CheckpointError as error:
-            answer = {"fault": error.faults[0].what}
+        except Exception as error:  # of any kind: the other side asks again, of the whole of transformers
+            answer = {"fault": error.faults[0].what if isinstance(error, CheckpointError) else repr(error)}
         sys.stdout.write(json.dumps(answer) + "\n")
 
 

@@ -94,14 +94,14 @@ def fuse_apart(plan: Plan, weighting: Weighting, engine: Engine, folder: Path, d
     for shard in done:
         for own, lines in zip(_digests(plan, digest), shard.lines, strict=True):
             own.lines.update(lines)
-    return {shard.file: found.sha256 for shard, found in zip(plan.shards, done, strict=True)}
+    return {shard.file: found.hash for shard, found in zip(plan.shards, done, strict=True)}
 
 
 @dataclass(frozen=True)
 class ShardDone:
     """What comes back of a shard that was written: its hash, and the lines of the digests of the base and of each full expert."""
 
-    sha256: str
+    hash: str
     lines: tuple[dict[str, str], ...]
 
 

@@ -13,7 +13,7 @@ from recall_merge.maths.methods.options import Scale
 from recall_merge.maths.methods.registry import method
 
 
-@method("linear", source="Wortsman et al. 2022, Model soups, arXiv:2203.05482", elementwise=True)
+@method("linear", source="Wortsman et al. 2022, Model soups, arXiv:2203.05482", elementwise=True, sums=True)
 def linear(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], *, scale: Scale = 1.0) -> Tensor:
     """Weighted average of the experts.
 

@@ -11,7 +11,7 @@ from recall_merge.maths.methods.options import Scale
 from recall_merge.maths.methods.registry import method
 
 
-@method("recall", source="RECALL, Wang et al. 2025, arXiv:2510.20479, as reconstructed", elementwise=True)
+@method("recall", source="RECALL, Wang et al. 2025, arXiv:2510.20479, as reconstructed", elementwise=True, sums=True)
 def recall(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], *, scale: Scale = 1.0) -> Tensor:
     """Average of the experts, weighted depth by depth by how alike they represent the newest task.
 

@@ -40,6 +40,8 @@ class Method:
     source: str
     elementwise: bool = False
     """Every element is merged on its own, so a tensor may be merged in pieces."""
+    sums: bool = False
+    """It adds the deltas up: one that is zero may be left out."""
     look: Look | None = None
     """Every element is merged on its own once each delta has been looked at as a whole; the function takes what was found as `bands`."""
     experts: tuple[int, int | None] = (1, None)
@@ -120,6 +122,7 @@ def method(
     *,
     source: str,
     elementwise: bool = False,
+    sums: bool = False,
     look: Look | None = None,
     experts: tuple[int, int | None] = (1, None),
     factors: bool = False,
@@ -134,7 +137,7 @@ def method(
             raise ValueError(f"method '{name}' is registered twice: {first} and {second}")
         parameters = inspect.signature(function, eval_str=True).parameters.values()
         options = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in GIVEN}
-        METHODS[name] = Method(name, function, source, elementwise, look, experts, factors, matrices, ordered, options)
+        METHODS[name] = Method(name, function, source, elementwise, sums, look, experts, factors, matrices, ordered, options)
         return function
 
     return register
