@@ -58,9 +58,8 @@ def test_what_is_freed_is_kept_for_the_next_and_can_be_given_back():
 import resource, sys
 from recall_merge import memory
 import torch
-memory.share()
 if sys.argv[1] == "keep":
-    memory.keep()
+    memory.one_heap()
 def pages(times):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(times):

@@ -44,16 +44,15 @@ def zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     return torch.frombuffer(pages, dtype=dtype).view(*shape)
 
 
-def share() -> None:
-    """Let threads that begin from now on share one heap: glibc would give each its own, where what one has freed is of no use to others."""
+def one_heap() -> None:
+    """Let threads that begin from now on share one heap, and let it keep what is freed, up to 32 MB.
+
+    glibc would give each thread its own, where what one has freed is of no use to others; and the system would take back each piece, and
+    have to make pages of zeros of it again for those who want as much in a moment. `give_back` still lets it. What threads had before
+    stays theirs, so the earlier this is called, the better.
+    """
     if _glibc() is not None:
         _glibc().mallopt(ARENA_MAX, 1)
-
-
-def keep() -> None:
-    """Keep what is freed for those who want as much again in a moment, up to 32 MB: else the system takes each piece back, and has to make
-    pages of zeros of it again. `give_back` still does so."""
-    if _glibc() is not None:
         _glibc().mallopt(MMAP_THRESHOLD, KEPT // 2)
         _glibc().mallopt(TRIM_THRESHOLD, KEPT)
 

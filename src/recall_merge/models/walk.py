@@ -48,7 +48,7 @@ class Walk:
         pooling: Pooling = "mean",
         threads: int = 1,
     ) -> None:
-        memory.share()
+        memory.one_heap()
         self.depth = 0
         self._folder, self._threads, self._rows = folder, threads, len(tokens)
         self._model = _without_numbers(folder, dtype, vocabulary_size)

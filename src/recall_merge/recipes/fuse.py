@@ -65,8 +65,7 @@ def fuse_into(
     names: Iterable[str] | None = None,
 ) -> None:
     """Write what `fuse` gives (of the tensors named, if any are), span by span where the method allows it. Arguments and errors are its."""
-    memory.share()
-    memory.keep()
+    memory.one_heap()
     digests = [digest, *(expert.digest for expert in plan.experts if isinstance(expert, FullExpert))]
     failures: list[BaseException] = []
     turn = Lock()

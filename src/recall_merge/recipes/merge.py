@@ -80,6 +80,7 @@ def merge(run: MergeRun, *, engine: str = LOCAL, progress: Progress | None = Non
             left of a merge that fails, and what stood in the output's place stands as it was.
     """
     check_engine(engine)
+    memory.one_heap()
     with memory.few_searches(), reader(run) if once else nullcontext() as other:
         return apply(make_plan(run), other, engine=engine, progress=progress)
 
