@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from benchmarks.inputs import all_tensors
+from benchmarks.inputs import all_tensors, weight_files
 
 WORD = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}  # half a unit in the last place, relative
 
@@ -26,11 +27,12 @@ def check_mean(out: Path, models: Sequence[Path], weights: Sequence[float] | Non
         WrongError: if one is not.
     """
     shares = weights or [1 / len(models)] * len(models)
+    parts = [{name: opened for file in weight_files(model) for name, opened in _named(file)} for model in models]
     seen = 0
     for name, found in all_tensors(out):
-        check_tensor(name, found, [read(model, name) for model in models], shares)
+        check_tensor(name, found, [part[name].get_tensor(name) for part in parts], shares)
         seen += 1
-    if seen != sum(1 for _ in all_tensors(models[0])):
+    if seen != len(parts[0]):
         raise WrongError(f"{out.name} holds {seen} tensors")
 
 
@@ -96,6 +98,12 @@ def recall_weights(states: Tensor, temperature: float = 1.0) -> Tensor:
         alike = torch.exp(-(h - h[-1]).pow(2).sum(-1) / (2 * apart.quantile(0.5))).mean(-1)
         rows.append(torch.softmax(alike / temperature, 0))
     return torch.stack([*rows, rows[-1]])
+
+
+def _named(file: Path) -> Iterator[tuple[str, Any]]:
+    """The names of a file's tensors, each with the file, opened once: to find one of many by opening it again takes as long as all."""
+    opened = safe_open(file, framework="pt")
+    yield from ((name, opened) for name in opened.keys())  # noqa: SIM118  it is no dict
 
 
 def read(folder: Path, name: str) -> Tensor:
