@@ -88,8 +88,8 @@ def test_a_part_of_transformers_loads_every_family(bases):
     folders = [str(bases(family)) for family in FAMILIES]
     program = f"""
 import sys
-from recall_merge.models.lean import import_lean
-import_lean()
+from recall_merge.models.lean import import_transformers
+import_transformers()
 from pathlib import Path
 import transformers.models.auto.modeling_auto as known
 from recall_merge.recipes.recheck import is_sound
@@ -98,6 +98,21 @@ for name in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
     getattr(sys.modules["transformers"], name)
 left_out = ("scipy", "sklearn", "accelerate", "torch._dynamo.symbolic_convert", "torch.distributed.tensor", "torch._inductor")
 assert not [name for name in left_out if sys.modules.get(name)]
+"""
+    ended = subprocess.run([sys.executable, "-c", program], check=False, env=os.environ, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_clustering_without_pandas():
+    program = """
+import sys
+import numpy
+from recall_merge.models.lean import import_clustering
+import_clustering()
+assert "sklearn.cluster" in sys.modules and "pandas" not in sys.modules
+from recall_merge.maths.samples import typical_samples
+assert typical_samples(numpy.eye(5), 2).sizes
+import pandas
 """
     ended = subprocess.run([sys.executable, "-c", program], check=False, env=os.environ, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr

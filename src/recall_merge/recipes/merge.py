@@ -22,6 +22,7 @@ from recall_merge.files.model_card import PICTURE, write_card
 from recall_merge.files.output import OutputFolder, WeightWriter
 from recall_merge.files.record import RECORD, verify_files, write_record
 from recall_merge.files.safetensors import READ
+from recall_merge.models.lean import import_clustering
 from recall_merge.progress import Progress, Silent
 from recall_merge.recipes.by_depth import merge_by_depth
 from recall_merge.recipes.fuse import conditions, fuse_into
@@ -82,7 +83,10 @@ def merge(run: MergeRun, *, engine: str = LOCAL, progress: Progress | None = Non
     check_engine(engine)
     memory.one_heap()
     with memory.few_searches(), reader(run) if once else nullcontext() as other:
-        return apply(make_plan(run), other, engine=engine, progress=progress)
+        plan = make_plan(run)
+        if once and run.samples is not None:
+            import_clustering()
+        return apply(plan, other, engine=engine, progress=progress)
 
 
 def apply(plan: Plan, other: Reader | None = None, *, engine: str = LOCAL, progress: Progress | None = None) -> MergeResult:

@@ -154,10 +154,10 @@ def _serve() -> None:
     """What the other process does."""
     gc.disable()  # imports make half a million objects that stay, and then this process ends
     from recall_merge.models.build import import_architecture
-    from recall_merge.models.lean import import_lean
+    from recall_merge.models.lean import import_transformers
 
     with suppress(Exception):  # what is missing now is missing again when the result is read
-        import_lean()
+        import_transformers()
     if like := sys.stdin.readline():
         with suppress(Exception):
             import_architecture(Path(json.loads(like)))
