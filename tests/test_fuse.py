@@ -11,6 +11,7 @@ from recall_merge.files.experts import Digest, FullExpert
 from recall_merge.files.output import WeightWriter
 from recall_merge.files.safetensors import READ, Spec, Stored
 from recall_merge.maths.methods import METHODS
+from recall_merge.maths.methods.wrappers import prune_by_saliency
 from recall_merge.recipes import fuse as fusing
 from recall_merge.recipes import plan as planning
 from recall_merge.recipes.fuse import fuse, fuse_into
@@ -150,6 +151,15 @@ def test_deltas_that_are_zero_may_be_left_out_of_sums(method):
     zero = torch.zeros(50)
     merged = METHODS[method].function(base, [zero, delta, zero], [0.25, 0.5, 0.25])
     assert torch.equal(METHODS[method].function(base, [delta], [0.5]), merged)
+
+
+def test_pruning_counts_deltas_that_are_zero(models, tmp_path):
+    """An adapter leaves the tensor alone; what the others change is held against the mean of all three."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    plan = a_plan(models, tmp_path / "merged", adapter=True, prune={"density": 0.5}, out={"path": tmp_path / "merged", "dtype": "float32"})
+    base, *experts = (load_tensors(folder)[name].float() for folder in (models[0], *models[1].values()))
+    pruned = prune_by_saliency([*(expert - base for expert in experts), torch.zeros_like(base)], density=0.5)
+    assert torch.equal(whole(plan)[0][name], METHODS["linear"].function(base, pruned, [1 / 3] * 3))
 
 
 class TestDigest:

@@ -212,7 +212,7 @@ def _merge(plan: Plan, name: str, base: Tensor, deltas: list[Delta | None], weig
     method, given = plan.method, plan.options_of(name)
     if method.matrices and name in plan.base.token_tensors:
         method, given = METHODS["linear"], {key: value for key, value in given.items() if key == "scale"}
-    if method.sums:
+    if method.sums and plan.run.prune is None:  # pruning compares each with the mean of all
         weights = [weight for weight, delta in zip(weights, deltas, strict=True) if delta is not None]
         deltas = [delta for delta in deltas if delta is not None]
     ready = _pruned(plan, [_ready(delta, base, method.factors and plan.run.prune is None) for delta in deltas])
