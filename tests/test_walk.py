@@ -1,6 +1,8 @@
 """A forward pass block by block: the very numbers of the whole model, in every family, and no more than a block in memory."""
 
 import threading
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.memory import zeros
 from recall_merge.models.build import build_model
 from recall_merge.models.hidden import representations
-from recall_merge.models.walk import Walk
+from recall_merge.models.walk import Walk, _Batch, step
 from tiny import FAMILIES
 
 TOKENS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31], [40]]
@@ -53,6 +55,28 @@ def test_no_more_than_a_block_is_there(llama):
             walk.step(parameters(base)(depth))
             blocks = [p for name, p in walk._model.named_parameters() if ".layers." in name]
             assert all(parameter.is_meta for parameter in blocks)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_of_no_more_models_than_threads_is_a_block_there(llama, monkeypatch, threads):
+    """Six models of one batch each, which all lie in wait on the threads at once."""
+    base, most = open_checkpoint(llama), 0
+
+    def bound():
+        return sum(any(not p.is_meta for block in walk._blocks for p in block.parameters()) for walk in walks)
+
+    def go_on(batch, real=_Batch.go_on):
+        nonlocal most
+        most = max(most, bound())
+        return real(batch)
+
+    monkeypatch.setattr(_Batch, "go_on", go_on)
+    with ExitStack() as stack:
+        walks = [stack.enter_context(Walk(base.folder, TOKENS[:2], base.depths, threads=threads)) for _ in range(6)]
+        for depth in range(base.depths.blocks + 1):
+            states = step(walks, [partial(parameters(base), depth)] * 6)
+            assert bound() == 0 and all(torch.equal(state, states[0]) for state in states)
+    assert 0 < most <= threads
 
 
 def test_stopped_early_it_leaves_no_thread(llama):

@@ -9,7 +9,7 @@ empties the block again.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -70,7 +70,7 @@ class Walk:
         Raises:
             CheckpointError: if transformers does not take these parameters.
         """
-        return step([self], [tensors])[0]
+        return step([self], [lambda: tensors])[0]
 
     def __enter__(self) -> Walk:
         return self
@@ -81,11 +81,13 @@ class Walk:
         for hook in self._hooks:
             hook.remove()
 
-    def _reached(self, parts: Sequence[Tensor]) -> Tensor:
-        """Give up the numbers of the block that has run, and put together what its batches have reached. What lies before the blocks may be
-        needed again, and is small: few rows."""
+    def _release(self) -> None:
+        """Give up the numbers of the block that has run. What lies before the blocks may be needed again, and is small: few rows."""
         if self.depth:
             _empty(self._blocks[self.depth - 1])
+
+    def _reached(self, parts: Sequence[Tensor]) -> Tensor:
+        """What the batches have reached, put together."""
         self.depth += 1
         states = torch.empty(self._rows, parts[0].shape[-1])
         for batch, part in zip(self._batches, parts, strict=True):
@@ -93,16 +95,29 @@ class Walk:
         return states
 
 
-def step(walks: Sequence[Walk], tensors: Iterable[Mapping[str, Tensor]]) -> list[Tensor]:
+def step(walks: Sequence[Walk], tensors: Sequence[Callable[[], Mapping[str, Tensor]]]) -> list[Tensor]:
     """`Walk.step` of several models, whose batches follow one another on the threads of the first: none of them has nothing to do while a
-    model's last batch runs. Parameters are bound when their model's turn comes, and released when it is over."""
+    model's last batch runs. A model's parameters are asked for and bound when the first of its batches begins, and released when the last
+    has ended: of no more models than there are threads at a time."""
+    binding, counting = threading.Lock(), threading.Lock()
+    left = [len(walk._batches) for walk in walks]
+    bound: set[int] = set()
 
-    def batches() -> Iterator[_Batch]:
-        for walk, own in zip(walks, tensors, strict=True):
-            walk._loader.bind(own)
-            yield from walk._batches
+    def go_on(place: int, batch: _Batch) -> Tensor:
+        with binding:
+            if place not in bound:
+                walks[place]._loader.bind(tensors[place]())
+                bound.add(place)
+        part = batch.go_on()
+        with counting:
+            left[place] -= 1
+            last = not left[place]
+        if last:
+            walks[place]._release()
+        return part
 
-    parts = in_order(_Batch.go_on, batches(), walks[0]._threads)
+    batches = ((place, batch) for place, walk in enumerate(walks) for batch in walk._batches)
+    parts = in_order(lambda turn: go_on(*turn), batches, walks[0]._threads)
     states = [walk._reached(list(islice(parts, len(walk._batches)))) for walk in walks]
     assert next(parts, None) is None  # so it has come to its end, and to what it does there
     memory.give_back()

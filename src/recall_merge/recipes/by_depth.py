@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from recall_merge.config import Representations
@@ -62,7 +63,8 @@ def merge_by_depth(writer: WeightWriter, plan: Plan, typical: Typical, digest: D
         for depth in range(depths.blocks + 1):
             held = hold(plan, depth)
             experts = pool_of(held, rule)
-            states = step(walks, (parameters(held, expert, rule, depth, ids) for expert, ids in zip(experts, tokens, strict=True)))
+            own = [partial(parameters, held, expert, rule, depth, ids) for expert, ids in zip(experts, tokens, strict=True)]
+            states = step(walks, own)
             for expert, reached in zip(experts, states, strict=True):
                 check_finite(plan, reached, expert)
             here = similarity(torch.stack(states), kernel=rule.kernel, bandwidth=rule.bandwidth)
