@@ -58,18 +58,23 @@ def merge_by_depth(writer: WeightWriter, plan: Plan, typical: Typical, digest: D
         fuse_into(writer, plan, weighting, digest, advance, [name for name in plan.specs if depths.of(name) == depth])
         return weighting
 
+    def merge_depth(depth: int) -> None:
+        """A function of its own, so that nothing holds its blocks any more when the next ones are read."""
+        nonlocal alike
+        held = hold(plan, depth)
+        experts = pool_of(held, rule)
+        own = [partial(parameters, held, expert, rule, depth, ids) for expert, ids in zip(experts, tokens, strict=True)]
+        states = step(walks, own)
+        for expert, reached in zip(experts, states, strict=True):
+            check_finite(plan, reached, expert)
+        here = similarity(torch.stack(states), kernel=rule.kernel, bandwidth=rule.bandwidth)
+        alike = torch.cat([alike, here.unsqueeze(0)])
+        fuse_depth(depth, held)
+
     with ExitStack() as stack:
         walks: list[Walk] = [stack.enter_context(walk(plan, expert, rule, ids)) for expert, ids in zip(pool, tokens, strict=True)]
         for depth in range(depths.blocks + 1):
-            held = hold(plan, depth)
-            experts = pool_of(held, rule)
-            own = [partial(parameters, held, expert, rule, depth, ids) for expert, ids in zip(experts, tokens, strict=True)]
-            states = step(walks, own)
-            for expert, reached in zip(experts, states, strict=True):
-                check_finite(plan, reached, expert)
-            here = similarity(torch.stack(states), kernel=rule.kernel, bandwidth=rule.bandwidth)
-            alike = torch.cat([alike, here.unsqueeze(0)])
-            fuse_depth(depth, held)
+            merge_depth(depth)
     return fuse_depth(depths.last, plan)
 
 
