@@ -23,22 +23,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from recall_merge.bench.bench import store_of
+from recall_merge.bench.design import Design, make_design
+from recall_merge.bench.jobs import Carded, Merged, Store, full_run
+from recall_merge.bench.scenario import load_scenario
 from recall_merge.files.experts import Digest, own_tensors, widen
 from recall_merge.files.rows import read_rows
 from recall_merge.maths.deltas import LowRank
 from recall_merge.maths.methods.aligned import aligned
 from recall_merge.maths.methods.spectral import tsv
 from recall_merge.maths.moments import Moment
-from recall_merge.models.build import build_model, load_tokenizer
+from recall_merge.merging.plan import Plan, make_plan
+from recall_merge.merging.tensors import fuse
+from recall_merge.merging.weights import weigh
+from recall_merge.models.load import build_model, load_tokenizer
 from recall_merge.models.losses import mean_loss
-from recall_merge.models.train import EncodedRow, encode_rows
-from recall_merge.recipes.bench.cells import Carded, Merged, Store, full_run
-from recall_merge.recipes.bench.design import Design, make_design
-from recall_merge.recipes.bench.run import store_of
-from recall_merge.recipes.bench.scenario import load_scenario
-from recall_merge.recipes.fuse import fuse
-from recall_merge.recipes.plan import Plan, make_plan
-from recall_merge.recipes.weigh import weigh
+from recall_merge.training.fine_tuning import EncodedRow, encode_rows
 
 ASKED = 16  # rows of each task
 KEEP, RIDGE = 0.9, 1e-6  # aligned's own defaults

@@ -19,13 +19,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from recall_merge.config import MergeRun, Representations, load_run
-from recall_merge.models.hidden import tokenize
-from recall_merge.models.text import render
-from recall_merge.progress import Silent
-from recall_merge.recipes.plan import Plan, make_plan
-from recall_merge.recipes.typical import expert_tokenizer, represent, typical_texts
-from recall_merge.recipes.weigh import weigh
+from recall_merge.merging.plan import Plan, make_plan
+from recall_merge.merging.run import MergeRun, Representations, load_run
+from recall_merge.merging.samples import expert_tokenizer, represent, typical_texts
+from recall_merge.merging.weights import weigh
+from recall_merge.models.hidden_states import tokenize
+from recall_merge.models.tokens import render
+from recall_merge.runtime.progress import Silent
 
 WAYS = {
     "last block, float32": {},

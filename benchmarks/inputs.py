@@ -36,7 +36,7 @@ def small_models(bench: Bench, count: int, dtype: str) -> list[Path]:
     """SmolLM2-135M, once as it is and then in copies with noise on every tensor."""
     if bench.quick:
         return llamas(bench, f"quick-{dtype}", QUICK, count, dtype)
-    from recall_merge.models.smollm import unpack
+    from recall_merge.demo.smollm import unpack
 
     source = unpack(bench.work / "smollm2")
     with safe_open(source / "model.safetensors", framework="pt") as opened:
@@ -196,7 +196,7 @@ def recall_run(path: Path, models: Sequence[Path], rows: Path, method: str = "re
 
 def write_rows(path: Path, count: int, characters: int) -> Path:
     """Texts of about so many characters, out of the demo's own rows."""
-    sources = sorted((ROOT / "src" / "recall_merge" / "demo_data").glob("*/train.jsonl"))
+    sources = sorted((ROOT / "src" / "recall_merge" / "demo" / "data").glob("*/train.jsonl"))
     lines = [json.loads(row) for file in sources for row in file.read_text("utf-8").splitlines()]
     texts, words = [], iter(f"{row['prompt']} {row['completion']}\n" for row in lines * (1 + count * characters // 40_000))
     while len(texts) < count:

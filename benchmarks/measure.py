@@ -151,7 +151,7 @@ def here(work: Callable[[], dict[str, Any]]) -> Run:
 
 
 def _command(words: list[str]) -> dict[str, Any]:
-    from recall_merge.commands.app import app
+    from recall_merge.cli.app import app
 
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         app(words, prog_name="recall", standalone_mode=False)

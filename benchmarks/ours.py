@@ -18,7 +18,7 @@ from unittest.mock import patch
 def do(job: Mapping[str, Any]) -> dict[str, Any]:
     """Seconds, and bytes read as counted by the library and by the system (which counts all files, and the result's check too)."""
     from recall_merge.files.safetensors import READ
-    from recall_merge.recipes.mergekit_run import load_any_run
+    from recall_merge.interop.mergekit_run import load_any_run
 
     work, sets = JOBS[job["do"]], job.get("sets", {})
     with tempfile.TemporaryDirectory() as warm:
@@ -43,13 +43,13 @@ def engine(run: Any) -> None:
     finite or out of proportion, the check of the result, record and card, and the wait until the disk has everything."""
     from recall_merge.files.experts import Digest
     from recall_merge.files.output import WeightWriter
-    from recall_merge.recipes.fuse import fuse_into
-    from recall_merge.recipes.plan import make_plan
-    from recall_merge.recipes.weigh import weigh
+    from recall_merge.merging.plan import make_plan
+    from recall_merge.merging.tensors import fuse_into
+    from recall_merge.merging.weights import weigh
 
     plan = make_plan(run.model_copy(update={"change_limit": None}))
     plan.target.mkdir(parents=True)
-    unchecked = patch("recall_merge.recipes.fuse.is_finite", lambda _: True)
+    unchecked = patch("recall_merge.merging.tensors.is_finite", lambda _: True)
     read, written = (patch(f"recall_merge.files.{module}.blake3", NoHash) for module in ("experts", "output"))
     with read, written, unchecked, WeightWriter(plan.target, plan.shards) as writer:
         fuse_into(writer, plan, weigh(plan), Digest(), lambda _: None)

@@ -1,4 +1,4 @@
-"""Make the demo's rows, src/recall_merge/demo_data/TASK/{train,test}.jsonl; the same bytes every time.
+"""Make the demo's rows, src/recall_merge/demo/data/TASK/{train,test}.jsonl; the same bytes every time.
 
     pip install Babel==2.18.0
     python scripts/make_demo_data.py            # write them
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-TARGET = HERE.parent / "src" / "recall_merge" / "demo_data"
+TARGET = HERE.parent / "src" / "recall_merge" / "demo" / "data"
 BABEL = "2.18.0"
 
 Records = dict[str, list[dict[str, Any]]]  # by split

@@ -703,14 +703,14 @@ def cases() -> list[Case]:
 
 def use(kind: str, folder: Path) -> None:
     """Give an input to the library; what is wrong with it must be raised, and as an error of ours."""
-    from recall_merge.config import load_run
+    from recall_merge.bench.scenario import load_scenario
+    from recall_merge.continual.workspace import status
     from recall_merge.files.checkpoint import open_checkpoint
     from recall_merge.files.rows import read_rows
-    from recall_merge.recipes.bench.scenario import load_scenario
-    from recall_merge.recipes.mergekit_run import load_any_run
-    from recall_merge.recipes.plan import make_plan
-    from recall_merge.recipes.result import coefficients, open_result
-    from recall_merge.recipes.workspace import status
+    from recall_merge.interop.mergekit_run import load_any_run
+    from recall_merge.merging.plan import make_plan
+    from recall_merge.merging.result import coefficients, open_result
+    from recall_merge.merging.run import load_run
 
     match kind:
         case "weights" | "config" | "index":
@@ -738,7 +738,7 @@ def use(kind: str, folder: Path) -> None:
 
 def said(case: Case, folder: Path) -> str:
     """What is said of a case, without the place where it lies."""
-    from recall_merge.errors import RecallError
+    from recall_merge.runtime.errors import RecallError
 
     case.write(folder)
     try:

@@ -78,7 +78,7 @@ def walk_here(world: World, out: Path) -> None:
 
 
 def learn_here(world: World, out: Path) -> None:
-    from recall_merge.files.workspace import read_state
+    from recall_merge.continual.state import read_state
     from workspaces import teach
 
     if len(read_state(out).stages) < 2:
@@ -86,8 +86,8 @@ def learn_here(world: World, out: Path) -> None:
 
 
 def bench_here(world: World, out: Path, methods: Sequence[str] = ("linear", "recall", "sequential")) -> None:
-    from recall_merge.recipes.bench.run import bench
-    from recall_merge.recipes.bench.scenario import Scenario
+    from recall_merge.bench.bench import bench
+    from recall_merge.bench.scenario import Scenario
 
     told = {
         "model": str(world.folder / "base"),
@@ -133,12 +133,12 @@ def essence_of(work: str, out: Path) -> Any:
 
 def judge(world: World, work: str, out: Path, injected: bool, words: str = "") -> Outcome:
     """Look at what a fault left, ask for the work again, and look at that."""
-    from recall_merge.errors import RecallError
+    from recall_merge.runtime.errors import RecallError
 
     if work in MERGES:
         return _judge_merge(world, work, out, injected, words)
     if work == STAGE:
-        from recall_merge.recipes.workspace import status
+        from recall_merge.continual.workspace import status
 
         with suppress(RecallError):
             status(out)
@@ -155,8 +155,8 @@ def judge(world: World, work: str, out: Path, injected: bool, words: str = "") -
 
 
 def _judge_merge(world: World, work: str, out: Path, injected: bool, words: str) -> Outcome:
-    from recall_merge.errors import RecallError
-    from recall_merge.recipes.verify import verify
+    from recall_merge.merging.verify import verify
+    from recall_merge.runtime.errors import RecallError
 
     old, new = weights(world.folder / "full1"), world.wanted[work]
     between = out.with_name(f"{out.name}.replaced.partial")  # a kill between two renames: the next run puts it back

@@ -24,21 +24,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALL
 warnings.simplefilter("ignore")
 
 with atheris.instrument_imports(include=["recall_merge"]):
-    import recall_merge.config
-    import recall_merge.files.adapter
-    import recall_merge.files.cards
-    import recall_merge.files.checkpoint
-    import recall_merge.files.record
-    import recall_merge.files.rows
-    import recall_merge.files.safetensors
-    import recall_merge.files.workspace
-    import recall_merge.recipes.bench.scenario
-    import recall_merge.recipes.mergekit_file
-    import recall_merge.recipes.mergekit_run
-    import recall_merge.recipes.plan
-    import recall_merge.recipes.result
-    import recall_merge.recipes.workspace  # noqa: F401
-    from recall_merge.errors import RecallError
+    from recall_merge.runtime.errors import RecallError
 
 from corpus import SOUND, Case, cases, use  # noqa: E402  after what is instrumented
 

@@ -16,13 +16,13 @@ import torch
 import yaml
 from torch import nn
 
-from recall_merge.errors import RecallError, RunError
-from recall_merge.models.ewc import Consolidation, Pull, anchored, fisher, penalty
-from recall_merge.recipes.bench.cells import Scores, Store, Trained
-from recall_merge.recipes.bench.design import make_design
-from recall_merge.recipes.bench.run import bench, make_agenda, seconds_left, store_of
-from recall_merge.recipes.bench.scenario import Scenario, load_scenario
-from recall_merge.recipes.bench.summary import Summary, summarise
+from recall_merge.bench.bench import bench, make_agenda, seconds_left, store_of
+from recall_merge.bench.design import make_design
+from recall_merge.bench.jobs import Scores, Store, Trained
+from recall_merge.bench.results import Summary, summarise
+from recall_merge.bench.scenario import Scenario, load_scenario
+from recall_merge.runtime.errors import RecallError, RunError
+from recall_merge.training.ewc import Consolidation, Pull, anchored, fisher, penalty
 from tiny import write_rows
 
 WORDS = ("the", "no")  # a token each
@@ -362,7 +362,7 @@ def test_scores_share_questions_between_trials(finished: tuple[Scenario, Summary
 def test_the_command_plans_runs_and_prints(finished: tuple[Scenario, Summary], tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
-    from recall_merge.commands.app import app
+    from recall_merge.cli.app import app
 
     scenario, _ = finished
     file = tmp_path / "two.yaml"

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from recall_merge.errors import CheckpointError
 from recall_merge.files.checkpoint import INDEX, SINGLE, block_count, open_checkpoint, read_json
-from recall_merge.files.content import same_weights
+from recall_merge.files.hashing import same_weights
 from recall_merge.files.names import named_like
 from recall_merge.files.safetensors import Remote, Spec
+from recall_merge.runtime.errors import CheckpointError
 from tiny import FAMILIES, edit_json, fine_tuned, load_tensors, make_model, save_model
 
 

@@ -9,9 +9,9 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from recall_merge.commands.app import app, main
-from recall_merge.errors import RecallError
+from recall_merge.cli.app import app, main
 from recall_merge.maths.methods import METHODS
+from recall_merge.runtime.errors import RecallError
 from tiny import fine_tuned, write_rows
 
 ROWS = [{"prompt": f"is the fox {word}?", "completion": " yes"} for word in ("quick", "lazy", "good", "bad")]
@@ -136,8 +136,8 @@ def test_the_installed_command_runs_in_a_process_of_its_own(here):
 
 
 def test_command_workspace_and_library_keep_as_many_directions():
-    from recall_merge.commands.app import card
-    from recall_merge.recipes.card import RANK
-    from recall_merge.recipes.settings import Settings
+    from recall_merge.cli.app import card
+    from recall_merge.continual.settings import Settings
+    from recall_merge.merging.statistics import RANK
 
     assert inspect.signature(card).parameters["rank"].default == Settings.model_fields["card_rank"].default == RANK

@@ -22,14 +22,14 @@ import yaml
 from typer.testing import CliRunner
 
 from recall_merge import MergeRun, merge, verify
-from recall_merge.commands.app import app
-from recall_merge.config import load_run
-from recall_merge.engines.engine import open_engine
-from recall_merge.errors import CheckpointError, EngineError, MissingExtra, RunError
-from recall_merge.recipes.bench.run import bench, store_of
-from recall_merge.recipes.bench.scenario import Scenario
-from recall_merge.recipes.evaluate import evaluate
-from recall_merge.recipes.spread import ATTEMPT
+from recall_merge.bench.bench import bench, store_of
+from recall_merge.bench.scenario import Scenario
+from recall_merge.cli.app import app
+from recall_merge.evaluation.evaluate import evaluate
+from recall_merge.merging.distributed import ATTEMPT
+from recall_merge.merging.run import load_run
+from recall_merge.runtime.errors import CheckpointError, EngineError, MissingExtra, RunError
+from recall_merge.runtime.executor import open_engine
 from test_bench import ALL, questions, told
 from test_docs import ROOT, blocks
 from test_spread import a_run, files_of, spoilt
@@ -119,7 +119,7 @@ def test_a_merge_that_loses_a_node_makes_the_same_bytes(cluster: Any, tmp_path: 
 
 @pytest.mark.slow
 def test_a_merge_of_the_real_model_that_loses_a_node_makes_the_same_bytes(cluster: Any, tmp_path: Path) -> None:
-    from recall_merge.models.smollm import unpack
+    from recall_merge.demo.smollm import unpack
 
     base = unpack(tmp_path / "base")
     experts = {name: fine_tuned(base, tmp_path / name, seed=seed, scale=0.001) for seed, name in enumerate("abcde")}

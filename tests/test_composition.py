@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from recall_merge import MergeRun, RecallError, make_plan, merge
-from recall_merge.maths.depths import Depths
+from recall_merge.continual.settings import check_method, make_settings
+from recall_merge.maths.layers import Depths
 from recall_merge.maths.methods import METHODS
 from recall_merge.maths.weights import along_blocks
-from recall_merge.recipes.card import make_card
-from recall_merge.recipes.merge import reuse
-from recall_merge.recipes.rules import OWN_WEIGHTS, choose_method
-from recall_merge.recipes.settings import check_method, make_settings
-from recall_merge.recipes.verify import verify
+from recall_merge.merging.merge import reuse
+from recall_merge.merging.rules import OWN_WEIGHTS, choose_method
+from recall_merge.merging.statistics import make_card
+from recall_merge.merging.verify import verify
 from tiny import fine_tuned, load_tensors, lora, make_model, save_model, write_rows
 
 ROWS = [{"prompt": f"is the fox {word}?", "completion": " yes"} for word in ("quick", "lazy", "good", "bad")]

@@ -6,8 +6,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from recall_merge.config import Representations, assign, load_run
-from recall_merge.errors import RunError
+from recall_merge.merging.run import Representations, assign, load_run
+from recall_merge.runtime.errors import RunError
 
 LEAST = {"base": "org/base", "experts": [{"name": "math", "path": "org/math"}], "method": "linear"}
 

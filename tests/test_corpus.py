@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from corpus import KEPT, SOUND, Case, cases, said, use
-from recall_merge.errors import RecallError
+from recall_merge.runtime.errors import RecallError
 from workspaces import tree
 
 ALL = cases()

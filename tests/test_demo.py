@@ -5,17 +5,17 @@ import shutil
 
 import pytest
 
-from recall_merge.commands.app import app
-from recall_merge.recipes import demo as module
-from recall_merge.recipes.demo import DemoTask, demo, demo_tasks
+from recall_merge.cli.app import app
+from recall_merge.demo import demo as module
+from recall_merge.demo.demo import DemoTask, demo, demo_tasks
 from tiny import make_model, make_tokenizer, save_model, write_rows
 
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
     """A folder with a tiny base in place of the small model, and two tiny tasks."""
+    from recall_merge.demo import smollm
     from recall_merge.files.record import write_record
-    from recall_merge.models import smollm
 
     folder = tmp_path / "demo"
     save_model(make_model("llama-tied"), folder / "base", tokenizer=make_tokenizer(template=True))

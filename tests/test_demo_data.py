@@ -11,7 +11,7 @@ import pytest
 from recall_merge.files.rows import read_rows
 
 ROOT = Path(__file__).parents[1]
-DATA = ROOT / "src" / "recall_merge" / "demo_data"
+DATA = ROOT / "src" / "recall_merge" / "demo" / "data"
 FILES = sorted(DATA.rglob("*.jsonl"))
 TASKS = sorted({file.parent.name for file in FILES})
 SIZES = {"opinion": (200, 80), "desk": (200, 80), "french": (252, 84)}

@@ -36,7 +36,7 @@ sys.path[:0] = json.loads(sys.argv[1])
 from pathlib import Path
 import disturbed
 from recall_merge import RecallError
-import recall_merge.recipes.plan as plan
+import recall_merge.merging.plan as plan
 world, place = disturbed.World(Path(sys.argv[2]), json.loads(sys.argv[3])), Path(sys.argv[4])
 
 def merge(out):

@@ -14,10 +14,10 @@ from click import Context
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from recall_merge.commands.app import app
-from recall_merge.config import MergeRun, load_run
+from recall_merge.bench.scenario import Scenario
+from recall_merge.cli.app import app
 from recall_merge.maths.methods import METHODS
-from recall_merge.recipes.bench.scenario import Scenario
+from recall_merge.merging.run import MergeRun, load_run
 from tiny import fine_tuned, write_rows
 
 ROOT = Path(__file__).parents[1]

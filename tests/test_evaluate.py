@@ -14,14 +14,14 @@ import pytest
 import torch
 import yaml
 
-from recall_merge.errors import CheckpointError, DataError, RunError
+from recall_merge.evaluation.lm_eval_model import Engine
+from recall_merge.evaluation.scores import TaskScore, check_lengths, evaluate, window_of
+from recall_merge.evaluation.tasks import SPARE_TOKENS, TaskSpec, check_tasks, define, export_task
 from recall_merge.files.rows import Row, parse_rows
-from recall_merge.models.build import load_tokenizer
-from recall_merge.models.engine import Engine
-from recall_merge.models.evaluate import TaskScore, check_lengths, evaluate, window_of
-from recall_merge.models.tasks import SPARE_TOKENS, TaskSpec, check_tasks, define, export_task
-from recall_merge.models.text import render
-from recall_merge.progress import Silent
+from recall_merge.models.load import load_tokenizer
+from recall_merge.models.tokens import render
+from recall_merge.runtime.errors import CheckpointError, DataError, RunError
+from recall_merge.runtime.progress import Silent
 from tiny import load_model, make_model, make_tokenizer, save_model
 
 CHOICES = parse_rows(
@@ -59,8 +59,8 @@ def loglikelihood(model, tokenizer, prompt: str, text: str) -> float:
 
 
 def engine(model, tokenizer, batch_size: int = 2):
-    from recall_merge.models.engine import Engine
-    from recall_merge.progress import Silent
+    from recall_merge.evaluation.lm_eval_model import Engine
+    from recall_merge.runtime.progress import Silent
 
     made = Engine(model, tokenizer, batch_size=batch_size, progress=Silent())
     made.add_bos_token = False
@@ -450,7 +450,7 @@ def named(tmp_path, monkeypatch, tokenizer):
     (tmp_path / "tasks" / "far.yaml").write_text("task: far\ntag: distant\ndataset_path: nobody/nothing\noutput_type: multiple_choice\n")
     (tmp_path / "tasks" / "farther.yaml").write_text("include: far.yaml\ntask: farther\n")
     manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
-    monkeypatch.setattr("recall_merge.models.evaluate._manager", lambda: manager)
+    monkeypatch.setattr("recall_merge.evaluation.scores._manager", lambda: manager)
 
 
 def test_a_task_of_lm_evals_is_asked_by_its_name(named, model, tokenizer):
@@ -490,7 +490,7 @@ def test_a_name_that_means_no_one_task_is_refused(named, model, tokenizer):
 
 
 def test_the_names_are_those_of_the_installed_lm_eval():
-    from recall_merge.models.evaluate import check_named
+    from recall_merge.evaluation.scores import check_named
 
     [fault] = check_named([TaskSpec("hellaswag"), TaskSpec("helaswag"), TaskSpec("rows", CHOICES)])
     assert fault.what == "lm-eval has no task 'helaswag', and there is no such file"
@@ -499,7 +499,7 @@ def test_the_names_are_those_of_the_installed_lm_eval():
 
 @contextmanager
 def at_rest():
-    from recall_merge.models.engine import silence
+    from recall_merge.evaluation.lm_eval_model import silence
 
     with silence():
         yield

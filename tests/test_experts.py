@@ -8,10 +8,8 @@ import torch
 from blake3 import blake3
 from safetensors.torch import save_file
 
-from recall_merge.errors import CheckpointError
 from recall_merge.files.adapter import open_adapter
 from recall_merge.files.checkpoint import open_checkpoint
-from recall_merge.files.content import content_of
 from recall_merge.files.experts import (
     AdapterExpert,
     BaseExpert,
@@ -23,7 +21,9 @@ from recall_merge.files.experts import (
     hash_tensor,
     own_tensors,
 )
+from recall_merge.files.hashing import content_of
 from recall_merge.maths.deltas import dense
+from recall_merge.runtime.errors import CheckpointError
 from tiny import edit_json, fine_tuned, load_tensors, lora, make_model, make_tokenizer, merged_by_peft, save_model
 
 

@@ -12,8 +12,8 @@ import yaml
 from typer.testing import CliRunner
 
 from recall_merge import MergeRun, RecallError, merge
-from recall_merge.commands.app import app
-from recall_merge.recipes.export import export_adapter, export_mergekit
+from recall_merge.cli.app import app
+from recall_merge.interop.export import export_adapter, export_mergekit
 from tiny import edit_json, fine_tuned, load_model, load_tensors, lora, make_model, merged_by_peft, save_model, write_rows
 
 ROOT = Path(__file__).parents[1]

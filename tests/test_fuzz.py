@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
 from corpus import SOUND, Case, use
-from recall_merge.errors import RecallError
+from recall_merge.runtime.errors import RecallError
 
 settings.register_profile("short", max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 settings.register_profile("long", max_examples=3000, deadline=None, suppress_health_check=list(HealthCheck))

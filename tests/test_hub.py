@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 
 from hub_server import Hub, serve
-from recall_merge.errors import CheckpointError
 from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.files.hub import Located, Reference, locate, parse_reference
+from recall_merge.runtime.errors import CheckpointError
 from tiny import fine_tuned, lora, make_model, save_model
 
 SCRIPT = """
 import json, sys
 from contextlib import contextmanager
-from recall_merge.errors import RecallError
+from recall_merge.runtime.errors import RecallError
 from recall_merge.files.adapter import is_adapter, open_adapter
 from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.files.hub import locate

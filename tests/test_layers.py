@@ -73,7 +73,7 @@ def test_one_module_alone_imports_ray():
 @pytest.mark.parametrize("command", [["--help"], ["merge", "--help"], ["methods", "--help"]])
 def test_help_loads_nothing_heavy(command):
     code = (
-        "import sys; from recall_merge.commands.app import app\n"
+        "import sys; from recall_merge.cli.app import app\n"
         f"try: app({command!r}, prog_name='recall')\nexcept SystemExit: pass\n"
         "heavy = {'torch', 'transformers', 'numpy', 'sklearn', 'altair', 'trl', 'peft', 'ray'} & set(sys.modules)\n"
         "sys.exit(f'loaded {heavy}' if heavy else 0)"

@@ -18,16 +18,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from recall_merge.commands.app import app
-from recall_merge.errors import RecallError
+from recall_merge.cli.app import app
+from recall_merge.continual.request import Request
+from recall_merge.continual.stages import learn
+from recall_merge.continual.state import read_journal, read_state
+from recall_merge.continual.workspace import rollback, status
+from recall_merge.evaluation.scores import evaluate
+from recall_merge.evaluation.tasks import TaskSpec
 from recall_merge.files.rows import read_rows
-from recall_merge.files.workspace import read_journal, read_state
-from recall_merge.models.evaluate import evaluate
-from recall_merge.models.tasks import TaskSpec
-from recall_merge.recipes.card import RANK
-from recall_merge.recipes.learn import learn
-from recall_merge.recipes.request import Request
-from recall_merge.recipes.workspace import rollback, status
+from recall_merge.merging.statistics import RANK
+from recall_merge.runtime.errors import RecallError
 from tiny import load_tensors, lora, make_model, merged_by_peft, save_model, write_rows
 from workspaces import SETTINGS, essence, make_workspace, request, teach, tree, write_tasks
 
@@ -419,7 +419,15 @@ def processes():
     """Processes that have all imports behind them, and so can be stopped in the middle of a stage without a long wait."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["torch", "transformers", "peft", "trl.trainer.sft_trainer", "lm_eval.models.huggingface", "recall_merge.models.train", __name__]
+        [
+            "torch",
+            "transformers",
+            "peft",
+            "trl.trainer.sft_trainer",
+            "lm_eval.models.huggingface",
+            "recall_merge.training.fine_tuning",
+            __name__,
+        ]
     )
     return context
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from corpus import SOUND
-from recall_merge.memory import few_searches
+from recall_merge.runtime.memory import few_searches
 
 TESTS = Path(__file__).parent
 MORE = 400_000_000  # bytes of addresses that may be taken beside those of the interpreter, with torch and all else that is imported
@@ -23,7 +23,7 @@ import json, os, resource, sys
 sys.path[:0] = json.loads(sys.argv[1])
 from pathlib import Path
 from corpus import SOUND, Case, use
-from recall_merge.errors import RecallError
+from recall_merge.runtime.errors import RecallError
 
 place, more, length = Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 for kind in SOUND:  # all that is imported at its first use
@@ -56,7 +56,7 @@ def test_what_is_freed_is_kept_for_the_next_and_can_be_given_back():
     """Faults of pages of taking and freeing 8 MB in pieces, once the heap has been at that size."""
     program = """
 import resource, sys
-from recall_merge import memory
+from recall_merge.runtime import memory
 import torch
 if sys.argv[1] == "keep":
     memory.one_heap()

@@ -9,11 +9,11 @@ import yaml
 from typer.testing import CliRunner
 
 from recall_merge import MergeRun, RecallError, merge
-from recall_merge.commands.app import app
-from recall_merge.maths.depths import Depths
-from recall_merge.recipes.export import export_mergekit
-from recall_merge.recipes.mergekit_file import PARAMETERS, MergekitFile, check_file, layers_of, values_of
-from recall_merge.recipes.mergekit_run import load_any_run
+from recall_merge.cli.app import app
+from recall_merge.interop.export import export_mergekit
+from recall_merge.interop.mergekit_file import PARAMETERS, MergekitFile, check_file, layers_of, values_of
+from recall_merge.interop.mergekit_run import load_any_run
+from recall_merge.maths.layers import Depths
 from tiny import fine_tuned, load_tensors, lora, make_model, save_model
 
 PYTHON = Path(__file__).parents[1] / ".venv-mergekit" / "bin" / "python"

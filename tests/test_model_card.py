@@ -9,11 +9,11 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 from typer.testing import CliRunner
 
 from recall_merge import MergeRun, merge
-from recall_merge.commands.app import app
-from recall_merge.errors import CheckpointError, RunError
+from recall_merge.cli.app import app
+from recall_merge.evaluation.evaluate import evaluate
 from recall_merge.files.model_card import CARD, PICTURE, add_scores, plain
-from recall_merge.recipes.evaluate import evaluate
-from recall_merge.recipes.verify import verify
+from recall_merge.merging.verify import verify
+from recall_merge.runtime.errors import CheckpointError, RunError
 from tiny import fine_tuned, write_rows
 from workspaces import make_workspace, teach, write_tasks
 

@@ -10,10 +10,10 @@ import torch
 from blake3 import blake3
 from safetensors.torch import load_file
 
-from recall_merge.errors import OutputError
 from recall_merge.files.checkpoint import INDEX, SINGLE, open_checkpoint
 from recall_merge.files.output import MARKER, OutputFolder, Shard, WeightWriter, free_bytes, plan_shards
 from recall_merge.files.safetensors import Spec
+from recall_merge.runtime.errors import OutputError
 from tiny import load_model, load_tensors
 
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from recall_merge import MergeRun, RecallError, make_plan, merge
-from recall_merge.parallel import cores
-from recall_merge.recipes.estimate import estimate
+from recall_merge.merging.estimate import estimate
+from recall_merge.runtime.parallel import cores
 from tiny import edit_json, fine_tuned, load_tensors, lora, make_model, make_tokenizer, save_model, write_rows
 
 ROWS = [{"prompt": f"is the fox {word}?", "completion": " yes"} for word in ("quick", "lazy", "good", "bad")]
@@ -241,7 +241,7 @@ def test_overwrite_spares_what_is_no_model(world):
 
 
 def test_too_little_disk(world, monkeypatch):
-    import recall_merge.recipes.plan as module
+    import recall_merge.merging.plan as module
 
     monkeypatch.setattr(module, "free_bytes", lambda target: 1000)
     what, _, fix = one_fault(world)
@@ -251,7 +251,7 @@ def test_too_little_disk(world, monkeypatch):
 
 def test_shrunken_after_the_plan(world):
     """A file that is cut after its header was read is refused when its bytes are missed, and nothing is left."""
-    from recall_merge.recipes.merge import apply
+    from recall_merge.merging.merge import apply
 
     plan = make_plan(a_run(world, method="linear", samples=None))
     file = world / "b" / "model.safetensors"
@@ -424,7 +424,7 @@ def test_the_three_vocabularies(grown, choice):
     merge(a_run(grown, experts=experts, vocabulary=choice, options={"scale": 1.0}))
     from transformers import AutoTokenizer
 
-    from recall_merge.models.build import build_model
+    from recall_merge.models.load import build_model
 
     found, expert, base = (load_tensors(grown / name) for name in ("out", "a", "base"))
     key = "lm_head.weight"

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from recall_merge.engines.local import local_engine
-from recall_merge.errors import DataError, Fault
-from recall_merge.processes import side_by_side
+from recall_merge.runtime.errors import DataError, Fault
+from recall_merge.runtime.local import local_engine
+from recall_merge.runtime.processes import side_by_side
 
 
 class Heard:

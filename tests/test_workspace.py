@@ -13,11 +13,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from recall_merge.commands.app import app
-from recall_merge.errors import RecallError, WorkspaceError
-from recall_merge.files.durable import append_line, write_whole
-from recall_merge.files.lock import holder
-from recall_merge.files.workspace import (
+from recall_merge.cli.app import app
+from recall_merge.continual.stages import learn
+from recall_merge.continual.state import (
     Lesson,
     Model,
     Scores,
@@ -30,8 +28,10 @@ from recall_merge.files.workspace import (
     read_state,
     write_state,
 )
-from recall_merge.recipes.learn import learn
-from recall_merge.recipes.workspace import branch, init, rollback, status
+from recall_merge.continual.workspace import branch, init, rollback, status
+from recall_merge.files.durable import append_line, write_whole
+from recall_merge.files.lock import holder
+from recall_merge.runtime.errors import RecallError, WorkspaceError
 from workspaces import essence, make_workspace, teach, tree, write_tasks
 
 
@@ -225,7 +225,7 @@ def test_a_line_cut_short_does_not_swallow_the_next(tmp_path):
 HOLD = """
 import sys, time
 from pathlib import Path
-from recall_merge.files.workspace import opened
+from recall_merge.continual.state import opened
 with opened(Path(sys.argv[1]), "recall learn ws --task french"):
     print("held", flush=True)
     time.sleep(600)

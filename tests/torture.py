@@ -82,7 +82,7 @@ def child(world: World, work: str, out: Path, fault: str, seed: int, told: Any) 
     """In a process of its own: do the work under a fault, and tell how that ended."""
     import torch
 
-    from recall_merge.errors import RecallError
+    from recall_merge.runtime.errors import RecallError
 
     torch.set_num_threads(1)
     draws = random.Random(seed)
@@ -241,8 +241,8 @@ def started(folder: Path, works: Sequence[str] = ALL) -> Iterator[tuple[Any, Wor
     world = make_world(folder, works)
     processes = multiprocessing.get_context("forkserver")
     modules = ["torch", "transformers.models.llama.modeling_llama", "peft", "sklearn.cluster"]
-    modules += [f"recall_merge.{name}" for name in ("models.walk", "recipes.by_depth", "recipes.merge", "recipes.workspace")]
-    long = ["trl.trainer.sft_trainer", "lm_eval.models.huggingface", "recall_merge.recipes.bench.run"]
+    modules += [f"recall_merge.{name}" for name in ("models.layerwise", "merging.layerwise", "merging.merge", "continual.workspace")]
+    long = ["trl.trainer.sft_trainer", "lm_eval.models.huggingface", "recall_merge.bench.bench"]
     processes.set_forkserver_preload([*modules, *(long if {*works} & {*LONG} else [])])
     for work in works:
         out = folder / f"count {work}" / "result"

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from recall_merge.recipes.learn import Learned, learn
-from recall_merge.recipes.request import Request
-from recall_merge.recipes.workspace import init
+from recall_merge.continual.request import Request
+from recall_merge.continual.stages import Learned, learn
+from recall_merge.continual.workspace import init
 from tiny import write_rows
 
 SETTINGS = {

@@ -7,28 +7,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from recall_merge.config import MergeRun as MergeRun
-    from recall_merge.config import load_run as load_run
-    from recall_merge.errors import RecallError as RecallError
-    from recall_merge.recipes.merge import MergeResult as MergeResult
-    from recall_merge.recipes.merge import merge as merge
-    from recall_merge.recipes.plan import Plan as Plan
-    from recall_merge.recipes.plan import make_plan as make_plan
-    from recall_merge.recipes.verify import verify as verify
-    from recall_merge.recipes.weigh import Weighting as Weighting
-    from recall_merge.recipes.weigh import weigh as weigh
+    from recall_merge.merging.merge import MergeResult as MergeResult
+    from recall_merge.merging.merge import merge as merge
+    from recall_merge.merging.plan import Plan as Plan
+    from recall_merge.merging.plan import make_plan as make_plan
+    from recall_merge.merging.run import MergeRun as MergeRun
+    from recall_merge.merging.run import load_run as load_run
+    from recall_merge.merging.verify import verify as verify
+    from recall_merge.merging.weights import Weighting as Weighting
+    from recall_merge.merging.weights import weigh as weigh
+    from recall_merge.runtime.errors import RecallError as RecallError
 
 _HOMES = {
-    "MergeResult": "recipes.merge",
-    "MergeRun": "config",
-    "Plan": "recipes.plan",
-    "RecallError": "errors",
-    "Weighting": "recipes.weigh",
-    "load_run": "config",
-    "make_plan": "recipes.plan",
-    "merge": "recipes.merge",
-    "verify": "recipes.verify",
-    "weigh": "recipes.weigh",
+    "MergeResult": "merging.merge",
+    "MergeRun": "merging.run",
+    "Plan": "merging.plan",
+    "RecallError": "runtime.errors",
+    "Weighting": "merging.weights",
+    "load_run": "merging.run",
+    "make_plan": "merging.plan",
+    "merge": "merging.merge",
+    "verify": "merging.verify",
+    "weigh": "merging.weights",
 }
 __all__ = [
     "MergeResult",

@@ -15,12 +15,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from recall_merge.errors import CheckpointError, Faults, short
 from recall_merge.files.checkpoint import Checkpoint, files_in, open_checkpoint, read_json
-from recall_merge.files.content import same_weights
 from recall_merge.files.edits import Edit
+from recall_merge.files.hashing import same_weights
 from recall_merge.files.names import Names
 from recall_merge.files.safetensors import Remote, Stored, read_header
+from recall_merge.runtime.errors import CheckpointError, Faults, short
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

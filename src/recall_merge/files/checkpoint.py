@@ -12,9 +12,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from recall_merge.errors import CheckpointError, Faults, short
 from recall_merge.files.safetensors import FLOATS, PACKED, Remote, Spec, Stored, read_header
-from recall_merge.maths.depths import Depths, find_depths
+from recall_merge.maths.layers import Depths, find_depths
+from recall_merge.runtime.errors import CheckpointError, Faults, short
 
 if TYPE_CHECKING:
     import torch

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from recall_merge.errors import short
 from recall_merge.files.safetensors import Stored
+from recall_merge.runtime.errors import short
 
 if TYPE_CHECKING:
     from torch import Tensor

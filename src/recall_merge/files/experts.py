@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from blake3 import blake3
 
-from recall_merge.errors import CheckpointError, Faults
 from recall_merge.files.adapter import CONFIG, WEIGHTS, Adapter
 from recall_merge.files.checkpoint import Checkpoint
-from recall_merge.files.content import content_of, same_weights
+from recall_merge.files.hashing import content_of, same_weights
 from recall_merge.files.safetensors import Spec, bytes_of
+from recall_merge.runtime.errors import CheckpointError, Faults
 
 if TYPE_CHECKING:
     import torch
@@ -304,7 +304,7 @@ def own_rows(
     Args:
         dtype: that it is used in: to convert it would be to touch all of it.
     """
-    from recall_merge.memory import zeros
+    from recall_merge.runtime.memory import zeros
 
     source = expert.checkpoint if isinstance(expert, FullExpert) and merges(name) else base
     spec = source.tensors[name].spec

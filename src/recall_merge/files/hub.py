@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from recall_merge.errors import CheckpointError, Fault, RecallError
 from recall_merge.files.adapter import CONFIG, adapter_weights
 from recall_merge.files.checkpoint import weight_files
 from recall_merge.files.safetensors import MAX_HEADER, Remote
-from recall_merge.paths import path_of
-from recall_merge.progress import Advance, Progress, Silent
+from recall_merge.runtime.errors import CheckpointError, Fault, RecallError
+from recall_merge.runtime.paths import path_of
+from recall_merge.runtime.progress import Advance, Progress, Silent
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
-from recall_merge.errors import WorkspaceError
+from recall_merge.runtime.errors import WorkspaceError
 
 PATIENCE = 0.2  # seconds: `holder` takes the lock for an instant to see if it is free
 

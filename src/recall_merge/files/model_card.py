@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recall_merge.errors import CheckpointError
 from recall_merge.files.durable import write_whole
-from recall_merge.safe_yaml import MAX_BYTES, NotYaml, parse_yaml
+from recall_merge.runtime.errors import CheckpointError
+from recall_merge.runtime.safe_yaml import MAX_BYTES, NotYaml, parse_yaml
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard

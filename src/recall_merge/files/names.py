@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import replace
 
 from recall_merge.files.checkpoint import HEADS, Checkpoint
-from recall_merge.maths.depths import Depths
+from recall_merge.maths.layers import Depths
 
 RENAMED = (  # what modules are called in memory today, and what they are called in files
     ("lm_head.", "embed_out."),

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
-from recall_merge.errors import OutputError
 from recall_merge.files.checkpoint import INDEX, SINGLE
 from recall_merge.files.durable import sync
 from recall_merge.files.record import RECORD
 from recall_merge.files.safetensors import Spec, bytes_of, encode_header
-from recall_merge.paths import path_of
+from recall_merge.runtime.errors import OutputError
+from recall_merge.runtime.paths import path_of
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,9 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from recall_merge.errors import Faults, ResultError, short
 from recall_merge.files.checkpoint import read_json
 from recall_merge.files.experts import hash_result
+from recall_merge.runtime.errors import Faults, ResultError, short
 
 RECORD = "record.json"
 FORMAT = 2

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recall_merge.errors import DataError, Fault
+from recall_merge.runtime.errors import DataError, Fault
 
 FORMS = "prompt + completion (+ choices), prompt + answer, instruction (+ input) + output, messages, or text"
 MAX_FAULTS = 20  # of one file; the rest is counted

@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from recall_merge.errors import CheckpointError, Fault, short
+from recall_merge.runtime.errors import CheckpointError, Fault, short
 
 if TYPE_CHECKING:
     import torch

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from recall_merge.errors import CheckpointError, Fault
 from recall_merge.files.checkpoint import read_json
+from recall_merge.runtime.errors import CheckpointError, Fault
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 if TYPE_CHECKING:
-    from recall_merge.models.train import EncodedRow
+    from recall_merge.training.fine_tuning import EncodedRow
 
 
 @torch.inference_mode()

@@ -1,6 +1,6 @@
 """Charts of a bench: the numbers of each method with their spread, and R of each method as a heat map.
 
-`summary` is the recipe's own, `recipes.bench.summary.Summary`; pictures know what they show by its fields alone.
+`summary` is the recipe's own, `bench.results.Summary`; pictures know what they show by its fields alone.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from recall_merge.errors import MissingExtra, OutputError
 from recall_merge.report.theme import PAPER_INK, spec_of
+from recall_merge.runtime.errors import MissingExtra, OutputError
 
 SUFFIXES = (".png", ".svg", ".html", ".json")
 

@@ -1,0 +1,343 @@
+"""What a scenario asks for: the trials (a method on an order with a seed), and behind each of them the cells that it is made of."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from recall_merge.bench.jobs import Anchor, Base, Carded, Merged, Model, Question, Scores, Trained
+from recall_merge.bench.scenario import BASELINES, EwcOptions, Kind, MethodEntry, ReplayOptions, Scenario
+from recall_merge.evaluation.tasks import TaskSpec, check_tasks
+from recall_merge.files.checkpoint import open_checkpoint
+from recall_merge.files.hub import locate
+from recall_merge.files.rows import Row, read_rows
+from recall_merge.merging.rules import OWN_WEIGHTS, rules_of
+from recall_merge.merging.run import ByDepth, ByLoss, MergeRun, Representations, Samples, parse
+from recall_merge.runtime.errors import DataError, Faults, RunError, did_you_mean
+from recall_merge.training.settings import check_arguments
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One method on one order of the tasks with one seed.
+
+    Attributes:
+        order: the tasks as they arrive; a method to which the order says nothing has one trial, in the order listed.
+        scores: the cells of scores by (stage, task); stage 0 is the base.
+        staged: it has a model after each stage, and so numbers of forgetting.
+    """
+
+    kind: Kind
+    method: str
+    order: tuple[str, ...]
+    seed: int
+    staged: bool
+    scores: Mapping[tuple[int, str], Scores] = field(repr=False)
+    cells: tuple[Scores, ...] = field(repr=False)
+    """The same, by model: in the order of the stages."""
+
+
+@dataclass(frozen=True)
+class Design:
+    """A scenario with its rows read and all that it asks for."""
+
+    scenario: Scenario
+    trials: tuple[Trial, ...]
+    questions: Mapping[str, Question]
+    experts: Mapping[tuple[int, str], Scores]
+    """(seed, task) -> the score of that task's own expert."""
+    base: Base
+    train_rows: Mapping[str, int]
+    """How many rows each task is trained on."""
+
+
+def make_design(scenario: Scenario) -> Design:
+    """Read the rows of a scenario and lay out its trials: by kind, seed and order, and for each of them the methods as they are listed.
+
+    Raises:
+        RecallError: with every fault of the scenario, its methods, its model and its files.
+    """
+    faults = Faults()
+    train: dict[str, tuple[Row, ...]] = {}
+    specs: list[TaskSpec] = []
+    for task in (*scenario.tasks, *scenario.unseen):
+        with faults.collect():
+            rows = read_rows(scenario.data / task.test)[: task.test_rows or scenario.rows.test]
+            specs.append(TaskSpec(task.name, rows, task.metric))
+    for task in scenario.tasks:
+        with faults.collect():
+            train[task.name] = tuple(read_rows(scenario.data / task.train)[: task.train_rows or scenario.rows.train])
+    faults.extend(check_tasks(specs))
+    base: Base | None = None
+    with faults.collect():
+        folder = locate(scenario.model).folder
+        base = Base(folder, open_checkpoint(folder).fingerprint)
+    _check_methods(scenario, faults)
+    if base is not None and not len(faults):
+        _check_lengths(scenario, base, train, specs, faults)
+    faults.raise_any(RunError)
+    assert base is not None
+    scoring = scenario.scoring
+    questions = {
+        spec.name: Question(spec.name, tuple(spec.rows or ()), spec.metric, scenario.template, scoring.dtype, scoring.batch_size)
+        for spec in specs
+    }
+    maker = _Maker(scenario, base, train, questions)
+    trials = tuple(maker.trials())
+    experts = {(seed, task): maker.own_score(task, seed) for seed in scenario.seeds for task in train}
+    return Design(scenario, trials, questions, experts, base, {task: len(rows) for task, rows in train.items()})
+
+
+def _check_lengths(scenario: Scenario, base: Base, train: Mapping[str, Sequence[Row]], specs: Sequence[TaskSpec], faults: Faults) -> None:
+    """Whether the base can read all rows, those to train on as each way of training cuts them."""
+    from recall_merge.evaluation.scores import check_lengths, window_of
+    from recall_merge.models.load import load_tokenizer
+    from recall_merge.training.fine_tuning import check_rows
+
+    with faults.collect():
+        faults.extend(check_lengths(base.folder, specs, template=scenario.template))
+        window = window_of(base.folder, load_tokenizer(base.folder))
+        settings = [scenario.settings(entry, 0) for entry in (None, *scenario.methods)]
+        for way in {(one.max_length, str(one.arguments.get("completion_only_loss"))): one for one in settings}.values():
+            for task, rows in train.items():
+                with faults.collect():
+                    try:
+                        check_rows(base.folder, rows, way, window)
+                    except DataError as error:
+                        raise DataError(replace(fault, where=f"task '{task}', {fault.where}") for fault in error.faults) from None
+
+
+def _check_methods(scenario: Scenario, faults: Faults) -> None:
+    from recall_merge.maths.methods import METHODS
+
+    with faults.collect():
+        parse(Samples, {**scenario.samples, "path": "rows"}, where="samples")
+    for entry in scenario.methods:
+        if not entry.is_baseline and entry.method not in METHODS:
+            fix = did_you_mean(entry.method, [*METHODS, *BASELINES])
+            faults.add(f"there is neither a method nor a baseline '{entry.method}'", where="methods", fix=fix)
+            continue
+        with faults.collect():
+            check_arguments(scenario.settings(entry, 0))
+        with faults.collect():
+            _baseline_options(entry)
+        if entry.is_baseline:
+            continue
+        if entry.training:
+            faults.add("a merge has no training of its own: it shares the experts", where=f"methods, {entry.name}", fix="leave it out")
+        for number in sorted(_numbers_merged(scenario)):
+            with faults.collect():
+                rules_of(_stand_in(entry, number))
+
+
+def _numbers_merged(scenario: Scenario) -> set[int]:
+    """How many experts a merge of this scenario has."""
+    numbers: set[int] = set()
+    if "multi-model" in scenario.kinds:
+        stages = range(2, len(scenario.tasks) + 1) if scenario.scoring.stages != "last" else [len(scenario.tasks)]
+        numbers |= set(stages) - {1}
+    if "sequential" in scenario.kinds and len(scenario.tasks) > 1:
+        numbers.add(2)
+    if "single-model" in scenario.kinds:
+        numbers.add(1)
+    return numbers
+
+
+def _stand_in(entry: MethodEntry, number: int) -> MergeRun:
+    """A run of an entry's method over so many experts, to have its options checked before there are any."""
+    experts = [{"name": f"expert {i}", "path": "."} for i in range(number)]
+    return parse(MergeRun, {**_run_of(entry), "base": ".", "experts": experts}, where=f"methods, {entry.name}")
+
+
+def _run_of(entry: MethodEntry) -> dict[str, Any]:
+    told = entry.model_dump(mode="json")
+    around = {key: told[key] for key in ("scale_by_depth", "prune") if told[key] is not None}
+    return {"method": entry.method, "options": entry.options, "weights": told["weights"], **around}
+
+
+def _baseline_options(entry: MethodEntry) -> EwcOptions | ReplayOptions | None:
+    where = f"options of {entry.name}"
+    if entry.method == "ewc":
+        return parse(EwcOptions, entry.options, where=where)
+    if entry.method == "replay":
+        return parse(ReplayOptions, entry.options, where=where)
+    if entry.is_baseline:
+        if entry.options:
+            raise RunError(f"'{entry.method}' has no options", where=where, fix="leave them out")
+        if entry.weights != "uniform" or entry.scale_by_depth or entry.prune:
+            raise RunError(f"'{entry.method}' has no weights", where=where, fix="leave them out")
+    return None
+
+
+class _Maker:
+    """Makes the cells of a scenario's trials."""
+
+    def __init__(self, scenario: Scenario, base: Base, train: Mapping[str, tuple[Row, ...]], questions: Mapping[str, Question]) -> None:
+        self.scenario, self.base, self.train, self.questions = scenario, base, train, questions
+        self.unseen = [task.name for task in scenario.unseen]
+
+    def trials(self) -> Iterator[Trial]:
+        """The first order for every method, then the second: stopped at any time, the methods are compared on the same orders."""
+        for kind, (seed, drawn) in itertools.product(self.scenario.kinds, self._seeds()):
+            orders = [[(entry, order) for order in self._orders(entry, kind, drawn)] for entry in self.scenario.methods]
+            for round_ in itertools.zip_longest(*orders):
+                yield from (self._trial(entry, kind, order, seed) for entry, order in filter(None, round_))
+
+    def _seeds(self) -> list[tuple[int, list[tuple[str, ...]]]]:
+        """Each seed with the orders that it is tried on."""
+        orders = self.scenario.task_orders
+        if self.scenario.trials == "paired":
+            return [(seed, [order]) for seed, order in zip(self.scenario.seeds, orders, strict=True)]
+        return [(seed, orders) for seed in self.scenario.seeds]
+
+    def _orders(self, entry: MethodEntry, kind: Kind, drawn: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+        """The orders that a method is tried on: in the single-model scenario each task alone; one where the order says nothing."""
+        if kind == "single-model":
+            return [(task,) for task in self.train] if entry.method == "experts" or not entry.is_baseline else []
+        return [tuple(self.train)] if entry.method in {"experts", "joint"} else drawn
+
+    def _trial(self, entry: MethodEntry, kind: Kind, order: tuple[str, ...], seed: int) -> Trial:
+        last = len(order)
+        unseen = [*(task for task in self.train if task not in order), *self.unseen]
+        cells = [self._scores("the base", self.base, [*order, *unseen])]
+        scores = {(0, task): cells[0] for task in [*order, *unseen]}
+
+        def add(stage: int, label: str, model: Model, tasks: Sequence[str]) -> None:
+            cells.append(self._scores(label, model, tasks))
+            scores.update({(stage, task): cells[-1] for task in tasks})
+
+        if entry.method == "experts" and kind != "single-model":
+            for task in order:
+                add(last, f"the expert of {task}", self.expert(task, seed), [task])
+            return Trial(kind, entry.name, order, seed, False, scores, tuple(cells))
+        if entry.method == "joint":
+            add(last, f"{entry.name}, seed {seed}", self._joint(entry, seed), [*order, *unseen])
+            return Trial(kind, entry.name, order, seed, False, scores, tuple(cells))
+        for stage, model in enumerate(self._models(entry, kind, order, seed), start=1):
+            if tasks := self._asked(order, stage, unseen):
+                add(stage, f"{entry.name} after {' > '.join(order[:stage])}", model, tasks)
+        return Trial(kind, entry.name, order, seed, self.scenario.scoring.stages != "last" and last > 1, scores, tuple(cells))
+
+    def _asked(self, order: tuple[str, ...], stage: int, unseen: list[str]) -> list[str]:
+        """The tasks that the model after a stage is scored on."""
+        scoring = self.scenario.scoring
+        if stage == len(order):
+            return [*order, *unseen]
+        ahead = order[stage : stage + 1] if scoring.unlearnt else ()
+        match scoring.stages:
+            case "all":
+                return [*order[:stage], *(order[stage:] if scoring.unlearnt else ())]
+            case "learnt":
+                return [order[stage - 1], *ahead]
+            case "last":
+                return []
+
+    def _models(self, entry: MethodEntry, kind: Kind, order: tuple[str, ...], seed: int) -> list[Model]:
+        """The model after each stage."""
+        if entry.method in {"sequential", "ewc", "replay"}:
+            return list(self._fine_tuned(entry, order, seed))
+        if kind == "single-model":
+            expert = self.expert(order[0], seed)
+            return [expert if entry.method == "experts" else self._merge(entry, [(order[0], expert)], seed, f"{entry.name} of {order[0]}")]
+        if kind == "multi-model":
+            return [self._one_shot(entry, order[:stage], seed) for stage in range(1, len(order) + 1)]
+        return list(self._chain(entry, order, seed))
+
+    def expert(self, task: str, seed: int) -> Trained:
+        return Trained(f"the expert of {task}, seed {seed}", self.base, self.train[task], self.scenario.settings(None, seed))
+
+    def own_score(self, task: str, seed: int) -> Scores:
+        return self._scores(f"the expert of {task}", self.expert(task, seed), [task])
+
+    def _joint(self, entry: MethodEntry, seed: int) -> Trained:
+        rows = [row for rows in self.train.values() for row in rows]
+        return Trained(f"{entry.name}, seed {seed}", self.base, _numbered(rows), self.scenario.settings(entry, seed))
+
+    def _fine_tuned(self, entry: MethodEntry, order: tuple[str, ...], seed: int) -> Iterator[Trained]:
+        """One task after another: the same adapter, or the same weights, go on."""
+        settings, options = self.scenario.settings(entry, seed), _baseline_options(entry)
+        model: Trained | None = None
+        anchor: Anchor | None = None
+        for number, task in enumerate(order):
+            rows, label = self.train[task], f"{entry.name} after {' > '.join(order[: number + 1])}"
+            if isinstance(options, ReplayOptions):
+                rows = _numbered([*rows, *(row for old in order[:number] for row in replayed(self.train[old], options.share, seed))])
+            if isinstance(options, EwcOptions) and model is not None:
+                before = self.train[order[number - 1]][: options.rows]
+                anchor = Anchor(f"what {order[number - 1]} needs, {model.label}", model, before, anchor)
+                model = Trained(label, self.base, rows, settings, model, anchor, options.strength)
+            else:
+                model = Trained(label, self.base, rows, settings, model)
+            yield model
+
+    def _one_shot(self, entry: MethodEntry, learnt: tuple[str, ...], seed: int) -> Model:
+        """All experts so far, merged at once. A single one is the model itself: there is nothing to merge."""
+        if len(learnt) == 1:
+            return self.expert(learnt[0], seed)
+        experts: list[tuple[str, Model]] = [(task, self.expert(task, seed)) for task in learnt]
+        if not self._order_counts(entry):  # in the order listed, so that the same set of tasks is the same cell
+            experts.sort(key=lambda expert: list(self.train).index(expert[0]))
+        return self._merge(entry, experts, seed, f"{entry.name} after {' > '.join(learnt)}")
+
+    def _chain(self, entry: MethodEntry, order: tuple[str, ...], seed: int) -> Iterator[Model]:
+        """The last merge and the newest expert, merged."""
+        last: Model = self.expert(order[0], seed)
+        yield last
+        for number, task in enumerate(order[1:], start=1):
+            label = f"{entry.name} of the last merge and {task}, {' > '.join(order[: number + 1])}"
+            newest: Model = self.expert(task, seed)
+            if self.scenario.sequential.start == "merge":
+                base = self._whole(last)
+                newest = self._whole(replace(newest, label=f"{task} from the last merge of {entry.name}", base=base))
+            last = self._merge(entry, [("last", last), (task, newest)], seed, label)
+            yield last
+
+    def _whole(self, model: Model) -> Base | Merged:
+        """A model with weights of its own: an adapter on its base is written out."""
+        if not isinstance(model, Trained):
+            return model
+        return Merged(f"{model.label}, written out", model.base, (("adapter", model),), {"method": "linear", "out": {"dtype": "float32"}})
+
+    def _merge(self, entry: MethodEntry, experts: list[tuple[str, Model]], seed: int, label: str) -> Merged:
+        from recall_merge.maths.methods import METHODS
+
+        run = {**_run_of(entry), "seed": seed, "out": {"dtype": "float32"}}
+        samples = {**self.scenario.samples, "template": self.scenario.template}
+        cards: tuple[tuple[str, Carded], ...] = ()
+        if METHODS[entry.method].informed:
+            trained = [(name, model) for name, model in experts if isinstance(model, Trained)]
+            cards = tuple((name, Carded(f"the card of {name}, seed {seed}", model, samples)) for name, model in trained)
+        if not self._has_samples(entry):
+            return Merged(label, self.base, tuple(experts), run, cards=cards)
+        return Merged(label, self.base, tuple(experts), {**run, "samples": samples}, self.train[experts[-1][0]], cards)
+
+    def _has_samples(self, entry: MethodEntry) -> bool:
+        return entry.method in OWN_WEIGHTS or isinstance(entry.weights, Representations | ByLoss)
+
+    def _order_counts(self, entry: MethodEntry) -> bool:
+        """Whether a merge of the same experts depends on their order: by the method, by its weights, or by the newest one's samples."""
+        from recall_merge.maths.methods import METHODS
+
+        return METHODS[entry.method].ordered or self._has_samples(entry) or isinstance(entry.weights, list | ByDepth)
+
+    def _scores(self, label: str, model: Model, tasks: Sequence[str]) -> Scores:
+        return Scores(label, model, tuple(self.questions[task] for task in tasks))
+
+
+def replayed(rows: Sequence[Row], share: float, seed: int) -> list[Row]:
+    """A share of a task's rows, at least one, drawn by the seed and kept in their order.
+
+    >>> rows = [Row(i, (), str(i)) for i in range(40)]
+    >>> len(replayed(rows, 0.05, seed=0)), replayed(rows, 0.05, seed=0) == replayed(rows, 0.05, seed=0)
+    (2, True)
+    """
+    count = max(1, round(share * len(rows)))
+    return [rows[place] for place in sorted(random.Random(seed).sample(range(len(rows)), count))]
+
+
+def _numbered(rows: Sequence[Row]) -> tuple[Row, ...]:
+    """Rows of several files as of one."""
+    return tuple(replace(row, index=index) for index, row in enumerate(rows))

@@ -1,0 +1,193 @@
+"""A scenario, typed: what `recall bench` is told. Strict like a run, and checked as a whole before any work starts."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from recall_merge.merging.run import DepthScale, Prune, Section, Weights, assign, parse, read_mapping
+from recall_merge.training.settings import TrainSettings
+
+Kind = Literal["multi-model", "sequential", "single-model"]
+BASELINES = {
+    "experts": "each task by the expert trained on it alone: as many models as tasks, an upper reference",
+    "sequential": "fine-tuning one task after another, no merging",
+    "ewc": "the same, with a penalty that holds what earlier tasks need: elastic weight consolidation",
+    "replay": "the same, with a share of the earlier tasks' rows mixed in: not data-free, an upper reference",
+    "joint": "one training on the rows of all tasks together: not data-free, an upper bound",
+}
+
+
+class TestRows(Section):
+    """A task that models are scored on."""
+
+    name: str = Field(min_length=1)
+    test: str = Field(description="rows to score on: .jsonl, .json, .parquet, looked for under `data`")
+    metric: str | None = Field(default=None, description="acc for rows with choices, exact_match for rows without, by default")
+    kind: str = Field(default="", description="a word for the tables: sentiment, translation, ...")
+    test_rows: int | None = Field(default=None, ge=1, description="of this task, in place of `rows.test`")
+
+
+class TaskRows(TestRows):
+    """A task that experts are trained on as well."""
+
+    train: str = Field(description="rows to train on")
+    train_rows: int | None = Field(default=None, ge=1, description="of this task, in place of `rows.train`")
+
+
+class RowLimits(Section):
+    """The first rows of each file; all of them by default."""
+
+    train: int | None = Field(default=None, ge=1)
+    test: int | None = Field(default=None, ge=1)
+
+
+class DrawnOrders(Section):
+    """So many different orders of the tasks: the listed one, and others drawn by the seed."""
+
+    count: int = Field(ge=1)
+    seed: int = 0
+
+
+class MethodEntry(Section):
+    """A merge method with options as in a run, or a baseline."""
+
+    name: str = Field(default="", description="in the tables; the method's own by default")
+    method: str = Field(description="one of `recall methods`, or a baseline: " + ", ".join(BASELINES))
+    options: dict[str, Any] = Field(default_factory=dict, description="of the method; ewc: strength, rows; replay: share")
+    weights: Weights = Field(default="uniform", description="as in a run")
+    scale_by_depth: DepthScale | None = Field(default=None, description="as in a run")
+    prune: Prune | None = Field(default=None, description="as in a run")
+    training: dict[str, Any] = Field(default_factory=dict, description="settings of training that differ for this baseline")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, entry: Any) -> Any:
+        entry = {"method": entry} if isinstance(entry, str) else entry
+        return {**entry, "name": entry.get("name") or entry["method"]} if isinstance(entry, Mapping) and "method" in entry else entry
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.method in BASELINES
+
+
+class EwcOptions(Section):
+    strength: float = Field(default=1e5, ge=0, allow_inf_nan=False, description="lambda: how much a change of what matters costs")
+    rows: int = Field(default=64, ge=1, description="of each task, from which it is told what matters to it")
+
+
+class ReplayOptions(Section):
+    share: float = Field(default=0.05, gt=0, le=1, description="of each earlier task's rows, drawn once by the seed")
+
+
+class Chain(Section):
+    """The scenario `sequential`: after each task the newest expert and the last merge become the next merge."""
+
+    start: Literal["base", "merge"] = Field(default="base", description="what each task's expert is fine-tuned from")
+
+
+class Scoring(Section):
+    batch_size: int = Field(default=8, ge=1, description="prompts at a time; changes the time only")
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="of the models while they are scored")
+    stages: Literal["all", "learnt", "last"] = Field(
+        default="all",
+        description="all tasks learnt so far after every stage; or the newest one alone, and all at the end; or at the end only",
+    )
+    unlearnt: bool = Field(default=False, description="score tasks before they were learnt too: forward transfer")
+
+
+class Scenario(Section):
+    """One bench."""
+
+    model: str = Field(min_length=1, description="the base: a folder, or a hub name with optional @revision")
+    data: Path = Field(default=Path(), description="the folder under which the files of rows lie")
+    tasks: list[TaskRows] = Field(min_length=1)
+    unseen: list[TestRows] = Field(default_factory=list, description="tasks that nothing is trained on")
+    rows: RowLimits = Field(default_factory=RowLimits)
+    kinds: list[Kind] = Field(default_factory=lambda: ["multi-model"], min_length=1)
+    orders: DrawnOrders | list[list[str]] = Field(default_factory=lambda: DrawnOrders(count=3))
+    seeds: list[int] = Field(default_factory=lambda: [0], min_length=1)
+    trials: Literal["crossed", "paired"] = Field(
+        default="crossed", description="every seed with every order; or the first seed with the first order, the second with the second, .."
+    )
+    methods: list[MethodEntry] = Field(min_length=1, description="worked through as listed")
+    training: TrainSettings = Field(default_factory=TrainSettings)
+    samples: dict[str, Any] = Field(default_factory=dict, description="as in a run, without a path: the rows are the newest task's")
+    sequential: Chain = Field(default_factory=Chain)
+    scoring: Scoring = Field(default_factory=Scoring)
+    template: bool = Field(default=True, description="apply the base's chat template where it has one, in training, samples and scoring")
+    workers: int = Field(default=1, ge=1, description="processes, each of one thread")
+    out: Path | None = Field(default=None, description="folder of the cells and the results")
+
+    @field_validator("methods")
+    @classmethod
+    def _names_once(cls, methods: list[MethodEntry]) -> list[MethodEntry]:
+        names = [entry.name for entry in methods]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"taken twice: {', '.join(twice)}; give one of the two another `name`")
+        return methods
+
+    @model_validator(mode="after")
+    def _tasks_and_orders(self) -> Scenario:
+        names = [task.name for task in (*self.tasks, *self.unseen)]
+        if twice := sorted({name for name in names if names.count(name) > 1 or name == "base"}):
+            raise ValueError(f"names of tasks are taken twice, or not allowed: {', '.join(twice)}")
+        learnt = sorted(task.name for task in self.tasks)
+        if isinstance(self.orders, DrawnOrders):
+            if self.orders.count > math.factorial(len(learnt)):
+                raise ValueError(f"{len(learnt)} tasks have only {math.factorial(len(learnt))} orders")
+        elif wrong := [order for order in self.orders if sorted(order) != learnt]:
+            raise ValueError(f"an order names every task once; this does not: {wrong[0]}")
+        elif not self.orders:
+            raise ValueError("`orders` is empty")
+        if self.trials == "paired" and len(self.seeds) != len(self.task_orders):
+            raise ValueError(f"{len(self.seeds)} seeds and {len(self.task_orders)} orders cannot be paired; give as many of each")
+        if "template" in self.training.model_fields_set or "template" in self.samples:
+            raise ValueError("`template` is given once, for the whole scenario")
+        if "seed" in self.training.model_fields_set:
+            raise ValueError("`seeds` are given once, for the whole scenario")
+        return self
+
+    @property
+    def task_orders(self) -> list[tuple[str, ...]]:
+        """The orders of the tasks, each different."""
+        if not isinstance(self.orders, DrawnOrders):
+            return list(dict.fromkeys(map(tuple, self.orders)))
+        listed = tuple(task.name for task in self.tasks)
+        found, draws = {listed: None}, random.Random(self.orders.seed)
+        while len(found) < self.orders.count:
+            found[tuple(draws.sample(listed, len(listed)))] = None
+        return list(found)
+
+    def settings(self, entry: MethodEntry | None, seed: int) -> TrainSettings:
+        """How a model of this entry is trained; None for the experts that all merges share.
+
+        Raises:
+            RunError: if the entry's own settings do not fit.
+        """
+        own = entry.training if entry is not None else {}
+        told = {**self.training.model_dump(exclude_unset=True), **own, "seed": seed, "template": self.template}
+        return parse(TrainSettings, told, where=f"training of {entry.name}" if entry is not None else "training")
+
+
+def load_scenario(path: Path, overrides: Mapping[str, Any] | None = None) -> Scenario:
+    """Read a scenario from YAML. `model`, `data` and `out` are looked for from its own folder, then from the current one.
+
+    Args:
+        overrides: dotted keys of `--set`; they win over the file, and their paths are meant from the current folder.
+
+    Raises:
+        RunError: with every fault of the file.
+    """
+    told = read_mapping(path, "scenario", "docs/bench.md")
+    for key in ("model", "data", "out"):
+        if isinstance(told.get(key), str) and (key == "out" or (path.parent / told[key]).exists()):
+            told[key] = str(path.parent / told[key])
+    for key, value in (overrides or {}).items():
+        assign(told, key, value)
+    return parse(Scenario, told, where=str(path))

@@ -1,0 +1,231 @@
+"""What commands print: tables for people, JSON for machines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recall_merge.cli import terminal_charts as glance
+from recall_merge.cli.console import err, out
+from recall_merge.merging.run import FromSamples, Losses
+from recall_merge.runtime.errors import RunError, did_you_mean
+
+if TYPE_CHECKING:
+    from recall_merge.demo.demo import DemoResult
+    from recall_merge.files.statistics import Card
+    from recall_merge.merging.estimate import Estimate
+    from recall_merge.merging.merge import MergeResult
+    from recall_merge.merging.plan import Plan
+    from recall_merge.merging.weights import Weighting
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))  # noqa: T201
+
+
+def merged(result: MergeResult, *, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        return print_json({"path": str(result.path), "record": result.record})
+    if not quiet:
+        _weights(result.weighting)
+        notes(result.notes)
+    out().print(f"merged by {result.record['method']['name']} into {result.path}", markup=False)
+    return None
+
+
+def weighed(weighting: Weighting, *, picture: Path | None, as_json: bool, quiet: bool) -> None:
+    similarity = None if weighting.similarity is None else weighting.table(weighting.similarity)
+    weights = weighting.table(weighting.weights)
+    if picture is not None:
+        from recall_merge.report.merge_charts import draw_weights
+
+        draw_weights(similarity, weights, picture)
+    if as_json:
+        samples = [{"row": sample.row, "tokens": sample.tokens, "cluster": sample.cluster} for sample in weighting.samples]
+        return print_json({"similarity": similarity, "weights": weights, "samples": samples, "notes": list(weighting.notes)})
+    _weights(weighting)
+    if not quiet:
+        notes(weighting.notes)
+    if picture is not None:
+        out().print(f"picture: {picture}", markup=False)
+    return None
+
+
+def planned(plan: Plan, estimate: Estimate, *, as_json: bool) -> None:
+    facts: dict[str, Any] = {
+        "base": plan.run.base,
+        "experts": {expert.name: str(plan.located[expert.name].folder) for expert in plan.experts},
+        "method": plan.method.name,
+        "options": dict(plan.options),
+        "weights": _rule(plan.weights),
+        "blocks": plan.base.depths.blocks,
+        "tensors": len(plan.specs),
+        "shards": len(plan.shards),
+        "passes": plan.passes,
+        "bytes_to_download": plan.bytes_to_download,
+        "bytes_read": plan.bytes_read,
+        "bytes_written": plan.bytes_written,
+        "memory": plan.memory,
+        "seconds": round(estimate.seconds, 1),
+        "notes": plan.notes,
+    }
+    if isinstance(plan.weights, FromSamples):
+        facts["weights_options"] = plan.weights.model_dump()
+    if as_json:
+        return print_json(facts)
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None)
+    for name, value in facts.items():
+        if name != "notes":
+            table.add_row(name.replace("_", " "), _words(name, value))
+    out().print(table)
+    notes(plan.notes)
+    out().print("no faults found; nothing was written. The time is a guess from a short probe of this machine.")
+    return None
+
+
+def methods(name: str | None, *, as_json: bool) -> None:
+    from recall_merge.maths.methods import METHODS
+    from recall_merge.merging.rules import OWN_WEIGHTS
+
+    if name is None:
+        if as_json:
+            return print_json({m.name: {"source": m.source, "summary": m.doc.splitlines()[0]} for m in METHODS.values()})
+        from rich.table import Table
+
+        table = Table("method", "what it does", "source", box=None)
+        for method in METHODS.values():
+            table.add_row(method.name, method.doc.splitlines()[0], method.source)
+        out().print(table)
+        return None
+    if name not in METHODS:
+        raise RunError(f"there is no method '{name}'", fix=did_you_mean(name, METHODS))
+    method = METHODS[name]
+    options = {key: str(parameter.default) for key, parameter in method.options.items()}
+    fields = OWN_WEIGHTS[name].model_fields if name in OWN_WEIGHTS else {}
+    described = {key: (str(field.default), field.description or "") for key, field in fields.items()}
+    if as_json:
+        return print_json({"name": name, "source": method.source, "doc": method.doc, "options": options, "weights": described})
+    console = out()
+    console.print(f"{method.name}\n\n{method.doc}\n\nsource: {method.source}", markup=False)
+    if described:
+        console.print("\nOptions of its weights:")
+        for key, (default, meaning) in described.items():
+            console.print(f"    {key} = {default}: {meaning}", markup=False)
+    return None
+
+
+def card(made: Card, *, as_json: bool) -> None:
+    facts = {key: value for key, value in made.facts.items() if key != "tensors"}
+    if as_json:
+        return print_json({"path": str(made.folder), "bytes": made.nbytes, "tensors": len(made.facts["tensors"]), **facts})
+    samples = f"{facts['samples']} typical samples, {facts['tokens']} tokens"
+    words = f"{made.nbytes / 1e6:.1f} MB on {len(made.facts['tensors'])} linear maps, from {samples}"
+    out().print(f"card in {made.folder}: {words}; it holds no text", markup=False)
+    return None
+
+
+def demo(result: DemoResult, *, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    if as_json:
+        scores = {
+            model: {task: {"score": s.score, "stderr": s.stderr, "n": s.n} for task, s in row.items()}
+            for model, row in result.scores.items()
+        }
+        facts = {"scores": scores, "answers": [asdict(answer) for answer in result.answers], "reused": list(result.reused)}
+        return print_json({"merged": str(result.merged.path), "picture": str(result.picture), **facts})
+    from rich.table import Table
+
+    console = out()
+    console.print()
+    table = Table("model", *(task.name for task in result.tasks), "mean", box=None)
+    for model, row in result.scores.items():
+        numbers = [row[task.name] for task in result.tasks]
+        shown = [f"{s.score:.2f} ± {s.stderr or 0:.2f}" for s in numbers]
+        name = f"expert {model}" if any(model == task.name for task in result.tasks) else model
+        table.add_row(name, *shown, f"{sum(s.score for s in numbers) / len(numbers):.3f}")
+    console.print(table)
+    rows = next(iter(result.scores.values()))
+    console.print(
+        "scores on test rows, ± standard error: "
+        + ", ".join(f"{t.name} = {t.kind}, {rows[t.name].n} rows, {rows[t.name].metric}" for t in result.tasks),
+        markup=False,
+    )
+    for answer in result.answers:
+        console.print(f"\nquestion: {answer.question}\n   right: {answer.right}", markup=False)
+        for model, words in answer.said.items():
+            console.print(f"   {model}: {' '.join(words.split())}", markup=False)
+    console.print()
+    if result.reused:
+        console.print("kept from an earlier run, unchanged to the byte: " + ", ".join(result.reused), markup=False)
+    console.print(f"picture of similarity and weights: {result.picture}", markup=False)
+    console.print(f"the merged model: {result.merged.path}", markup=False)
+    return None
+
+
+def verified(folder: Path, record: Mapping[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        return print_json({"path": str(folder), "files": record["files"], "matches": True})
+    method = record.get("method")
+    how = f"merged by {method['name']}" if isinstance(method, dict) and "name" in method else "trained"
+    out().print(f"{folder} matches its record: {len(record['files'])} files, {how}", markup=False)
+    return None
+
+
+def notes(found: Any) -> None:
+    for note in found:
+        err().print(f"note: {note}", markup=False)
+
+
+def _weights(weighting: Weighting) -> None:
+    """The numbers; and on a terminal, below them, where they can be seen at once, a strip a model."""
+    console = out()
+    numbers = _weights_table(weighting)
+    watched = glance.watched(console)
+    if not watched or console.measure(numbers).minimum <= console.width:
+        console.print(numbers)
+    if watched:
+        if weighting.similarity is not None:
+            console.print("\n", glance.strips("similarity to the newest", weighting.table(weighting.similarity), console.width), sep="")
+        if len(weighting.models) > 1:
+            even = 1 / len(weighting.models)
+            console.print("\n", glance.strips("weights", weighting.table(weighting.weights), console.width, middle=even), sep="")
+
+
+def _weights_table(weighting: Weighting) -> Any:
+    from rich.table import Table
+
+    names = [glance.plain(name) for name in weighting.models]
+    table = Table("depth", *(f"w {name}" for name in names), box=None)
+    if weighting.similarity is not None:
+        for name in names[:-1]:
+            table.add_column(f"S {name}")
+    rows: list[tuple[int, int, list[str]]] = []  # first and last depth, and the numbers they share
+    for depth, row in enumerate(weighting.weights.tolist()):
+        alike = weighting.similarity[depth].tolist()[:-1] if weighting.similarity is not None and depth < len(weighting.similarity) else []
+        numbers = [f"{number:.4f}" for number in (*row, *alike)]
+        first = rows.pop()[0] if rows and rows[-1][2] == numbers else depth
+        rows.append((first, depth, numbers))
+    for first, last, numbers in rows:
+        table.add_row(str(first) if first == last else f"{first} to {last}", *numbers)
+    return table
+
+
+def _rule(given: Any) -> Any:
+    if isinstance(given, FromSamples):
+        return "losses" if isinstance(given, Losses) else "representations"
+    return {f"depth {depth}": list(row) for depth, row in enumerate(given)} if isinstance(given[0], tuple) else list(given)
+
+
+def _words(name: str, value: Any) -> str:
+    if name.startswith("bytes") or name == "memory":
+        return f"{value / 1e6:,.1f} MB"
+    if name == "seconds":
+        return f"about {value:,.1f}"
+    if isinstance(value, dict):
+        return "\n".join(f"{key}: {inner}" for key, inner in value.items()) or "defaults"
+    return str(value)

@@ -1,0 +1,145 @@
+"""How the stages of a workspace are done, typed: a run without its models and data, with training and scoring beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field
+
+from recall_merge.merging.run import ByDepth, MergeRun, Section, assign, parse
+from recall_merge.runtime.errors import Faults, RunError
+from recall_merge.training.settings import TrainSettings
+
+OWN = ("base", "experts", "samples.path", "samples.split", "samples.template", "out.path", "out.overwrite", "training.template")
+"""Keys that the workspace itself fills in; `template` is given once, for training, samples and scoring."""
+
+
+class Scoring(Section):
+    """How models are scored."""
+
+    batch_size: int = Field(default=8, ge=1, description="prompts at a time; changes the time only")
+    limit: int | None = Field(default=None, ge=1, description="only the first rows of each task")
+    device: str | None = Field(default=None, description="a GPU if there is one, by default")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        default=None, description="of the models; float32 on a CPU, and on a GPU their own, by default"
+    )
+    words: bool = Field(default=False, description="keep the models' answers, too; by default only whether they are right")
+
+
+class Settings(MergeRun):
+    """How a stage is done. Beside these keys, those of a run."""
+
+    method: str = Field(default="recall", description="one of `recall methods`")  # pyright: ignore[reportIncompatibleVariableOverride]
+    strategy: Literal["one_shot", "sequential"] = Field(
+        default="one_shot", description="merge all experts anew each time, or the merge before with the newest"
+    )
+    keep_samples: bool = Field(default=False, description="keep the typical samples themselves, too; by default only which rows they are")
+    card_rank: int = Field(default=24, ge=0, description="directions that an expert's card keeps of each input; 0 for no cards")
+    training: TrainSettings = Field(default_factory=TrainSettings)
+    scoring: Scoring = Field(default_factory=Scoring)
+    template: bool = Field(default=True, description="apply the base's chat template where it has one, in training, samples and scoring")
+
+    def stored(self) -> dict[str, Any]:
+        """The settings as the workspace keeps them: all of them, so that another version's defaults do not change them."""
+        data = self.model_dump(mode="json")
+        for key in OWN:
+            *parents, last = key.split(".")
+            place = data
+            for parent in parents:
+                place = place[parent]
+            del place[last]
+        return data
+
+    def run(self, *, base: str, experts: list[dict[str, Any]], rows: str | None, out: str) -> MergeRun:
+        """The run of one merge.
+
+        Raises:
+            RunError: with everything that does not fit.
+        """
+        data = self.model_dump(mode="json", include=set(MergeRun.model_fields))
+        samples = {**data["samples"], "path": rows, "template": self.template} if rows is not None else None
+        return parse(
+            MergeRun,
+            {**data, "base": base, "experts": experts, "samples": samples, "out": {**data["out"], "path": out, "overwrite": True}},
+            where="settings of the workspace",
+        )
+
+    def of_so_many(self, experts: int) -> Settings:
+        """The settings of a merge of so many experts: a single one is taken as it is where the method merges two or more."""
+        from recall_merge.maths.methods import METHODS
+
+        if experts > 1 or self.method not in METHODS or METHODS[self.method].experts[0] <= experts:
+            return self
+        return self.model_copy(update={"method": "linear", "options": {}, "weights": "uniform", "prune": None, "scale_by_depth": None})
+
+    def training_settings(self) -> TrainSettings:
+        return self.training.model_copy(update={"template": self.template})
+
+
+def make_settings(stored: Mapping[str, Any], overrides: Mapping[str, Any], *, where: str = "--set") -> Settings:
+    """Settings from those of a workspace, with some set anew by dotted keys. Another method comes with its own options' defaults.
+
+    Raises:
+        RunError: with every fault.
+    """
+    faults, data = Faults(), _copy(stored)
+    if overrides.get("method", data.get("method")) != data.get("method"):
+        data.pop("options", None)
+    for key, value in overrides.items():
+        if key in OWN or key.partition(".")[0] in {"base", "experts"}:
+            fix = "give `template`, for training, samples and scoring at once" if key.endswith("template") else "leave it out"
+            faults.add(f"'{key}' is the workspace's own to fill in", where=where, fix=fix)
+        else:
+            with faults.collect():
+                assign(data, key, value)
+    with faults.collect():
+        samples = data.setdefault("samples", {})
+        filled = {"samples": {**samples, "path": "rows"}} if isinstance(samples, dict) else {}
+        settings = parse(Settings, {**data, "base": "base", "experts": [{"name": "newest", "path": "newest"}], **filled}, where=where)
+    faults.raise_any(RunError)
+    return settings
+
+
+def check_overrides(settings: Settings, stored: Mapping[str, Any]) -> None:
+    """A stage is scored as the workspace is: its scores stand in one table with those of other stages.
+
+    Raises:
+        RunError: if settings of one stage say otherwise.
+    """
+    whole, faults = make_settings(stored, {}), Faults()
+    for name, own, others in (
+        ("template", settings.template, whole.template),
+        ("scoring.limit", settings.scoring.limit, whole.scoring.limit),
+        ("scoring.dtype", settings.scoring.dtype, whole.scoring.dtype),
+    ):
+        if own != others:
+            what = (
+                f"'{name}' is {others} in this workspace and cannot be {own} for one stage: scores of different stages stand in one table"
+            )
+            faults.add(what, where="--set", fix="leave it out; it is set for good by `recall init`")
+    faults.raise_any(RunError)
+
+
+def check_method(settings: Settings, experts: int | None = None) -> None:
+    """Check method, options and weights, for a number of experts, or for a fitting one.
+
+    Raises:
+        RunError: with every fault.
+    """
+    from recall_merge.maths.methods import METHODS
+    from recall_merge.merging.rules import rules_of
+
+    given: Any = settings.weights.by_depth if isinstance(settings.weights, ByDepth) else settings.weights
+    row = given[0] if isinstance(given, list) and given and isinstance(given[0], list) else given
+    if experts is None:
+        fewest = METHODS[settings.method].experts[0] if settings.method in METHODS else 1
+        experts = len(row) if isinstance(row, list | dict) else fewest
+    names = list(row) if isinstance(row, dict) and len(row) == experts else [str(number) for number in range(experts)]
+    entries = [{"name": name, "path": name} for name in names]
+    rules_of(settings.run(base="base", experts=entries, rows="rows", out="out"))
+
+
+def _copy(data: Any) -> Any:
+    """Nested mappings, copied, so that setting a key changes no other's."""
+    return {key: _copy(value) for key, value in data.items()} if isinstance(data, Mapping) else data

@@ -1,0 +1,274 @@
+"""A workspace on disk: `workspace.json`, all that is known, replaced in one step; and `journal.jsonl`, what was begun and done, and when.
+
+The state is for people too: it names every expert, merge and score by a path, relative to the workspace where it lies inside.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from recall_merge.files.durable import append_line, write_whole
+from recall_merge.files.experts import hash_file
+from recall_merge.files.lock import lock
+from recall_merge.runtime.errors import CheckpointError, Fault, WorkspaceError
+
+STATE, JOURNAL, LOCK = "workspace.json", "journal.jsonl", "lock"
+FORMAT = 1
+MAX_STATE = 64_000_000  # bytes
+NAME = re.compile(r"\w[\w.-]{0,63}")  # of a task; folders are called after it
+Start = Literal["base", "last"]
+
+
+class Part(BaseModel):
+    """One part of the state: frozen, and strict about its keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class DataFile(Part):
+    """Rows, and their bytes' hash."""
+
+    path: str
+    sha256: str
+
+
+class Model(Part):
+    """A model: a folder, or a hub name with its commit, and what tells it from others."""
+
+    path: str
+    fingerprint: str
+
+    @property
+    def on_hub(self) -> bool:
+        return re.fullmatch(r"[\w.-]+(/[\w.-]+)?@[0-9a-f]{40}", self.path) is not None
+
+
+class Task(Part):
+    """What models are scored on."""
+
+    name: str
+    metric: str | None = None
+    test: DataFile | None = None
+    """None: the task of this name that comes with lm-eval."""
+
+
+class Scores(Part):
+    """Plain scores of a stage, by task. The items behind them are in `file`."""
+
+    file: str
+    base: dict[str, float]
+    """Of the base, on tasks that are new with this stage."""
+    before: dict[str, float]
+    """Of the merge before, on tasks that are new with this stage."""
+    expert: dict[str, float]
+    """Of the expert, on its own task."""
+    merged: dict[str, float]
+    """Of this stage's merge, on all tasks so far."""
+
+
+class Lesson(Part):
+    """What a stage is to learn: all that was asked for, and the hashes of what it reads."""
+
+    id: int
+    parent: int
+    """The stage before; 0 is the base."""
+    task: Task
+    train: DataFile | None
+    start: Start
+    """What the expert is fine-tuned from: the base, or the merge before."""
+    given: Model | None = None
+    """An expert that was trained elsewhere."""
+    unseen: tuple[Task, ...] = ()
+    """Tasks that are scored and never trained on, those of the stages before included."""
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Settings of this stage alone, by dotted keys."""
+
+
+class Stage(Lesson):
+    """A lesson that was learnt."""
+
+    expert: Model
+    card: str | None = None
+    """Folder of the expert's card; None if it was given without rows, or no cards are wanted."""
+    merged: Model
+    samples: tuple[int, ...]
+    """Positions of the typical samples among the training rows; never their text."""
+    scores: Scores
+    created: str
+
+
+class State(Part):
+    """All that is known of a workspace."""
+
+    format: Literal[1] = FORMAT
+    base: Model
+    settings: dict[str, Any]
+    stages: tuple[Stage, ...] = ()
+    """In the order of their numbers, from 1. None is ever taken out."""
+    head: int = 0
+    """The stage whose merge is the workspace's model now; 0 is the base."""
+    unfinished: Lesson | None = None
+    """A stage that was begun, and is not done."""
+
+    def lineage(self, to: int | None = None) -> tuple[Stage, ...]:
+        """The stages that lead from the base to one, the head by default."""
+        found: list[Stage] = []
+        at = self.head if to is None else to
+        while at:
+            found.append(self.stages[at - 1])
+            at = found[-1].parent
+        return tuple(reversed(found))
+
+    def changed(self, **changes: Any) -> State:
+        return self.model_copy(update=changes)
+
+
+def is_workspace(folder: Path) -> bool:
+    return (folder / STATE).is_file()
+
+
+def read_state(folder: Path) -> State:
+    """The state of a workspace.
+
+    Raises:
+        WorkspaceError: if the folder is none, the state is damaged, or a newer version wrote it.
+    """
+    path = folder / STATE
+    if not is_workspace(folder):
+        what = "this is no workspace" if folder.exists() else "there is no such workspace"
+        raise WorkspaceError(what, where=folder, fix="make one: recall init WORKSPACE --base MODEL")
+    damaged = "put back what was there; the journal beside it tells what was done last"
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_STATE + 1).decode("utf-8")
+        if len(text) > MAX_STATE:
+            raise WorkspaceError(f"the workspace's state is longer than {MAX_STATE:,} bytes", where=path, fix=damaged)
+        data = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise WorkspaceError(f"the workspace's state cannot be read: {error}", where=path, fix=damaged) from error
+    found = data.get("format") if isinstance(data, dict) else None
+    if isinstance(data, dict) and "format" not in data:
+        raise WorkspaceError("the workspace's state is damaged: it does not say its format", where=path, fix=damaged)
+    if isinstance(found, int) and found > FORMAT:
+        what = f"this workspace was written by a newer version of recall-merge: its format is {found}, this version knows {FORMAT}"
+        raise WorkspaceError(what, where=path, fix="pip install --upgrade recall-merge")
+    try:
+        state = State.model_validate_json(text)
+    except ValidationError as error:
+        details = [(".".join(map(str, detail["loc"])), detail["msg"]) for detail in error.errors()]
+        raise WorkspaceError(
+            Fault(f"the workspace's state is damaged: {key + ': ' if key else ''}{message}", str(path), damaged) for key, message in details
+        ) from None
+    if wrong := _wrong_stages(state):
+        raise WorkspaceError(f"the workspace's state is damaged: {wrong}", where=path, fix=damaged)
+    return state
+
+
+def _wrong_stages(state: State) -> str:
+    """What is wrong with numbers and names of stages; nothing, if the lineage of each leads to the base, and each can name a folder."""
+    for number, stage in enumerate(state.stages, start=1):
+        if stage.id != number or not 0 <= stage.parent < number:
+            return f"stage {stage.id}, of parent {stage.parent}, stands in place {number}"
+        if not NAME.fullmatch(stage.task.name):
+            return f"stage {stage.id} has a task of the name {stage.task.name!r}"
+    lesson = state.unfinished
+    if lesson is not None and not NAME.fullmatch(lesson.task.name):
+        return f"the unfinished stage has a task of the name {lesson.task.name!r}"
+    if lesson is not None and (lesson.id != len(state.stages) + 1 or lesson.parent != state.head):
+        return f"the unfinished stage is {lesson.id}, of parent {lesson.parent}"
+    return "" if 0 <= state.head <= len(state.stages) else f"there is no stage {state.head} to be the head"
+
+
+def write_state(folder: Path, state: State) -> None:
+    """Replace the state, in one step."""
+    write_whole(folder / STATE, json.dumps(state.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def opened(folder: Path, command: str) -> Iterator[State]:
+    """A workspace's state, with the workspace locked as long as the context lasts.
+
+    Raises:
+        WorkspaceError: if it is none, damaged, or in use.
+    """
+    read_state(folder)  # before a lock file is made in a folder that is no workspace
+    if not os.access(folder, os.W_OK):
+        raise WorkspaceError("there is no permission to write into this workspace", where=folder, fix="change its permissions")
+    with lock(folder / LOCK, command):
+        yield read_state(folder)
+
+
+def note(folder: Path, **facts: Any) -> None:
+    """Add a line to the journal."""
+    append_line(folder / JOURNAL, json.dumps({"time": now(), **facts}, ensure_ascii=False))
+
+
+def read_journal(folder: Path) -> list[dict[str, Any]]:
+    """The journal's lines, without one that a stop cut short."""
+    path = folder / JOURNAL
+    entries = []
+    for line in path.read_text("utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        entries.append(entry)
+    return entries
+
+
+def now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def stored_path(folder: Path, path: Path) -> str:
+    """How the state calls a path: relative to the workspace if it lies inside, else whole.
+
+    >>> stored_path(Path("/w"), Path("/w/merges/1")), stored_path(Path("/w"), Path("/data/a.jsonl"))
+    ('merges/1', '/data/a.jsonl')
+    """
+    whole, home = path.absolute().resolve(), folder.absolute().resolve()
+    return str(whole.relative_to(home)) if whole.is_relative_to(home) else str(whole)
+
+
+def found_path(folder: Path, path: str) -> Path:
+    """Where a path of the state is."""
+    return folder.absolute().resolve() / path
+
+
+def fingerprint(folder: Path) -> str:
+    """What tells a model from others: an adapter's weights and settings, or a checkpoint's weights and config.
+
+    Where an adapter's base lies is left out, so that folders can be moved; and so is the order of names, which PEFT leaves to chance.
+
+    Raises:
+        CheckpointError: if there is no sound model.
+    """
+    from recall_merge.files.adapter import CONFIG, WEIGHTS, is_adapter
+    from recall_merge.files.checkpoint import open_checkpoint, read_json
+    from recall_merge.files.hashing import content_of
+
+    if not folder.is_dir():
+        raise CheckpointError("there is no such model folder", where=folder, fix="check the path")
+    if is_adapter(folder):
+        settings = {key: sorted(value, key=str) if isinstance(value, list) else value for key, value in read_json(folder / CONFIG).items()}
+        settings.pop("base_model_name_or_path", None)
+        if not (folder / WEIGHTS).is_file():
+            raise CheckpointError(f"there is no {WEIGHTS}", where=folder, fix="copy the whole adapter folder")
+        return key_of({"settings": settings, "weights": hash_file(folder / WEIGHTS)})
+    return content_of(open_checkpoint(folder))
+
+
+def key_of(facts: Mapping[str, Any]) -> str:
+    """SHA-256 of facts: two pieces of work with the same key give the same result."""
+    import hashlib
+
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""The whole loop on a real small model, and its data."""

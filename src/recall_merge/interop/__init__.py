@@ -1,0 +1,1 @@
+"""Other tools' files: mergekit's in and out, adapters out."""

@@ -1,0 +1,199 @@
+"""A run file of mergekit, read as a run of ours that gives the same result."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from recall_merge.files.checkpoint import Checkpoint, open_checkpoint
+from recall_merge.files.hub import locate
+from recall_merge.interop.mergekit_file import KEY, MergekitFile, Values, check_file, layers_of, values_of
+from recall_merge.merging.run import MergeRun, assign, load_run, parse, read_mapping
+from recall_merge.runtime.errors import RunError
+from recall_merge.runtime.paths import exists, path_of
+
+WITH_BASE = ("linear", "slerp", "karcher")  # the base is one of the models that they merge
+NO_BASE = ("linear", "karcher", "nuslerp")  # they can do without
+ELECT = ("ties", "dare_ties", "breadcrumbs_ties", "della")
+Outcome = tuple[tuple[float, ...], str]
+"""Weights of one tensor, one an expert, and the method's options as JSON, so that outcomes can be counted."""
+
+
+def is_mergekit(data: Any) -> bool:
+    """Whether the content of a run file is mergekit's: told from a key that every one of those has, and none of ours."""
+    return isinstance(data, Mapping) and KEY in data
+
+
+def load_any_run(path: Path, overrides: Mapping[str, Any] | None = None) -> MergeRun:
+    """A run from a file of ours or of mergekit.
+
+    Raises:
+        RunError: with every fault of the file.
+    """
+    data = read_mapping(path, "run", "docs/run.md")
+    return run_of_mergekit(data, path, overrides) if is_mergekit(data) else load_run(path, overrides)
+
+
+def run_of_mergekit(data: Mapping[str, Any], path: Path, overrides: Mapping[str, Any] | None = None) -> MergeRun:
+    """The run that a file of mergekit describes; reads the headers of its base.
+
+    Paths are looked for from the current folder, as mergekit does, then from the file's own.
+
+    Args:
+        overrides: keys of our run, as for `load_run`.
+
+    Raises:
+        RunError: with everything that is not read, by name.
+        CheckpointError: if the base cannot be found or read.
+    """
+    file = parse(MergekitFile, data, where=f"{path}, a run of mergekit")
+    check_file(file)
+    told = _told(file, path)
+    for key, value in (overrides or {}).items():
+        assign(told, key, value)
+    return parse(MergeRun, told, where=str(path))
+
+
+def _told(file: MergekitFile, path: Path) -> dict[str, Any]:
+    listed = [source.model for source in (file.models or (file.slices or [])[0].sources)]
+    if file.base_model is None and file.merge_method not in NO_BASE:
+        raise RunError(f"`{file.merge_method}` needs a base model", where="base_model", fix="add `base_model`")
+    reference = file.base_model or listed[0].partition("+")[0]
+    if "+" in reference:
+        raise RunError(
+            "the base is an adapter on a model", where="base_model", fix="give a whole model as base, and the adapter as a model"
+        )
+    base = open_checkpoint((place := locate(_found(reference, path), weights=False)).folder, place.remote)
+    layers = layers_of(file, base.depths.blocks)
+    models = [source.model for source in layers[0].sources]
+    if len(set(models)) != len(models):
+        raise RunError("a model is listed twice", where="models", fix="list each model once, with the sum of its weights")
+    if file.slices is not None and file.base_model is not None and file.base_model not in models:
+        raise RunError("the base model is none of the slices' sources", where="slices", fix="add it to the sources of every slice")
+    experts = [model for model in models if file.merge_method in WITH_BASE or model != file.base_model]
+    outcomes: dict[str, Outcome] = {}
+    for name, stored in base.tensors.items():
+        if stored.spec.is_float:
+            weights, options = _outcome(file, values_of(file, layers, name, base.depths), experts, name)
+            outcomes[name] = (weights, json.dumps(options, sort_keys=True))
+    dtype = (file.out_dtype or file.dtype or "auto").removeprefix("torch.")
+    return {
+        "base": _found(reference, path),
+        "experts": _entries(experts, reference, path),
+        "method": file.merge_method,
+        "vocabulary": _vocabulary(file, reference, experts),
+        "out": {"dtype": dtype},
+        **_composed(outcomes, base),
+    }
+
+
+def _outcome(file: MergekitFile, values: Values, experts: Sequence[str], tensor: str) -> tuple[tuple[float, ...], dict[str, Any]]:
+    """Our weights, which sum to 1, and our options for one tensor."""
+    method, shared = file.merge_method, values.shared
+    if method == "slerp":
+        t = shared["t"]
+        if not 0 <= t <= 1 or len(experts) != 2:
+            what = f"t is {t}" if len(experts) == 2 else f"there are {len(experts)} models"
+            raise RunError(f"slerp goes from one model to another: {what}", where=tensor, fix="give two models, and t from 0 to 1")
+        return tuple(1 - t if model == file.base_model else t for model in experts), {}
+    if method in ("karcher", "model_stock", "sce"):
+        options = {"model_stock": {"vectors": "rows" if shared.get("filter_wise") else "whole"}, "karcher": {}}
+        return (1 / len(experts),) * len(experts), options.get(method, {"density": shared.get("select_topk")})
+    weights = [values.by_model[model]["weight"] for model in experts]
+    if min(weights) < 0:
+        what = f"a weight is negative: {min(weights)}"
+        raise RunError(what, where=tensor, fix="weights are from 0 up here; merge what is to be taken away on its own")
+    total = sum(weights)
+    shares = tuple(weight / total if total else 1 / len(weights) for weight in weights)
+    if method == "nuslerp":
+        vectors = "whole" if shared["nuslerp_flatten"] else "columns" if shared["nuslerp_row_wise"] else "rows"
+        return shares, {"sphere": "weights" if file.base_model is None else "deltas", "vectors": vectors}
+    if method == "linear":
+        if (not shared["normalize"] and abs(total - 1) > 1e-6) or total == 0:
+            what = f"the weights sum to {total:g}, so the result would be {total:g} times a mean of the models"
+            raise RunError(what, where=tensor, fix="leave `normalize` at true, or use task_arithmetic with a base model")
+        return shares, {}
+    return shares, _of_task_vectors(method, values, experts, total)
+
+
+def _of_task_vectors(method: str, values: Values, experts: Sequence[str], total: float) -> dict[str, Any]:
+    """Options of the methods that sum deltas: what their weights sum to is a part of our scale, unless they divide by it."""
+    shared = values.shared
+    scale = shared["lambda"] * ((total > 0) if shared["normalize"] else total)
+    if method == "task_arithmetic":
+        return {"scale": scale / len(experts)}
+    names = [name for name in values.by_model[experts[0]] if name != "weight"]
+    own = {name: [values.by_model[model][name] for model in experts] for name in names}
+    options: dict[str, Any] = {name: numbers[0] if len(set(numbers)) == 1 else numbers for name, numbers in own.items()}
+    options |= {"rescale": "l1" if shared["rescale"] else "none", "scale": scale}
+    return options | ({"mean": "weights" if shared["normalize"] else "none"} if method in ELECT else {})
+
+
+def _composed(outcomes: Mapping[str, Outcome], base: Checkpoint) -> dict[str, Any]:
+    """Weights, options and parts of a run, in which every tensor has its outcome: what most tensors of a depth have is the depth's."""
+    depths = base.depths
+    found: list[Counter[Outcome]] = [Counter() for _ in range(depths.last + 1)]
+    for name, outcome in outcomes.items():
+        found[depths.of(name)][outcome] += 1
+    everywhere = Counter(outcomes.values())
+    by_depth = {depth: (here or everywhere).most_common(1)[0][0] for depth, here in enumerate(found)}
+    options = Counter(told for _, told in by_depth.values()).most_common(1)[0][0]
+    parts: dict[Outcome, list[str]] = {}
+    for name, outcome in outcomes.items():
+        if outcome != by_depth[depths.of(name)]:
+            parts.setdefault(outcome, []).append(name)
+    special: dict[str, list[int]] = {}
+    for depth, (_, told) in by_depth.items():
+        if told != options:
+            special.setdefault(told, []).append(depth)
+    rows = [list(weights) for weights, _ in by_depth.values()]
+    return {
+        "weights": rows[0] if all(row == rows[0] for row in rows) else {"by_depth": rows},
+        "options": json.loads(options),
+        "parts": [
+            *(_part({"filter": names}, list(weights), told) for (weights, told), names in parts.items()),
+            *(_part({"depths": places}, None, told) for told, places in special.items()),
+        ],
+    }
+
+
+def _part(selector: dict[str, Any], weights: list[float] | None, options: str) -> dict[str, Any]:
+    told = json.loads(options)
+    return selector | ({} if weights is None else {"weights": weights}) | ({"options": told} if told else {})
+
+
+def _entries(experts: Sequence[str], base: str, path: Path) -> list[dict[str, Any]]:
+    """The experts, named after their folders."""
+    entries: list[dict[str, Any]] = []
+    for reference in experts:
+        model, plus, adapter = reference.partition("+")
+        if plus and model != base:
+            what = f"'{adapter}' is an adapter on another model than the base"
+            raise RunError(what, where="models", fix=f"merge it into '{model}' first, or give '{model}' as `base_model`")
+        place = _found(adapter if plus else model, path)
+        name = stem = place.rstrip("/").rpartition("/")[2].partition("@")[0] or "model"
+        number = 1
+        while name == "base" or name in [entry["name"] for entry in entries]:
+            number += 1
+            name = f"{stem}-{number}"
+        entries.append({"name": name, "path": place, "same_base": bool(plus), "is_base": reference == base})
+    return entries
+
+
+def _vocabulary(file: MergekitFile, base: str, experts: Sequence[str]) -> str | None:
+    source = file.tokenizer.source if file.tokenizer is not None else file.tokenizer_source
+    if source is None or source in ("base", "union"):
+        return source
+    if source in (base, experts[-1].partition("+")[0]):
+        return "base" if source == base else "newest"
+    raise RunError(f"the tokenizer of '{source}' cannot be taken", where="tokenizer_source", fix="give `base`, `union`, or the last model")
+
+
+def _found(reference: str, path: Path) -> str:
+    """A path that is in the current folder or beside the file; a hub name is left alone."""
+    place = path_of(reference)
+    beside = path.parent / place
+    return str(place) if exists(place) else str(beside) if exists(beside) else reference

@@ -1,0 +1,1 @@
+"""One merge: run, rules, plan, samples, weights, tensors, checks, record."""

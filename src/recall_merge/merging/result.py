@@ -1,0 +1,211 @@
+"""A result opened again with what its record says: its models, where they are named or given, and what it took of each expert."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from recall_merge.files.adapter import CONFIG, WEIGHTS, is_adapter
+from recall_merge.files.checkpoint import Checkpoint, open_checkpoint
+from recall_merge.files.experts import Digest, hash_file
+from recall_merge.files.hub import Located, locate
+from recall_merge.files.names import named_like
+from recall_merge.files.record import RECORD
+from recall_merge.merging.plan import skipped
+from recall_merge.merging.provenance import weighting_from
+from recall_merge.merging.verify import verify
+from recall_merge.merging.weights import Weighting
+from recall_merge.runtime.errors import Fault, Faults, ResultError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class _Part(BaseModel):
+    """What is read of a record, which holds more; its kinds are checked, since anybody may have written it."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+
+class _Entry(_Part):
+    name: str
+    path: str
+
+
+class _Run(_Part):
+    base: str
+    experts: list[_Entry]
+    skip: list[str]
+    vocabulary: str | None
+
+
+class _Method(_Part):
+    name: str
+    options: dict[str, Any]
+
+
+class _Sample(_Part):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    row: int
+    tokens: int
+    cluster: int
+
+
+class _Table(_Part):
+    experts: list[str]
+    rows: list[list[float]]
+
+    @model_validator(mode="after")
+    def _one_number_each(self) -> _Table:
+        if any(len(row) != len(self.experts) for row in self.rows):
+            raise ValueError("a row has one number for each expert")
+        return self
+
+
+class _Told(_Part):
+    run: _Run
+    method: _Method
+    models: dict[str, dict[str, str]]
+    samples: list[_Sample]
+    weights: _Table
+    similarity: _Table | None = None
+
+    @model_validator(mode="after")
+    def _every_model(self) -> _Told:
+        if missing := {"base", *(entry.name for entry in self.run.experts)} - set(self.models):
+            raise ValueError(f"there are no hashes of '{min(missing)}'")
+        return self
+
+
+@dataclass(frozen=True)
+class Result:
+    """A result and its record."""
+
+    folder: Path
+    record: Mapping[str, Any]
+    checkpoint: Checkpoint
+
+    @property
+    def run(self) -> Mapping[str, Any]:
+        return self.record["run"]
+
+    @property
+    def experts(self) -> list[str]:
+        """Their names, in their order."""
+        return [entry["name"] for entry in self.run["experts"]]
+
+    @property
+    def weighting(self) -> Weighting:
+        return weighting_from(self.record)
+
+    def merges(self, name: str) -> bool:
+        """Whether a tensor was merged, or kept from the base."""
+        return self.checkpoint.tensors[name].spec.is_float and not skipped(name, self.run["skip"])
+
+    def is_adapter(self, expert: str) -> bool:
+        return CONFIG in self.record["models"][expert]
+
+    def named(self, model: str) -> str:
+        """What the record calls a model: a hub name with its commit, or the mere name of a folder."""
+        paths = {"base": self.run["base"], **{entry["name"]: entry["path"] for entry in self.run["experts"]}}
+        return paths[model]
+
+
+def open_result(folder: Path) -> Result:
+    """Open a result that still matches its record.
+
+    Raises:
+        ResultError: with every file that is missing, changed or new.
+    """
+    record = verify(folder)
+    try:
+        told = _Told.model_validate(record)
+    except ValidationError as error:
+        what = [(".".join(map(str, detail["loc"])), detail["msg"]) for detail in error.errors()]
+        fix = "give the folder of a result of `recall merge`, as it was made"
+        raise ResultError(Fault(f"the record is damaged: {key}: {message}", str(folder / RECORD), fix) for key, message in what) from None
+    if missing := {entry.name for entry in told.run.experts} - set(told.weights.experts):
+        what = f"the record is damaged: it has no weights of '{min(missing)}'"
+        raise ResultError(what, where=folder / RECORD, fix="give the folder of a result of `recall merge`, as it was made")
+    return Result(folder, record, open_checkpoint(folder))
+
+
+def coefficients(result: Result) -> Tensor | None:
+    """What of each expert's delta is in the result, if it is a weighted sum: theta = theta_0 + sum_q c_q delta_q.    -> (L + 2, k)
+
+    Scale, weights and the scale of each depth in one number. None where the method, or pruning, makes it another thing than a sum,
+    and where some tensors have weights or options of their own.
+    """
+    import torch
+
+    from recall_merge.maths.methods.wrappers import lines_scales
+
+    method, k = result.record["method"], len(result.experts)
+    options, weighting = method["options"], result.weighting
+    scales = {"linear": "scale", "recall": "scale", "task_arithmetic": "scale", "wise_ft": "alpha"}
+    if method["name"] not in scales or result.run.get("prune") is not None or result.run.get("parts"):
+        return None
+    scale = options[scales[method["name"]]] * (k if method["name"] == "task_arithmetic" else 1)
+    by_depth = torch.tensor([weighting.of_experts(depth) for depth in range(len(weighting.weights))], dtype=torch.float64)
+    if (lines := result.run.get("scale_by_depth")) is not None:
+        scales_by_depth = lines_scales(result.checkpoint.depths.blocks, **lines)
+        by_depth = by_depth * torch.tensor(scales_by_depth, dtype=torch.float64).unsqueeze(1)
+    return scale * by_depth
+
+
+def find_models(result: Result, names: Sequence[str], given: Mapping[str, str], *, fetch: bool = True) -> dict[str, Located | str]:
+    """Where models of a result are: where the user says, on the hub at the commit of the record, or in the current folder.
+
+    Args:
+        names: 'base', or experts.
+        given: name -> folder or hub name, from the user.
+        fetch: fetch models of the hub, too; otherwise their names with their commits are returned, which tell their bytes already.
+
+    Raises:
+        ResultError: with all models that are unknown or cannot be found.
+    """
+    faults, found = Faults(), {}
+    for name in given:
+        if name not in ("base", *result.experts):
+            faults.add(f"the result has no expert '{name}'", where=result.folder, fix=f"its experts are {', '.join(result.experts)}")
+    for name in names:
+        reference = given.get(name, result.named(name))
+        if name not in given and "@" in reference and not fetch:
+            found[name] = reference
+        elif name in given or "@" in reference or Path(reference).is_dir():
+            with faults.collect():
+                found[name] = locate(reference)
+        else:
+            what = f"the record knows {_words(name)} only by the name of its folder, '{reference}', which is not here"
+            faults.add(what, where=result.folder, fix="give --base FOLDER" if name == "base" else f"give --expert {name}=FOLDER")
+    faults.raise_any(ResultError)
+    return found
+
+
+def check_model(result: Result, name: str, folder: Path) -> None:
+    """Read a model of the result whole, and compare it with what the result was made from.
+
+    Raises:
+        ResultError: if it is another, or has changed.
+    """
+    wanted = result.record["models"][name]
+    if is_adapter(folder):
+        found = {file: hash_file(folder / file) for file in (CONFIG, WEIGHTS) if (folder / file).is_file()}
+    else:
+        digest, model = Digest(), named_like(open_checkpoint(folder), result.checkpoint)
+        for tensor in model.tensors:
+            if name == "base" or (tensor in result.checkpoint.tensors and result.merges(tensor)):
+                digest.add(tensor, model.read(tensor))
+        found = {"tensors": digest.hexdigest()}
+    if found != wanted:
+        what = f"this is not {_words(name)} that the result was made from, or it has changed"
+        raise ResultError(what, where=folder, fix="give the model of the record, or merge again")
+
+
+def _words(name: str) -> str:
+    return "the base" if name == "base" else f"the expert '{name}'"

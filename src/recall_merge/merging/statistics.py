@@ -1,0 +1,83 @@
+"""An expert's card: run it on the typical samples of its own rows, keep what its linear maps read and how much it mattered, and no text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from recall_merge.files.experts import Expert, hash_expert
+from recall_merge.files.names import Names
+from recall_merge.files.statistics import Card, open_card, parts_of, write_card
+from recall_merge.merging.plan import Plan, make_plan
+from recall_merge.merging.run import MergeRun, Representations
+from recall_merge.merging.samples import TypicalSample, build_expert, expert_tokenizer, labelled, typical_texts
+from recall_merge.runtime.errors import CheckpointError
+from recall_merge.runtime.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RANK = 24
+RULE = Representations.model_validate({})
+
+
+def make_card(run: MergeRun, *, rank: int = RANK, folder: Path | None = None, progress: Progress | None = None) -> Card:
+    """Make the card of a run's newest expert from the run's samples, and write it into the expert's folder.
+
+    Args:
+        rank: directions kept of each moment.
+        folder: where to write it instead.
+
+    Raises:
+        RecallError: with every fault of the run; or if the folder cannot be written to.
+    """
+    plan, progress = make_plan(run, writes=False), progress or Silent()
+    expert = plan.experts[-1]
+    _, samples, _ = typical_texts(plan, RULE, progress)
+    parts, tensors = _moments(plan, expert, samples, rank, progress)
+    facts = {
+        "expert": hash_expert(expert),
+        "base": plan.base.fingerprint,
+        "samples": len(samples),
+        "rows": [sample.row for sample in samples],
+        "tokens": sum(sample.tokens for sample in samples),
+        "rank": rank,
+    }
+    target = folder or expert.folder
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        write_card(target, parts, tensors, facts)
+    except OSError as error:
+        fix = "give another folder with --out, and name it under `card:` of the expert"
+        raise CheckpointError(f"the card cannot be written: {error.strerror}", where=target, fix=fix) from error
+    card = open_card(target)
+    assert card is not None
+    return card
+
+
+def _moments(
+    plan: Plan, expert: Expert, samples: Sequence[TypicalSample], rank: int, progress: Progress
+) -> tuple[dict[str, Tensor], dict[str, tuple[str, int]]]:
+    """The numbers of a card by name, and of each tensor that it tells of the group and the axis of its inputs."""
+    from recall_merge.maths.moments import compress
+    from recall_merge.models.input_moments import input_moments
+
+    rows = labelled(plan, samples, expert_tokenizer(plan, expert))
+    with progress.stage(f"card of {expert.name}", sum(len(row.input_ids) for row in rows), "tokens") as advance:
+        found = input_moments(build_expert(plan, expert, RULE), rows, seed=plan.run.seed, progress=advance)
+    names = Names(plan.base)
+    parts: dict[str, Tensor] = {}
+    tensors: dict[str, tuple[str, int]] = {}
+    for number, inputs in enumerate(found):
+        stored = {module: names.find(f"{module}.weight") for module in inputs.modules}
+        told = {name: module for module, name in stored.items() if name is not None and name not in plan.base.token_tensors}
+        if not told or not inputs.tokens:  # a head is no map to align; of a map that nothing reached there is nothing to tell
+            continue
+        group = f"{number:04d}"
+        kept = compress(inputs.moment, rank)
+        parts |= dict(zip(parts_of(group), (kept.factor, kept.rest), strict=True))
+        for name, module in told.items():
+            parts[f"{name}.gradient"] = inputs.gradients[inputs.modules.index(module)]
+        tensors |= dict.fromkeys(told, (group, inputs.axis))
+    return parts, tensors

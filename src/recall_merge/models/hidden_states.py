@@ -1,0 +1,138 @@
+"""Representations: the pooled hidden states of a model on given texts, at every depth, in one forward pass."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from recall_merge.maths.layers import Depths
+from recall_merge.runtime.parallel import in_order
+
+Pooling = Literal["mean", "last"]
+BATCH_TOKENS = 512  # padded tokens a batch: large enough for the matrix products, and twice as many take twice the memory
+
+
+def tokenize(texts: Sequence[str], tokenizer: Any, *, max_tokens: int) -> list[list[int]]:
+    """Token ids of texts that are rendered whole; no special tokens are added, what is over `max_tokens` is cut."""
+    if not texts:
+        return []
+    return [ids[:max_tokens] for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+
+
+def representations(
+    model: nn.Module,
+    tokens: Sequence[Sequence[int]],
+    depths: Depths,
+    *,
+    at: Iterable[int] | None = None,
+    pooling: Pooling = "mean",
+    threads: int = 1,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Tensor:
+    """Pooled hidden states.    m token lists -> (len(at), m, d), float32
+
+    Depth 0 is what enters the first block (the embedding's output), depth i what leaves block i, before any final norm.
+
+    Args:
+        model: in evaluation mode, any decoder-only model of transformers.
+        at: the depths wanted, rising; all of 0..L by default. Nothing after the last of them is computed.
+        pooling: 'mean' over the tokens that are not padding, or the 'last' of them.
+        threads: batches at a time. A batch runs on one thread and is made from lengths alone, so the numbers do not depend on `threads`.
+        progress: called with the tokens of each batch when it is done.
+    """
+    wanted = list(range(depths.blocks + 1) if at is None else at)
+    blocks = find_blocks(model, depths)
+    batches = make_batches([len(ids) for ids in tokens])
+    taken = threading.local()
+
+    def keep(depth: int, hidden: Tensor) -> None:
+        taken.states[depth] = pool(hidden, taken.lengths, pooling)
+        if depth == wanted[-1]:
+            raise _Enough
+
+    def before_first(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keep(0, args[0] if args else kwargs["hidden_states"])
+
+    def after(depth: int) -> Callable[..., None]:
+        return lambda _module, _args, output: keep(depth, output[0] if isinstance(output, tuple) else output)
+
+    def run(batch: list[int]) -> tuple[list[int], Tensor]:
+        ids, mask, lengths = padded([tokens[row] for row in batch])
+        taken.states, taken.lengths = {}, lengths
+        with torch.inference_mode(), suppress(_Enough):
+            model(input_ids=ids, attention_mask=mask, use_cache=False)
+        progress(int(taken.lengths.sum()))
+        return batch, torch.stack([taken.states[depth] for depth in wanted])
+
+    hooks: list[Any] = []
+    if 0 in wanted:
+        hooks.append(blocks[0].register_forward_pre_hook(before_first, with_kwargs=True))
+    hooks += [block.register_forward_hook(after(depth)) for depth, block in enumerate(blocks, start=1) if depth in wanted]
+    try:
+        parts = list(in_order(run, batches, threads))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    states = torch.empty(len(wanted), len(tokens), parts[0][1].shape[-1])
+    for batch, part in parts:
+        states[:, batch] = part
+    return states
+
+
+def padded(tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """One batch: ids (b, t) with padding on the right, the mask (b, t) that hides it, and lengths (b,)."""
+    lengths = torch.tensor([len(ids) for ids in tokens])
+    width = int(lengths.max())
+    ids = torch.tensor([list(ids) + [0] * (width - len(ids)) for ids in tokens])
+    return ids, (torch.arange(width) < lengths.unsqueeze(1)).long(), lengths
+
+
+def pool(hidden: Tensor, lengths: Tensor, pooling: Pooling) -> Tensor:
+    """One vector a text, in float32.    hidden (b, t, d), lengths (b,) -> (b, d); padding lies on the right.
+
+    mean: the mean over a text's own tokens; last: its last own token.
+
+    >>> pool(torch.tensor([[[1.0], [3.0], [9.0]]]), torch.tensor([2]), "mean")
+    tensor([[2.]])
+    """
+    hidden = hidden.float()
+    if pooling == "last":
+        return hidden[torch.arange(len(hidden)), lengths - 1]
+    mask = (torch.arange(hidden.shape[1]) < lengths.unsqueeze(1)).unsqueeze(-1)  # (b, t, 1)
+    return (hidden * mask).sum(1) / lengths.unsqueeze(1)
+
+
+def make_batches(lengths: Sequence[int], limit: int = BATCH_TOKENS) -> list[list[int]]:
+    """Group texts by length into batches of at most `limit` padded tokens (at least one text each); longest first.
+
+    >>> make_batches([1, 5, 4], limit=10)
+    [[1, 2], [0]]
+    """
+    batches: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= limit:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+def find_blocks(model: nn.Module, depths: Depths) -> nn.ModuleList:
+    """The model's list of L blocks: the one whose name and the files' prefix differ by leading words only."""
+
+    def same(name: str) -> bool:
+        return f".{name}".endswith(f".{depths.prefix}") or f".{depths.prefix}".endswith(f".{name}")
+
+    found = [m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depths.blocks and same(name)]
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} lists of {depths.blocks} blocks match '{depths.prefix}' in {type(model).__name__}")
+    return found[0]
+
+
+class _Enough(Exception):
+    """Raised inside a forward pass, after the deepest block that is wanted."""

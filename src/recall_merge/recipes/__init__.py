@@ -1,1 +1,0 @@
-"""Recipes: the procedures behind the commands, each reading top to bottom as what it does."""

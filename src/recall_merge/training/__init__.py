@@ -1,0 +1,1 @@
+"""Fine-tuning by trl, and what protects earlier tasks."""

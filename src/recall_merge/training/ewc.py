@@ -1,0 +1,138 @@
+"""Elastic weight consolidation: hold the weights that earlier tasks need near where those tasks left them (Kirkpatrick et al. 2017).
+
+With theta_j the weights after task j and F_j their diagonal Fisher information on task j's rows, task i is trained on
+
+    loss_i(theta) + lambda / 2 * sum_{j<i} sum_n F_j[n] (theta[n] - theta_j[n])^2
+
+A sum of parabolas is a parabola: up to a constant it is A (theta - m)^2 with A = sum_j F_j and m = sum_j F_j theta_j / A. So however many
+tasks there were, an `anchor` of two tensors a parameter is kept of them, with the same gradient.
+
+Where we depart: F is the empirical Fisher, with the rows' own answers in place of answers drawn from the model; with adapters the weights
+are the factors A and B, which are what is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from recall_merge.models.load import build_model
+from recall_merge.runtime.progress import Advance
+from recall_merge.training.settings import hushed
+
+
+class Pull(NamedTuple):
+    """How much a parameter matters to earlier tasks, and where they would have it: (*s) each."""
+
+    importance: Tensor
+    centre: Tensor
+
+
+Anchor = dict[str, Pull]
+"""By the names of the parameters that are trained."""
+
+
+def fisher(model: nn.Module, rows: Iterable[tuple[Sequence[int], Sequence[int]]], advance: Advance = lambda _: None) -> dict[str, Tensor]:
+    """Diagonal empirical Fisher information: for each trained parameter the mean over rows of its squared gradient.
+
+    The gradient is that of a row's mean loss over its labelled tokens: the loss that training sees, in a batch of one.
+
+    Args:
+        rows: (token ids, labels) of each row; -100 labels nothing.
+        advance: is told of every row.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    total = {name: torch.zeros_like(parameter) for name, parameter in trained.items()}
+    count = 0
+    for ids, labels in rows:
+        model.zero_grad()
+        model(input_ids=torch.tensor([list(ids)]), labels=torch.tensor([list(labels)]), use_cache=False).loss.backward()
+        for name, parameter in trained.items():
+            if parameter.grad is not None:
+                total[name] += parameter.grad**2
+        count += 1
+        advance(1)
+    model.zero_grad()
+    return {name: squares / count for name, squares in total.items()}
+
+
+def anchored(importance: dict[str, Tensor], values: dict[str, Tensor], before: Anchor | None = None) -> Anchor:
+    """An anchor with one task more: A + F, and the mean of the centres weighted by importance.
+
+    >>> first = anchored({"w": torch.tensor([1.0])}, {"w": torch.tensor([2.0])})
+    >>> both = anchored({"w": torch.tensor([3.0])}, {"w": torch.tensor([6.0])}, first)["w"]    # A = 1 + 3, m = (1 * 2 + 3 * 6) / 4
+    >>> both.importance.item(), both.centre.item()
+    (4.0, 5.0)
+    """
+    anchor: Anchor = {}
+    for name, new in importance.items():
+        old = before[name] if before else Pull(torch.zeros_like(new), torch.zeros_like(new))
+        total = old.importance + new
+        centre = (old.importance * old.centre + new * values[name]) / total
+        anchor[name] = Pull(total, torch.where(total > 0, centre, values[name]))
+    return anchor
+
+
+def penalty(anchor: Anchor, values: dict[str, Tensor], strength: float) -> float:
+    """lambda / 2 * sum A (theta - m)^2.
+
+    >>> penalty({"w": Pull(torch.tensor([4.0]), torch.tensor([5.0]))}, {"w": torch.tensor([8.0])}, strength=0.5)    # .25 * 4 * 3^2
+    9.0
+    """
+    return strength / 2 * sum(float((pull.importance * (values[name] - pull.centre) ** 2).sum()) for name, pull in anchor.items())
+
+
+class Consolidation(TrainerCallback):
+    """Adds the penalty's gradient, lambda A (theta - m), to that of the loss in every step of a training."""
+
+    def __init__(self, anchor: Anchor, strength: float) -> None:
+        self._anchor = anchor
+        self._strength = strength
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        # subtle: gradients are empty here and the loss's are added to what lies there, so clipping and optimiser see their sum
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                pull = self._anchor[name]
+                parameter.grad = (self._strength * pull.importance * (parameter.detach() - pull.centre)).to(parameter.dtype)
+
+
+def trained_model(base: Path, expert: Path, dtype: str = "float32") -> Any:
+    """An expert as it is when it is trained further: the base under its adapter, or a whole model, with what is trained marked so."""
+    from recall_merge.files.adapter import is_adapter
+
+    if not is_adapter(expert):
+        return build_model(expert, dtype=dtype)
+    import peft
+
+    with hushed():
+        return peft.PeftModel.from_pretrained(build_model(base, dtype=dtype), str(expert), is_trainable=True).eval()
+
+
+def values_of(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that are trained, by name."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save_anchor(anchor: Anchor, path: Path) -> None:
+    """Write an anchor as one safetensors file, whole or not at all."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".partial")
+    tensors = {f"{name}.{part}": tensor.contiguous() for name, pull in anchor.items() for part, tensor in pull._asdict().items()}
+    save_file(tensors, unfinished)
+    unfinished.rename(path)
+
+
+def load_anchor(path: Path) -> Anchor:
+    from safetensors.torch import load_file
+
+    tensors = load_file(path)
+    names = {name.rpartition(".")[0] for name in tensors}
+    return {name: Pull(tensors[f"{name}.importance"], tensors[f"{name}.centre"]) for name in sorted(names)}

@@ -1,0 +1,207 @@
+"""Depths: hand-made names, every tiny family, and (slow) every causal language model of transformers against the order it computes in."""
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+
+from recall_merge.files.checkpoint import Checkpoint, block_count
+from recall_merge.files.safetensors import CODES, Spec, Stored
+from recall_merge.maths.layers import Depths, find_depths
+from recall_merge.models.hidden_states import find_blocks
+from recall_merge.runtime.errors import CheckpointError
+from tiny import FAMILIES, load_model, load_tensors
+
+
+def test_names_worked_by_hand():
+    depths = Depths("transformer.h", 3)
+    expected = {
+        "transformer.wte.weight": 0,
+        "transformer.wpe.weight": 0,
+        "transformer.word_embeddings_layernorm.weight": 0,
+        "transformer.h.0.ln_1.weight": 1,
+        "transformer.h.2.mlp.embed.weight": 3,
+        "transformer.ln_f.weight": 4,
+        "lm_head.weight": 4,
+        "embed_out.weight": 4,
+        "transformer.h.extra.weight": 4,  # no block has this name
+        "transformer.hh.0.weight": 4,
+    }
+    assert {name: depths.of(name) for name in expected} == expected
+    assert depths.last == 4
+
+
+def test_experts_and_other_lists_inside_the_blocks_are_no_blocks():
+    names = [f"model.layers.{block}.experts.{expert}.w" for block in range(2) for expert in range(2)]
+    assert find_depths([*names, "model.norm.weight"], 2) == Depths("model.layers", 2)
+    assert find_depths(["0.w", "1.w", "x.0.w", "x.1.w"], 2) == Depths("x", 2)  # a list at the very top has no name
+
+
+@pytest.mark.parametrize(
+    ("names", "blocks", "what"),
+    [
+        ([], 1, "the config says 1 blocks; numbered lists among the tensor names: none"),
+        (["h.0.w", "h.1.w"], 3, "the config says 3 blocks; .* names: h \\(2\\)"),
+        (["h.0.w", "h.2.w"], 2, "the config says 2 blocks; .* names: h \\(2\\)"),
+        (["h.0.w", "g.0.w"], 1, "the config says 1 blocks; .* names: g \\(1\\), h \\(1\\)"),
+        (["h.0.w"], -1, "the config says -1 blocks"),
+    ],
+)
+def test_blocks_that_cannot_be_found(names, blocks, what):
+    with pytest.raises(ValueError, match=what):
+        find_depths(names, blocks)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tiny_families_compute_in_the_order_of_their_depths(bases, family):
+    model = load_model(bases(family))
+    depths = find_depths(load_tensors(bases(family)), block_count(model.config.to_dict()))
+    assert_order(model, depths, torch.tensor([[1, 5, 9]]))
+
+
+def assert_order(model, depths, tokens):
+    """Outside the blocks, what runs before the first block has depth 0, and what runs after it the last."""
+    blocks = find_blocks(model, depths)
+    inside = {id(parameter) for parameter in blocks.parameters()}
+    begun: list[int] = []
+    wrong: dict[str, tuple[int, int]] = {}
+
+    def note(name, module):
+        def hook(*_):
+            for own, parameter in module.named_parameters(recurse=False):
+                full, wanted = f"{name}.{own}".removeprefix("."), depths.last if begun else 0
+                if id(parameter) not in inside and id(parameter) not in seen and depths.of(full) != wanted:
+                    wrong[full] = (depths.of(full), wanted)
+                seen.add(id(parameter))
+
+        return hook
+
+    seen: set[int] = set()  # a head that is tied to the embedding runs after the blocks, and is an embedding
+    hooks = [block.register_forward_pre_hook(lambda *_: begun.append(1)) for block in blocks]
+    hooks += [module.register_forward_pre_hook(note(name, module)) for name, module in model.named_modules()]
+    try:
+        with torch.inference_mode():
+            model(input_ids=tokens, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert wrong == {}
+    assert begun and seen
+
+
+# What follows needs transformers' whole table of architectures. The weights live on torch's meta device, so that sizes do not matter.
+
+SETTINGS = {  # where transformers' defaults give no model
+    "deepseek_v2": {"num_experts_per_tok": 2, "moe_intermediate_size": 1408},
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
+    "ministral": {"head_dim": 128},
+    "nemotron": {"num_key_value_heads": 8},
+    "reformer": {"is_decoder": True},
+    "xmod": {"default_language": "en_XX"},
+}
+UNKNOWN_COUNT = "the config does not say how many blocks its decoder has"
+REFUSED = {  # architecture -> why it cannot be merged
+    **dict.fromkeys(["bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus"], UNKNOWN_COUNT),
+    **dict.fromkeys(["plbart", "prophetnet", "trocr", "whisper"], UNKNOWN_COUNT),
+    "blt": "three stacks of blocks, of bytes and of patches",
+    "cpmant": "its embedding has more rows than the config says: prompts",
+    "ctrl": "its embedding is called 'w'",
+    "hrm_text": "two stacks of blocks that take turns",
+    "inkling2_text": "two more lists of as many tensors as there are blocks",
+    "mllama": "its embedding has more rows than the config says: images",
+    "moshi": "its embedding has more rows than the config says: audio",
+    "musicgen": "no text in: it has an embedding for each codebook",
+    "musicgen_melody": "no text in: it has an embedding for each codebook",
+    "xlm": "attention, networks and norms lie in lists side by side",
+}
+NOT_BUILT = {  # architecture -> why there is no model to look at
+    "cohere_compass_text": "the defaults lack rope parameters",
+    "dbrx": "the defaults are incomplete",
+    "dots1": "the defaults are incomplete",
+    "gemma3n": "its image tower needs packages that are not installed",
+    "gemma4_assistant": "the defaults contradict each other",
+    "gemma4_unified_assistant": "the defaults contradict each other",
+    "qwen4_exp": "the defaults are incomplete",
+    "qwen4_exp_text": "the defaults are incomplete",
+}
+NOT_RUN = {"jetmoe", "longcat_flash", "xlnet", "xmod"}  # their forward pass looks at numbers, of which the meta device has none
+
+
+def architectures():
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def build(kind):
+    """A model of transformers' own defaults, without numbers."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from tiny import quiet
+
+    with quiet():
+        config = CONFIG_MAPPING[kind](**SETTINGS.get(kind, {}))
+        found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        architecture = found[0] if isinstance(found, tuple) else found
+        if not issubclass(architecture.config_class, type(config)):  # a model of text, for a config of text and other things
+            config = config.get_text_config()
+        config._attn_implementation = "eager"
+        with torch.device("meta"):
+            return architecture(config).to(torch.bfloat16).eval()
+
+
+def as_checkpoint(model):
+    """The checkpoint that the model would be saved as: names of files, not of memory."""
+    from pathlib import Path
+
+    from transformers.core_model_loading import revert_weight_conversion
+
+    tensors = revert_weight_conversion(model, dict(model.state_dict()))
+    config = model.config.to_dict()
+    blocks = block_count(config)
+    if blocks is None:
+        raise ValueError("the config does not say how many blocks there are")
+    stored = {
+        name: Stored(Spec(CODES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape)), Path("model.safetensors"), 0)
+        for name, tensor in tensors.items()
+    }
+    return Checkpoint(Path(), config, stored, find_depths(tensors, blocks))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", architectures())
+def test_every_causal_language_model_of_transformers(kind, monkeypatch):
+    if kind in NOT_BUILT:
+        with pytest.raises((KeyError, AttributeError, TypeError, ValueError, ImportError, StrictDataclassError)):
+            build(kind)
+        return
+    if kind in REFUSED:
+        with pytest.raises((ValueError, CheckpointError, AttributeError)):
+            _ = as_checkpoint(build(kind)).embedding
+        return
+    model = build(kind)
+    checkpoint = as_checkpoint(model)
+    depths = checkpoint.depths
+    assert {depths.of(name) for name in checkpoint.tensors} >= set(range(depths.blocks + 2)) - {depths.last}
+    embedding = model.get_input_embeddings().weight
+    assert checkpoint.tensors[checkpoint.embedding].spec.shape == embedding.shape
+    in_memory = find_depths(model.state_dict(), depths.blocks)
+
+    def depths_of(parameter):
+        return {in_memory.of(name) for name, own in model.named_parameters(remove_duplicate=False) if own is parameter}
+
+    head = model.get_output_embeddings()
+    tied = head is not None and head.weight is embedding
+    assert depths_of(embedding) == ({0, in_memory.last} if tied else {0})
+    assert head is None or tied or depths_of(head.weight) == {in_memory.last}
+    if kind not in NOT_RUN:
+        monkeypatch.setattr(torch.Tensor, "item", lambda tensor: 1)  # the meta device has no numbers; masks ask for some
+        monkeypatch.setattr(torch.Tensor, "__bool__", lambda tensor: False)
+        monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", False)
+        assert_order(model, in_memory, torch.zeros(1, 4, dtype=torch.long, device="meta"))
+
+
+@pytest.mark.slow
+def test_the_tables_above_speak_of_architectures_that_exist():
+    assert not (set(SETTINGS) | set(REFUSED) | set(NOT_BUILT) | NOT_RUN) - set(architectures())

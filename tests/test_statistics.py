@@ -1,0 +1,219 @@
+"""Cards: the moments are those of the inputs, a card fits its expert and nothing else, and `aligned` merges by them."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from recall_merge import MergeRun, RecallError, make_plan, merge
+from recall_merge.files.statistics import open_card
+from recall_merge.maths.methods.aligned import aligned, condition
+from recall_merge.maths.methods.informed import regmean
+from recall_merge.maths.moments import Moment, compress, identity
+from recall_merge.merging.statistics import make_card
+from recall_merge.models.input_moments import input_moments
+from recall_merge.training.fine_tuning import EncodedRow
+from tiny import edit_json, load_model, load_tensors, lora, merged_by_peft, write_rows
+
+ROWS = [{"prompt": f"is the {word} {verb}?", "completion": " yes"} for word in ("fox", "dog", "film") for verb in ("quick", "lazy", "good")]
+TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"], "mixtral": ["q_proj"]}
+
+
+@pytest.fixture
+def world(bases, tmp_path, request):
+    """A base of the family that the test asks for, two adapters on it, and rows."""
+    family = getattr(request, "param", "llama")
+    base = shutil.copytree(bases(family), tmp_path / "base")
+    for seed, name in enumerate("ab"):
+        lora(base, tmp_path / name, seed=seed, r=4, lora_alpha=8, target_modules=TARGETS[family])
+        write_rows(tmp_path / f"{name}.jsonl", ROWS[seed::2])
+    return tmp_path
+
+
+def a_run(world, experts="ab", **settings):
+    entries = [{"name": entry, "path": str(world / entry)} if isinstance(entry, str) else entry for entry in experts]
+    return MergeRun.model_validate(
+        {"base": str(world / "base"), "experts": entries, "method": "aligned", "out": {"path": world / "out"}} | settings
+    )
+
+
+def cards(world, rank=8):
+    return [make_card(a_run(world, name, samples={"path": str(world / f"{name}.jsonl")}), rank=rank) for name in "ab"]
+
+
+# --- mathematics ----------------------------------------------------------------------------------------------------------------------
+
+
+def moment(seed, size=12, rows=40):
+    x = torch.randn(rows, size, generator=torch.Generator().manual_seed(seed)) @ torch.randn(
+        size, size, generator=torch.Generator().manual_seed(seed + 9)
+    )
+    return x.mT @ x / rows
+
+
+def test_compression_keeps_the_diagonal_and_at_full_rank_everything():
+    wanted = moment(1)
+    torch.testing.assert_close(compress(wanted, 12).dense(), wanted, rtol=1e-4, atol=1e-3)
+    for rank in (0, 3):
+        small = compress(wanted, rank)
+        assert small.factor.shape == (12, rank)
+        torch.testing.assert_close(small.diagonal, wanted.diagonal(), rtol=1e-5, atol=1e-5)
+
+
+def test_shrunk_scales_the_mean_diagonal_to_one():
+    wanted = moment(2).double()
+    found = compress(wanted, 12).shrunk(0.9).dense() * wanted.diagonal().mean()
+    expected = 0.9 * wanted + 0.1 * torch.diag(wanted.diagonal())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+    assert torch.equal(Moment(torch.zeros(3, 1), torch.zeros(3)).shrunk(0.9).dense(), identity(3).dense())
+
+
+def test_aligned_is_regmean_on_scaled_moments_solved_another_way():
+    full = [moment(seed) for seed in range(3)]
+    generator = torch.Generator().manual_seed(7)
+    base, deltas = torch.randn(5, 12, generator=generator), [torch.randn(5, 12, generator=generator) for _ in full]
+    weights = [0.2, 0.3, 0.5]
+    found = aligned(base, deltas, weights, moments=[compress(one, 12) for one in full], keep=0.9, ridge=1e-9)
+    scaled = [compress(one / one.diagonal().mean(), 12) for one in full]
+    wanted = regmean(base, deltas, weights, moments=scaled, offdiagonal=0.9, ridge=1e-9)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_alike_inputs_give_the_mean_and_one_expert_gives_itself():
+    same, generator = compress(moment(3), 4), torch.Generator().manual_seed(8)
+    base, deltas = torch.randn(5, 12, generator=generator), [torch.randn(5, 12, generator=generator) for _ in range(2)]
+    found = aligned(base, deltas, [0.5, 0.5], moments=[same, same], ridge=1e-9)
+    torch.testing.assert_close(found, base + (deltas[0] + deltas[1]) / 2, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(aligned(base, deltas[:1], [1.0], moments=[same], ridge=1e-9), base + deltas[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_few_large_inputs_do_not_hide_what_the_others_tell():
+    """Massive activations: one input is a thousand times as large as the rest, which then are a millionth of its square."""
+    read = [torch.diag(torch.tensor([1e6, *numbers])) for numbers in ([1.0, 0.01], [0.01, 1.0])]
+    deltas = [torch.tensor([[0.0, 1.0, 1.0]]), torch.tensor([[0.0, -1.0, -1.0]])]
+    found = aligned(torch.zeros(1, 3), deltas, [0.5, 0.5], moments=[compress(one, 3) for one in read])
+    # sum of the moments 0.505e-6 * 3, of the signed ones 0.495e-6 * 3, times 1e6 / 1e6; the ridge 1e-6 takes its part
+    expected = 0.495 * 3 / (0.505 * 3 + 1)
+    torch.testing.assert_close(found, torch.tensor([[0.0, expected, -expected]]), rtol=1e-3, atol=1e-6)
+
+
+def test_condition_bounds_the_true_one():
+    parts, weights = [compress(moment(seed), 3) for seed in range(2)], [0.5, 0.5]
+    total = sum(0.5 * part.shrunk(0.9).dense() for part in parts) + 1e-6 * torch.eye(12)
+    assert torch.linalg.cond(total) <= condition(parts, weights) * (1 + 1e-9)
+
+
+# --- from a model ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "neox", "mixtral"])
+def test_moments_are_those_of_the_inputs(bases, family):
+    """Every map's own inputs, caught one by one and without padding, give the moment of its group."""
+    model = load_model(bases(family))
+    tokens = [[3, 4, 5, 6, 7], [8, 9], [10, 11, 12]]
+    found = input_moments(model, [EncodedRow(ids, [-100, *ids[1:]]) for ids in tokens])
+    caught = {}
+
+    def catch(name):
+        return lambda module, args: caught.setdefault(name, []).append(args[0].reshape(-1, args[0].shape[-1]))
+
+    modules = dict(model.named_modules())
+    handles = [modules[name].register_forward_pre_hook(catch(name)) for group in found for name in group.modules]
+    for ids in tokens:
+        with torch.inference_mode():
+            model(torch.tensor([ids]))
+    for handle in handles:
+        handle.remove()
+    assert sum(len(group.modules) for group in found) == len(caught)
+    for group in found:
+        for name in group.modules:
+            rows = torch.cat(caught[name]).double()
+            torch.testing.assert_close(group.moment, rows.mT @ rows / len(rows), rtol=1e-4, atol=1e-6)
+            assert modules[name].weight.shape[group.axis] == rows.shape[1]
+    if family == "llama":  # q, k and v read one state, gate and up another
+        assert sorted(len(group.modules) for group in found) == sorted([3, 1, 2, 1] * 2 + [1])
+
+
+@pytest.mark.parametrize("world", ["llama", "gpt2", "mixtral"], indirect=True)
+def test_merge_by_cards_equals_least_squares_over_the_inputs(world):
+    made = cards(world, rank=1000)  # all directions: nothing is lost
+    result = merge(a_run(world, options={"ridge": 1e-6}))
+    assert set(result.record["cards"]["experts"]) == {"a", "b"}
+    assert all(1 <= number < 1e9 for number in result.record["cards"]["condition"].values())
+    base, found = load_tensors(world / "base"), load_tensors(world / "out")
+    dense = [load_tensors(merged_by_peft(world / "base", world / name, world / f"{name}-full")) for name in "ab"]
+    told = 0
+    for name, start in base.items():
+        deltas = [full[name] - start for full in dense]
+        known = [card.moment(name) for card in made]
+        wanted = start + sum(deltas) / 2
+        if all(known) and any(delta.any() for delta in deltas):
+            told += 1
+            axis = known[0][1]
+            turn = (lambda tensor: tensor.mT) if axis == 0 else (lambda tensor: tensor)
+            moments = [one.dense().double() for one, _ in known]
+            shrunk = [(0.9 * g + 0.1 * g.diagonal().diag()) / g.diagonal().mean() for g in moments]
+            answered = sum(turn(delta).double() @ g for delta, g in zip(deltas, shrunk, strict=True)) / 2
+            change = answered @ torch.linalg.inv(sum(shrunk) / 2 + 1e-6 * torch.eye(len(shrunk[0]), dtype=torch.float64))
+            wanted = start + turn(change).float()
+        torch.testing.assert_close(found[name], wanted, rtol=1e-3, atol=2e-4, msg=name)
+    assert told >= 2
+
+
+def test_a_card_is_small_and_holds_no_text(world):
+    card = cards(world, rank=2)[0]
+    text = (world / "a" / "recall-card.json").read_text()
+    assert not any(word in text for row in ROWS for word in row["prompt"].split() if len(word) > 3)
+    assert card.nbytes < load_tensors(world / "base")["model.embed_tokens.weight"].nbytes * 2
+    assert json.loads(text)["samples"] == 5
+
+
+# --- what can be wrong ----------------------------------------------------------------------------------------------------------------
+
+
+def test_no_card_is_said(world):
+    make_card(a_run(world, "a", samples={"path": str(world / "a.jsonl")}))
+    plan = make_plan(a_run(world))
+    assert plan.notes == ["expert 'b' has no card: all its inputs count alike"]
+    merge(a_run(world))
+
+
+def test_stale_cards_and_damaged_ones_are_refused(world):
+    cards(world)
+    edit_json(world / "a" / "recall-card.json", expert="0" * 64)
+    (world / "b" / "recall-card.json").write_text("{}")
+    with pytest.raises(RecallError) as caught:
+        make_plan(a_run(world))
+    assert [fault.what for fault in caught.value.faults] == [
+        "the card of expert 'a' was made for another state of it",
+        "the card is of a form that this version does not know",
+    ]
+    assert all("recall card" in fault.fix for fault in caught.value.faults)
+
+
+def test_a_card_is_of_every_bit_of_a_full_expert(world):
+    merged_by_peft(world / "base", world / "a", world / "full")
+    run = a_run(world, ["full"], samples={"path": str(world / "a.jsonl")})
+    make_card(run)
+    make_plan(run)
+    with (world / "full" / "model.safetensors").open("r+b") as file:
+        file.seek(-3000, 2)
+        byte = file.read(1)[0]
+        file.seek(-3000, 2)
+        file.write(bytes([byte ^ 16]))
+    with pytest.raises(RecallError, match="the card of expert 'full' was made for another state of it"):
+        make_plan(run)
+
+
+def test_a_card_may_lie_elsewhere(world):
+    run = a_run(world, "a", samples={"path": str(world / "a.jsonl")})
+    make_card(run, folder=world / "cards" / "a")
+    assert open_card(world / "a") is None
+    entries = [{"name": "a", "path": str(world / "a"), "card": str(world / "cards" / "a")}]
+    assert make_plan(a_run(world, entries)).cards[0] is not None
+    merged = merge(a_run(world, entries, out={"path": world / "merged"})).path
+    assert str(world) not in (merged / "record.json").read_text()
+    entries[0]["card"] = str(world / "nowhere")
+    with pytest.raises(RecallError, match="there is no card in this folder"):
+        make_plan(a_run(world, entries))

@@ -1,0 +1,201 @@
+"""The pass over the parameters, span by span: the same bytes as whole tensors give, and no more memory than a span takes."""
+
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+
+from recall_merge import MergeRun, RecallError
+from recall_merge.files.experts import Digest, FullExpert
+from recall_merge.files.output import WeightWriter
+from recall_merge.files.safetensors import READ, Spec, Stored
+from recall_merge.maths.methods import METHODS
+from recall_merge.maths.methods.wrappers import prune_by_saliency
+from recall_merge.merging import plan as planning
+from recall_merge.merging import tensors as fusing
+from recall_merge.merging.plan import make_plan
+from recall_merge.merging.provenance import hashes_of
+from recall_merge.merging.rules import OWN_WEIGHTS
+from recall_merge.merging.tensors import fuse, fuse_into
+from recall_merge.merging.weights import weigh
+from tiny import fine_tuned, load_tensors, lora, make_model, save_model
+
+SPAN = 1024  # numbers; the tiny models' largest tensor has three times as many
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    base = save_model(make_model("llama", dtype="bfloat16"), folder / "base")
+    experts = {name: fine_tuned(base, folder / name, seed=seed) for seed, name in enumerate("ab")}
+    return base, experts, lora(base, folder / "c", r=2, target_modules=["q_proj"])
+
+
+def a_plan(models, target, method="linear", adapter=False, **settings):
+    base, experts, low_rank = models
+    entries = [{"name": name, "path": str(path)} for name, path in (experts | ({"c": low_rank} if adapter else {})).items()]
+    most = METHODS[method].experts[1] or len(entries)
+    settings = {"base": str(base), "experts": entries[:most], "method": method, "out": {"path": target}} | settings
+    return make_plan(MergeRun.model_validate(settings))
+
+
+def small_spans(monkeypatch, span=SPAN):
+    monkeypatch.setattr(fusing, "SPAN", span)
+    monkeypatch.setattr(planning, "SPAN", span)
+    monkeypatch.setattr(planning, "WHOLE", span)
+
+
+def written(plan, folder):
+    """What `fuse_into` writes, and the hashes of all models."""
+    folder.mkdir()
+    digest = Digest()
+    with WeightWriter(folder, plan.shards) as writer:
+        fuse_into(writer, plan, weigh(plan), digest, lambda _: None)
+    return load_tensors(folder), [digest.hexdigest(), *(expert.hashes() for expert in plan.experts)]
+
+
+def whole(plan):
+    digest = Digest()
+    tensors = dict(fuse(plan, weigh(plan), digest))
+    return tensors, [digest.hexdigest(), *(expert.hashes() for expert in plan.experts)]
+
+
+VARIANTS = {
+    "one thread": {"threads": 1},
+    "an adapter": {"adapter": True},
+    "a scale by depth": {"scale_by_depth": {"alpha": 0.5, "beta": 0.7}},
+    "skipped": {"skip": ["*embed_tokens.weight"]},
+    "pruned": {"prune": {"density": 0.5}},
+    "float32": {"out": {"path": "merged", "dtype": "float32"}},
+    "shards": {"out": {"path": "merged", "shard_size": "9KB"}},
+}
+
+
+# Those with weights that want data are `linear`.
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if (row.elementwise or row.look) and name not in OWN_WEIGHTS])
+def test_spans_give_the_bytes_of_whole_tensors(models, tmp_path, monkeypatch, method):
+    small_spans(monkeypatch)
+
+    def plan():
+        return a_plan(models, tmp_path / "merged", method, adapter=METHODS[method].look is not None, threads=3)
+
+    tensors, hashes = written(plan(), tmp_path / "spans")
+    wanted, wanted_hashes = whole(plan())
+    assert tensors.keys() == wanted.keys()
+    assert all(torch.equal(tensors[name], wanted[name]) for name in wanted)
+    assert hashes == wanted_hashes
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_spans_give_the_bytes_of_whole_tensors_whatever_the_run(models, tmp_path, monkeypatch, variant):
+    small_spans(monkeypatch)
+    plan = a_plan(models, tmp_path / "merged", **{"threads": 3} | VARIANTS[variant])
+    tensors, hashes = written(plan, tmp_path / "spans")
+    wanted, wanted_hashes = whole(plan)
+    assert all(torch.equal(tensors[name], wanted[name]) for name in wanted)
+    assert hashes == wanted_hashes
+
+
+def test_no_read_is_longer_than_a_span(models, tmp_path, monkeypatch):
+    lengths = []
+    read = Stored.read
+
+    def counted(self, span=None):
+        lengths.append(len(span) if span else self.spec.numel)
+        return read(self, span)
+
+    plan = a_plan(models, tmp_path / "merged", threads=2)
+    small_spans(monkeypatch)
+    monkeypatch.setattr(Stored, "read", counted)
+    written(plan, tmp_path / "spans")
+    assert max(lengths) == SPAN
+    assert sum(lengths) == 3 * sum(spec.numel for spec in plan.specs.values())  # each number of base and experts once
+
+
+def test_looks_hold_no_tensor_whole(models, tmp_path, monkeypatch):
+    """Large tensors are read by spans, also where a method wants to know something of each delta as a whole."""
+    lengths = []
+    read = Stored.read
+
+    def counted(self, span=None):
+        lengths.append(len(span) if span else self.spec.numel)
+        return read(self, span)
+
+    plan = a_plan(models, tmp_path / "merged", "ties", threads=2)
+    small_spans(monkeypatch)
+    monkeypatch.setattr(Stored, "read", counted)
+    written(plan, tmp_path / "spans")
+    assert max(lengths) == SPAN
+
+
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_a_number_that_is_not_finite_stops_all_threads(models, tmp_path, monkeypatch, method):
+    base, experts, _ = models
+    bad = fine_tuned(base, tmp_path / "bad", seed=3)
+    file = bad / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-2:] = b"\x80\x7f"  # infinity in bfloat16
+    file.write_bytes(data)
+    plan = a_plan((base, experts | {"bad": bad}, None), tmp_path / "merged", method, threads=3)
+    small_spans(monkeypatch, 64)
+    threads = threading.active_count()
+    with pytest.raises(RecallError, match="expert 'bad' holds NaN or infinity"):
+        written(plan, tmp_path / "spans")
+    assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.sums])
+def test_deltas_that_are_zero_may_be_left_out_of_sums(method):
+    base, delta = torch.randn(2, 50)
+    zero = torch.zeros(50)
+    merged = METHODS[method].function(base, [zero, delta, zero], [0.25, 0.5, 0.25])
+    assert torch.equal(METHODS[method].function(base, [delta], [0.5]), merged)
+
+
+def test_pruning_counts_deltas_that_are_zero(models, tmp_path):
+    """An adapter leaves the tensor alone; what the others change is held against the mean of all three."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    plan = a_plan(models, tmp_path / "merged", adapter=True, prune={"density": 0.5}, out={"path": tmp_path / "merged", "dtype": "float32"})
+    base, *experts = (load_tensors(folder)[name].float() for folder in (models[0], *models[1].values()))
+    pruned = prune_by_saliency([*(expert - base for expert in experts), torch.zeros_like(base)], density=0.5)
+    assert torch.equal(whole(plan)[0][name], METHODS["linear"].function(base, pruned, [1 / 3] * 3))
+
+
+class TestDigest:
+    def test_takes_pieces_in_any_order_of_threads(self):
+        tensor = torch.arange(12.0)
+        spec = Spec.of(tensor)
+        one, other = Digest(), Digest()
+        one.add("w", tensor)
+        late = [threading.Thread(target=other.add_piece, args=("w", spec, start, tensor[start : start + 3])) for start in (9, 6, 3, 0)]
+        for thread in late:
+            thread.start()
+        for thread in late:
+            thread.join()
+        assert other.hexdigest() == one.hexdigest()
+
+    def test_does_not_wait_for_a_piece_that_will_not_come(self):
+        digest = Digest()
+        digest.stop()
+        with pytest.raises(RuntimeError, match="was not read"):
+            digest.add_piece("w", Spec("F32", (4,)), 2, torch.zeros(2))
+
+
+def test_the_base_as_an_expert_is_not_read_again(models, tmp_path):
+    """The bytes, and the record's hash of it, are those of a model that is read; also where `skip` keeps some of its tensors out."""
+    base, experts, _ = models
+    entries = [{"name": "same", "path": str(base), "is_base": True}, {"name": "a", "path": str(experts["a"])}]
+    plan = a_plan(models, tmp_path / "merged", experts=entries, skip=["*norm.weight"])
+    before = READ.total
+    tensors, _ = written(plan, tmp_path / "spans")
+    assert READ.total - before == plan.base.nbytes + sum(spec.nbytes for name, spec in plan.specs.items() if plan.merges(name))
+
+    again = replace(plan, experts=(FullExpert("same", plan.base), plan.experts[1]))
+    wanted, (digest, *_) = written(again, tmp_path / "again")
+    assert all(torch.equal(tensors[name], wanted[name]) for name in wanted)
+    told = Digest()
+    for name in plan.specs:
+        told.add(name, plan.base.read(name))
+    assert hashes_of(plan, told) == hashes_of(again, told)
+    assert hashes_of(plan, told)["base"] == {"tensors": digest}
