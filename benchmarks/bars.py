@@ -31,7 +31,9 @@ BARS = {
     "linear.bfloat16.whole": Bar(f"linear, whole process, against {PEER}", "at least", 1.5, "x as fast"),
     "linear.bfloat16.inside": Bar(f"linear, after imports, against {PEER}", "at least", 2.0, "x as fast"),
     "linear.memory": Bar("linear, peak anonymous memory", "at most", 0.5, "GB"),
-    "linear.engine": Bar("linear, checks and hashes off, against `cat` of the inputs and `cp` of one output", "at most", 2.0, "x the time"),
+    "linear.executor": Bar(
+        "linear, checks and hashes off, against `cat` of the inputs and `cp` of one output", "at most", 2.0, "x the time"
+    ),
     "linear.checked": Bar("linear, after imports, against `cat` of the inputs and `cp` of one output", "at most", 3.0, "x the time"),
     "ties.linear": Bar("ties, density 0.2, after imports, against our linear", "at most", 2.5, "x the time"),
     "ties.peer": Bar(f"ties, density 0.2, after imports, against {PEER}", "at least", 15.0, "x as fast"),
@@ -40,7 +42,7 @@ BARS = {
     "recall.bytes": Bar("recall, bytes read of: base and experts once, the newest once more", "at most", 1.05, "x"),
     "recall.bytes.experts": Bar("the same, the base not counted in what has to be read", "at most", 1.05, "x"),
     "recall.memory": Bar("recall, peak anonymous memory of: experts x largest block + hidden states + 0.6 GB", "at most", 1.0, "x"),
-    "recall.depth": Bar("recall, peak anonymous memory with twice the depth", "at most", 1.2, "x"),
+    "recall.layer": Bar("recall, peak anonymous memory with twice the layer", "at most", 1.2, "x"),
     "recall.time": Bar("recall, after imports, against plain forward passes and our linear", "at most", 1.2, "x the time"),
     "large.plan": Bar("`recall plan`: the memory that it tells", "at most", 16.0, "GB"),
     "large.memory": Bar("recall, peak anonymous memory of the first 4 blocks", "at most", 16.0, "GB"),

@@ -1,12 +1,12 @@
 """What could be better than `aligned`, and is it? python benchmarks/beyond_aligned.py SCENARIO --set data=.. --set model=.. --out FOLDER
 
-Experts and cards are those of a bench that has been run with `aligned` among its methods (SCENARIO, FOLDER). For every seed each way merges
+Experts and statistics are those of a bench that has been run with `aligned` among its methods (SCENARIO, FOLDER). For every seed each way merges
 its experts, and each merge is asked rows that nobody was trained on. What is printed, over seeds:
 
     kept    mean over tasks of (L_base - L) / (L_base - L_expert), L the mean loss of the completions: the share of the experts' gain
     unseen  mean over tasks that nobody learnt of L - L_base, in nats: below 0 is better than the base
 
-`block by block` and `uncut` read the experts' typical rows themselves, which no merge from cards can: they say what there would be to gain.
+`block by block` and `uncut` read the experts' typical rows themselves, which no merge from statistics can: they say what there would be to gain.
 It knows Llama's modules only, as the small model is one. About six minutes a seed on one thread.
 """
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from recall_merge.bench.bench import store_of
 from recall_merge.bench.design import Design, make_design
-from recall_merge.bench.jobs import Carded, Merged, Store, full_run
+from recall_merge.bench.jobs import Merged, StatisticsJob, Store, full_run
 from recall_merge.bench.scenario import load_scenario
 from recall_merge.files.experts import Digest, own_tensors, widen
 from recall_merge.files.rows import read_rows
@@ -34,8 +33,8 @@ from recall_merge.maths.methods.aligned import aligned
 from recall_merge.maths.methods.spectral import tsv
 from recall_merge.maths.moments import Moment
 from recall_merge.merging.plan import Plan, make_plan
-from recall_merge.merging.tensors import fuse
-from recall_merge.merging.weights import weigh
+from recall_merge.merging.tensors import merge_tensors
+from recall_merge.merging.weights import compute_weights
 from recall_merge.models.load import build_model, load_tokenizer
 from recall_merge.models.losses import mean_loss
 from recall_merge.training.fine_tuning import EncodedRow, encode_rows
@@ -57,14 +56,14 @@ def merged_by(plan: Plan, method: str, options: dict[str, Any] | None = None, **
     """What `recall merge` would write, by another method or with other settings."""
     told = plan.run.model_dump(mode="json", exclude_defaults=True) | {"method": method, "options": options or {}} | more
     again = make_plan(type(plan.run).model_validate(told), writes=False)
-    return dict(fuse(again, weigh(again), Digest()))
+    return dict(merge_tensors(again, compute_weights(again), Digest()))
 
 
 def each_map(plan: Plan, merge: Callable[[Tensor, list[Any], list[Moment]], Tensor]) -> Tensors:
-    """The merge by cards with another solution for every linear map that all cards tell of."""
+    """The merge by statistics with another solution for every linear map that all statistics tell of."""
     tensors = merged_by(plan, "aligned")
     for name in tensors:
-        known = [found[0] for card in plan.cards if card and (found := card.moment(name))]
+        known = [found[0] for stats in plan.statistics if stats and (found := stats.moment(name))]
         if len(known) == len(plan.experts):
             base = widen(plan.base.read(name))
             deltas = [expert.delta(name, base) for expert in plan.experts]
@@ -99,7 +98,7 @@ def parts_that_add_up(quiet: float) -> Callable[[Tensor, list[LowRank], list[Mom
 
 
 def from_deltas(floor: float) -> Callable[[Tensor, list[LowRank], list[Moment]], Tensor]:
-    """aligned without cards: training moves a map along the inputs that it reads, so delta^T delta stands for E[x x^T].
+    """aligned without statistics: training moves a map along the inputs that it reads, so delta^T delta stands for E[x x^T].
 
     `floor` is added to its diagonal, as a share of its mean.
     """
@@ -177,14 +176,14 @@ def block_by_block(plan: Plan, inputs: Sequence[Tensors], rows: Sequence[Sequenc
     model = build_model(plan.base.folder, tensors)
     states = [[model.model.embed_tokens(torch.tensor([row.input_ids])) for row in own] for own in rows]
     places = [[model.model.rotary_emb(h, torch.arange(h.shape[1]).unsqueeze(0)) for h in own] for own in states]
-    for depth, block in enumerate(model.model.layers):
+    for layer, block in enumerate(model.model.layers):
         for group in GROUPS:
             read = [_read(block, group[0], own, at) for own, at in zip(states, places, strict=True)]
             scales = [float(x.square().mean()) for x in read]
             whole = sum(((x.double().mT @ x.double()) / (len(x) * s * len(read)) for x, s in zip(read, scales, strict=True)), 0.0)
             whole = whole + PULL * torch.eye(read[0].shape[1], dtype=torch.float64)
             for module in group:
-                name = f"model.layers.{depth}.{module}.weight"
+                name = f"model.layers.{layer}.{module}.weight"
                 weight = block.get_submodule(module).weight
                 change = torch.zeros(weight.shape, dtype=torch.float64)
                 for expert, x, s, theirs in zip(plan.experts, read, scales, inputs, strict=True):
@@ -210,14 +209,16 @@ def _read(block: nn.Module, module: str, states: Sequence[Tensor], places: Seque
     return torch.cat(found)
 
 
-def plan_of(design: Design, store: Store, seed: int) -> tuple[Plan, list[Carded]]:
-    """The plan of the scenario's `aligned` for one seed, and the cards."""
+def plan_of(design: Design, store: Store, seed: int) -> tuple[Plan, list[StatisticsJob]]:
+    """The plan of the scenario's `aligned` for one seed, and the statistics."""
     for trial in design.trials:
-        model = trial.cells[-1].model
+        model = trial.jobs[-1].model
         if trial.seed == seed and isinstance(model, Merged) and model.run["method"] == "aligned":
             folders = {name: store.where(one) for name, one in model.experts}
-            cards = {name: store.place(card) for name, card in model.cards}
-            return make_plan(full_run(model, folders, design.base.folder, None, cards), writes=False), [card for _, card in model.cards]
+            statistics = {name: store.place(stats) for name, stats in model.statistics}
+            return make_plan(full_run(model, folders, design.base.folder, None, statistics), writes=False), [
+                stats for _, stats in model.statistics
+            ]
     raise SystemExit("the scenario has no `aligned` in the scenario multi-model")
 
 
@@ -246,12 +247,12 @@ def main() -> None:
 
     found: dict[str, list[tuple[float, float]]] = {}
     for seed in args.seeds or scenario.seeds:
-        plan, cards = plan_of(design, store, seed)
-        trained = {card.model.key: card.model.rows for card in cards}
+        plan, statistics = plan_of(design, store, seed)
+        trained = {stats.model.key: stats.model.rows for stats in statistics}
         rows = [
-            encode_rows([trained[made.model.key][row] for row in card.facts["rows"]], tokenizer, settings)
-            for made, card in zip(cards, plan.cards, strict=True)
-            if card is not None
+            encode_rows([trained[made.model.key][row] for row in stats.facts["rows"]], tokenizer, settings)
+            for made, stats in zip(statistics, plan.statistics, strict=True)
+            if stats is not None
         ]
         base = losses({name: widen(plan.base.read(name)) for name in plan.specs}, tasks | others)
         own = {
@@ -259,7 +260,7 @@ def main() -> None:
             for expert in plan.experts
         }
         inputs = [inputs_of(plan, number, some) for number, some in enumerate(rows)]
-        newest = {"path": str(store.keep_rows(cards[-1].model.rows))}
+        newest = {"path": str(store.keep_rows(statistics[-1].model.rows))}
         ways: dict[str, Callable[[], Tensors]] = {
             "uniform": lambda plan=plan: merged_by(plan, "linear"),
             "ties": lambda plan=plan: merged_by(plan, "ties"),
@@ -272,12 +273,12 @@ def main() -> None:
             "aligned, RECALL's weights": lambda plan=plan, newest=newest: merged_by(
                 plan, "aligned", weights={"temperature": 1.0}, samples=newest
             ),
-            "aligned, deeper is more": lambda plan=plan: merged_by(plan, "aligned", scale_by_depth={"alpha": 0.8, "beta": 0.4}),
-            "aligned, deeper is less": lambda plan=plan: merged_by(plan, "aligned", scale_by_depth={"alpha": 1.2, "beta": -0.4}),
+            "aligned, deeper is more": lambda plan=plan: merged_by(plan, "aligned", scale_by_layer={"alpha": 0.8, "beta": 0.4}),
+            "aligned, deeper is less": lambda plan=plan: merged_by(plan, "aligned", scale_by_layer={"alpha": 1.2, "beta": -0.4}),
             "aligned, TSV of the parts": lambda plan=plan: each_map(plan, tsv_of_parts),
-            "aligned, no cards, floor .01": lambda plan=plan: each_map(plan, from_deltas(0.01)),
-            "aligned, no cards, floor .1": lambda plan=plan: each_map(plan, from_deltas(0.1)),
-            "aligned, no cards, floor 1": lambda plan=plan: each_map(plan, from_deltas(1.0)),
+            "aligned, no statistics, floor .01": lambda plan=plan: each_map(plan, from_deltas(0.01)),
+            "aligned, no statistics, floor .1": lambda plan=plan: each_map(plan, from_deltas(0.1)),
+            "aligned, no statistics, floor 1": lambda plan=plan: each_map(plan, from_deltas(1.0)),
             "aligned, moments uncut": lambda plan=plan, inputs=inputs: uncut(plan, inputs),
             "aligned, block by block": lambda plan=plan, inputs=inputs, rows=rows: block_by_block(plan, inputs, rows),
         }

@@ -23,7 +23,7 @@ from benchmarks.measure import Bench, Run, Side, ratios, remove
 
 EXPERTS, SAMPLES, ROWS, CHARACTERS = 5, 20, 60, 500
 WORDS = ("yes", "no")
-CELLS = 12  # of the bench, at least
+JOBS = 12  # of the bench, at least
 LATER = ("seconds", "bytes", "peak_memory", "created")  # of a record, which may differ
 
 
@@ -45,8 +45,8 @@ def merges(bench: Bench) -> Iterator[Figure]:
     size = "20KB" if bench.quick else "30MB"
     places = {name: bench.work / "out" / f"merge-{name}" for name in ("local", "one", "two")}
 
-    def side(name: str, engine: str, threads: int | None) -> Side:
-        words = ["merge", file, "--out", places[name], "--set", f"out.shard_size={size}", "--engine", engine, "--quiet"]
+    def side(name: str, executor: str, threads: int | None) -> Side:
+        words = ["merge", file, "--out", places[name], "--set", f"out.shard_size={size}", "--executor", executor, "--quiet"]
         return Side(lambda: bench.recall(*words, *(["--set", f"threads={threads}"] if threads else [])), places[name])
 
     runs = bench.in_turn({"local": side("local", "local", 1), "one": side("one", "ray", 1), "two": side("two", "ray", None)})
@@ -78,19 +78,19 @@ def benches(bench: Bench) -> Iterator[Figure]:
     file = bench.work / "runs" / "cluster-bench.yaml"
     file.write_text(yaml.safe_dump(scenario))
     places = {name: bench.work / "out" / f"bench-{name}" for name in ("local", "one", "two")}
-    cells = planned(bench, file, places["local"])
-    if cells < CELLS:
-        raise WrongError(f"the bench has {cells} cells")
+    jobs = planned(bench, file, places["local"])
+    if jobs < JOBS:
+        raise WrongError(f"the bench has {jobs} jobs")
 
-    def side(name: str, engine: str, workers: int) -> Side:
-        words = ["bench", file, "--out", places[name], "--set", f"workers={workers}", "--engine", engine, "--quiet"]
+    def side(name: str, executor: str, workers: int) -> Side:
+        words = ["bench", file, "--out", places[name], "--set", f"workers={workers}", "--executor", executor, "--quiet"]
         return Side(lambda: bench.recall(*words), places[name])
 
     sides = {"local": side("local", "local", 1), "one": side("one", "ray", 1), "two": side("two", "ray", 2)}
     runs = bench.in_turn(sides, min(bench.rounds, 3))
     for name in ("one", "two"):
         check_same(made(places["local"]), made(places[name]), f"the bench on {name}")
-    yield from told(runs, "bench", f"{cells} cells, SmolLM2-135M")
+    yield from told(runs, "bench", f"{jobs} jobs, SmolLM2-135M")
     for place in places.values():
         remove(place)
 
@@ -127,7 +127,7 @@ def model_to_ask(bench: Bench) -> Path:
 
 
 def planned(bench: Bench, file: Path, out: Path) -> int:
-    return bench.recall("bench", file, "--out", out, "--plan", "--json").told["cells"]
+    return bench.recall("bench", file, "--out", out, "--plan", "--json").told["jobs"]
 
 
 def merged(folder: Path) -> dict[str, Any]:

@@ -95,8 +95,8 @@ def recall_weights(states: Tensor, temperature: float = 1.0) -> Tensor:
     for h in states.double():
         n = len(h)
         apart = torch.cat([(h[p] - h[q]).pow(2).sum(-1) for p in range(n) for q in range(p + 1, n)])
-        alike = torch.exp(-(h - h[-1]).pow(2).sum(-1) / (2 * apart.quantile(0.5))).mean(-1)
-        rows.append(torch.softmax(alike / temperature, 0))
+        similarity_rows = torch.exp(-(h - h[-1]).pow(2).sum(-1) / (2 * apart.quantile(0.5))).mean(-1)
+        rows.append(torch.softmax(similarity_rows / temperature, 0))
     return torch.stack([*rows, rows[-1]])
 
 

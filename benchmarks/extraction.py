@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from recall_merge.merging.plan import Plan, make_plan
-from recall_merge.merging.run import MergeRun, Representations, load_run
+from recall_merge.merging.run import MergeRun, RecallWeights, load_run
 from recall_merge.merging.samples import expert_tokenizer, represent, typical_texts
-from recall_merge.merging.weights import weigh
+from recall_merge.merging.weights import compute_weights
 from recall_merge.models.hidden_states import tokenize
 from recall_merge.models.tokens import render
 from recall_merge.runtime.progress import Silent
@@ -35,12 +35,12 @@ WAYS = {
 }
 
 
-def plan_of(run: MergeRun, told: dict[str, str]) -> tuple[Plan, Representations]:
+def plan_of(run: MergeRun, told: dict[str, str]) -> tuple[Plan, RecallWeights]:
     """The run's plan with another space or precision for its samples."""
     assert run.samples is not None
     samples = run.samples.model_copy(update={key: value for key, value in told.items() if key == "space"})
     plan = make_plan(run.model_copy(update={"samples": samples}), writes=False)
-    assert isinstance(plan.weights, Representations)
+    assert isinstance(plan.weights, RecallWeights)
     return plan, plan.weights.model_copy(update={key: value for key, value in told.items() if key == "precision"})
 
 
@@ -60,7 +60,7 @@ def main() -> None:
     newest, tokenizer = plan.experts[-1], expert_tokenizer(plan, plan.experts[-1])
     texts = {row.index: "".join(render(row, tokenizer, template=plan.samples.template)) for row in plan.rows}
     tokens = tokenize(list(texts.values()), tokenizer, max_tokens=plan.samples.max_tokens)
-    states = represent(plan, newest, rule, tokens, [plan.base.depths.blocks], lambda _: None)[0]
+    states = represent(plan, newest, rule, tokens, [plan.base.layers.blocks], lambda _: None)[0]
     place = {row: number for number, row in enumerate(texts)}
     draws = [random.Random(seed).sample(range(len(texts)), min(plan.samples.count, len(texts))) for seed in range(20)]
     at_random = statistics.mean(spread(states, draw) for draw in draws)
@@ -73,12 +73,12 @@ def main() -> None:
             _, samples, _ = typical_texts(own, precision, Silent())
             seconds[name].append(time.perf_counter() - start)
             chosen[name] = [place[sample.row] for sample in samples]
-    reference = weigh(plan).weights
+    reference = compute_weights(plan).weights
     print(f"{len(texts)} rows, {sum(map(len, tokens))} tokens, {plan.samples.count} samples, {args.rounds} rounds, {plan.threads} threads")
     print(f"{'way':24} {'seconds / default, min median max':>36} {'spread':>8} {'weights':>9}")
     for name, (own, precision) in ways.items():
         ratios = sorted(one / other for one, other in zip(seconds[name], seconds["last block, float32"], strict=True))
-        weights = weigh(replace(own, weights=precision)).weights
+        weights = compute_weights(replace(own, weights=precision)).weights
         told = f"{ratios[0]:.2f} {statistics.median(ratios):.2f} {ratios[-1]:.2f}"
         print(f"{name:24} {told:>36} {spread(states, chosen[name]) / at_random:8.3f} {float((weights - reference).abs().max()):9.4f}")
 

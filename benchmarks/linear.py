@@ -23,18 +23,18 @@ def measure(bench: Bench) -> Iterator[Figure]:
 def one_case(bench: Bench, case: str, dtype: str, models: Sequence[Path], warm: Path) -> Iterator[Figure]:
     """All that is asked of one set of models, from the same rounds."""
     file = peers_run(bench.work / "runs" / f"linear-{models[0].name}.yaml", "linear", models)
-    out = {name: bench.work / "out" / name for name in ("whole", "peer", "inside", "peer-inside", "engine", "limit")}
+    out = {name: bench.work / "out" / name for name in ("whole", "peer", "inside", "peer-inside", "executor", "limit")}
     given = {"run": str(file), "warm": str(warm)}
     sides = {
         "whole": Side(lambda: bench.recall("merge", file, "--out", out["whole"], "--quiet"), out["whole"]),
         "peer": bench.peer and Side(lambda: run([bench.peer.with_name("mergekit-yaml"), file, out["peer"]]), out["peer"]),
         "inside": Side(lambda: bench.inside("ours", {"do": "merge", "out": str(out["inside"]), **given}), out["inside"]),
         "peer-inside": bench.peer and Side(lambda: bench.inside_peer({"out": str(out["peer-inside"]), **given}), out["peer-inside"]),
-        "engine": Side(lambda: bench.inside("ours", {"do": "engine", "out": str(out["engine"]), **given}), out["engine"]),
+        "executor": Side(lambda: bench.inside("ours", {"do": "executor", "out": str(out["executor"]), **given}), out["executor"]),
         "limit": Side(lambda: read_and_copy(models, out["limit"]), out["limit"]),
     }
     runs = bench.in_turn(sides)
-    for name in ("whole", "inside", "engine"):
+    for name in ("whole", "inside", "executor"):
         check_mean(out[name], models)
     if bench.peer:
         names = ["model.norm.weight", "model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight"]
@@ -52,7 +52,7 @@ def one_case(bench: Bench, case: str, dtype: str, models: Sequence[Path], warm: 
         yield against(f"linear.{dtype}.inside", "inside", "peer-inside", faster=True)
     memory = [[run.anonymous / GB for run in runs[name]] for name in ("whole", "peer") if name in runs]
     yield Figure("linear.memory", case, [max(memory[0])], *memory)
-    yield against("linear.engine", "engine", "limit", faster=False)
+    yield against("linear.executor", "executor", "limit", faster=False)
     yield against("linear.checked", "inside", "limit", faster=False, note="waits for the disk at the end, `cp` does not")
 
 

@@ -173,7 +173,7 @@ def _watched(pid: int) -> Iterator[Callable[[], int]]:
     """Looks at the memory of a process until the context ends; gives a function that tells the peak so far."""
     peak, done = 0, threading.Event()
 
-    def look() -> None:
+    def threshold_finder() -> None:
         nonlocal peak
         while True:
             peak = max(peak, _anonymous(pid))

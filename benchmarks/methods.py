@@ -1,6 +1,6 @@
 """Time of every method relative to `linear`, on one thread: python -m benchmarks.methods [--size 4096] [--experts 3] [--dense] [methods]
 
-Methods that take low-rank factors get experts of rank 16 (and cards of 24 directions, where they read them); with --dense they get dense
+Methods that take low-rank factors get experts of rank 16 (and statistics of 24 directions, where they read them); with --dense they get dense
 deltas too, which takes minutes at 4096 (singular value decompositions). Every result is checked to be finite. Times are processor time, the
 best of three runs.
 """

@@ -38,21 +38,21 @@ def merge(run: Any) -> None:
     merge(run)
 
 
-def engine(run: Any) -> None:
+def executor(run: Any) -> None:
     """The plan, and the pass that reads, merges and writes the weights. Off: hashes of inputs and output, the look for numbers that are not
-    finite or out of proportion, the check of the result, record and card, and the wait until the disk has everything."""
+    finite or out of proportion, the check of the result, record and statistics, and the wait until the disk has everything."""
     from recall_merge.files.experts import Digest
     from recall_merge.files.output import WeightWriter
     from recall_merge.merging.plan import make_plan
-    from recall_merge.merging.tensors import fuse_into
-    from recall_merge.merging.weights import weigh
+    from recall_merge.merging.tensors import merge_tensors_into
+    from recall_merge.merging.weights import compute_weights
 
     plan = make_plan(run.model_copy(update={"change_limit": None}))
     plan.target.mkdir(parents=True)
     unchecked = patch("recall_merge.merging.tensors.is_finite", lambda _: True)
     read, written = (patch(f"recall_merge.files.{module}.blake3", NoHash) for module in ("experts", "output"))
     with read, written, unchecked, WeightWriter(plan.target, plan.shards) as writer:
-        fuse_into(writer, plan, weigh(plan), Digest(), lambda _: None)
+        merge_tensors_into(writer, plan, compute_weights(plan), Digest(), lambda _: None)
 
 
 class NoHash:
@@ -66,7 +66,7 @@ class NoHash:
         return ""
 
 
-JOBS: dict[str, Callable[[Any], None]] = {"merge": merge, "engine": engine}
+JOBS: dict[str, Callable[[Any], None]] = {"merge": merge, "executor": executor}
 
 
 def _bytes_read() -> int:

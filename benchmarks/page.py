@@ -56,7 +56,7 @@ def _row(figure: dict[str, Any]) -> str:
     bar = "" if figure["bar"] is None else f"{figure['bar']}: {'met' if figure['met'] else '**missed**'}"
     spread = f"{short(figure['min'])} to {short(figure['max'])}" if len(values) > 1 else ""
     behind = [short(median(figure[who])) if figure[who] else "" for who in ("ours", "other")]
-    cells = [
+    jobs = [
         figure["work"],
         figure["case"],
         f"{short(figure['median'])} {figure['unit']}",
@@ -66,7 +66,7 @@ def _row(figure: dict[str, Any]) -> str:
         *behind,
         figure["note"],
     ]
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(jobs)} |"
 
 
 if __name__ == "__main__":

@@ -60,8 +60,8 @@ def _states(model: Any, tokens: Sequence[Sequence[int]]) -> Any:
             mask = torch.tensor([[1] * len(tokens[row]) + [0] * (width - len(tokens[row])) for row in batch])
             hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True).hidden_states
             last = kept.pop()
-            for depth, h in enumerate([*hidden[:blocks], last[0] if isinstance(last, tuple) else last]):
-                found[depth, batch] = (h * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
+            for layer, h in enumerate([*hidden[:blocks], last[0] if isinstance(last, tuple) else last]):
+                found[layer, batch] = (h * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
     hook.remove()
     return found
 

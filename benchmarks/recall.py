@@ -83,7 +83,7 @@ def bytes_and_memory(
     for checked, words in ((True, "all checks"), (False, "`out.reload: false`")):
         one, two = peaks["as it is", checked], peaks["twice", checked]
         yield Figure("recall.memory", f"{case}; {words}", [one / allowed], [one / GB], [allowed / GB], told)
-        yield Figure("recall.depth", f"{case}; {words}", [two / one], [two / GB], [one / GB])
+        yield Figure("recall.layer", f"{case}; {words}", [two / one], [two / GB], [one / GB])
 
 
 def check_recall(out: Path, models: Sequence[Path], states: torch.Tensor) -> None:
@@ -97,5 +97,5 @@ def check_recall(out: Path, models: Sequence[Path], states: torch.Tensor) -> Non
     if far > 1e-3:
         raise WrongError(f"weights are {far:.2g} from those of plain forward passes")
     for name, tensor in all_tensors(out):
-        depth = int(name.split(".")[2]) + 1 if name.startswith("model.layers.") else 0 if "embed" in name else len(told) - 1
-        check_tensor(name, tensor, [read(model, name) for model in models[1:]], told[depth].tolist(), slack=4e-6)
+        layer = int(name.split(".")[2]) + 1 if name.startswith("model.layers.") else 0 if "embed" in name else len(told) - 1
+        check_tensor(name, tensor, [read(model, name) for model in models[1:]], told[layer].tolist(), slack=4e-6)

@@ -118,7 +118,7 @@ GROUP = {
     "0000.rest": (WIDTH,),
     "model.layers.0.mlp.weight.gradient": (WIDTH,),
 }
-CARD_FACTS: dict[str, Any] = {
+STATS_FACTS: dict[str, Any] = {
     "format": 3,
     "expert": hashlib.sha256(repr(sorted(_HASHES.items())).encode()).hexdigest(),
     "base": "",
@@ -128,10 +128,10 @@ CARD_FACTS: dict[str, Any] = {
     "rank": 2,
     "tensors": {"model.layers.0.mlp.weight": ["0000", 1]},
 }
-CARD: dict[str, bytes | None] = {
+STATS: dict[str, bytes | None] = {
     **ADAPTER,
-    "adapter/recall-card.json": encoded(CARD_FACTS),
-    "adapter/recall-card.safetensors": weights(GROUP),
+    "adapter/stats.json": encoded(STATS_FACTS),
+    "adapter/stats.safetensors": weights(GROUP),
 }
 RUN = b"base: base\nexperts:\n  - {name: a, path: adapter, same_base: true}\nmethod: linear\nout: {path: merged}\n"
 MERGEKIT = (
@@ -147,7 +147,7 @@ RECORD: dict[str, Any] = {
     "method": {"name": "linear", "source": "", "options": {"scale": 1.0}},
     "models": {"base": {"tensors": ""}, "a": {"tensors": ""}},
     "samples": [],
-    "weights": {"experts": ["a"], "depths": [0, 1, 2, 3], "rows": [[1.0]] * 4},
+    "weights": {"experts": ["a"], "layers": [0, 1, 2, 3], "rows": [[1.0]] * 4},
     "notes": [],
     "files": {name: blake3(data or b"").hexdigest() for name, data in MODEL.items()},
 }
@@ -171,7 +171,7 @@ LESSON: dict[str, Any] = {
 }
 STAGE: dict[str, Any] = LESSON | {
     "expert": {"path": "experts/1-a", "fingerprint": ""},
-    "card": None,
+    "stats": None,
     "merged": {"path": "merges/1", "fingerprint": ""},
     "samples": [0],
     "scores": {"file": "scores/1.json", "base": {}, "before": {}, "expert": {}, "merged": {}},
@@ -182,7 +182,7 @@ SOUND: dict[str, dict[str, bytes | None]] = {
     "config": MODEL,
     "index": SHARDED,
     "adapter": ADAPTER,
-    "card": CARD,
+    "stats": STATS,
     "run": {**ADAPTER, "run.yaml": RUN},
     "mergekit": {**ADAPTER, "merge.yaml": MERGEKIT},
     "scenario": {"scenario.yaml": SCENARIO},
@@ -421,9 +421,9 @@ def of_adapter() -> Iterator[tuple[str, dict[str, bytes | None]]]:
         yield what, {**tokens, config: encoded(ADAPTER_CONFIG | {"trainable_token_indices": {"embed_tokens": ids}})}
 
 
-def of_card() -> Iterator[tuple[str, dict[str, bytes | None]]]:
-    facts, file = "adapter/recall-card.json", "adapter/recall-card.safetensors"
-    for name, text in broken_json(encoded(CARD_FACTS)).items():
+def of_statistics() -> Iterator[tuple[str, dict[str, bytes | None]]]:
+    facts, file = "adapter/stats.json", "adapter/stats.safetensors"
+    for name, text in broken_json(encoded(STATS_FACTS)).items():
         yield name, {facts: text}
     for what, change in {
         "of an older form": {"format": 1},
@@ -438,7 +438,7 @@ def of_card() -> Iterator[tuple[str, dict[str, bytes | None]]]:
         "a group that is a number": {"tensors": {"model.layers.0.mlp.weight": [0, 1]}},
         "no hash of its expert": {"expert": None},
     }.items():
-        yield what, {facts: encoded({key: value for key, value in (CARD_FACTS | change).items() if value is not None})}
+        yield what, {facts: encoded({key: value for key, value in (STATS_FACTS | change).items() if value is not None})}
     yield "no numbers", {file: None}
     yield "numbers cut short", {file: weights(GROUP)[:-1]}
     yield "a factor of another width", {file: weights(GROUP | {"0000.factor": (9, 2)})}
@@ -521,7 +521,7 @@ def of_run() -> Iterator[tuple[str, bytes | None]]:
     yield "weights that are all 0", RUN + b"weights: [0]\n"
     yield "weights without end", RUN + b"weights: [.inf]\n"
     yield "weights of truth", RUN + b"weights: yes\n"
-    yield "rows of weights for too few depths", RUN + b"weights: {by_depth: [[1], [1]]}\n"
+    yield "rows of weights for too few layers", RUN + b"weights: {by_layer: [[1], [1]]}\n"
     yield "a skip of nothing", RUN + b"skip: ['*.nothing']\n"
     yield "a skip that is text", RUN + b"skip: norm\n"
     yield "a seed that is text", RUN + b"seed: many\n"
@@ -650,8 +650,8 @@ def of_record() -> Iterator[tuple[str, dict[str, bytes | None]]]:
     for key in ("run", "method", "models", "weights"):
         yield f"no {key}", {"record.json": encoded({name: value for name, value in RECORD.items() if name != key})}
         yield f"{key} of another kind", {"record.json": encoded(RECORD | {key: [1]})}
-    yield "weights of other experts", {"record.json": encoded(RECORD | {"weights": {"experts": ["b", "c"], "depths": [0], "rows": [[1]]}})}
-    yield "weights of text", {"record.json": encoded(RECORD | {"weights": {"experts": ["a"], "depths": [0], "rows": [["x"]]}})}
+    yield "weights of other experts", {"record.json": encoded(RECORD | {"weights": {"experts": ["b", "c"], "layers": [0], "rows": [[1]]}})}
+    yield "weights of text", {"record.json": encoded(RECORD | {"weights": {"experts": ["a"], "layers": [0], "rows": [["x"]]}})}
     yield "samples of another kind", {"record.json": encoded(RECORD | {"samples": [{"place": 3}]})}
 
 
@@ -694,7 +694,7 @@ def cases() -> list[Case]:
         "workspace": ("workspace.json", of_workspace()),
     }
     found = [Case(kind, name, {file: data}) for kind, (file, inputs) in single.items() for name, data in inputs]
-    several = {"index": of_index(), "adapter": of_adapter(), "card": of_card(), "record": of_record()}
+    several = {"index": of_index(), "adapter": of_adapter(), "stats": of_statistics(), "record": of_record()}
     return found + [Case(kind, name, files) for kind, inputs in several.items() for name, files in inputs]
 
 
@@ -715,9 +715,9 @@ def use(kind: str, folder: Path) -> None:
     match kind:
         case "weights" | "config" | "index":
             open_checkpoint(folder)
-        case "adapter" | "card":
+        case "adapter" | "stats":
             entry = {"name": "a", "path": str(folder / "adapter"), "same_base": True}
-            method = "aligned" if kind == "card" else "linear"
+            method = "aligned" if kind == "stats" else "linear"
             from recall_merge import MergeRun
 
             make_plan(MergeRun.model_validate({"base": str(folder / "base"), "experts": [entry], "method": method}), writes=False)
@@ -731,7 +731,7 @@ def use(kind: str, folder: Path) -> None:
             read_rows(folder / "rows.jsonl")
         case "record":
             result = open_result(folder)
-            coefficients(result), result.experts, result.weighting
+            coefficients(result), result.experts, result.merge_weights
         case "workspace":
             status(folder)
 

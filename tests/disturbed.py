@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-MERGED, WALKED = "a merge of five experts", "a merge depth by depth"
+MERGED, WALKED = "a merge of five experts", "a merge layer by layer"
 STAGE, BENCH = "a stage of a workspace", "a bench"
 MERGES, LONG = (MERGED, WALKED), (STAGE, BENCH)
 SECONDS = {MERGED: 0.4, WALKED: 0.8, STAGE: 3.0, BENCH: 8.0}
@@ -118,11 +118,11 @@ def weights(folder: Path) -> dict[str, str]:
 
 
 def benched(folder: Path) -> dict[str, str]:
-    """A bench, but for what tells the time: cells that are done, as bytes, and all other names."""
+    """A bench, but for what tells the time: jobs that are done, as bytes, and all other names."""
     from workspaces import tree
 
     timeless = (".safetensors", "scores.csv", "R.json")
-    return {name: digest if name.endswith(timeless) or name.startswith("cells/scores/") else "" for name, digest in tree(folder).items()}
+    return {name: digest if name.endswith(timeless) or name.startswith("jobs/scores/") else "" for name, digest in tree(folder).items()}
 
 
 def essence_of(work: str, out: Path) -> Any:
@@ -132,7 +132,7 @@ def essence_of(work: str, out: Path) -> Any:
 
 
 def judge(world: World, work: str, out: Path, injected: bool, words: str = "") -> Outcome:
-    """Look at what a fault left, ask for the work again, and look at that."""
+    """FindThreshold at what a fault left, ask for the work again, and look at that."""
     from recall_merge.runtime.errors import RecallError
 
     if work in MERGES:

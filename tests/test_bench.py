@@ -120,7 +120,7 @@ def test_an_order_does_not_matter_to_a_plain_average(finished: tuple[Scenario, S
     _, summary = finished
     first, second = (one for one in summary.measured if one.trial.method == "uniform")
     assert first.trial.order == second.trial.order[::-1]
-    assert first.trial.cells[-1].key == second.trial.cells[-1].key  # one cell, so one merge
+    assert first.trial.jobs[-1].key == second.trial.jobs[-1].key  # one job, so one merge
     assert first.scores[-1].tolist() == second.scores[-1, ::-1].tolist()
 
 
@@ -174,14 +174,14 @@ def test_a_method_that_is_added_uses_what_is_there(finished: tuple[Scenario, Sum
     scenario, _ = finished
     more = Scenario.model_validate(scenario.model_dump(exclude_unset=True) | {"methods": ["ties"]})
     agenda = make_agenda(make_design(more), store_of(more))
-    assert [type(cell).__name__ for cell in agenda.left] == ["Scores"]  # both orders end in the same merge
+    assert [type(job).__name__ for job in agenda.left] == ["Scores"]  # both orders end in the same merge
     assert seconds_left(agenda.left, store_of(more), workers=1) > 0
 
 
 def models(scenario: Scenario, method: str) -> list[Any]:
     """The models of a method's first trial, stage by stage, without the base."""
     trial = next(trial for trial in make_design(scenario).trials if trial.method == method)
-    return [cell.model for cell in trial.cells[1:]]
+    return [job.model for job in trial.jobs[1:]]
 
 
 def test_replay_mixes_in_a_share_and_joint_takes_all(finished: tuple[Scenario, Summary]) -> None:
@@ -269,7 +269,7 @@ def test_a_strong_penalty_holds_the_weights(llama: Path, data: Path, tmp_path: P
     design = make_design(scenario)
 
     def moved(method: str) -> float:
-        model = next(trial for trial in design.trials if trial.method == method).cells[-1].model
+        model = next(trial for trial in design.trials if trial.method == method).jobs[-1].model
         assert isinstance(model, Trained) and model.start is not None
         start, end = (load_file(store.place(one) / "adapter_model.safetensors") for one in (model.start, model))
         anchor = load_file(store.place(ewc.anchor))
@@ -278,7 +278,7 @@ def test_a_strong_penalty_holds_the_weights(llama: Path, data: Path, tmp_path: P
             for name in end
         )
 
-    ewc: Any = next(trial for trial in design.trials if trial.method == "ewc").cells[-1].model
+    ewc: Any = next(trial for trial in design.trials if trial.method == "ewc").jobs[-1].model
     assert moved("ewc") < moved("sequential") / 2
 
 
@@ -355,8 +355,8 @@ def test_processes_give_the_same_table(finished: tuple[Scenario, Summary], llama
 def test_scores_share_questions_between_trials(finished: tuple[Scenario, Summary]) -> None:
     scenario, _ = finished
     design = make_design(scenario)
-    base = {trial.cells[0].key for trial in design.trials}
-    assert len(base) == 1 and all(isinstance(cell, Scores) for trial in design.trials for cell in trial.cells)
+    base = {trial.jobs[0].key for trial in design.trials}
+    assert len(base) == 1 and all(isinstance(job, Scores) for trial in design.trials for job in trial.jobs)
 
 
 def test_the_command_plans_runs_and_prints(finished: tuple[Scenario, Summary], tmp_path: Path) -> None:
@@ -368,7 +368,7 @@ def test_the_command_plans_runs_and_prints(finished: tuple[Scenario, Summary], t
     file = tmp_path / "two.yaml"
     file.write_text(yaml.safe_dump(json.loads(scenario.model_dump_json(exclude_unset=True))), "utf-8")
     planned = CliRunner().invoke(app, ["bench", str(file), "--plan", "--json"])
-    assert json.loads(planned.stdout) == {"trials": 12, "cells": 24, "left": {}, "seconds_left": 0}
+    assert json.loads(planned.stdout) == {"trials": 12, "jobs": 24, "left": {}, "seconds_left": 0}
     words = CliRunner().invoke(app, ["bench", str(file), "--plan", "--set", "methods=[ties]", "--set", "orders.count=1"])
     assert "left: scores 1" in " ".join(words.stdout.split()), words.output
     shown = CliRunner().invoke(app, ["bench", str(file), "--summary"])

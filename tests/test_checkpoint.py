@@ -52,7 +52,7 @@ def test_every_tensor_of_every_family(bases, family):
     assert checkpoint.specs == {name: Spec("F32", tuple(tensor.shape)) for name, tensor in tensors.items()}
     assert checkpoint.nbytes == sum(tensor.nbytes for tensor in tensors.values())
     assert checkpoint.dtypes == {"float32"} and checkpoint.vocabulary_size == 96
-    assert checkpoint.depths.blocks == block_count(checkpoint.config) == (3 if family.startswith("gemma") else 2)
+    assert checkpoint.layers.blocks == block_count(checkpoint.config) == (3 if family.startswith("gemma") else 2)
     model = make_model(family)
     assert torch.equal(checkpoint.read(checkpoint.embedding), model.get_input_embeddings().weight)
     assert len(checkpoint.token_tensors) == (1 if model.config.tie_word_embeddings else 2)
@@ -138,10 +138,10 @@ def test_names_that_differ_by_leading_words(bases, tmp_path):
     bare = shutil.copytree(bases("gpt2"), tmp_path / "bare")
     save_file({name.removeprefix("transformer."): t for name, t in load_tensors(bare).items()}, bare / SINGLE)
     short = open_checkpoint(bare)
-    assert short.depths.prefix == "h" and short.embedding == "wte.weight"
+    assert short.layers.prefix == "h" and short.embedding == "wte.weight"
     for one, other in ((short, long), (long, short)):
         renamed = named_like(one, other)
-        assert renamed.specs == other.specs and renamed.depths == other.depths and renamed.fingerprint == other.fingerprint
+        assert renamed.specs == other.specs and renamed.layers == other.layers and renamed.fingerprint == other.fingerprint
         assert renamed.embedding == other.embedding and renamed.token_tensors == other.token_tensors
     assert named_like(long, long) is long and named_like(long, open_checkpoint(bases("llama"))) is long
 
@@ -314,4 +314,4 @@ def test_a_config_whose_text_part_tells(folder):
     text = {key: config.pop(key) for key in ("num_hidden_layers", "vocab_size", "tie_word_embeddings")}
     (folder / "config.json").write_text(json.dumps(config | {"text_config": text}))
     checkpoint = open_checkpoint(folder)
-    assert checkpoint.vocabulary_size == 96 and checkpoint.depths.blocks == 2
+    assert checkpoint.vocabulary_size == 96 and checkpoint.layers.blocks == 2

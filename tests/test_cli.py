@@ -50,12 +50,12 @@ FLAGS = ["--base", "base", "-e", "a=a", "-e", "b=b", "-m", "linear"]
 @pytest.mark.parametrize(
     ("arguments", "printed"),
     [
-        (["merge", "run.yaml"], ["depth", "w a", "w b", "S a", "merged by recall into merged"]),
+        (["merge", "run.yaml"], ["layer", "w a", "w b", "S a", "merged by recall into merged"]),
         (["merge", *FLAGS, "-o", "flags"], ["merged by linear into flags"]),
         (["merge", "run.yaml", "--set", "method=linear", "--set", "out.path=other", "--quiet"], ["merged by linear into other"]),
         (["plan", "run.yaml"], ["bytes read", "kernel: rbf", "nothing was written"]),
         (["plan", *FLAGS, "--out", "x"], ["linear", "0.5, 0.5"]),
-        (["weights", "run.yaml"], ["depth", "S a"]),
+        (["weights", "run.yaml"], ["layer", "S a"]),
         (["methods"], ["recall", "linear", "task_arithmetic"]),
         (["methods", "recall"], ["arXiv:2510.20479", "as reconstructed", "temperature = 1.0", "bandwidth = median"]),
         (["methods", "linear"], ["scale", "arXiv:2203.05482"]),
@@ -136,8 +136,8 @@ def test_the_installed_command_runs_in_a_process_of_its_own(here):
 
 
 def test_command_workspace_and_library_keep_as_many_directions():
-    from recall_merge.cli.app import card
+    from recall_merge.cli.app import stats
     from recall_merge.continual.settings import Settings
     from recall_merge.merging.statistics import RANK
 
-    assert inspect.signature(card).parameters["rank"].default == Settings.model_fields["card_rank"].default == RANK
+    assert inspect.signature(stats).parameters["rank"].default == Settings.model_fields["stats_rank"].default == RANK

@@ -29,10 +29,10 @@ from recall_merge.evaluation.evaluate import evaluate
 from recall_merge.merging.distributed import ATTEMPT
 from recall_merge.merging.run import load_run
 from recall_merge.runtime.errors import CheckpointError, EngineError, MissingExtra, RunError
-from recall_merge.runtime.executor import open_engine
+from recall_merge.runtime.executor import open_executor
 from test_bench import ALL, questions, told
+from test_distributed import a_run, files_of, spoilt
 from test_docs import ROOT, blocks
-from test_spread import a_run, files_of, spoilt
 from tiny import fine_tuned, lora, make_model, save_model, write_rows
 
 NODE = {"num_cpus": 1, "object_store_memory": 10**8, "memory": 10**9}
@@ -95,7 +95,7 @@ def lost_in_the_middle(cluster: Any, run: MergeRun) -> dict[str, bytes]:
     left: list[Path] = []
     losing = threading.Thread(target=lambda: left.append(lose_a_node(cluster, partial)), daemon=True)
     losing.start()
-    result = merge(run, engine=f"ray://{cluster.address}")
+    result = merge(run, executor=f"ray://{cluster.address}")
     losing.join()
     assert len(left) == 1
     assert len(cluster.worker_nodes) == 1
@@ -140,7 +140,7 @@ def test_a_merge_that_fails_on_a_worker_leaves_nothing(cluster: Any, llama: Path
     experts = {"a": spoilt(llama, tmp_path / "a"), "b": fine_tuned(llama, tmp_path / "b", seed=1)}
     run = a_run(llama, experts, rows, tmp_path / "out", out={"shard_size": "5KB"})
     with pytest.raises(CheckpointError, match=r"^expert 'a' holds NaN or infinity in 'lm_head.weight'\n  where: .*/a\n  fix: the training"):
-        merge(run, engine=f"ray://{cluster.address}")
+        merge(run, executor=f"ray://{cluster.address}")
     assert not [*tmp_path.glob("out*")]
 
 
@@ -155,7 +155,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def made_by(scenario: Scenario) -> dict[str, bytes]:
-    """The bytes of all that the cells made, and of the tables: adapters, anchors, merges, scores, the numbers made of them."""
+    """The bytes of all that the jobs made, and of the tables: adapters, anchors, merges, scores, the numbers made of them."""
     out = Path(str(scenario.out))
     files = [file for file in out.rglob("*") if file.suffix in (".safetensors", ".csv") or file.name == "R.json"]
     return {str(file.relative_to(out)): without_seconds(file) if file.suffix == ".csv" else file.read_bytes() for file in files}
@@ -186,7 +186,7 @@ def test_a_bench_that_loses_a_node_makes_the_same_bytes(
         if len(heard) == 3:
             cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)  # in the middle of a task of its
 
-    bench(scenario, engine=f"ray://{cluster.address}", listener=lose)
+    bench(scenario, executor=f"ray://{cluster.address}", listener=lose)
     assert len(heard) == heard[-1].number == heard[-1].total >= 12
     assert len(cluster.worker_nodes) == 1
     assert len(local) > 5
@@ -197,7 +197,7 @@ def test_a_bench_that_loses_a_node_makes_the_same_bytes(
 def test_a_bench_whose_driver_is_killed_goes_on(cluster: Any, local: dict[str, bytes], llama: Path, rows: Path, tmp_path: Path) -> None:
     given = told(llama, rows, tmp_path / "out", methods=ALL)
     (tmp_path / "scenario.yaml").write_text(yaml.safe_dump(given))
-    words = [sys.executable, "-m", "recall_merge", "bench", tmp_path / "scenario.yaml", "--engine", f"ray://{cluster.address}", "--quiet"]
+    words = [sys.executable, "-m", "recall_merge", "bench", tmp_path / "scenario.yaml", "--executor", f"ray://{cluster.address}", "--quiet"]
     driver = subprocess.Popen(list(map(str, words)), stderr=subprocess.DEVNULL)
     scenario = Scenario.model_validate(given)
     wait_until(lambda: len(store_of(scenario).notes()) >= 3)
@@ -205,7 +205,7 @@ def test_a_bench_whose_driver_is_killed_goes_on(cluster: Any, local: dict[str, b
     driver.wait()
     before = len(store_of(scenario).notes())
     heard: list[Any] = []
-    bench(scenario, engine=f"ray://{cluster.address}", listener=heard.append)
+    bench(scenario, executor=f"ray://{cluster.address}", listener=heard.append)
     assert heard[-1].number == heard[-1].total >= 12
     assert 0 < len(heard) <= heard[-1].total - before
     assert made_by(scenario) == local
@@ -214,36 +214,36 @@ def test_a_bench_whose_driver_is_killed_goes_on(cluster: Any, local: dict[str, b
 @pytest.mark.slow
 def test_scores_of_tasks_side_by_side_are_the_same(cluster: Any, llama: Path, rows: Path) -> None:
     tasks = [f"{name}={rows / f'{name}-test.jsonl'}" for name in ("films", "dogs", "quick")]
-    there = evaluate(str(llama), tasks, engine=f"ray://{cluster.address}")
+    there = evaluate(str(llama), tasks, executor=f"ray://{cluster.address}")
     assert [score.to_json() for score in there] == [score.to_json() for score in evaluate(str(llama), tasks)]
 
 
 @pytest.mark.slow
 def test_a_task_fails_with_its_own_message(cluster: Any, tmp_path: Path) -> None:
-    with open_engine(f"ray://{cluster.address}", 1) as engine:
-        assert engine.slots == 3
-        assert engine.submit("a sum", divmod, 7, 2).result() == (3, 1)
-        poisoned = engine.submit("a run", load_run, tmp_path / "none.yaml")
+    with open_executor(f"ray://{cluster.address}", 1) as executor:
+        assert executor.slots == 3
+        assert executor.submit("a sum", divmod, 7, 2).result() == (3, 1)
+        poisoned = executor.submit("a run", load_run, tmp_path / "none.yaml")
         with pytest.raises(RunError, match=r"^there is no such run\n  where: .*none.yaml"):
             poisoned.result()
         with pytest.raises(ZeroDivisionError):
-            engine.submit("a division", divmod, 1, 0).result()
+            executor.submit("a division", divmod, 1, 0).result()
         with pytest.raises(EngineError, match="'an end' was given up"):  # it kills every worker that it is given to
-            engine.submit("an end", os._exit, 3).result()
+            executor.submit("an end", os._exit, 3).result()
         with pytest.raises(
             EngineError, match=r"'much' needs up to 5,000,000,000 bytes of memory; the largest node of the cluster gives 1,000"
         ):
-            engine.submit("much", divmod, 1, 1, memory=5 * 10**9)
+            executor.submit("much", divmod, 1, 1, memory=5 * 10**9)
         with pytest.raises(EngineError, match="'wide' needs up to 2 processors; the largest node of the cluster gives 1"):
-            engine.submit("wide", divmod, 1, 1, threads=2)
+            executor.submit("wide", divmod, 1, 1, threads=2)
 
 
 @pytest.mark.slow
 def test_no_more_is_in_flight_than_memory_allows(cluster: Any, tmp_path: Path) -> None:
     larger = cluster.add_node(**NODE | {"num_cpus": 3})
-    with open_engine(f"ray://{cluster.address}", 1) as engine:
-        assert engine.slots == 6
-        halves = [engine.submit(f"{place}", stay, tmp_path / str(place), 0.5, memory=6 * 10**8) for place in range(6)]
+    with open_executor(f"ray://{cluster.address}", 1) as executor:
+        assert executor.slots == 6
+        halves = [executor.submit(f"{place}", stay, tmp_path / str(place), 0.5, memory=6 * 10**8) for place in range(6)]
         assert [half.result() for half in halves] == [None] * 6
         assert (
             max(map(int, (tmp_path / "0").parent.joinpath("most").read_text().split())) <= 4
@@ -289,15 +289,15 @@ def test_the_documented_commands_work(cluster: Any, llama: Path, rows: Path, tmp
 def test_ray_on_this_machine(llama: Path, rows: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="pip install 'recall-merge[cluster]'")
     scenario = Scenario.model_validate(told(llama, rows, tmp_path / "out", methods=["linear"]))
-    alike = Scenario.model_validate(told(llama, rows, tmp_path / "alike", methods=["linear"]))
-    bench(scenario, engine="ray")
-    bench(alike)
-    assert made_by(scenario) == made_by(alike)
+    similarity_rows = Scenario.model_validate(told(llama, rows, tmp_path / "similarity_rows", methods=["linear"]))
+    bench(scenario, executor="ray")
+    bench(similarity_rows)
+    assert made_by(scenario) == made_by(similarity_rows)
 
 
 def test_what_is_no_engine() -> None:
     for words in ("rey", "ray:", "", "dask"):
-        with pytest.raises(RunError, match=f"there is no engine '{words}'"), open_engine(words, 1):
+        with pytest.raises(RunError, match=f"there is no executor '{words}'"), open_executor(words, 1):
             pass
 
 
@@ -305,16 +305,16 @@ def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, ll
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "ray" else find(name, *rest))
     with pytest.raises(MissingExtra, match=r"pip install 'recall-merge\[cluster\]'"):
-        bench(Scenario.model_validate(told(llama, rows, tmp_path / "out")), engine="ray")
+        bench(Scenario.model_validate(told(llama, rows, tmp_path / "out")), executor="ray")
     with pytest.raises(MissingExtra, match=r"pip install 'recall-merge\[cluster\]'"):
-        merge(a_run(llama, {"a": llama}, rows / "films-train.jsonl", tmp_path / "out"), engine="ray")
+        merge(a_run(llama, {"a": llama}, rows / "films-train.jsonl", tmp_path / "out"), executor="ray")
     assert not (tmp_path / "out").exists()
 
 
 def test_local_tasks_raise_what_they_raise() -> None:
-    with open_engine("local", 1) as engine:
-        assert engine.submit("a sum", divmod, 7, 2).result() == (3, 1)
-        assert isinstance(engine.submit("a division", divmod, 1, 0).exception(), ZeroDivisionError)
+    with open_executor("local", 1) as executor:
+        assert executor.submit("a sum", divmod, 7, 2).result() == (3, 1)
+        assert isinstance(executor.submit("a division", divmod, 1, 0).exception(), ZeroDivisionError)
 
 
 def wait_until(done: Callable[[], bool], seconds: float = 300) -> None:

@@ -1,4 +1,4 @@
-"""What goes around a method: weights by depth, a scale by depth, pruning; and the method of a run that names none."""
+"""What goes around a method: weights by layer, a scale by layer, pruning; and the method of a run that names none."""
 
 import json
 
@@ -7,12 +7,12 @@ import torch
 
 from recall_merge import MergeRun, RecallError, make_plan, merge
 from recall_merge.continual.settings import check_method, make_settings
-from recall_merge.maths.layers import Depths
+from recall_merge.maths.layers import Layers
 from recall_merge.maths.methods import METHODS
 from recall_merge.maths.weights import along_blocks
 from recall_merge.merging.merge import reuse
 from recall_merge.merging.rules import OWN_WEIGHTS, choose_method
-from recall_merge.merging.statistics import make_card
+from recall_merge.merging.statistics import make_statistics
 from recall_merge.merging.verify import verify
 from tiny import fine_tuned, load_tensors, lora, make_model, save_model, write_rows
 
@@ -35,16 +35,16 @@ def a_run(world, out, **settings):
     return MergeRun.model_validate({"base": str(world / "base"), "experts": experts, "method": "linear", "out": {"path": out}} | settings)
 
 
-def depth_of(name):
+def layer_of(name):
     return int(name.split("layers.")[1][0]) + 1 if "layers." in name else 0 if "embed" in name else 3
 
 
 def check(world, out, expected):
-    """Compare a result with a formula of (base, delta of a, delta of b, depth), tensor by tensor, in float64."""
+    """Compare a result with a formula of (base, delta of a, delta of b, layer), tensor by tensor, in float64."""
     base, a, b = (load_tensors(world / name) for name in ("base", "a", "b"))
     for name, tensor in load_tensors(out).items():
         theta = base[name].double()
-        wanted = expected(theta, a[name].double() - theta, b[name].double() - theta, depth_of(name))
+        wanted = expected(theta, a[name].double() - theta, b[name].double() - theta, layer_of(name))
         torch.testing.assert_close(tensor.double(), wanted, rtol=0, atol=5e-7, msg=name)
 
 
@@ -53,19 +53,19 @@ ROWS_OF_WEIGHTS = [[1, 0], [1, 3], [1, 1], [0, 2]]
 
 @pytest.mark.parametrize("given", [ROWS_OF_WEIGHTS, {"b": [0, 3, 1, 2], "a": [1, 1, 1, 0]}], ids=["rows", "lists"])
 def test_weights_by_depth(world, tmp_path, given):
-    result = merge(a_run(world, tmp_path / "out", weights={"by_depth": given}))
+    result = merge(a_run(world, tmp_path / "out", weights={"by_layer": given}))
     share = [1.0, 0.25, 0.5, 0.0]  # of a: each row over its sum
-    check(world, tmp_path / "out", lambda theta, a, b, depth: theta + share[depth] * a + (1 - share[depth]) * b)
+    check(world, tmp_path / "out", lambda theta, a, b, layer: theta + share[layer] * a + (1 - share[layer]) * b)
     assert result.weights.tolist() == [[part, 1 - part] for part in share]
     record = json.loads((tmp_path / "out" / "record.json").read_text())
     assert record["weights"]["rows"] == [[part, 1 - part] for part in share]
-    assert record["run"]["weights"] == {"by_depth": given}
+    assert record["run"]["weights"] == {"by_layer": given}
 
 
 def test_weights_of_a_record_can_be_given_back(world, tmp_path):
     samples = {"path": str(world / "rows.jsonl"), "count": 2}
     first = merge(a_run(world, tmp_path / "first", method="recall", options={"temperature": 0.1}, samples=samples))
-    merge(a_run(world, tmp_path / "again", weights={"by_depth": first.record["weights"]["rows"]}))
+    merge(a_run(world, tmp_path / "again", weights={"by_layer": first.record["weights"]["rows"]}))
     one, two = load_tensors(tmp_path / "first"), load_tensors(tmp_path / "again")
     assert all(torch.allclose(one[name], two[name], rtol=0, atol=1e-8) for name in one)
     assert len(set(first.weights[:, 0].tolist())) > 1
@@ -73,12 +73,12 @@ def test_weights_of_a_record_can_be_given_back(world, tmp_path):
 
 @pytest.mark.parametrize("method", ["linear", "task_arithmetic"])
 def test_scale_by_depth(world, tmp_path, method):
-    merge(a_run(world, tmp_path / "out", method=method, scale_by_depth={"alpha": 0.5, "beta": 1.0}))
+    merge(a_run(world, tmp_path / "out", method=method, scale_by_layer={"alpha": 0.5, "beta": 1.0}))
     scale = [0.5, 0.5, 1.5, 1.5]  # alpha at block 1 of 2, alpha + beta at block 2
     each = 0.5 if method == "linear" else 1.0
-    check(world, tmp_path / "out", lambda theta, a, b, depth: theta + scale[depth] * each * (a + b))
+    check(world, tmp_path / "out", lambda theta, a, b, layer: theta + scale[layer] * each * (a + b))
     record = json.loads((tmp_path / "out" / "record.json").read_text())
-    assert record["run"]["scale_by_depth"] == {"alpha": 0.5, "beta": 1.0}
+    assert record["run"]["scale_by_layer"] == {"alpha": 0.5, "beta": 1.0}
 
 
 def largest(delta, scores, count):
@@ -91,7 +91,7 @@ def largest(delta, scores, count):
 def test_pruning_comes_before_the_method(world, tmp_path, saliency):
     experts = [{"name": name, "path": str(world / name)} for name in "abc"]
     prune = {"density": 0.25, "saliency": saliency}
-    merge(a_run(world, tmp_path / "out", experts=experts, weights=[1, 2, 1], prune=prune, scale_by_depth={"alpha": 2, "beta": 0}))
+    merge(a_run(world, tmp_path / "out", experts=experts, weights=[1, 2, 1], prune=prune, scale_by_layer={"alpha": 2, "beta": 0}))
     base, *others = (load_tensors(world / name) for name in ("base", *"abc"))
     for name, tensor in load_tensors(tmp_path / "out").items():
         deltas = [other[name] - base[name] for other in others]
@@ -115,14 +115,14 @@ def test_pruning_makes_factors_dense(world, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "what"),
     [
-        ({"weights": {"by_depth": [[1, 1]] * 3}}, "there are weights for 3 depths; the base has 4, from 0 to 3"),
-        ({"weights": {"by_depth": [[1, 1]] * 3 + [[1]]}}, "there are 1 weights for 2 experts at depth 3"),
-        ({"weights": {"by_depth": [[1, 1]] * 3 + [[0, 0]]}}, "not all 0"),
-        ({"weights": {"by_depth": []}}, "there are no weights"),
-        ({"weights": {"by_depth": {"a": [1] * 4}}}, "there are lists of 4 numbers for a"),
-        ({"weights": {"by_depth": {"a": [1] * 4, "b": [1] * 3}}}, "4 numbers for a, 3 numbers for b"),
-        ({"weights": {"by_depth": {"a": [1] * 4, "c": [1] * 4}}}, "4 numbers for c"),
-        ({"method": "recall", "weights": {"by_depth": [[1, 1]] * 4}}, "weights of its own"),
+        ({"weights": {"by_layer": [[1, 1]] * 3}}, "there are weights for 3 layers; the base has 4, from 0 to 3"),
+        ({"weights": {"by_layer": [[1, 1]] * 3 + [[1]]}}, "there are 1 weights for 2 experts at layer 3"),
+        ({"weights": {"by_layer": [[1, 1]] * 3 + [[0, 0]]}}, "not all 0"),
+        ({"weights": {"by_layer": []}}, "there are no weights"),
+        ({"weights": {"by_layer": {"a": [1] * 4}}}, "there are lists of 4 numbers for a"),
+        ({"weights": {"by_layer": {"a": [1] * 4, "b": [1] * 3}}}, "4 numbers for a, 3 numbers for b"),
+        ({"weights": {"by_layer": {"a": [1] * 4, "c": [1] * 4}}}, "4 numbers for c"),
+        ({"method": "recall", "weights": {"by_layer": [[1, 1]] * 4}}, "weights of its own"),
     ],
 )
 def test_faults(world, tmp_path, settings, what):
@@ -133,7 +133,7 @@ def test_faults(world, tmp_path, settings, what):
 
 @pytest.mark.parametrize(("given", "fits"), [(ROWS_OF_WEIGHTS, 2), ({"a": [1], "b": [1], "c": [2]}, 3)], ids=["rows", "lists"])
 def test_settings_of_a_workspace_take_them_too(given, fits):
-    settings = make_settings({}, {"method": "linear", "weights": {"by_depth": given}, "prune": {"density": 0.5}})
+    settings = make_settings({}, {"method": "linear", "weights": {"by_layer": given}, "prune": {"density": 0.5}})
     check_method(settings)
     check_method(settings, fits)
     with pytest.raises(RecallError, match=r"weights|lists"):
@@ -143,21 +143,21 @@ def test_settings_of_a_workspace_take_them_too(given, fits):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"weights": {"by_depth": [[-1, 1]] * 4}},
-        {"weights": {"by_depth": [[1, 1]] * 4, "temperature": 1}},
-        {"scale_by_depth": {"alpha": 1}},
-        {"scale_by_depth": {"alpha": -1, "beta": 0}},
+        {"weights": {"by_layer": [[-1, 1]] * 4}},
+        {"weights": {"by_layer": [[1, 1]] * 4, "temperature": 1}},
+        {"scale_by_layer": {"alpha": 1}},
+        {"scale_by_layer": {"alpha": -1, "beta": 0}},
         {"prune": {"density": 0}},
         {"prune": {"share": 0.5}},
     ],
 )
 def test_what_a_run_does_not_take(world, tmp_path, settings):
-    with pytest.raises(ValueError, match=r"by_depth|weights|scale_by_depth|prune"):
+    with pytest.raises(ValueError, match=r"by_layer|weights|scale_by_layer|prune"):
         a_run(world, tmp_path / "out", **settings)
 
 
 @pytest.mark.parametrize(
-    ("cards", "samples", "weights", "method"),
+    ("statistics", "samples", "weights", "method"),
     [
         ([True, True], True, False, "aligned"),
         ([True, True], False, True, "aligned"),
@@ -168,8 +168,8 @@ def test_what_a_run_does_not_take(world, tmp_path, settings):
         ([False], False, False, "linear"),
     ],
 )
-def test_the_method_that_is_chosen(cards, samples, weights, method):
-    assert choose_method(cards, samples=samples, weights=weights)[0] == method
+def test_the_method_that_is_chosen(statistics, samples, weights, method):
+    assert choose_method(statistics, samples=samples, weights=weights)[0] == method
 
 
 def test_a_run_without_a_method_says_which_it_got(world, tmp_path):
@@ -178,12 +178,12 @@ def test_a_run_without_a_method_says_which_it_got(world, tmp_path):
     assert make_plan(run.model_copy(update={"experts": run.experts[:1]})).method.name == "linear"
     experts = []
     for name in "ab":
-        card = tmp_path / f"card-{name}"
+        stats = tmp_path / f"statistics-{name}"
         one = {"base": str(world / "base"), "experts": [{"name": name, "path": str(world / name)}]}
-        make_card(MergeRun.model_validate(one | {"samples": {"path": str(world / "rows.jsonl")}}), folder=card)
-        experts.append({"name": name, "path": str(world / name), "card": str(card)})
+        make_statistics(MergeRun.model_validate(one | {"samples": {"path": str(world / "rows.jsonl")}}), folder=stats)
+        experts.append({"name": name, "path": str(world / name), "stats": str(stats)})
     result = merge(a_run(world, tmp_path / "out", method=None, experts=experts))
-    note = "`method` was left out: `aligned`, because every expert has a card"
+    note = "`method` was left out: `aligned`, because every expert has input statistics"
     assert note in result.notes
     assert note in result.record["notes"]
     assert result.record["run"]["method"] == result.record["method"]["name"] == "aligned"
@@ -192,7 +192,7 @@ def test_a_run_without_a_method_says_which_it_got(world, tmp_path):
 def test_a_ramp(world, tmp_path):
     result = merge(a_run(world, tmp_path / "out", weights={"ramp": {"a": [1, 0], "b": [1, 1]}}))
     share = [0.5, 0.5, 0.0, 0.0]  # of a: the first block's at the embedding, the last one's at norm and head
-    check(world, tmp_path / "out", lambda theta, a, b, depth: theta + share[depth] * a + (1 - share[depth]) * b)
+    check(world, tmp_path / "out", lambda theta, a, b, layer: theta + share[layer] * a + (1 - share[layer]) * b)
     assert result.weights[:, 0].tolist() == share
 
 
@@ -217,30 +217,30 @@ KINDS = {
 
 
 def test_kinds():
-    depths = Depths("model.layers", 2)
-    assert {name: depths.kind_of(name) for name in KINDS} == KINDS
-    gpt2 = Depths("h", 1)
+    layers = Layers("model.layers", 2)
+    assert {name: layers.kind_of(name) for name in KINDS} == KINDS
+    gpt2 = Layers("h", 1)
     names = ("wte.weight", "wpe.weight", "h.0.ln_1.weight", "h.0.attn.c_attn.bias", "h.0.mlp.c_fc.weight", "ln_f.weight")
     assert [gpt2.kind_of(name) for name in names] == ["embedding", "embedding", "norm", "attention", "mlp", "norm"]
 
 
 PARTS = [
-    {"kind": "attention", "depths": [1], "weights": [1, 0]},
+    {"kind": "attention", "layers": [1], "weights": [1, 0]},
     {"filter": ["down_proj", "*.up_proj.*"], "weights": {"ramp": {"a": [0, 1], "b": [1, 1]}}, "options": {"scale": 0.5}},
     {"filter": "model.layers.*", "kind": ["attention", "mlp"], "weights": "uniform", "options": {"scale": 2.0}},
-    {"kind": "norm", "weights": {"by_depth": [[1, 1], [1, 0], [0, 1], [1, 3]]}},
+    {"kind": "norm", "weights": {"by_layer": [[1, 1], [1, 0], [0, 1], [1, 3]]}},
 ]
 
 
 def expected_of_parts(name):
     """What each expert has of its delta, worked out by hand: (a, b)."""
-    depth = depth_of(name)
+    layer = layer_of(name)
     if "norm" in name:
-        return {1: (1, 0), 2: (0, 1), 3: (0.25, 0.75)}[depth]
+        return {1: (1, 0), 2: (0, 1), 3: (0.25, 0.75)}[layer]
     if "attn" in name:
-        return (2, 0) if depth == 1 else (1, 1)
+        return (2, 0) if layer == 1 else (1, 1)
     if "down_proj" in name or "up_proj" in name:
-        return (0, 0.5) if depth == 1 else (0.25, 0.25)
+        return (0, 0.5) if layer == 1 else (0.25, 0.25)
     return (1, 1) if "layers" in name else (0.3, 0.7)
 
 
@@ -283,7 +283,7 @@ def test_parts_go_with_every_method(world, tmp_path, method):
 
 def test_an_option_of_each_expert(world, tmp_path):
     merge(a_run(world, tmp_path / "out", method="ties", options={"density": [1.0, 0.5], "mean": "none", "scale": 2.0}, weights=[1, 0]))
-    check(world, tmp_path / "out", lambda theta, a, b, depth: theta + 2 * a)
+    check(world, tmp_path / "out", lambda theta, a, b, layer: theta + 2 * a)
     with pytest.raises(RecallError, match="'density' has 3 numbers for 2 experts"):
         make_plan(a_run(world, tmp_path / "x", method="ties", options={"density": [1, 1, 1]}))
 
@@ -294,13 +294,13 @@ def test_an_option_of_each_expert(world, tmp_path):
         ({"filter": "down_prj", "weights": [1, 1]}, "near it: down_proj"),
         ({"filter": "zzz", "weights": [1, 1]}, r"selects no tensor: filter zzz(.|\n)*the tensors are lm_head.weight"),
         ({"kind": "other", "weights": [1, 1]}, "the kinds of its tensors are attention, embedding, head, mlp, norm"),
-        ({"kind": "mlp", "depths": [0], "weights": [1, 1]}, "the depths are 0 to 3"),
-        ({"depths": [1], "weights": [1]}, r"there are 1 weights for 2 experts(.|\n)*parts.0.weights"),
-        ({"depths": [1], "weights": {"by_depth": [[1, 1]]}}, "there are weights for 1 depths"),
-        ({"depths": [1], "weights": {"ramp": {"a": [1, 1]}}}, "lists of 2 numbers for a"),
-        ({"depths": [1], "weights": {"ramp": {"a": [1, 0], "b": [1, 0]}}}, "all weights are 0 at a point"),
-        ({"depths": [1], "options": {"scael": 1}}, r"no option 'scael'(.|\n)*parts.0.options(.|\n)*'scale'"),
-        ({"weights": [1, 1]}, "a part needs `filter`, `kind` or `depths`"),
+        ({"kind": "mlp", "layers": [0], "weights": [1, 1]}, "the layers are 0 to 3"),
+        ({"layers": [1], "weights": [1]}, r"there are 1 weights for 2 experts(.|\n)*parts.0.weights"),
+        ({"layers": [1], "weights": {"by_layer": [[1, 1]]}}, "there are weights for 1 layers"),
+        ({"layers": [1], "weights": {"ramp": {"a": [1, 1]}}}, "lists of 2 numbers for a"),
+        ({"layers": [1], "weights": {"ramp": {"a": [1, 0], "b": [1, 0]}}}, "all weights are 0 at a point"),
+        ({"layers": [1], "options": {"scael": 1}}, r"no option 'scael'(.|\n)*parts.0.options(.|\n)*'scale'"),
+        ({"weights": [1, 1]}, "a part needs `filter`, `kind` or `layers`"),
         ({"kind": "mlp"}, "a part needs `weights` or `options`"),
         ({"kind": "mlps", "weights": [1, 1]}, "kind"),
     ],

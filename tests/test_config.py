@@ -6,8 +6,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from recall_merge.merging.run import Representations, assign, load_run
+from recall_merge.merging.run import RecallWeights, load_run
 from recall_merge.runtime.errors import RunError
+from recall_merge.runtime.sections import assign
 
 LEAST = {"base": "org/base", "experts": [{"name": "math", "path": "org/math"}], "method": "linear"}
 
@@ -65,8 +66,8 @@ def test_sizes(run, text, size):
 def test_weights_are_a_word_numbers_or_options(run):
     assert run(weights="uniform").weights == "uniform"
     assert run(weights=[0, 2.5]).weights == [0.0, 2.5]
-    assert run(weights={"kernel": "cka", "bandwidth": 0.5}).weights == Representations(kernel="cka", bandwidth=0.5)
-    assert run(weights={}).weights == Representations()
+    assert run(weights={"kernel": "cka", "bandwidth": 0.5}).weights == RecallWeights(kernel="cka", bandwidth=0.5)
+    assert run(weights={}).weights == RecallWeights()
 
 
 FAULTS = {  # keys -> what is said of them, and how to mend it; (what, fix) more than once where more is wrong

@@ -103,7 +103,7 @@ def run(found: Method, base: Tensor, deltas: list[Any], weights: list[float], op
 
 
 def moment(name: str, outputs: int, size: int) -> Moment:
-    """What an expert's card says of a layer's inputs: of each expert something else."""
+    """What an expert's statistics says of a layer's inputs: of each expert something else."""
     generator = torch.Generator().manual_seed(NAMES.index(name))
     factor = torch.randn(size, 2, generator=generator, dtype=torch.float64)
     rest, gradient = 0.1 + torch.rand(size, generator=generator, dtype=torch.float64), torch.rand(outputs, generator=generator)

@@ -1,4 +1,4 @@
-"""A merge as tasks makes what one pass over the models makes. The engine here does each task at once, from copies of what it needs."""
+"""A merge as tasks makes what one pass over the models makes. The executor here does each task at once, from copies of what it needs."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from recall_merge.maths.methods import METHODS
 from recall_merge.merging import merge as recipe
 from recall_merge.merging.distributed import ATTEMPT, for_tasks, write_shard
 from recall_merge.merging.plan import make_plan
-from recall_merge.merging.weights import weigh
+from recall_merge.merging.weights import compute_weights
 from recall_merge.models.layerwise import _Batch
 from recall_merge.runtime.errors import CheckpointError, RecallError, Unwalkable
-from recall_merge.runtime.executor import Engine
+from recall_merge.runtime.executor import Executor
 from recall_merge.runtime.local import Here
-from test_by_depth import ROWS
+from test_layerwise import ROWS
 from tiny import fine_tuned, lora, make_model, save_model, write_rows
 
 
@@ -47,15 +47,15 @@ class Worker(Here):
 
 @pytest.fixture
 def worker(monkeypatch: pytest.MonkeyPatch) -> Worker:
-    """What `engine="ray"` means in this test."""
+    """What `executor="ray"` means in this test."""
     made = Worker()
 
     @contextmanager
-    def opened(words: str, workers: int) -> Iterator[Engine]:
+    def opened(words: str, workers: int) -> Iterator[Executor]:
         yield made
 
-    monkeypatch.setattr(recipe, "open_engine", opened)
-    monkeypatch.setattr(recipe, "check_engine", lambda words: None)
+    monkeypatch.setattr(recipe, "open_executor", opened)
+    monkeypatch.setattr(recipe, "check_executor", lambda words: None)
     return made
 
 
@@ -83,10 +83,10 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def same(make: Callable[[Path], MergeRun], tmp_path: Path) -> dict[str, bytes]:
     """Merge here and apart, and compare all that was made."""
     here, apart = make(tmp_path / "here"), make(tmp_path / "apart")
-    one, other = merge(here), merge(apart, engine="ray")
+    one, other = merge(here), merge(apart, executor="ray")
     assert files_of(one.path) == files_of(other.path)
     assert torch.equal(one.weights, other.weights)
-    assert one.weighting.samples == other.weighting.samples
+    assert one.merge_weights.samples == other.merge_weights.samples
     verify(other.path)
     return files_of(other.path)
 
@@ -108,7 +108,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "both, in one shard": {"experts": "axb", "out": {"shard_size": "5GB"}},
     "given weights": {"experts": "abx", "method": "ties", "weights": [1.0, 2.0, 1.0], "samples": None},
     "random draws": {"experts": "ab", "method": "dare_ties", "options": {"density": 0.5}, "weights": {}},
-    "a control that needs all depths": {"experts": "ab", "method": "linear", "weights": {"control": "permuted"}},
+    "a ablation that needs all layers": {"experts": "ab", "method": "linear", "weights": {"ablation": "permuted"}},
     "losses": {"experts": "ab", "method": "lm_cocktail"},
     "skipped": {"experts": "ab", "method": "linear", "skip": ["*layers.1.*"], "weights": {"precision": "bfloat16"}},
 }
@@ -169,9 +169,9 @@ def test_a_merge_that_fails_apart_leaves_nothing(bases: Bases, worker: Worker, r
     base = bases("llama")
     experts = {"a": spoilt(base, tmp_path / "a"), "b": fine_tuned(base, tmp_path / "b", seed=1)}
     told = []
-    for engine in ("local", "ray"):
+    for executor in ("local", "ray"):
         with pytest.raises(CheckpointError, match=r"expert 'a' holds NaN or infinity in 'lm_head.weight'") as refused:
-            merge(a_run(base, experts, rows, tmp_path / "out"), engine=engine)
+            merge(a_run(base, experts, rows, tmp_path / "out"), executor=executor)
         told.append(str(refused.value))
         assert not [*tmp_path.glob("out*")]
     assert told[0] == told[1]
@@ -185,13 +185,13 @@ def test_a_machine_that_finds_other_files_says_so(bases: Bases, rows: Path, tmp_
 
     def refused() -> str:
         with pytest.raises(RecallError) as found:
-            write_shard(plan, weigh(plan), folder, 0)
+            write_shard(plan, compute_weights(plan), folder, 0)
         return str(found.value)
 
     assert "does not find the folder that the result is written to" in refused()
     folder.mkdir()
     (folder / MARKER).touch()
-    assert write_shard(plan, weigh(plan), folder, 0).lines[0].keys() == plan.shards[0].specs.keys()
+    assert write_shard(plan, compute_weights(plan), folder, 0).lines[0].keys() == plan.shards[0].specs.keys()
     (tmp_path / "a" / "config.json").touch()
     assert refused().startswith("a machine of the cluster finds another file here, or none")
     assert str(tmp_path / "a" / "config.json") in refused()

@@ -94,7 +94,7 @@ def test_commands_of_the_site_work(here):
         write_rows(here / f"{name}-test.jsonl", [{**row, "prompt": f"{row['prompt']} Say it.", "choices": [" yes", " no"]} for row in ROWS])
     models = ", ".join(f"{{model: out/{name}, parameters: {{weight: 0.5}}}}" for name in ("sentiment", "french"))
     (here / "mergekit.yml").write_text(f"models: [{models}]\nmerge_method: task_arithmetic\nbase_model: base\n")
-    first = [ROOT / "docs" / f"{name}.md" for name in ("index", "choosing", "cards", "workspace", "reports")]
+    first = [ROOT / "docs" / f"{name}.md" for name in ("index", "choosing", "statistics", "workspace", "reports")]
     ran, extras = 0, tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
     for page in (*first, *(page for page in sorted((ROOT / "docs").rglob("*.md")) if page not in first)):
         if page.stem == "index":

@@ -95,10 +95,10 @@ def test_error_of_a_lower_rank_is_that_of_a_plain_svd(full, tmp_path):
     for name in ours:
         delta = ours[name].double().numpy() - theirs[name].double().numpy()
         block = "h." if family == "gpt2" else "layers."
-        depth = 1 + int(name.split(block)[1][0]) if block in name else 0 if "emb" in name or "wte" in name or "wpe" in name else 3
-        sizes[depth] += (delta**2).sum()
+        layer = 1 + int(name.split(block)[1][0]) if block in name else 0 if "emb" in name or "wte" in name or "wpe" in name else 3
+        sizes[layer] += (delta**2).sum()
         if name in made.ranks:
-            missed[depth] += (np.linalg.svd(delta, compute_uv=False)[4:] ** 2).sum()
+            missed[layer] += (np.linalg.svd(delta, compute_uv=False)[4:] ** 2).sum()
     assert set(made.ranks.values()) == {4}
     np.testing.assert_allclose(made.errors, np.sqrt(missed / sizes), rtol=1e-6)
     np.testing.assert_allclose(made.error, np.sqrt(missed.sum() / sizes.sum()), rtol=1e-6)
@@ -141,7 +141,7 @@ def test_weights_by_depth_reach_the_factors(adapters, tmp_path):
 
 def test_a_scale_by_depth_reaches_the_factors(adapters, tmp_path):
     base, experts = adapters
-    result = merged(tmp_path, base, experts, scale_by_depth={"alpha": 0.5, "beta": 1})
+    result = merged(tmp_path, base, experts, scale_by_layer={"alpha": 0.5, "beta": 1})
     made = export_adapter(result, base=str(base), experts=places(experts))
     assert set(made.ranks.values()) == {2, 5}
     assert relative(load_tensors(merged_by_peft(base, made.path, tmp_path / "again")), load_tensors(result)) < 1e-6

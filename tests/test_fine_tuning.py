@@ -41,7 +41,7 @@ class StopAt(TrainerCallback):
     def __init__(self, step):
         self.step = step
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args, state, ablation, **kwargs):
         if state.global_step == self.step:
             raise KeyboardInterrupt
 

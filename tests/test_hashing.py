@@ -119,7 +119,7 @@ def test_a_workspace_sees_a_bit_of_its_base(llama, folder):
 
 
 def test_a_bench_sees_a_bit_of_its_base(folder, tmp_path):
-    store, base = Store(tmp_path / "cells"), Base(folder, open_checkpoint(folder).fingerprint)
+    store, base = Store(tmp_path / "jobs"), Base(folder, open_checkpoint(folder).fingerprint)
     store.keep_base(base)
     store.keep_base(base)
     stored = open_checkpoint(folder).tensors["lm_head.weight"]

@@ -1,4 +1,4 @@
-"""One pass, depth by depth: what it weighs and writes is what weighing whole models and fusing afterwards gives, from half of the bytes."""
+"""One pass, layer by layer: what it weighs and writes is what weighing whole models and fusing afterwards gives, from half of the bytes."""
 
 import json
 
@@ -8,8 +8,8 @@ import torch
 from recall_merge import MergeRun, merge
 from recall_merge.files.experts import Digest
 from recall_merge.merging.plan import make_plan
-from recall_merge.merging.tensors import fuse
-from recall_merge.merging.weights import weigh
+from recall_merge.merging.tensors import merge_tensors
+from recall_merge.merging.weights import compute_weights
 from recall_merge.models.layerwise import _Batch
 from recall_merge.runtime.errors import Unwalkable
 from tiny import FAMILIES, fine_tuned, load_tensors, lora, make_model, make_tokenizer, save_model, write_rows
@@ -34,14 +34,14 @@ def a_plan(base, experts, rows, target, **settings):
 
 
 def same(plan):
-    """Merge depth by depth, and compare with whole models weighed first."""
-    assert plan.by_depth
-    weighting = weigh(plan)
-    wanted = dict(fuse(plan, weighting, Digest()))
+    """Merge layer by layer, and compare with whole models weighed first."""
+    assert plan.by_layer
+    merge_weights = compute_weights(plan)
+    wanted = dict(merge_tensors(plan, merge_weights, Digest()))
     result = merge(plan.run)
     found = load_tensors(plan.target)
-    assert torch.equal(result.weights, weighting.weights) and torch.equal(result.similarity, weighting.similarity)
-    assert result.weighting.samples == weighting.samples
+    assert torch.equal(result.weights, merge_weights.weights) and torch.equal(result.similarity, merge_weights.similarity)
+    assert result.merge_weights.samples == merge_weights.samples
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     return result
@@ -61,7 +61,7 @@ WAYS = {
     "a matrix method": {"experts": "ab", "method": "tsv", "weights": {}},
     "ties in shards": {"experts": "abx", "method": "ties", "weights": {}, "out": {"shard_size": "9KB"}},
     "skipped": {"experts": "ab", "skip": ["*embed_tokens.weight", "*layers.1.*"]},
-    "uniform": {"experts": "ab", "method": "linear", "weights": {"control": "uniform", "outside_blocks": "newest"}},
+    "uniform": {"experts": "ab", "method": "linear", "weights": {"ablation": "uniform", "outside_blocks": "newest"}},
     "ends alike": {"experts": "ab", "method": "linear", "weights": {"outside_blocks": "uniform", "kernel": "cka"}},
     "bfloat16": {"experts": "ab", "method": "linear", "weights": {"precision": "bfloat16", "pooling": "last"}},
 }
@@ -82,10 +82,10 @@ def test_every_way(way, dtype, rows, tmp_path):
 def test_controls_that_need_all_depths_take_whole_models(bases, rows, tmp_path):
     base = bases("llama")
     experts = {name: fine_tuned(base, tmp_path / name, seed=seed) for seed, name in enumerate("ab")}
-    for control in ("tilt", "ramp", "permuted"):
-        plan = a_plan(base, experts, rows, tmp_path / control, method="linear", weights={"control": control})
-        assert not plan.by_depth
-        assert torch.equal(merge(plan.run).weights, weigh(plan).weights)
+    for ablation in ("tilt", "ramp", "permuted"):
+        plan = a_plan(base, experts, rows, tmp_path / ablation, method="linear", weights={"ablation": ablation})
+        assert not plan.by_layer
+        assert torch.equal(merge(plan.run).weights, compute_weights(plan).weights)
 
 
 def test_every_model_is_read_once_and_the_newest_once_more(rows, tmp_path):

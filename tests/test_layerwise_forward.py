@@ -10,7 +10,7 @@ import torch
 
 from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.models.hidden_states import representations
-from recall_merge.models.layerwise import Walk, _Batch, step
+from recall_merge.models.layerwise import LayerwiseForward, _Batch, step
 from recall_merge.models.load import build_model
 from recall_merge.runtime.errors import CheckpointError
 from recall_merge.runtime.memory import zeros
@@ -20,14 +20,14 @@ TOKENS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22
 
 
 def parameters(base):
-    def of(depth):
-        return {name: base.read(name) for name in base.tensors if base.depths.of(name) == depth}
+    def of(layer):
+        return {name: base.read(name) for name in base.tensors if base.layers.of(name) == layer}
 
     return of
 
 
 def steps(walk, base, last):
-    return [walk.step(parameters(base)(depth)) for depth in range(last + 1)]
+    return [walk.step(parameters(base)(layer)) for layer in range(last + 1)]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -38,21 +38,21 @@ def test_the_numbers_of_the_whole_model(family, dtype, bases, monkeypatch):
     monkeypatch.setattr(hidden.make_batches, "__defaults__", (24,))  # several batches
     base = open_checkpoint(bases(family))
     model = build_model(base.folder, {name: base.read(name) for name in base.tensors}, dtype=dtype)
-    wanted = representations(model, TOKENS, base.depths)
+    wanted = representations(model, TOKENS, base.layers)
     for threads in (1, 2):
-        with Walk(base.folder, TOKENS, base.depths, dtype=dtype, threads=threads) as walk:
-            found = steps(walk, base, base.depths.blocks)
+        with LayerwiseForward(base.folder, TOKENS, base.layers, dtype=dtype, threads=threads) as walk:
+            found = steps(walk, base, base.layers.blocks)
         assert torch.equal(torch.stack(found), wanted)
-    with Walk(base.folder, TOKENS, base.depths, dtype=dtype, pooling="last") as walk:
+    with LayerwiseForward(base.folder, TOKENS, base.layers, dtype=dtype, pooling="last") as walk:
         found = steps(walk, base, 1)[1:]
-    assert torch.equal(torch.stack(found), representations(model, TOKENS, base.depths, at=[1], pooling="last"))
+    assert torch.equal(torch.stack(found), representations(model, TOKENS, base.layers, at=[1], pooling="last"))
 
 
 def test_no_more_than_a_block_is_there(llama):
     base = open_checkpoint(llama)
-    with Walk(base.folder, TOKENS, base.depths) as walk:
-        for depth in range(base.depths.blocks + 1):
-            walk.step(parameters(base)(depth))
+    with LayerwiseForward(base.folder, TOKENS, base.layers) as walk:
+        for layer in range(base.layers.blocks + 1):
+            walk.step(parameters(base)(layer))
             blocks = [p for name, p in walk._model.named_parameters() if ".layers." in name]
             assert all(parameter.is_meta for parameter in blocks)
 
@@ -72,16 +72,16 @@ def test_of_no_more_models_than_threads_is_a_block_there(llama, monkeypatch, thr
 
     monkeypatch.setattr(_Batch, "go_on", go_on)
     with ExitStack() as stack:
-        walks = [stack.enter_context(Walk(base.folder, TOKENS[:2], base.depths, threads=threads)) for _ in range(6)]
-        for depth in range(base.depths.blocks + 1):
-            states = step(walks, [partial(parameters(base), depth)] * 6)
+        walks = [stack.enter_context(LayerwiseForward(base.folder, TOKENS[:2], base.layers, threads=threads)) for _ in range(6)]
+        for layer in range(base.layers.blocks + 1):
+            states = step(walks, [partial(parameters(base), layer)] * 6)
             assert bound() == 0 and all(torch.equal(state, states[0]) for state in states)
     assert 0 < most <= threads
 
 
 def test_stopped_early_it_leaves_no_thread(llama):
     base, threads = open_checkpoint(llama), threading.active_count()
-    with pytest.raises(KeyError), Walk(base.folder, TOKENS, base.depths) as walk:
+    with pytest.raises(KeyError), LayerwiseForward(base.folder, TOKENS, base.layers) as walk:
         walk.step(parameters(base)(0))
         raise KeyError
     assert threading.active_count() == threads
@@ -89,11 +89,11 @@ def test_stopped_early_it_leaves_no_thread(llama):
 
 def test_a_block_without_its_numbers_is_an_error(llama):
     base = open_checkpoint(llama)
-    with Walk(base.folder, TOKENS, base.depths) as walk:
+    with LayerwiseForward(base.folder, TOKENS, base.layers) as walk:
         walk.step(parameters(base)(0))
         with pytest.raises(CheckpointError, match="needs numbers that it does not have"):
             walk.step({})
-    with Walk(base.folder, TOKENS, base.depths) as walk, pytest.raises(CheckpointError, match="unexpected keys"):
+    with LayerwiseForward(base.folder, TOKENS, base.layers) as walk, pytest.raises(CheckpointError, match="unexpected keys"):
         walk.step({"stray.weight": torch.zeros(2)})
 
 

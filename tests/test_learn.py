@@ -138,7 +138,7 @@ def test_the_samples_are_rows_of_the_newest_experts_training_rows(ws, data):
     assert list(learned.stage.samples) == [sample["row"] for sample in record["samples"]]
     assert len(learned.stage.samples) == SETTINGS["samples.count"]
     assert record["run"]["samples"]["path"] == "b-train.jsonl"
-    assert learned.merge.weighting.models == ("a", "b")
+    assert learned.merge.merge_weights.models == ("a", "b")
     text = read_rows(data / "b-train.jsonl")[learned.stage.samples[0]].plain
 
     def holding_text() -> list[Path]:
@@ -148,7 +148,7 @@ def test_the_samples_are_rows_of_the_newest_experts_training_rows(ws, data):
     rollback(folder, 1)
     learned = teach(folder, data, "b", sets={"keep_samples": True}, method="linear")
     assert holding_text() == [Path("samples/3-b.jsonl")]  # unless asked
-    assert len(learned.stage.samples) == SETTINGS["samples.count"]  # of the card, where the method compares no representations
+    assert len(learned.stage.samples) == SETTINGS["samples.count"]  # of the input statistics, where the method compares no representations
 
 
 def test_older_rows_are_never_read_again(ws, data, tmp_path):
@@ -221,15 +221,15 @@ def test_settings_of_one_stage_are_its_own(ws, data):
 def test_every_expert_leaves_a_card_so_a_later_stage_may_merge_by_cards(ws, data):
     folder = ws("linear")
     stage = teach(folder, data, "b", method="aligned", start="last").stage
-    assert (read_state(folder).stages[0].card, stage.card) == ("cards/1-a", "cards/2-b")
-    facts = json.loads((folder / "cards" / "1-a" / "recall-card.json").read_text())
+    assert (read_state(folder).stages[0].stats, stage.stats) == ("statistics/1-a", "statistics/2-b")
+    facts = json.loads((folder / "statistics" / "1-a" / "stats.json").read_text())
     assert (facts["samples"], facts["rank"]) == (SETTINGS["samples.count"], RANK)
     record = json.loads((folder / "merges" / "2" / "record.json").read_text())
-    assert set(record["cards"]["experts"]) == {"a", "b"}
-    assert not [note for note in record["notes"] if "has no card" in note]
-    shutil.rmtree(folder / "cards" / "2-b")
-    refused(folder, lambda: teach(folder, data, "c", method="aligned"), "the card of 'b' is missing")
-    assert teach(folder, data, "c", sets={"card_rank": 0}).stage.card is None
+    assert set(record["statistics"]["experts"]) == {"a", "b"}
+    assert not [note for note in record["notes"] if "has no input statistics" in note]
+    shutil.rmtree(folder / "statistics" / "2-b")
+    refused(folder, lambda: teach(folder, data, "c", method="aligned"), "the input statistics of 'b' is missing")
+    assert teach(folder, data, "c", sets={"stats_rank": 0}).stage.stats is None
 
 
 def test_an_old_merge_may_be_deleted_to_make_room(ws, data):

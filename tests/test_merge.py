@@ -46,7 +46,7 @@ def a_run(base, experts, target, **settings):
     return MergeRun.model_validate({"base": str(base), "experts": entries, "method": "linear", "out": {"path": target}} | settings)
 
 
-def depth_of(name: str, blocks: int) -> int:
+def layer_of(name: str, blocks: int) -> int:
     """Written for these families alone, and unlike the library's own way."""
     inside = re.search(r"\.(?:layers|h)\.(\d+)\.", name)
     if inside:
@@ -59,7 +59,7 @@ def expected(base, experts, weights, blocks):
     merged = {}
     for name, tensor in load_tensors(base).items():
         total = tensor.clone()
-        for expert, weight in zip(experts, weights[depth_of(name, blocks)], strict=True):
+        for expert, weight in zip(experts, weights[layer_of(name, blocks)], strict=True):
             total = torch.add(total, expert[name] - tensor, alpha=weight)
         merged[name] = total
     return merged
@@ -74,9 +74,9 @@ def test_recall_equals_plain_torch_from_the_records_weights(family, two, rows, t
     weights = record["weights"]["rows"]
     blocks = len(weights) - 2
     assert record["weights"]["experts"] == ["a", "b"]
-    assert record["weights"]["depths"] == list(range(blocks + 2))
+    assert record["weights"]["layers"] == list(range(blocks + 2))
     assert all(sum(row) == pytest.approx(1, abs=1e-12) for row in weights)
-    assert len({tuple(row) for row in weights}) > 1  # representations differ with depth, so depths must not be mixed up
+    assert len({tuple(row) for row in weights}) > 1  # representations differ with layer, so layers must not be mixed up
     found, wanted = load_tensors(tmp_path / "out"), expected(base, [load_tensors(a), load_tensors(b)], weights, blocks)
     assert found.keys() == wanted.keys()
     for name in wanted:
@@ -196,10 +196,10 @@ def test_card_is_what_the_hub_reads(two, rows, tmp_path):
     base = Path(shutil.copytree(base, tmp_path / "base"))
     (base / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: [en]\n---\n# Base\n")
     merge(a_run(base, {"a": a, "b": b}, tmp_path / "out", method="recall", samples={"path": str(rows)}))
-    card = ModelCard.load(tmp_path / "out" / "README.md")
-    assert card.data.tags == ["merge", "recall-merge", "recall"]
-    assert (card.data.license, card.data.language, card.data.base_model_relation) == ("apache-2.0", ["en"], "merge")
-    assert "| depth | a | b |" in card.text
+    stats = ModelCard.load(tmp_path / "out" / "README.md")
+    assert stats.data.tags == ["merge", "recall-merge", "recall"]
+    assert (stats.data.license, stats.data.language, stats.data.base_model_relation) == ("apache-2.0", ["en"], "merge")
+    assert "| layer | a | b |" in stats.text
 
 
 def test_skip_keeps_the_base(two, tmp_path):

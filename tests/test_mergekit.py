@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 from recall_merge import MergeRun, RecallError, merge
 from recall_merge.cli.app import app
 from recall_merge.interop.export import export_mergekit
-from recall_merge.interop.mergekit_file import PARAMETERS, MergekitFile, check_file, layers_of, values_of
+from recall_merge.interop.mergekit_file import PARAMETERS, MergekitFile, check_file, slices_of, values_of
 from recall_merge.interop.mergekit_run import load_any_run
-from recall_merge.maths.layers import Depths
+from recall_merge.maths.layers import Layers
 from tiny import fine_tuned, load_tensors, lora, make_model, save_model
 
 PYTHON = Path(__file__).parents[1] / ".venv-mergekit" / "bin" / "python"
@@ -200,25 +200,25 @@ def test_gradients_filters_and_precedence_by_hand():
         ],
         "parameters": {"weight": 0.25, "density": 0.75, "normalize": [False, True]},
     }
-    file, depths = MergekitFile.model_validate(data), Depths("model.layers", 5)
+    file, layers = MergekitFile.model_validate(data), Layers("model.layers", 5)
     check_file(file)
-    layers = layers_of(file, 5)
-    found = [values_of(file, layers, f"model.layers.{i}.mlp.up_proj.weight", depths) for i in range(5)]
+    slices = slices_of(file, 5)
+    found = [values_of(file, slices, f"model.layers.{i}.mlp.up_proj.weight", layers) for i in range(5)]
     assert [one.by_model["a"]["weight"] for one in found] == [0, 0.5, 1, 2, 3]
     assert [one.by_model["a"]["density"] for one in found] == [1, 0.875, 0.75, 0.625, 0.5]
     assert [one.shared["normalize"] for one in found] == [False] * 4 + [True]
-    other = values_of(file, layers, "model.layers.4.self_attn.q_proj.weight", depths)
+    other = values_of(file, slices, "model.layers.4.self_attn.q_proj.weight", layers)
     assert other.by_model["a"]["density"] == 0.75
     assert other.by_model["b"]["weight"] == 0.25
     assert other.by_model["z"] == {}
-    assert values_of(file, layers, "lm_head.weight", depths).by_model["a"]["weight"] == 0
+    assert values_of(file, slices, "lm_head.weight", layers).by_model["a"]["weight"] == 0
 
 
 def test_an_exported_run_gives_the_same_merge(world, tmp_path, monkeypatch):
     places = world / "float32"
     experts = [{"name": n, "path": str(places / n), "same_base": True} for n in ("a", "lora", "b")]
     rows = {"a": [1, 1, 2, 0, 1, 1, 3], "lora": [0, 1, 1, 1, 1, 1, 1], "b": [1, 2, 1, 1, 1, 5, 1]}
-    run = {"base": str(places / "base"), "experts": experts, "method": "linear", "options": {"scale": 0.8}, "weights": {"by_depth": rows}}
+    run = {"base": str(places / "base"), "experts": experts, "method": "linear", "options": {"scale": 0.8}, "weights": {"by_layer": rows}}
     first = merge(MergeRun.model_validate(run | {"skip": ["*.0.*o_proj*"], "out": {"path": tmp_path / "first"}}))
     made = export_mergekit(first.path, base=str(places / "base"), experts={n: str(places / n) for n in ("a", "lora", "b")})
     ours(made.path, tmp_path / "again")
@@ -281,8 +281,8 @@ def two_slices(first, second, **more):
         (MODELS.replace("ties", "slerp").replace("weight: 1", ""), "'t' is missing"),
         (MODELS.replace("ties", "slerp").replace("weight: 1", "") + "parameters: {t: 0.5}\n", "there are 3 models"),
         (MODELS.replace("ties", "karcher").replace("weight: 1", "max_iter: 3"), "iterated until it does not move"),
-        (two_slices([0, 3], [2, 5]), "layers 2 to 5 do not follow layer 3"),
-        (two_slices([2, 5], [0, 2]), "layers 2 to 5 do not follow layer 0"),
+        (two_slices([0, 3], [2, 5]), "slices 2 to 5 do not follow layer 3"),
+        (two_slices([2, 5], [0, 2]), "slices 2 to 5 do not follow layer 0"),
         (two_slices([0, 2], [2, 4]), "the slices end at layer 4; the base has 5"),
         (two_slices([0, 2], [2, 5], residual_weight=0.1), "`residual_weight` is not read"),
         (two_slices([0, 2], [2, 5], base_model="b"), "a slice with a base model of its own"),

@@ -448,7 +448,7 @@ def test_fisher_weighs_each_entry_by_its_information():
     close(fisher(base, deltas, [0.5, 0.5], moments=moments), [[3.0, 4.0]], 1e-4)  # 1 + (3 * 1 + 1 * 5) / 4; nothing known: the mean
     close(fisher(base, deltas, [0.25, 0.75], moments=[know(0.0, 0.0)] * 2), [[5.0, 5.0]])
     assert torch.equal(fisher(base, deltas, [0.0, 0.0], moments=moments), base)
-    close(fisher(base, deltas, [0.5, 0.5], moments=[moments[0], None]), [[4.0, 4.0]])  # one without a card: the mean
+    close(fisher(base, deltas, [0.5, 0.5], moments=[moments[0], None]), [[4.0, 4.0]])  # one without input statistics: the mean
 
 
 def test_regmean_answers_each_experts_inputs():

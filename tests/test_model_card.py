@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from recall_merge import MergeRun, merge
 from recall_merge.cli.app import app
 from recall_merge.evaluation.evaluate import evaluate
-from recall_merge.files.model_card import CARD, PICTURE, add_scores, plain
+from recall_merge.files.model_card import MODEL_CARD, PICTURE, add_scores, plain
 from recall_merge.merging.verify import verify
 from recall_merge.runtime.errors import CheckpointError, RunError
 from tiny import fine_tuned, write_rows
@@ -43,7 +43,7 @@ def merged(world, base, out, names=("a", "b"), **more):
 
 def round_trip(folder) -> ModelCard:
     """What the hub's classes read of a card is what is written, and they write the same again."""
-    text = (folder / CARD).read_text("utf-8")
+    text = (folder / MODEL_CARD).read_text("utf-8")
     card = ModelCard(text)
     assert card.content == text
     assert ModelCard(card.content).data.to_dict() == card.data.to_dict()
@@ -62,11 +62,11 @@ def test_card_shows_the_picture_and_the_record_in_short(world, llama, tmp_path):
         "- option temperature: 0.5",
         "- compared on 2 typical samples",
         "- seed 0; made ",
-        "| depth | a | b |",
+        "| layer | a | b |",
     ):
         assert told in card.text, told
     assert card.data.eval_results is None
-    published = "".join(path.read_text("utf-8") for path in (out / CARD, out / "record.json"))
+    published = "".join(path.read_text("utf-8") for path in (out / MODEL_CARD, out / "record.json"))
     assert "jane-secret" not in published and str(tmp_path) not in published
     assert b"jane-secret" not in (out / PICTURE).read_bytes()
 
@@ -84,8 +84,8 @@ def test_where_all_depths_weigh_alike_there_is_no_picture(world, llama, tmp_path
 def test_without_the_extra_the_card_has_its_tables_alone(world, llama, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "altair", None)
     out = merged(world, llama, tmp_path / "out")
-    assert not (out / PICTURE).exists() and PICTURE not in (out / CARD).read_text()
-    assert "| depth | a | b |" in round_trip(out).text
+    assert not (out / PICTURE).exists() and PICTURE not in (out / MODEL_CARD).read_text()
+    assert "| layer | a | b |" in round_trip(out).text
 
 
 def test_names_of_users_mean_nothing_but_themselves(world, llama, tmp_path):
@@ -93,7 +93,7 @@ def test_names_of_users_mean_nothing_but_themselves(world, llama, tmp_path):
         names = (HOSTILE[at], HOSTILE[(at + 1) % 5])
         text = round_trip(merged(world, llama, tmp_path / f"out{at}", names)).text
         assert "<script" not in text and "![x](" not in text
-        table = next(line for line in text.splitlines() if line.startswith("| depth |"))
+        table = next(line for line in text.splitlines() if line.startswith("| layer |"))
         assert table.replace("\\|", "").count("|") == 4 and len(table) < 300
         assert all(plain(name) in text for name in names)
 
@@ -120,8 +120,8 @@ def test_scores_are_the_model_index_and_a_table(world, llama, tmp_path):
 def test_a_new_score_replaces_the_old_one_and_what_people_wrote_stays(world, llama, tmp_path):
     out = merged(world, llama, tmp_path / "out")
     add_scores(out, "mine", SCORES)
-    (out / CARD).write_text(
-        (out / CARD).read_text().replace("# Merged model", "# My model").replace("license", "licence") + "\nSee also.\n"
+    (out / MODEL_CARD).write_text(
+        (out / MODEL_CARD).read_text().replace("# Merged model", "# My model").replace("license", "licence") + "\nSee also.\n"
     )
     add_scores(out, "another", [{**SCORES[1], "score": 0.5}])
     card = round_trip(out)
@@ -149,10 +149,10 @@ def test_cards_that_cannot_be_read_are_told_before_any_work(tmp_path, llama, wor
 
     folder = shutil.copytree(llama, tmp_path / "model")
     if text is not None:
-        (folder / CARD).write_text(text)
+        (folder / MODEL_CARD).write_text(text)
     with pytest.raises((CheckpointError, RunError), match=said):
         evaluate(str(folder), [str(world / "rows.jsonl")], card=True)
-    assert not (folder / CARD).exists() if text is None else (folder / CARD).read_text() == text
+    assert not (folder / MODEL_CARD).exists() if text is None else (folder / MODEL_CARD).read_text() == text
 
 
 def test_evaluate_puts_scores_into_the_card(world, llama, tmp_path):
@@ -165,7 +165,7 @@ def test_evaluate_puts_scores_into_the_card(world, llama, tmp_path):
     told = card.data.eval_results[0]
     assert (told.dataset_type, told.metric_type, told.dataset_args) == ("fox", "acc", {"rows": 4})
     assert told.metric_value == round(score["score"], 4)
-    assert "jane-secret" not in (out / CARD).read_text()
+    assert "jane-secret" not in (out / MODEL_CARD).read_text()
 
 
 def test_a_stage_of_a_workspace_tells_its_scores(bases, tmp_path):

@@ -1,4 +1,4 @@
-"""Depths: hand-made names, every tiny family, and (slow) every causal language model of transformers against the order it computes in."""
+"""Layers: hand-made names, every tiny family, and (slow) every causal language model of transformers against the order it computes in."""
 
 import pytest
 import torch
@@ -6,14 +6,14 @@ from huggingface_hub.errors import StrictDataclassError
 
 from recall_merge.files.checkpoint import Checkpoint, block_count
 from recall_merge.files.safetensors import CODES, Spec, Stored
-from recall_merge.maths.layers import Depths, find_depths
+from recall_merge.maths.layers import Layers, find_layers
 from recall_merge.models.hidden_states import find_blocks
 from recall_merge.runtime.errors import CheckpointError
 from tiny import FAMILIES, load_model, load_tensors
 
 
 def test_names_worked_by_hand():
-    depths = Depths("transformer.h", 3)
+    layers = Layers("transformer.h", 3)
     expected = {
         "transformer.wte.weight": 0,
         "transformer.wpe.weight": 0,
@@ -26,14 +26,14 @@ def test_names_worked_by_hand():
         "transformer.h.extra.weight": 4,  # no block has this name
         "transformer.hh.0.weight": 4,
     }
-    assert {name: depths.of(name) for name in expected} == expected
-    assert depths.last == 4
+    assert {name: layers.of(name) for name in expected} == expected
+    assert layers.last == 4
 
 
 def test_experts_and_other_lists_inside_the_blocks_are_no_blocks():
     names = [f"model.layers.{block}.experts.{expert}.w" for block in range(2) for expert in range(2)]
-    assert find_depths([*names, "model.norm.weight"], 2) == Depths("model.layers", 2)
-    assert find_depths(["0.w", "1.w", "x.0.w", "x.1.w"], 2) == Depths("x", 2)  # a list at the very top has no name
+    assert find_layers([*names, "model.norm.weight"], 2) == Layers("model.layers", 2)
+    assert find_layers(["0.w", "1.w", "x.0.w", "x.1.w"], 2) == Layers("x", 2)  # a list at the very top has no name
 
 
 @pytest.mark.parametrize(
@@ -48,19 +48,19 @@ def test_experts_and_other_lists_inside_the_blocks_are_no_blocks():
 )
 def test_blocks_that_cannot_be_found(names, blocks, what):
     with pytest.raises(ValueError, match=what):
-        find_depths(names, blocks)
+        find_layers(names, blocks)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tiny_families_compute_in_the_order_of_their_depths(bases, family):
     model = load_model(bases(family))
-    depths = find_depths(load_tensors(bases(family)), block_count(model.config.to_dict()))
-    assert_order(model, depths, torch.tensor([[1, 5, 9]]))
+    layers = find_layers(load_tensors(bases(family)), block_count(model.config.to_dict()))
+    assert_order(model, layers, torch.tensor([[1, 5, 9]]))
 
 
-def assert_order(model, depths, tokens):
-    """Outside the blocks, what runs before the first block has depth 0, and what runs after it the last."""
-    blocks = find_blocks(model, depths)
+def assert_order(model, layers, tokens):
+    """Outside the blocks, what runs before the first block has layer 0, and what runs after it the last."""
+    blocks = find_blocks(model, layers)
     inside = {id(parameter) for parameter in blocks.parameters()}
     begun: list[int] = []
     wrong: dict[str, tuple[int, int]] = {}
@@ -68,9 +68,9 @@ def assert_order(model, depths, tokens):
     def note(name, module):
         def hook(*_):
             for own, parameter in module.named_parameters(recurse=False):
-                full, wanted = f"{name}.{own}".removeprefix("."), depths.last if begun else 0
-                if id(parameter) not in inside and id(parameter) not in seen and depths.of(full) != wanted:
-                    wrong[full] = (depths.of(full), wanted)
+                full, wanted = f"{name}.{own}".removeprefix("."), layers.last if begun else 0
+                if id(parameter) not in inside and id(parameter) not in seen and layers.of(full) != wanted:
+                    wrong[full] = (layers.of(full), wanted)
                 seen.add(id(parameter))
 
         return hook
@@ -166,7 +166,7 @@ def as_checkpoint(model):
         name: Stored(Spec(CODES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape)), Path("model.safetensors"), 0)
         for name, tensor in tensors.items()
     }
-    return Checkpoint(Path(), config, stored, find_depths(tensors, blocks))
+    return Checkpoint(Path(), config, stored, find_layers(tensors, blocks))
 
 
 @pytest.mark.slow
@@ -182,19 +182,19 @@ def test_every_causal_language_model_of_transformers(kind, monkeypatch):
         return
     model = build(kind)
     checkpoint = as_checkpoint(model)
-    depths = checkpoint.depths
-    assert {depths.of(name) for name in checkpoint.tensors} >= set(range(depths.blocks + 2)) - {depths.last}
+    layers = checkpoint.layers
+    assert {layers.of(name) for name in checkpoint.tensors} >= set(range(layers.blocks + 2)) - {layers.last}
     embedding = model.get_input_embeddings().weight
     assert checkpoint.tensors[checkpoint.embedding].spec.shape == embedding.shape
-    in_memory = find_depths(model.state_dict(), depths.blocks)
+    in_memory = find_layers(model.state_dict(), layers.blocks)
 
-    def depths_of(parameter):
+    def layers_of(parameter):
         return {in_memory.of(name) for name, own in model.named_parameters(remove_duplicate=False) if own is parameter}
 
     head = model.get_output_embeddings()
     tied = head is not None and head.weight is embedding
-    assert depths_of(embedding) == ({0, in_memory.last} if tied else {0})
-    assert head is None or tied or depths_of(head.weight) == {in_memory.last}
+    assert layers_of(embedding) == ({0, in_memory.last} if tied else {0})
+    assert head is None or tied or layers_of(head.weight) == {in_memory.last}
     if kind not in NOT_RUN:
         monkeypatch.setattr(torch.Tensor, "item", lambda tensor: 1)  # the meta device has no numbers; masks ask for some
         monkeypatch.setattr(torch.Tensor, "__bool__", lambda tensor: False)

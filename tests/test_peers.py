@@ -74,7 +74,7 @@ def test_b12_half_precision_is_rounded_once(tmp_path):
 
 def test_b14_the_last_depths_weights_are_those_of_final_norm_and_head(world):
     rows = [[1.0, 0.0]] * 3 + [[0.0, 1.0]]
-    found, a, b = merged(world, ["a", "b"], weights={"by_depth": rows}), load_tensors(world / "a"), load_tensors(world / "b")
+    found, a, b = merged(world, ["a", "b"], weights={"by_layer": rows}), load_tensors(world / "a"), load_tensors(world / "b")
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, (b if name in {"lm_head.weight", "model.norm.weight"} else a)[name], rtol=0, atol=1e-7)
 

@@ -65,9 +65,9 @@ def test_a_sound_run_has_a_plan(world):
     numbers = sum(tensor.numel() for tensor in load_tensors(world / "base").values())
     assert plan.bytes_written == 4 * numbers
     assert plan.bytes_read == 3 * 4 * numbers
-    assert plan.by_depth
+    assert plan.by_layer
     assert plan.memory > 0
-    assert plan.base.depths.blocks == 2
+    assert plan.base.layers.blocks == 2
     assert next(iter(plan.specs)) == "model.embed_tokens.weight"
     assert {"model.norm.weight", "lm_head.weight"} == set(list(plan.specs)[-2:])
     assert estimate(plan).seconds > 0

@@ -58,10 +58,10 @@ def test_a_task_has_one_thread_in_this_process_too():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with local_engine(1) as engine:
-            assert engine.submit("threads", torch.get_num_threads).result() == 1
+        with local_engine(1) as executor:
+            assert executor.submit("threads", torch.get_num_threads).result() == 1
             with pytest.raises(DataError):
-                engine.submit("fails", fail, 2, None).result()
+                executor.submit("fails", fail, 2, None).result()
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

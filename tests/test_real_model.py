@@ -9,7 +9,7 @@ from tiny import load_tensors, lora, merged_by_peft, write_rows
 
 pytestmark = pytest.mark.slow
 
-WORDS = ["river", "engine", "letter", "garden", "number", "window", "market", "doctor"]
+WORDS = ["river", "executor", "letter", "garden", "number", "window", "market", "doctor"]
 ROWS = [{"prompt": f"Is a {one} like a {two}? Answer yes or no.", "completion": "no"} for one in WORDS for two in WORDS if one != two]
 
 
@@ -49,9 +49,9 @@ def test_adapters_equal_pefts_own_merge(world):
     dense = [load_tensors(merged_by_peft_float32(world, name)) for name in "ab"]
     base, found = load_tensors(world / "base"), load_tensors(world / "merged")
     for name, tensor in base.items():
-        depth = int(name.split(".")[2]) + 1 if ".layers." in name else 0 if "embed" in name else 31
+        layer = int(name.split(".")[2]) + 1 if ".layers." in name else 0 if "embed" in name else 31
         start = tensor.float()
-        wanted = start + sum(w * (full[name] - start) for w, full in zip(result.weights[depth].tolist(), dense, strict=True))
+        wanted = start + sum(w * (full[name] - start) for w, full in zip(result.weights[layer].tolist(), dense, strict=True))
         assert (found[name] - wanted).norm() <= 1e-6 * wanted.norm(), name
 
 

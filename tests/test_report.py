@@ -16,8 +16,8 @@ from recall_merge.continual.workspace import rollback
 from recall_merge.maths.weights import softmax_weights
 from recall_merge.report import merge_charts, workspace_charts
 from recall_merge.report.anatomy import Models, anatomy
-from recall_merge.report.page import Cell as PageCell
 from recall_merge.report.page import Figure, Item, Items, Matrix, Page, Section, Table, Text, json_in_html, render
+from recall_merge.report.page import Job as PageCell
 from recall_merge.runtime.errors import DataError, OutputError, ResultError, RunError
 from recall_merge.runtime.progress import Silent
 from tiny import fine_tuned, lora, write_rows
@@ -197,13 +197,13 @@ def test_sliders_draw_the_weights_that_a_merge_would_have(pages, merged, driver)
     rows = driver.execute_script(
         "const view = document.querySelector('#explore-weights .plot').view;"
         "return Object.keys(view._runtime.data).map((name) => view.data(name)).find((rows) => rows?.[0]?.weight !== undefined)"
-        ".map((row) => [row.depth, row.model, row.weight])"
+        ".map((row) => [row.layer, row.model, row.weight])"
     )
     wanted = 2 * softmax_weights(similarity, temperature=0.1)
     names = record["similarity"]["experts"]
     assert len(rows) == similarity.numel()
-    for depth, model, weight in rows:
-        assert weight == pytest.approx(float(wanted[depth, names.index(model)]), abs=1e-9)
+    for layer, model, weight in rows:
+        assert weight == pytest.approx(float(wanted[layer, names.index(model)]), abs=1e-9)
 
 
 def lines(driver) -> list[str]:
@@ -214,16 +214,16 @@ def lines(driver) -> list[str]:
 
 @needs_chromium
 def test_words_of_users_are_shown_and_never_run(tmp_path, driver):
-    depths = {"experts": list(HOSTILE), "depths": [0, 1, 2], "rows": [[0.1 * n + 0.1 for n in range(6)]] * 3}
+    layers = {"experts": list(HOSTILE), "layers": [0, 1, 2], "rows": [[0.1 * n + 0.1 for n in range(6)]] * 3}
     points = [{"at": at, "task": name, "score": 0.5, "low": 0.4, "high": 0.6} for at, name in enumerate(HOSTILE)]
-    cells = [{"row": n, "column": 0, "score": 0.5, "shown": "0.5"} for n in range(6)]
+    jobs = [{"row": n, "column": 0, "score": 0.5, "shown": "0.5"} for n in range(6)]
     flow = [{"at": n, "task": HOSTILE[n], "kind": "right to wrong", "share": -0.5, "items": 1} for n in range(6)]
     stages = [{"at": n, "lane": 0, "name": name, "now": n == 5} for n, name in enumerate(HOSTILE)]
     drawn = [
-        merge_charts.similarity_and_weights(depths, depths),
-        merge_charts.explore(depths, {}),
+        merge_charts.similarity_and_weights(layers, layers),
+        merge_charts.explore(layers, {}),
         workspace_charts.curves(points, HOSTILE, HOSTILE),
-        workspace_charts.matrix(cells, HOSTILE, HOSTILE[:1]),
+        workspace_charts.matrix(jobs, HOSTILE, HOSTILE[:1]),
         workspace_charts.flow(flow, HOSTILE),
         workspace_charts.lineage(stages, [{"at": 5, "lane": 0, "to_at": 0, "to_lane": 0, "back": True}]),
     ]

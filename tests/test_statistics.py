@@ -1,4 +1,4 @@
-"""Cards: the moments are those of the inputs, a card fits its expert and nothing else, and `aligned` merges by them."""
+"""Statistics: the moments are those of the inputs, input statistics fits its expert and nothing else, and `aligned` merges by them."""
 
 import json
 import shutil
@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from recall_merge import MergeRun, RecallError, make_plan, merge
-from recall_merge.files.statistics import open_card
+from recall_merge.files.statistics import open_statistics
 from recall_merge.maths.methods.aligned import aligned, condition
 from recall_merge.maths.methods.informed import regmean
 from recall_merge.maths.moments import Moment, compress, identity
-from recall_merge.merging.statistics import make_card
+from recall_merge.merging.statistics import make_statistics
 from recall_merge.models.input_moments import input_moments
 from recall_merge.training.fine_tuning import EncodedRow
 from tiny import edit_json, load_model, load_tensors, lora, merged_by_peft, write_rows
@@ -38,8 +38,8 @@ def a_run(world, experts="ab", **settings):
     )
 
 
-def cards(world, rank=8):
-    return [make_card(a_run(world, name, samples={"path": str(world / f"{name}.jsonl")}), rank=rank) for name in "ab"]
+def statistics(world, rank=8):
+    return [make_statistics(a_run(world, name, samples={"path": str(world / f"{name}.jsonl")}), rank=rank) for name in "ab"]
 
 
 # --- mathematics ----------------------------------------------------------------------------------------------------------------------
@@ -137,16 +137,16 @@ def test_moments_are_those_of_the_inputs(bases, family):
 
 @pytest.mark.parametrize("world", ["llama", "gpt2", "mixtral"], indirect=True)
 def test_merge_by_cards_equals_least_squares_over_the_inputs(world):
-    made = cards(world, rank=1000)  # all directions: nothing is lost
+    made = statistics(world, rank=1000)  # all directions: nothing is lost
     result = merge(a_run(world, options={"ridge": 1e-6}))
-    assert set(result.record["cards"]["experts"]) == {"a", "b"}
-    assert all(1 <= number < 1e9 for number in result.record["cards"]["condition"].values())
+    assert set(result.record["statistics"]["experts"]) == {"a", "b"}
+    assert all(1 <= number < 1e9 for number in result.record["statistics"]["condition"].values())
     base, found = load_tensors(world / "base"), load_tensors(world / "out")
     dense = [load_tensors(merged_by_peft(world / "base", world / name, world / f"{name}-full")) for name in "ab"]
     told = 0
     for name, start in base.items():
         deltas = [full[name] - start for full in dense]
-        known = [card.moment(name) for card in made]
+        known = [stats.moment(name) for stats in made]
         wanted = start + sum(deltas) / 2
         if all(known) and any(delta.any() for delta in deltas):
             told += 1
@@ -162,10 +162,10 @@ def test_merge_by_cards_equals_least_squares_over_the_inputs(world):
 
 
 def test_a_card_is_small_and_holds_no_text(world):
-    card = cards(world, rank=2)[0]
-    text = (world / "a" / "recall-card.json").read_text()
+    stats = statistics(world, rank=2)[0]
+    text = (world / "a" / "stats.json").read_text()
     assert not any(word in text for row in ROWS for word in row["prompt"].split() if len(word) > 3)
-    assert card.nbytes < load_tensors(world / "base")["model.embed_tokens.weight"].nbytes * 2
+    assert stats.nbytes < load_tensors(world / "base")["model.embed_tokens.weight"].nbytes * 2
     assert json.loads(text)["samples"] == 5
 
 
@@ -173,47 +173,47 @@ def test_a_card_is_small_and_holds_no_text(world):
 
 
 def test_no_card_is_said(world):
-    make_card(a_run(world, "a", samples={"path": str(world / "a.jsonl")}))
+    make_statistics(a_run(world, "a", samples={"path": str(world / "a.jsonl")}))
     plan = make_plan(a_run(world))
-    assert plan.notes == ["expert 'b' has no card: all its inputs count alike"]
+    assert plan.notes == ["expert 'b' has no input statistics: all its inputs count alike"]
     merge(a_run(world))
 
 
 def test_stale_cards_and_damaged_ones_are_refused(world):
-    cards(world)
-    edit_json(world / "a" / "recall-card.json", expert="0" * 64)
-    (world / "b" / "recall-card.json").write_text("{}")
+    statistics(world)
+    edit_json(world / "a" / "stats.json", expert="0" * 64)
+    (world / "b" / "stats.json").write_text("{}")
     with pytest.raises(RecallError) as caught:
         make_plan(a_run(world))
     assert [fault.what for fault in caught.value.faults] == [
-        "the card of expert 'a' was made for another state of it",
-        "the card is of a form that this version does not know",
+        "the input statistics of expert 'a' was made for another state of it",
+        "the input statistics is of a form that this version does not know",
     ]
-    assert all("recall card" in fault.fix for fault in caught.value.faults)
+    assert all("recall stats" in fault.fix for fault in caught.value.faults)
 
 
 def test_a_card_is_of_every_bit_of_a_full_expert(world):
     merged_by_peft(world / "base", world / "a", world / "full")
     run = a_run(world, ["full"], samples={"path": str(world / "a.jsonl")})
-    make_card(run)
+    make_statistics(run)
     make_plan(run)
     with (world / "full" / "model.safetensors").open("r+b") as file:
         file.seek(-3000, 2)
         byte = file.read(1)[0]
         file.seek(-3000, 2)
         file.write(bytes([byte ^ 16]))
-    with pytest.raises(RecallError, match="the card of expert 'full' was made for another state of it"):
+    with pytest.raises(RecallError, match="the input statistics of expert 'full' was made for another state of it"):
         make_plan(run)
 
 
 def test_a_card_may_lie_elsewhere(world):
     run = a_run(world, "a", samples={"path": str(world / "a.jsonl")})
-    make_card(run, folder=world / "cards" / "a")
-    assert open_card(world / "a") is None
-    entries = [{"name": "a", "path": str(world / "a"), "card": str(world / "cards" / "a")}]
-    assert make_plan(a_run(world, entries)).cards[0] is not None
+    make_statistics(run, folder=world / "statistics" / "a")
+    assert open_statistics(world / "a") is None
+    entries = [{"name": "a", "path": str(world / "a"), "stats": str(world / "statistics" / "a")}]
+    assert make_plan(a_run(world, entries)).statistics[0] is not None
     merged = merge(a_run(world, entries, out={"path": world / "merged"})).path
     assert str(world) not in (merged / "record.json").read_text()
-    entries[0]["card"] = str(world / "nowhere")
-    with pytest.raises(RecallError, match="there is no card in this folder"):
+    entries[0]["stats"] = str(world / "nowhere")
+    with pytest.raises(RecallError, match="there is no input statistics in this folder"):
         make_plan(a_run(world, entries))

@@ -13,12 +13,12 @@ from recall_merge.files.safetensors import READ, Spec, Stored
 from recall_merge.maths.methods import METHODS
 from recall_merge.maths.methods.wrappers import prune_by_saliency
 from recall_merge.merging import plan as planning
-from recall_merge.merging import tensors as fusing
+from recall_merge.merging import tensors as merging_tensors
 from recall_merge.merging.plan import make_plan
 from recall_merge.merging.provenance import hashes_of
 from recall_merge.merging.rules import OWN_WEIGHTS
-from recall_merge.merging.tensors import fuse, fuse_into
-from recall_merge.merging.weights import weigh
+from recall_merge.merging.tensors import merge_tensors, merge_tensors_into
+from recall_merge.merging.weights import compute_weights
 from tiny import fine_tuned, load_tensors, lora, make_model, save_model
 
 SPAN = 1024  # numbers; the tiny models' largest tensor has three times as many
@@ -41,30 +41,30 @@ def a_plan(models, target, method="linear", adapter=False, **settings):
 
 
 def small_spans(monkeypatch, span=SPAN):
-    monkeypatch.setattr(fusing, "SPAN", span)
+    monkeypatch.setattr(merging_tensors, "SPAN", span)
     monkeypatch.setattr(planning, "SPAN", span)
     monkeypatch.setattr(planning, "WHOLE", span)
 
 
 def written(plan, folder):
-    """What `fuse_into` writes, and the hashes of all models."""
+    """What `merge_tensors_into` writes, and the hashes of all models."""
     folder.mkdir()
     digest = Digest()
     with WeightWriter(folder, plan.shards) as writer:
-        fuse_into(writer, plan, weigh(plan), digest, lambda _: None)
+        merge_tensors_into(writer, plan, compute_weights(plan), digest, lambda _: None)
     return load_tensors(folder), [digest.hexdigest(), *(expert.hashes() for expert in plan.experts)]
 
 
 def whole(plan):
     digest = Digest()
-    tensors = dict(fuse(plan, weigh(plan), digest))
+    tensors = dict(merge_tensors(plan, compute_weights(plan), digest))
     return tensors, [digest.hexdigest(), *(expert.hashes() for expert in plan.experts)]
 
 
 VARIANTS = {
     "one thread": {"threads": 1},
     "an adapter": {"adapter": True},
-    "a scale by depth": {"scale_by_depth": {"alpha": 0.5, "beta": 0.7}},
+    "a scale by layer": {"scale_by_layer": {"alpha": 0.5, "beta": 0.7}},
     "skipped": {"skip": ["*embed_tokens.weight"]},
     "pruned": {"prune": {"density": 0.5}},
     "float32": {"out": {"path": "merged", "dtype": "float32"}},
@@ -73,12 +73,14 @@ VARIANTS = {
 
 
 # Those with weights that want data are `linear`.
-@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if (row.elementwise or row.look) and name not in OWN_WEIGHTS])
+@pytest.mark.parametrize(
+    "method", [name for name, row in METHODS.items() if (row.elementwise or row.find_threshold) and name not in OWN_WEIGHTS]
+)
 def test_spans_give_the_bytes_of_whole_tensors(models, tmp_path, monkeypatch, method):
     small_spans(monkeypatch)
 
     def plan():
-        return a_plan(models, tmp_path / "merged", method, adapter=METHODS[method].look is not None, threads=3)
+        return a_plan(models, tmp_path / "merged", method, adapter=METHODS[method].find_threshold is not None, threads=3)
 
     tensors, hashes = written(plan(), tmp_path / "spans")
     wanted, wanted_hashes = whole(plan())

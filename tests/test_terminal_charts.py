@@ -10,8 +10,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from recall_merge.bench.results import MethodRow, Summary
-from recall_merge.cli import bench
-from recall_merge.cli import terminal_charts as glance
+from recall_merge.cli import bench, terminal_charts
 from recall_merge.cli.app import app
 from recall_merge.maths.metrics import FORMULAS
 from tiny import fine_tuned, write_rows
@@ -49,7 +48,7 @@ def fits(text: str, columns: int = 80) -> bool:
 @pytest.fixture(scope="module")
 def world(bases, tmp_path_factory):
     """Two experts and a run of them; and a workspace of two stages."""
-    folder = tmp_path_factory.mktemp("glance")
+    folder = tmp_path_factory.mktemp("terminal_charts")
     for seed, name in enumerate("ab"):
         fine_tuned(bases("llama"), folder / name, seed=seed + 1)
     write_rows(folder / "rows.jsonl", ROWS)
@@ -66,8 +65,8 @@ def world(bases, tmp_path_factory):
 
 def test_weights_piped_are_plain(world, piped):
     text = printed("weights", str(world / "run.yaml"))
-    assert "\x1b" not in text and not set(glance.BARS) & set(text)
-    assert "w [red]a[/red]" in text and "b·[2J" in text  # brackets are no markup, and a control character does not reach a terminal
+    assert "\x1b" not in text and not set(terminal_charts.BARS) & set(text)
+    assert "w [red]a[/red]" in text and "b·[2J" in text  # brackets are no markup, and a ablation character does not reach a terminal
     assert re.search(r"^ 0 to 3 |^ 0 +\d\.\d{4} +\d\.\d{4} +\d\.\d{4}", text, re.MULTILINE)
 
 
@@ -75,11 +74,11 @@ def test_weights_on_a_terminal_are_seen_at_once(world, terminal):
     text = printed("weights", str(world / "run.yaml"))
     assert COLOUR.search(text) and "\x1b[2J" not in text and fits(text)
     shown = ESCAPE.sub("", text)
-    for title, depths in (("similarity to the newest", 3), ("weights", 4)):
+    for title, layers in (("similarity to the newest", 3), ("weights", 4)):
         strip = shown[shown.index(f"{title}: ") :].splitlines()
         assert strip[1].startswith("[red]a[/red] ")
-        assert sum(letter in glance.BARS for letter in strip[1]) == depths
-        assert strip[3].split() == ["depth", "0", str(depths - 1)]
+        assert sum(letter in terminal_charts.BARS for letter in strip[1]) == layers
+        assert strip[3].split() == ["layer", "0", str(layers - 1)]
     assert "an even share" in shown
 
 
@@ -103,7 +102,7 @@ def test_status_piped_and_on_a_terminal(world, piped, monkeypatch, request):
     for name, numbers in rows.items():
         assert [word for line in shown.splitlines() if line.startswith(f" {name} ") for word in line.split()][-2:] == numbers.split()
     (bars,) = re.findall(r"^ base to now +(\S+ *\S*) +(\S+)", shown, re.MULTILINE)
-    assert set("".join(bars)) <= set(glance.BARS + " ")
+    assert set("".join(bars)) <= set(terminal_charts.BARS + " ")
 
 
 def a_summary(folder, tasks) -> Summary:
@@ -137,18 +136,18 @@ def test_bench_shows_methods_against_tasks_with_their_spread(tmp_path, piped, ca
 
 def test_strips_of_many_depths_and_long_names_fit(terminal):
     names = ["x" * 500, "🦊שלום\u202e", "tab\tand\nline"]
-    rows = [[0.1 * number + 0.2 + depth / 1000 for number in range(3)] for depth in range(130)]
-    table = {"experts": names, "depths": list(range(130)), "rows": rows}
+    rows = [[0.1 * number + 0.2 + layer / 1000 for number in range(3)] for layer in range(130)]
+    table = {"experts": names, "layers": list(range(130)), "rows": rows}
     console = Console(force_terminal=True, width=80, record=True, file=StringIO(), color_system="truecolor")
-    console.print(glance.strips("weights", table, 80, middle=1 / 3), soft_wrap=True)
+    console.print(terminal_charts.strips("weights", table, 80, middle=1 / 3), soft_wrap=True)
     shown = console.export_text()
-    assert fits(shown) and "a bar is 4 depths" in shown and "\u202e" not in shown and "tab·and·line" in shown
+    assert fits(shown) and "a bar is 4 layers" in shown and "\u202e" not in shown and "tab·and·line" in shown
     assert "0.200 to 0.329" in shown
 
 
 def test_where_bars_cannot_be_shown_they_are_not():
     ascii_only = SimpleNamespace(is_terminal=True, options=SimpleNamespace(ascii_only=True))
-    assert not glance.watched(ascii_only)
+    assert not terminal_charts.watched(ascii_only)
 
 
 def test_ink_can_be_read_on_every_colour():
@@ -159,9 +158,9 @@ def test_ink_can_be_read_on_every_colour():
         red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
         return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
-    for colours in (glance.VIRIDIS, glance.DIVERGING):
+    for colours in (terminal_charts.VIRIDIS, terminal_charts.DIVERGING):
         for step, colour in enumerate(colours):
-            ink, _, ground = glance.tint((step + 0.5) / len(colours), colours).split()
+            ink, _, ground = terminal_charts.tint((step + 0.5) / len(colours), colours).split()
             assert ground == colour
             light, dark = sorted((luminance(colour), luminance(ink)), reverse=True)
             assert (light + 0.05) / (dark + 0.05) >= 4.5

@@ -164,4 +164,4 @@ def test_a_clock_that_runs_backwards(tortured, tmp_path, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: 2 * start - 10_000 - time.monotonic())
     merge_here(tortured[1], tmp_path / "out")
     assert weights(tmp_path / "out") == tortured[1].wanted[MERGED]
-    assert json.loads((tmp_path / "out" / "record.json").read_text())["seconds"]["fuse"] >= 0
+    assert json.loads((tmp_path / "out" / "record.json").read_text())["seconds"]["merge"] >= 0

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from recall_merge import MergeRun, verify
-from recall_merge.merging import validate_output as recheck
+from recall_merge.merging import validate_output
 from recall_merge.merging.merge import apply
 from recall_merge.merging.plan import make_plan
 from recall_merge.merging.validate_output import Reader, is_sound, reader
@@ -154,7 +154,7 @@ def run(**settings) -> MergeRun:
     "settings", [{"threads": 1}, {"out": {"reload": False}}, {"method": "recall", "samples": {"path": "rows.jsonl"}}], ids=str
 )
 def test_no_other_process_where_it_saves_nothing(settings, monkeypatch):
-    monkeypatch.setattr(recheck, "Reader", lambda: pytest.fail("a process was started"))
+    monkeypatch.setattr(validate_output, "Reader", lambda: pytest.fail("a process was started"))
     with reader(run()) as other:  # this process has imported transformers
         assert other is None
     monkeypatch.delitem(sys.modules, "transformers")

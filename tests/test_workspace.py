@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 from recall_merge.cli.app import app
 from recall_merge.continual.stages import learn
 from recall_merge.continual.state import (
-    Lesson,
     Model,
     Scores,
     Stage,
+    StageSpec,
     State,
     Task,
     found_path,
@@ -430,8 +430,10 @@ def test_init_and_rollback_commands(ws, llama, tmp_path, monkeypatch):
 
 def test_an_unfinished_stage_and_a_running_command_are_shown(ws):
     state = read_state(ws)
-    lesson = Lesson(**state.stages[1].model_dump(include=set(Lesson.model_fields)) | {"id": 3, "parent": 2, "task": Task(name="c")})
-    write_state(ws, state.changed(unfinished=lesson))
+    stage_spec = StageSpec(
+        **state.stages[1].model_dump(include=set(StageSpec.model_fields)) | {"id": 3, "parent": 2, "task": Task(name="c")}
+    )
+    write_state(ws, state.changed(unfinished=stage_spec))
     append_line(ws / "journal.jsonl", json.dumps({"stage": 3, "part": "merge", "event": "begun"}))
     shown = recall("status", ws).output
     assert f"unfinished: stage 3 (c), in part 'merge'; `recall learn {ws}` goes on, `recall rollback {ws} --to 2` gives it up" in shown

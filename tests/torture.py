@@ -278,8 +278,8 @@ def torture(minutes: float, seed: int) -> int:
                 bad.append(f"seed {one}, {fault}, {work}: {outcome.words}")
         print(f"{'fault':40} {'during':26} {'injected':>8} {'survived':>8} {'data lost':>9} {'wrong results':>13} {'seconds':>8}")
         for fault, work in kinds:
-            cells = [rows[fault, work, name] for name in ("faults", "survived", "lost", "wrong")]
-            print(f"{fault:40} {work:26} {cells[0]:8} {cells[1]:8} {cells[2]:9} {cells[3]:13} {spent[fault, work]:8.0f}")
+            jobs = [rows[fault, work, name] for name in ("faults", "survived", "lost", "wrong")]
+            print(f"{fault:40} {work:26} {jobs[0]:8} {jobs[1]:8} {jobs[2]:9} {jobs[3]:13} {spent[fault, work]:8.0f}")
         total = [sum(count for (_, _, name), count in rows.items() if name == wanted) for wanted in ("faults", "survived", "lost", "wrong")]
         print(f"{'all':40} {f'seed {seed}':26} {total[0]:8} {total[1]:8} {total[2]:9} {total[3]:13} {sum(spent.values()):8.0f}")
     print(*bad, sep="\n", end="\n" if bad else "")

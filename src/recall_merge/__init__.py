@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from recall_merge.merging.run import MergeRun as MergeRun
     from recall_merge.merging.run import load_run as load_run
     from recall_merge.merging.verify import verify as verify
-    from recall_merge.merging.weights import Weighting as Weighting
-    from recall_merge.merging.weights import weigh as weigh
+    from recall_merge.merging.weights import MergeWeights as MergeWeights
+    from recall_merge.merging.weights import compute_weights as compute_weights
     from recall_merge.runtime.errors import RecallError as RecallError
 
 _HOMES = {
@@ -23,24 +23,24 @@ _HOMES = {
     "MergeRun": "merging.run",
     "Plan": "merging.plan",
     "RecallError": "runtime.errors",
-    "Weighting": "merging.weights",
+    "MergeWeights": "merging.weights",
     "load_run": "merging.run",
     "make_plan": "merging.plan",
     "merge": "merging.merge",
     "verify": "merging.verify",
-    "weigh": "merging.weights",
+    "compute_weights": "merging.weights",
 }
 __all__ = [
     "MergeResult",
     "MergeRun",
+    "MergeWeights",
     "Plan",
     "RecallError",
-    "Weighting",
+    "compute_weights",
     "load_run",
     "make_plan",
     "merge",
     "verify",
-    "weigh",
 ]
 
 

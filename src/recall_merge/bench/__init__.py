@@ -1,1 +1,1 @@
-"""The bench: tasks x orders x seeds x methods, in cells that are known by all that they depend on, so that nothing is done twice."""
+"""The bench: tasks x orders x seeds x methods, in jobs that are known by all that they depend on, so that nothing is done twice."""

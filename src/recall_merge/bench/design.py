@@ -1,4 +1,4 @@
-"""What a scenario asks for: the trials (a method on an order with a seed), and behind each of them the cells that it is made of."""
+"""What a scenario asks for: the trials (a method on an order with a seed), and behind each of them the jobs that it is made of."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from recall_merge.bench.jobs import Anchor, Base, Carded, Merged, Model, Question, Scores, Trained
+from recall_merge.bench.jobs import Anchor, Base, Merged, Model, Question, Scores, StatisticsJob, Trained
 from recall_merge.bench.scenario import BASELINES, EwcOptions, Kind, MethodEntry, ReplayOptions, Scenario
 from recall_merge.evaluation.tasks import TaskSpec, check_tasks
 from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.files.hub import locate
 from recall_merge.files.rows import Row, read_rows
 from recall_merge.merging.rules import OWN_WEIGHTS, rules_of
-from recall_merge.merging.run import ByDepth, ByLoss, MergeRun, Representations, Samples, parse
+from recall_merge.merging.run import ByLayer, ByLoss, MergeRun, RecallWeights, Samples
 from recall_merge.runtime.errors import DataError, Faults, RunError, did_you_mean
+from recall_merge.runtime.sections import parse
 from recall_merge.training.settings import check_arguments
 
 
@@ -26,7 +27,7 @@ class Trial:
 
     Attributes:
         order: the tasks as they arrive; a method to which the order says nothing has one trial, in the order listed.
-        scores: the cells of scores by (stage, task); stage 0 is the base.
+        scores: the jobs of scores by (stage, task); stage 0 is the base.
         staged: it has a model after each stage, and so numbers of forgetting.
     """
 
@@ -36,7 +37,7 @@ class Trial:
     seed: int
     staged: bool
     scores: Mapping[tuple[int, str], Scores] = field(repr=False)
-    cells: tuple[Scores, ...] = field(repr=False)
+    jobs: tuple[Scores, ...] = field(repr=False)
     """The same, by model: in the order of the stages."""
 
 
@@ -154,7 +155,7 @@ def _stand_in(entry: MethodEntry, number: int) -> MergeRun:
 
 def _run_of(entry: MethodEntry) -> dict[str, Any]:
     told = entry.model_dump(mode="json")
-    around = {key: told[key] for key in ("scale_by_depth", "prune") if told[key] is not None}
+    around = {key: told[key] for key in ("scale_by_layer", "prune") if told[key] is not None}
     return {"method": entry.method, "options": entry.options, "weights": told["weights"], **around}
 
 
@@ -167,13 +168,13 @@ def _baseline_options(entry: MethodEntry) -> EwcOptions | ReplayOptions | None:
     if entry.is_baseline:
         if entry.options:
             raise RunError(f"'{entry.method}' has no options", where=where, fix="leave them out")
-        if entry.weights != "uniform" or entry.scale_by_depth or entry.prune:
+        if entry.weights != "uniform" or entry.scale_by_layer or entry.prune:
             raise RunError(f"'{entry.method}' has no weights", where=where, fix="leave them out")
     return None
 
 
 class _Maker:
-    """Makes the cells of a scenario's trials."""
+    """Makes the jobs of a scenario's trials."""
 
     def __init__(self, scenario: Scenario, base: Base, train: Mapping[str, tuple[Row, ...]], questions: Mapping[str, Question]) -> None:
         self.scenario, self.base, self.train, self.questions = scenario, base, train, questions
@@ -202,24 +203,24 @@ class _Maker:
     def _trial(self, entry: MethodEntry, kind: Kind, order: tuple[str, ...], seed: int) -> Trial:
         last = len(order)
         unseen = [*(task for task in self.train if task not in order), *self.unseen]
-        cells = [self._scores("the base", self.base, [*order, *unseen])]
-        scores = {(0, task): cells[0] for task in [*order, *unseen]}
+        jobs = [self._scores("the base", self.base, [*order, *unseen])]
+        scores = {(0, task): jobs[0] for task in [*order, *unseen]}
 
         def add(stage: int, label: str, model: Model, tasks: Sequence[str]) -> None:
-            cells.append(self._scores(label, model, tasks))
-            scores.update({(stage, task): cells[-1] for task in tasks})
+            jobs.append(self._scores(label, model, tasks))
+            scores.update({(stage, task): jobs[-1] for task in tasks})
 
         if entry.method == "experts" and kind != "single-model":
             for task in order:
                 add(last, f"the expert of {task}", self.expert(task, seed), [task])
-            return Trial(kind, entry.name, order, seed, False, scores, tuple(cells))
+            return Trial(kind, entry.name, order, seed, False, scores, tuple(jobs))
         if entry.method == "joint":
             add(last, f"{entry.name}, seed {seed}", self._joint(entry, seed), [*order, *unseen])
-            return Trial(kind, entry.name, order, seed, False, scores, tuple(cells))
+            return Trial(kind, entry.name, order, seed, False, scores, tuple(jobs))
         for stage, model in enumerate(self._models(entry, kind, order, seed), start=1):
             if tasks := self._asked(order, stage, unseen):
                 add(stage, f"{entry.name} after {' > '.join(order[:stage])}", model, tasks)
-        return Trial(kind, entry.name, order, seed, self.scenario.scoring.stages != "last" and last > 1, scores, tuple(cells))
+        return Trial(kind, entry.name, order, seed, self.scenario.scoring.stages != "last" and last > 1, scores, tuple(jobs))
 
     def _asked(self, order: tuple[str, ...], stage: int, unseen: list[str]) -> list[str]:
         """The tasks that the model after a stage is scored on."""
@@ -278,7 +279,7 @@ class _Maker:
         if len(learnt) == 1:
             return self.expert(learnt[0], seed)
         experts: list[tuple[str, Model]] = [(task, self.expert(task, seed)) for task in learnt]
-        if not self._order_counts(entry):  # in the order listed, so that the same set of tasks is the same cell
+        if not self._order_counts(entry):  # in the order listed, so that the same set of tasks is the same job
             experts.sort(key=lambda expert: list(self.train).index(expert[0]))
         return self._merge(entry, experts, seed, f"{entry.name} after {' > '.join(learnt)}")
 
@@ -306,22 +307,24 @@ class _Maker:
 
         run = {**_run_of(entry), "seed": seed, "out": {"dtype": "float32"}}
         samples = {**self.scenario.samples, "template": self.scenario.template}
-        cards: tuple[tuple[str, Carded], ...] = ()
+        statistics: tuple[tuple[str, StatisticsJob], ...] = ()
         if METHODS[entry.method].informed:
             trained = [(name, model) for name, model in experts if isinstance(model, Trained)]
-            cards = tuple((name, Carded(f"the card of {name}, seed {seed}", model, samples)) for name, model in trained)
+            statistics = tuple(
+                (name, StatisticsJob(f"the input statistics of {name}, seed {seed}", model, samples)) for name, model in trained
+            )
         if not self._has_samples(entry):
-            return Merged(label, self.base, tuple(experts), run, cards=cards)
-        return Merged(label, self.base, tuple(experts), {**run, "samples": samples}, self.train[experts[-1][0]], cards)
+            return Merged(label, self.base, tuple(experts), run, statistics=statistics)
+        return Merged(label, self.base, tuple(experts), {**run, "samples": samples}, self.train[experts[-1][0]], statistics)
 
     def _has_samples(self, entry: MethodEntry) -> bool:
-        return entry.method in OWN_WEIGHTS or isinstance(entry.weights, Representations | ByLoss)
+        return entry.method in OWN_WEIGHTS or isinstance(entry.weights, RecallWeights | ByLoss)
 
     def _order_counts(self, entry: MethodEntry) -> bool:
         """Whether a merge of the same experts depends on their order: by the method, by its weights, or by the newest one's samples."""
         from recall_merge.maths.methods import METHODS
 
-        return METHODS[entry.method].ordered or self._has_samples(entry) or isinstance(entry.weights, list | ByDepth)
+        return METHODS[entry.method].ordered or self._has_samples(entry) or isinstance(entry.weights, list | ByLayer)
 
     def _scores(self, label: str, model: Model, tasks: Sequence[str]) -> Scores:
         return Scores(label, model, tuple(self.questions[task] for task in tasks))

@@ -1,4 +1,4 @@
-"""Cells: the pieces of a bench's work, each known by a hash of all that it depends on. What has been done is found under that hash,
+"""Jobs: the pieces of a bench's work, each known by a hash of all that it depends on. What has been done is found under that hash,
 so resuming where a bench stopped, and sharing what methods, orders and scenarios have in common, are one and the same thing."""
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from recall_merge.merging.run import MergeRun
 from recall_merge.runtime.errors import OutputError
 from recall_merge.training.settings import TrainSettings
 
-FORM = 1  # of the cells; those of another form are not found, and done anew
+FORM = 1  # of the jobs; those of another form are not found, and done anew
 CHARACTERS_PER_TOKEN = 4
 
 
 def hashed(content: Any) -> str:
-    """The key of a cell: 24 hex digits of SHA-256 over its content as JSON."""
+    """The key of a job: 24 hex digits of SHA-256 over its content as JSON."""
     return hashlib.sha256(json.dumps([FORM, content], sort_keys=True).encode()).hexdigest()[:24]
 
 
@@ -80,8 +80,8 @@ class Trained:
         return 4 * float(self.settings.epochs) * tokens_of(self.rows)  # backwards takes twice as long as forwards, and it is run twice
 
     @property
-    def needs(self) -> list[Cell]:
-        return [cell for cell in (self.base, self.start, self.anchor) if cell is not None and not isinstance(cell, Base)]
+    def needs(self) -> list[Job]:
+        return [job for job in (self.base, self.start, self.anchor) if job is not None and not isinstance(job, Base)]
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,13 @@ class Anchor:
         return 4.0 * tokens_of(self.rows)
 
     @property
-    def needs(self) -> list[Cell]:
+    def needs(self) -> list[Job]:
         return [self.model, *([self.before] if self.before else [])]
 
 
 @dataclass(frozen=True)
-class Carded:
-    """The card of a trained model, made from the rows that it was trained on.
+class StatisticsJob:
+    """The input statistics of a trained model, made from the rows that it was trained on.
 
     Attributes:
         samples: what a run says of how typical samples are chosen, without a path.
@@ -120,25 +120,25 @@ class Carded:
 
     @cached_property
     def key(self) -> str:
-        return hashed(["card", self.model.key, self.samples])
+        return hashed(["stats", self.model.key, self.samples])
 
     @property
     def cost(self) -> float:
         return 3 * tokens_of(self.model.rows)
 
     @property
-    def needs(self) -> list[Cell]:
+    def needs(self) -> list[Job]:
         return [self.model]
 
 
 @dataclass(frozen=True)
 class Merged:
-    """A merge of models. It is made in memory where it is scored, and written only where another cell is made from it.
+    """A merge of models. It is made in memory where it is scored, and written only where another job is made from it.
 
     Attributes:
         run: of the method, its options, weights and samples: what a run says, with experts by name and no paths.
         samples: the newest expert's rows, where representations are compared.
-        cards: of the experts by name, where the method wants them.
+        statistics: of the experts by name, where the method wants them.
     """
 
     label: str = field(compare=False)
@@ -146,23 +146,23 @@ class Merged:
     experts: tuple[tuple[str, Model], ...]
     run: Mapping[str, Any] = field(hash=False)
     samples: tuple[Row, ...] = ()
-    cards: tuple[tuple[str, Carded], ...] = ()
+    statistics: tuple[tuple[str, StatisticsJob], ...] = ()
 
     @cached_property
     def key(self) -> str:
         experts = [[name, model.key] for name, model in self.experts]
         parts = ["merged", self.base.key, experts, self.run, hash_rows(self.samples)]
-        return hashed([*parts, [[name, card.key] for name, card in self.cards]] if self.cards else parts)
+        return hashed([*parts, [[name, stats.key] for name, stats in self.statistics]] if self.statistics else parts)
 
     @property
     def cost(self) -> float:
         return 200.0 * len(self.experts) + 2 * tokens_of(self.samples)
 
     @property
-    def needs(self) -> list[Cell]:
+    def needs(self) -> list[Job]:
         return [
             *(model for model in (self.base, *(model for _, model in self.experts)) if not isinstance(model, Base)),
-            *(card for _, card in self.cards),
+            *(stats for _, stats in self.statistics),
         ]
 
 
@@ -212,13 +212,13 @@ class Scores:
         return sum(question.cost for question in self.questions) + (self.model.cost if isinstance(self.model, Merged) else 100.0)
 
     @property
-    def needs(self) -> list[Cell]:
+    def needs(self) -> list[Job]:
         if isinstance(self.model, Merged):
             return self.model.needs
         return [self.model] if isinstance(self.model, Trained) else []
 
 
-Cell = Trained | Anchor | Carded | Merged | Scores
+Job = Trained | Anchor | StatisticsJob | Merged | Scores
 
 
 def tokens_of(rows: Sequence[Row]) -> float:
@@ -226,53 +226,53 @@ def tokens_of(rows: Sequence[Row]) -> float:
 
 
 def full_run(
-    merged: Merged, folders: Mapping[str, Path], base: Path, samples: Path | None, cards: Mapping[str, Path] | None = None
+    merged: Merged, folders: Mapping[str, Path], base: Path, samples: Path | None, statistics: Mapping[str, Path] | None = None
 ) -> MergeRun:
-    """The run of a merge, once its models, rows and cards lie in folders."""
-    told, cards = dict(merged.run), cards or {}
+    """The run of a merge, once its models, rows and statistics lie in folders."""
+    told, statistics = dict(merged.run), statistics or {}
     if samples is not None:
         told["samples"] = {**told.get("samples", {}), "path": str(samples)}
     else:
         told.pop("samples", None)
     experts = [
-        {"name": name, "path": str(folders[name]), "same_base": True, "card": str(cards[name]) if name in cards else None}
+        {"name": name, "path": str(folders[name]), "same_base": True, "stats": str(statistics[name]) if name in statistics else None}
         for name, _ in merged.experts
     ]
     return MergeRun.model_validate({**told, "base": str(base), "experts": experts, "threads": 1})
 
 
 class Store:
-    """The folder of all cells that have been done. A file or folder appears in it whole or not at all."""
+    """The folder of all jobs that have been done. A file or folder appears in it whole or not at all."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def place(self, cell: Trained | Anchor | Carded | Merged) -> Path:
-        """Where what a cell makes lies: a model's folder, a card's, or an anchor's file."""
-        kind = type(cell).__name__.lower()
-        return self.folder / kind / (f"{cell.key}.safetensors" if isinstance(cell, Anchor) else cell.key)
+    def place(self, job: Trained | Anchor | StatisticsJob | Merged) -> Path:
+        """Where what a job makes lies: a model's folder, input of the input statistics, or an anchor's file."""
+        kind = type(job).__name__.lower()
+        return self.folder / kind / (f"{job.key}.safetensors" if isinstance(job, Anchor) else job.key)
 
     def where(self, model: Model) -> Path:
         return model.folder if isinstance(model, Base) else self.place(model)
 
-    def is_done(self, cell: Cell) -> bool:
-        return not self.missing(cell) if isinstance(cell, Scores) else self.place(cell).exists() and self._note(cell).exists()
+    def is_done(self, job: Job) -> bool:
+        return not self.missing(job) if isinstance(job, Scores) else self.place(job).exists() and self._note(job).exists()
 
-    def missing(self, cell: Scores) -> list[Question]:
+    def missing(self, job: Scores) -> list[Question]:
         """The questions that the model was not asked yet."""
-        return [question for question in cell.questions if not self._score(cell.score_key(question)).exists()]
+        return [question for question in job.questions if not self._score(job.score_key(question)).exists()]
 
-    def score(self, cell: Scores, question: Question) -> dict[str, Any]:
-        return json.loads(self._score(cell.score_key(question)).read_text("utf-8"))
+    def score(self, job: Scores, question: Question) -> dict[str, Any]:
+        return json.loads(self._score(job.score_key(question)).read_text("utf-8"))
 
-    def keep_score(self, cell: Scores, question: Question, score: Mapping[str, Any]) -> None:
-        self._write(self._score(cell.score_key(question)), score)
+    def keep_score(self, job: Scores, question: Question, score: Mapping[str, Any]) -> None:
+        self._write(self._score(job.score_key(question)), score)
 
     def keep_base(self, base: Base) -> None:
-        """Keep what the base is to the bit, which its key does not tell: cells made from another would be taken for its own.
+        """Keep what the base is to the bit, which its key does not tell: jobs made from another would be taken for its own.
 
         Raises:
-            OutputError: if it is another than when the first cell was made.
+            OutputError: if it is another than when the first job was made.
         """
         note, found = self.folder / "bases" / f"{base.fingerprint}.json", content_of(open_checkpoint(base.folder))
         if not note.exists():
@@ -288,10 +288,10 @@ class Store:
             self._write_text(path, "".join(json.dumps(_record(row), ensure_ascii=False) + "\n" for row in rows))
         return path
 
-    def note(self, cell: Cell, cost: float, seconds: float) -> None:
-        """Keep what a cell took: the time of the whole bench, and the measure for the time left."""
-        kind = type(cell).__name__.lower()
-        self._write(self._note(cell), {"kind": kind, "label": cell.label, "cost": cost, "seconds": round(seconds, 2)})
+    def note(self, job: Job, cost: float, seconds: float) -> None:
+        """Keep what a job took: the time of the whole bench, and the measure for the time left."""
+        kind = type(job).__name__.lower()
+        self._write(self._note(job), {"kind": kind, "label": job.label, "cost": cost, "seconds": round(seconds, 2)})
 
     def notes(self) -> list[dict[str, Any]]:
         return [json.loads(path.read_text("utf-8")) for path in sorted((self.folder / "notes").glob("*.json"))]
@@ -304,33 +304,33 @@ class Store:
         path = self._merge_note(merged)
         return json.loads(path.read_text("utf-8"))["seconds"] if path.exists() else None
 
-    def card_cost(self, card: Carded) -> tuple[int, float] | None:
-        """Bytes of a card, and the seconds that it took; None where it is not made yet."""
-        if not self.is_done(card):
+    def statistics_cost(self, stats: StatisticsJob) -> tuple[int, float] | None:
+        """Bytes of input statistics, and the seconds that it took; None where it is not made yet."""
+        if not self.is_done(stats):
             return None
-        size = sum(file.stat().st_size for file in self.place(card).iterdir())
-        return size, json.loads(self._note(card).read_text("utf-8"))["seconds"]
+        size = sum(file.stat().st_size for file in self.place(stats).iterdir())
+        return size, json.loads(self._note(stats).read_text("utf-8"))["seconds"]
 
     def _merge_note(self, merged: Merged) -> Path:
         return self.folder / "merges" / f"{merged.key}.json"
 
-    def seconds(self, cells: Sequence[Cell]) -> float | None:
-        """What cells and all that they need took together, each once; None where one's time is not known."""
-        found: dict[str, Cell] = {}
+    def seconds(self, jobs: Sequence[Job]) -> float | None:
+        """What jobs and all that they need took together, each once; None where one's time is not known."""
+        found: dict[str, Job] = {}
 
-        def add(cell: Cell) -> None:
-            if cell.key not in found:
-                found[cell.key] = cell
-                for need in cell.needs:
+        def add(job: Job) -> None:
+            if job.key not in found:
+                found[job.key] = job
+                for need in job.needs:
                     add(need)
 
-        for cell in cells:
-            add(cell)
-        notes = [self._note(cell) for cell in found.values() if not isinstance(cell, Merged) or self._note(cell).exists()]
+        for job in jobs:
+            add(job)
+        notes = [self._note(job) for job in found.values() if not isinstance(job, Merged) or self._note(job).exists()]
         return sum(json.loads(note.read_text("utf-8"))["seconds"] for note in notes) if all(note.exists() for note in notes) else None
 
-    def _note(self, cell: Cell) -> Path:
-        return self.folder / "notes" / f"{cell.key}.json"
+    def _note(self, job: Job) -> Path:
+        return self.folder / "notes" / f"{job.key}.json"
 
     def _score(self, key: str) -> Path:
         return self.folder / "scores" / f"{key}.json"

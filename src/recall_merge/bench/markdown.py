@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import os
 import platform
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from recall_merge.bench.design import Design
@@ -73,7 +73,7 @@ def _head(summary: Summary, design: Design, store: Store, command: str) -> list[
     lines += [f"- machine: {_machine()}"]
     if notes:
         hours = sum(note["seconds"] for note in notes) / 60
-        lines += [f"- time: {hours:.0f} minutes of work in {len(notes)} cells, {scenario.workers} at a time, each on one thread"]
+        lines += [f"- time: {hours:.0f} minutes of work in {len(notes)} jobs, {scenario.workers} at a time, each on one thread"]
     lines += ["- versions: " + ", ".join(f"{name} {version}" for name, version in versions().items()), ""]
     return [*lines, *_task_table(summary, design)]
 
@@ -130,7 +130,7 @@ def _numbers(summary: Summary, design: Design) -> list[str]:
 def _entry(entry: MethodEntry) -> str:
     """What a method of the tables is."""
     given: dict[str, object] = {**entry.options, **entry.training}
-    given |= {key: value for key, value in entry.model_dump(exclude_defaults=True).items() if key in ("scale_by_depth", "prune")}
+    given |= {key: value for key, value in entry.model_dump(exclude_defaults=True).items() if key in ("scale_by_layer", "prune")}
     if entry.weights != "uniform":
         given["weights"] = entry.model_dump(mode="json", exclude_unset=True)["weights"]
     what = BASELINES.get(entry.method, f"the merge method `{entry.method}`")
@@ -150,22 +150,22 @@ def _tasks(summary: Summary) -> list[str]:
 
 
 def _costs(design: Design, store: Store) -> list[str]:
-    """What the last merges of every method took, and the cards that they were made by."""
+    """What the last merges of every method took, and the statistics that they were made by."""
     rows = []
     for method in dict.fromkeys(trial.method for trial in design.trials):
-        merges = [trial.cells[-1].model for trial in design.trials if trial.method == method and isinstance(trial.cells[-1].model, Merged)]
+        merges = [trial.jobs[-1].model for trial in design.trials if trial.method == method and isinstance(trial.jobs[-1].model, Merged)]
         seconds = [taken for merge in merges if (taken := store.merge_seconds(merge)) is not None]
         if not seconds:
             continue
-        cards = [cost for merge in merges for _, card in merge.cards if (cost := store.card_cost(card)) is not None]
+        statistics = [cost for merge in merges for _, stats in merge.statistics if (cost := store.statistics_cost(stats)) is not None]
         told = ["-", "-"]
-        if cards:
-            sizes, times = zip(*cards, strict=True)
-            told = [f"{statistics.fmean(sizes) / 1e6:.1f} MB", f"{statistics.fmean(times):.0f} s"]
-        rows.append([method, f"{statistics.fmean(seconds):.1f} s", *told])
+        if statistics:
+            sizes, times = zip(*statistics, strict=True)
+            told = [f"{fmean(sizes) / 1e6:.1f} MB", f"{fmean(times):.0f} s"]
+        rows.append([method, f"{fmean(seconds):.1f} s", *told])
     if not rows:
         return []
-    head = ["method", "weights and merge", "a card", "made in"]
+    head = ["method", "weights and merge", "input statistics", "made in"]
     return ["What a merge of all experts takes on one thread, besides reading the base once more to run it:", "", *_table(head, rows), ""]
 
 
@@ -189,7 +189,7 @@ def _number(value: float | None, *, signed: bool = False) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+    return ["| " + " | ".join(jobs) + " |" for jobs in (head, ["---"] * len(head), *rows)]
 
 
 def shown(row: MethodRow) -> Mapping[str, str]:

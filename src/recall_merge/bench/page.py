@@ -119,7 +119,7 @@ def _tasks(tables: Tables) -> Figure:
         (method, task): [r for r in last if (r["method"], r["task"]) == (method, task)] for method in tables.methods for task in tasks
     }
     found = {key: [float(row["score"]) for row in rows] for key, rows in groups.items() if rows}
-    cells = [
+    jobs = [
         {
             "method": method,
             "task": names[task],
@@ -133,7 +133,7 @@ def _tasks(tables: Tables) -> Figure:
         [m, *(_spread(found[m, t] if m != "the base" else found[m, t][:1]) if (m, t) in found else "-" for t in tasks)] for m in methods
     ]
     says = "The mean score of each task at the end; the table has the spread over trials. Scores run from 0 to 1, each in its own metric."
-    chart = charts.methods_by_tasks(cells, methods, list(names.values()))
+    chart = charts.methods_by_tasks(jobs, methods, list(names.values()))
     return Figure(f"{tables.kind}-methods-tasks", "Each method on each task", says, chart, ["method", *names.values()], rows)
 
 
@@ -165,20 +165,20 @@ def _ranks(tables: Tables) -> Figure | None:
     if len(methods) < 2:
         return None
     names = {trial: str(number) for number, trial in enumerate(full, start=1)}
-    cells = []
+    jobs = []
     for trial, found in full.items():
         for method in methods:
             rank = 1 + sum(found[other] > found[method] for other in methods)
             order = f"{trial[0]}, seed {trial[1]}"
-            cells.append({"method": method, "trial": names[trial], "rank": rank, "value": found[method], "order": order})
-    rows = [[m, *(str(c["rank"]) for c in cells if c["method"] == m)] for m in methods]
+            jobs.append({"method": method, "trial": names[trial], "rank": rank, "value": found[method], "order": order})
+    rows = [[m, *(str(c["rank"]) for c in jobs if c["method"] == m)] for m in methods]
     orders = "; ".join(f"{name}: {order}, seed {seed}" for (order, seed), name in names.items())
     says = f"Only methods with a trial in each of these orders. {orders}."
     return Figure(
         f"{tables.kind}-ranks",
         "Places from order to order",
         says,
-        charts.ranks(cells, methods, list(names.values())),
+        charts.ranks(jobs, methods, list(names.values())),
         ["method", *names.values()],
         rows,
     )

@@ -1,4 +1,4 @@
-"""From cells to results: R of every trial, the numbers of continual learning, one tidy table of scores, a page in Markdown, pictures."""
+"""From jobs to results: R of every trial, the numbers of continual learning, one tidy table of scores, a page in Markdown, pictures."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def summarise(design: Design, store: Store, folder: Path, *, command: str = "") 
     """Write the results of all trials that are complete: `scores` and `numbers` as CSV and Parquet, `R.json`, `summary.md`, pictures."""
     from recall_merge.bench.markdown import write_page
 
-    complete = [trial for trial in design.trials if not any(store.missing(cell) for cell in trial.cells)]
+    complete = [trial for trial in design.trials if not any(store.missing(job) for job in trial.jobs)]
     rows = [row for trial in complete for row in _score_rows(trial, design, store)]
     experts = {key: _expert(key, design, store) for key in design.experts}
     measured = [_measure(trial, design, store, experts) for trial in complete]
@@ -113,7 +113,7 @@ def summarise(design: Design, store: Store, folder: Path, *, command: str = "") 
     summary = Summary(folder, tuple(rows), tuple(measured), tuple(_methods(measured, rows)), means, unfinished)
     folder.mkdir(parents=True, exist_ok=True)
     _write_table(folder / "scores", [asdict(row) for row in rows])
-    _write_table(folder / "numbers", [_number_row(one, store.seconds(one.trial.cells)) for one in measured])
+    _write_table(folder / "numbers", [_number_row(one, store.seconds(one.trial.jobs)) for one in measured])
     (folder / "R.json").write_text(json.dumps([_matrix(one) for one in measured], indent=1) + "\n", "utf-8")
     write_page(summary, design, store, command)
     return summary
@@ -121,8 +121,8 @@ def summarise(design: Design, store: Store, folder: Path, *, command: str = "") 
 
 def _score_rows(trial: Trial, design: Design, store: Store) -> list[ScoreRow]:
     rows = []
-    for (stage, task), cell in trial.scores.items():
-        score = store.score(cell, design.questions[task])
+    for (stage, task), job in trial.scores.items():
+        score = store.score(job, design.questions[task])
         learnt = trial.order[stage - 1] if stage else ""
         # a model without stages is there at the end, with all tasks in it
         seen = task in trial.order[:stage]
@@ -132,8 +132,8 @@ def _score_rows(trial: Trial, design: Design, store: Store) -> list[ScoreRow]:
 
 
 def _expert(key: tuple[int, str], design: Design, store: Store) -> float:
-    cell = design.experts[key]
-    return float("nan") if store.missing(cell) else store.score(cell, design.questions[key[1]])["score"]
+    job = design.experts[key]
+    return float("nan") if store.missing(job) else store.score(job, design.questions[key[1]])["score"]
 
 
 def _measure(trial: Trial, design: Design, store: Store, experts: Mapping[tuple[int, str], float]) -> Measured:
@@ -142,8 +142,8 @@ def _measure(trial: Trial, design: Design, store: Store, experts: Mapping[tuple[
     last = len(trial.order)
 
     def taken(stage: int, task: str) -> dict[str, Any]:
-        cell = trial.scores.get((stage, task))
-        return store.score(cell, design.questions[task]) if cell is not None else {"score": float("nan"), "stderr": float("nan")}
+        job = trial.scores.get((stage, task))
+        return store.score(job, design.questions[task]) if job is not None else {"score": float("nan"), "stderr": float("nan")}
 
     scores = np.array([[taken(stage, task)["score"] for task in trial.order] for stage in range(last + 1)], dtype=np.float64)
     unseen = [task for stage, task in trial.scores if stage == last and task not in trial.order]

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from recall_merge.merging.run import DepthScale, Prune, Section, Weights, assign, parse, read_mapping
+from recall_merge.merging.run import LayerScale, Prune, Weights
+from recall_merge.runtime.sections import Section, assign, parse, read_mapping
 from recall_merge.training.settings import TrainSettings
 
 Kind = Literal["multi-model", "sequential", "single-model"]
@@ -61,7 +62,7 @@ class MethodEntry(Section):
     method: str = Field(description="one of `recall methods`, or a baseline: " + ", ".join(BASELINES))
     options: dict[str, Any] = Field(default_factory=dict, description="of the method; ewc: strength, rows; replay: share")
     weights: Weights = Field(default="uniform", description="as in a run")
-    scale_by_depth: DepthScale | None = Field(default=None, description="as in a run")
+    scale_by_layer: LayerScale | None = Field(default=None, description="as in a run")
     prune: Prune | None = Field(default=None, description="as in a run")
     training: dict[str, Any] = Field(default_factory=dict, description="settings of training that differ for this baseline")
 
@@ -122,7 +123,7 @@ class Scenario(Section):
     scoring: Scoring = Field(default_factory=Scoring)
     template: bool = Field(default=True, description="apply the base's chat template where it has one, in training, samples and scoring")
     workers: int = Field(default=1, ge=1, description="processes, each of one thread")
-    out: Path | None = Field(default=None, description="folder of the cells and the results")
+    out: Path | None = Field(default=None, description="folder of the jobs and the results")
 
     @field_validator("methods")
     @classmethod

@@ -47,7 +47,7 @@ def merge(
     samples: SamplesPath = None,
     out: Target = None,
     overwrite: Overwrite = False,
-    engine: EngineName = "local",
+    executor: EngineName = "local",
     sets: Sets = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -61,7 +61,7 @@ def merge(
     from recall_merge.merging.merge import merge as recipe
 
     told = gather(run, base=base, experts=expert, method=method, samples=samples, out=out, overwrite=overwrite, sets=sets)
-    show.merged(recipe(told, engine=engine, progress=progress(quiet or as_json), once=True), as_json=as_json, quiet=quiet)
+    show.merged(recipe(told, executor=executor, progress=progress(quiet or as_json), once=True), as_json=as_json, quiet=quiet)
 
 
 @app.command()
@@ -101,17 +101,17 @@ def weights(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Similarity and weights by depth, without merging.
+    """Similarity and weights by layer, without merging.
 
     Example: recall weights run.yaml --picture weights.png
     """
     from recall_merge.cli import show
     from recall_merge.cli.console import progress
     from recall_merge.merging.plan import make_plan
-    from recall_merge.merging.weights import weigh
+    from recall_merge.merging.weights import compute_weights
 
     told = gather(run, base=base, experts=expert, method=method, samples=samples, sets=sets)
-    show.weighed(weigh(make_plan(told, writes=False), progress(quiet or as_json)), picture=picture, as_json=as_json, quiet=quiet)
+    show.weighed(compute_weights(make_plan(told, writes=False), progress(quiet or as_json)), picture=picture, as_json=as_json, quiet=quiet)
 
 
 @app.command()
@@ -129,29 +129,29 @@ def methods(
 
 
 @app.command()
-def card(
+def stats(
     run: RunFile = None,
     base: Base = None,
     expert: ExpertFlags = None,
     samples: SamplesPath = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder of the card; the expert's own by default.", show_default=False)
+        Path | None, typer.Option("--out", "-o", help="Folder of the input statistics; the expert's own by default.", show_default=False)
     ] = None,
     rank: Annotated[int, typer.Option(min=0, help="Directions kept of each moment.")] = 24,
     sets: Sets = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Make the card of the newest expert: what its layers read on its own typical samples. `aligned` merges by cards; they hold no text.
+    """Make the input statistics of the newest expert: what its layers read on its own typical samples. `aligned` merges by statistics; they hold no text.
 
-    Example: recall card --base base -e french=out/french -s french.jsonl
+    Example: recall stats --base base -e french=out/french -s french.jsonl
     """
     from recall_merge.cli import show
     from recall_merge.cli.console import progress
-    from recall_merge.merging.statistics import make_card
+    from recall_merge.merging.statistics import make_statistics
 
     told = gather(run, base=base, experts=expert, method=None if run else "aligned", samples=samples, sets=sets)
-    show.card(make_card(told, rank=rank, folder=out, progress=progress(quiet or as_json)), as_json=as_json)
+    show.stats(make_statistics(told, rank=rank, folder=out, progress=progress(quiet or as_json)), as_json=as_json)
 
 
 @app.command()

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from recall_merge.cli import terminal_charts as glance
+from recall_merge.cli import terminal_charts
 from recall_merge.cli.options import AsJson, EngineName, Quiet, Sets, settings_of
 
 if TYPE_CHECKING:
-    from recall_merge.bench.bench import CellDone
+    from recall_merge.bench.bench import JobDone
     from recall_merge.bench.results import MethodRow, Summary
     from recall_merge.bench.scenario import Scenario
 
@@ -22,10 +22,10 @@ PLACES = {"model": "MODEL", "data": "DATA"}  # keys whose values are folders of 
 
 def bench(
     scenario: Annotated[Path, typer.Argument(metavar="SCENARIO.yaml", help="Tasks, orders, seeds, methods.", show_default=False)],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the cells and the results.", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the jobs and the results.", show_default=False)] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Say what there is to do and about how long it takes; do nothing.")] = False,
     summary: Annotated[bool, typer.Option("--summary", help="Write the results of what is done so far; do nothing else.")] = False,
-    engine: EngineName = "local",
+    executor: EngineName = "local",
     sets: Sets = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -48,7 +48,9 @@ def bench(
     elif summary:
         _show(summarise(make_design(told), run.store_of(told), run.out_of(told), command=command), as_json=as_json)
     else:
-        _show(run.bench(told, engine=engine, command=command, listener=(lambda _: None) if quiet or as_json else _tell), as_json=as_json)
+        _show(
+            run.bench(told, executor=executor, command=command, listener=(lambda _: None) if quiet or as_json else _tell), as_json=as_json
+        )
 
 
 def _planned(scenario: Scenario, *, as_json: bool) -> None:
@@ -59,13 +61,13 @@ def _planned(scenario: Scenario, *, as_json: bool) -> None:
 
     design, store = make_design(scenario), store_of(scenario)
     agenda = make_agenda(design, store)
-    left = Counter(type(cell).__name__.lower() for cell in agenda.left)
+    left = Counter(type(job).__name__.lower() for job in agenda.left)
     seconds = seconds_left(agenda.left, store, scenario.workers)
     if as_json:
-        return print_json({"trials": len(design.trials), "cells": len(agenda.cells), "left": dict(left), "seconds_left": round(seconds)})
+        return print_json({"trials": len(design.trials), "jobs": len(agenda.jobs), "left": dict(left), "seconds_left": round(seconds)})
     words = ", ".join(f"{kind} {count}" for kind, count in left.items()) or "nothing"
-    guess = "from the cells done so far" if store.notes() else "a rough guess, until cells have been done"
-    out().print(f"trials: {len(design.trials)}, of {len(agenda.cells)} cells; left: {words}; about {_time(seconds)} ({guess})")
+    guess = "from the jobs done so far" if store.notes() else "a rough guess, until jobs have been done"
+    out().print(f"trials: {len(design.trials)}, of {len(agenda.jobs)} jobs; left: {words}; about {_time(seconds)} ({guess})")
     out().print("no faults found; nothing was done.")
     return None
 
@@ -81,12 +83,14 @@ def _show(summary: Summary, *, as_json: bool) -> None:
     for kind in dict.fromkeys(row.kind for row in summary.methods):
         rows = [row for row in summary.methods if row.kind == kind]
         known = [name for name in SHORT.values() if any(shown(row)[name] != "-" for row in rows)]
-        numbers = [(row.method, [glance.Cell(text) for text in (str(row.trials), *(shown(row)[name] for name in known))]) for row in rows]
+        numbers = [
+            (row.method, [terminal_charts.Cell(text) for text in (str(row.trials), *(shown(row)[name] for name in known))]) for row in rows
+        ]
         tasks = list(dict.fromkeys(task for row in rows for task in row.final))
         scores = [(row.method, [_score(row, task) for task in tasks]) for row in rows]
         for title, head, lines in (("", ["method", "trials", *known], numbers), (", each task at the end", ["method", *tasks], scores)):
             console.print(f"{kind}{title}: mean ± standard deviation over trials")
-            for table in glance.heat(head, lines, console.width):
+            for table in terminal_charts.heat(head, lines, console.width):
                 console.print(table)
     for (kind, method), count in summary.unfinished.items():
         err().print(f"note: not finished: {method} ({kind}), {count} trials", markup=False)
@@ -94,15 +98,15 @@ def _show(summary: Summary, *, as_json: bool) -> None:
     return None
 
 
-def _score(row: MethodRow, task: str) -> glance.Cell:
+def _score(row: MethodRow, task: str) -> terminal_charts.Cell:
     mean, spread = row.final.get(task), row.final_spread.get(task, math.nan)
     if mean is None or math.isnan(mean):
-        return glance.Cell("-")
-    return glance.Cell(f"{mean:.3f}" + ("" if math.isnan(spread) else f" ± {spread:.3f}"), mean)
+        return terminal_charts.Cell("-")
+    return terminal_charts.Cell(f"{mean:.3f}" + ("" if math.isnan(spread) else f" ± {spread:.3f}"), mean)
 
 
-def _tell(done: CellDone) -> None:
-    """A line a cell, on a terminal and in a log alike: cells take minutes."""
+def _tell(done: JobDone) -> None:
+    """A line a job, on a terminal and in a log alike: jobs take minutes."""
     from recall_merge.cli.console import err
 
     left = f"; about {_time(done.seconds_left)} left" if done.number < done.total else ""

@@ -25,7 +25,7 @@ def evaluate(
     device: Annotated[str | None, typer.Option(help="A GPU if there is one, by default.", show_default=False)] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 on a CPU, by default.", show_default=False)] = None,
     template: Annotated[bool, typer.Option(help="Apply the model's chat template where it has one.")] = True,
-    engine: EngineName = "local",
+    executor: EngineName = "local",
     card: Annotated[bool, typer.Option("--card", help="Add the scores to the model's card (README.md).")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -48,7 +48,7 @@ def evaluate(
         device=device,
         dtype=dtype,
         template=template,
-        engine=engine,
+        executor=executor,
         card=card,
         progress=progress(quiet or as_json),
     )

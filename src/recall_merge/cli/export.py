@@ -79,9 +79,9 @@ def _show(made: ExportedAdapter, *, as_json: bool, quiet: bool) -> None:
 
     from recall_merge.cli.console import out
 
-    table = Table("depth", "relative error", box=None)
-    for depth, error in enumerate(made.errors):
-        table.add_row(str(depth), f"{error:.3g}")
+    table = Table("layer", "relative error", box=None)
+    for layer, error in enumerate(made.errors):
+        table.add_row(str(layer), f"{error:.3g}")
     table.add_row("all", f"{made.error:.3g}")
     out().print(table)
     if not quiet:

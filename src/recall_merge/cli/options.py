@@ -44,7 +44,8 @@ def gather(
     Raises:
         RunError: with every fault of file and flags.
     """
-    from recall_merge.merging.run import MergeRun, parse
+    from recall_merge.merging.run import MergeRun
+    from recall_merge.runtime.sections import parse
 
     faults = Faults()
     given: dict[str, Any] = {}
@@ -69,7 +70,7 @@ def gather(
     if not given:
         raise RunError("no run was given", fix="give a RUN.yaml, or --base, --expert, --method and --out")
     data: dict[str, Any] = {}
-    from recall_merge.merging.run import assign
+    from recall_merge.runtime.sections import assign
 
     for key, value in given.items():
         assign(data, key, value)

@@ -18,7 +18,7 @@ from recall_merge.files.hub import locate
 from recall_merge.files.output import OutputFolder
 from recall_merge.files.record import RECORD
 from recall_merge.files.rows import read_rows
-from recall_merge.files.statistics import has_card
+from recall_merge.files.statistics import has_statistics
 from recall_merge.report.anatomy import Models, anatomy
 from recall_merge.report.merge_page import MergeFacts, merge_page
 from recall_merge.report.page import Page, render, save_figures
@@ -109,7 +109,7 @@ def _stage_merge(folder: Path, state: State, stage: Stage, place: Path, text: bo
     lineage = {one.task.name: one for one in state.lineage(stage.id)}
     names = [entry["name"] for entry in record["run"]["experts"]]
     models: dict[str, Path] = {}
-    cards: dict[str, Path] = {}
+    statistics: dict[str, Path] = {}
     lacking = ""
     for name in names:
         one = lineage.get(name)
@@ -119,10 +119,10 @@ def _stage_merge(folder: Path, state: State, stage: Stage, place: Path, text: bo
             lacking = f"the expert '{name}' is missing"
         else:
             models[name] = path
-            if one.card is not None and has_card(found_path(folder, one.card)):
-                cards[name] = found_path(folder, one.card)
+            if one.stats is not None and has_statistics(found_path(folder, one.stats)):
+                statistics[name] = found_path(folder, one.stats)
     base = locate(state.base.path).folder if state.base.on_hub else found_path(folder, state.base.path)
-    tables = {} if lacking else anatomy(place, Models(base, models, cards), keep, progress)
+    tables = {} if lacking else anatomy(place, Models(base, models, statistics), keep, progress)
     texts = {}
     if (
         text
@@ -153,11 +153,11 @@ def _result(
         places = {name: place.folder for name, place in found.items() if not isinstance(place, str)}
         for name, place in places.items():
             check_model(result, name, place)
-        cards = {
-            entry["name"]: Path(entry["card"]) for entry in result.run["experts"] if entry.get("card") and Path(entry["card"]).is_dir()
+        statistics = {
+            entry["name"]: Path(entry["stats"]) for entry in result.run["experts"] if entry.get("stats") and Path(entry["stats"]).is_dir()
         }
-        cards |= {name: place for name, place in places.items() if name != "base" and name not in cards and has_card(place)}
-        tables = anatomy(folder, Models(places["base"], {name: places[name] for name in result.experts}, cards), keep, progress)
+        statistics |= {name: place for name, place in places.items() if name != "base" and name not in statistics and has_statistics(place)}
+        tables = anatomy(folder, Models(places["base"], {name: places[name] for name in result.experts}, statistics), keep, progress)
     texts: Mapping[int, str] = {}
     if text and result.record["samples"]:
         if samples is None:

@@ -7,18 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recall_merge.cli import terminal_charts as glance
+from recall_merge.cli import terminal_charts
 from recall_merge.cli.console import err, out
 from recall_merge.merging.run import FromSamples, Losses
 from recall_merge.runtime.errors import RunError, did_you_mean
 
 if TYPE_CHECKING:
     from recall_merge.demo.demo import DemoResult
-    from recall_merge.files.statistics import Card
+    from recall_merge.files.statistics import InputStatistics
     from recall_merge.merging.estimate import Estimate
     from recall_merge.merging.merge import MergeResult
     from recall_merge.merging.plan import Plan
-    from recall_merge.merging.weights import Weighting
+    from recall_merge.merging.weights import MergeWeights
 
 
 def print_json(value: Any) -> None:
@@ -29,25 +29,25 @@ def merged(result: MergeResult, *, as_json: bool, quiet: bool) -> None:
     if as_json:
         return print_json({"path": str(result.path), "record": result.record})
     if not quiet:
-        _weights(result.weighting)
+        _weights(result.merge_weights)
         notes(result.notes)
     out().print(f"merged by {result.record['method']['name']} into {result.path}", markup=False)
     return None
 
 
-def weighed(weighting: Weighting, *, picture: Path | None, as_json: bool, quiet: bool) -> None:
-    similarity = None if weighting.similarity is None else weighting.table(weighting.similarity)
-    weights = weighting.table(weighting.weights)
+def weighed(merge_weights: MergeWeights, *, picture: Path | None, as_json: bool, quiet: bool) -> None:
+    similarity = None if merge_weights.similarity is None else merge_weights.table(merge_weights.similarity)
+    weights = merge_weights.table(merge_weights.weights)
     if picture is not None:
         from recall_merge.report.merge_charts import draw_weights
 
         draw_weights(similarity, weights, picture)
     if as_json:
-        samples = [{"row": sample.row, "tokens": sample.tokens, "cluster": sample.cluster} for sample in weighting.samples]
-        return print_json({"similarity": similarity, "weights": weights, "samples": samples, "notes": list(weighting.notes)})
-    _weights(weighting)
+        samples = [{"row": sample.row, "tokens": sample.tokens, "cluster": sample.cluster} for sample in merge_weights.samples]
+        return print_json({"similarity": similarity, "weights": weights, "samples": samples, "notes": list(merge_weights.notes)})
+    _weights(merge_weights)
     if not quiet:
-        notes(weighting.notes)
+        notes(merge_weights.notes)
     if picture is not None:
         out().print(f"picture: {picture}", markup=False)
     return None
@@ -60,7 +60,7 @@ def planned(plan: Plan, estimate: Estimate, *, as_json: bool) -> None:
         "method": plan.method.name,
         "options": dict(plan.options),
         "weights": _rule(plan.weights),
-        "blocks": plan.base.depths.blocks,
+        "blocks": plan.base.layers.blocks,
         "tensors": len(plan.specs),
         "shards": len(plan.shards),
         "passes": plan.passes,
@@ -118,13 +118,13 @@ def methods(name: str | None, *, as_json: bool) -> None:
     return None
 
 
-def card(made: Card, *, as_json: bool) -> None:
+def stats(made: InputStatistics, *, as_json: bool) -> None:
     facts = {key: value for key, value in made.facts.items() if key != "tensors"}
     if as_json:
         return print_json({"path": str(made.folder), "bytes": made.nbytes, "tensors": len(made.facts["tensors"]), **facts})
     samples = f"{facts['samples']} typical samples, {facts['tokens']} tokens"
     words = f"{made.nbytes / 1e6:.1f} MB on {len(made.facts['tensors'])} linear maps, from {samples}"
-    out().print(f"card in {made.folder}: {words}; it holds no text", markup=False)
+    out().print(f"statistics in {made.folder}: {words}; it holds no text", markup=False)
     return None
 
 
@@ -181,35 +181,45 @@ def notes(found: Any) -> None:
         err().print(f"note: {note}", markup=False)
 
 
-def _weights(weighting: Weighting) -> None:
+def _weights(merge_weights: MergeWeights) -> None:
     """The numbers; and on a terminal, below them, where they can be seen at once, a strip a model."""
     console = out()
-    numbers = _weights_table(weighting)
-    watched = glance.watched(console)
+    numbers = _weights_table(merge_weights)
+    watched = terminal_charts.watched(console)
     if not watched or console.measure(numbers).minimum <= console.width:
         console.print(numbers)
     if watched:
-        if weighting.similarity is not None:
-            console.print("\n", glance.strips("similarity to the newest", weighting.table(weighting.similarity), console.width), sep="")
-        if len(weighting.models) > 1:
-            even = 1 / len(weighting.models)
-            console.print("\n", glance.strips("weights", weighting.table(weighting.weights), console.width, middle=even), sep="")
+        if merge_weights.similarity is not None:
+            console.print(
+                "\n",
+                terminal_charts.strips("similarity to the newest", merge_weights.table(merge_weights.similarity), console.width),
+                sep="",
+            )
+        if len(merge_weights.models) > 1:
+            even = 1 / len(merge_weights.models)
+            console.print(
+                "\n", terminal_charts.strips("weights", merge_weights.table(merge_weights.weights), console.width, middle=even), sep=""
+            )
 
 
-def _weights_table(weighting: Weighting) -> Any:
+def _weights_table(merge_weights: MergeWeights) -> Any:
     from rich.table import Table
 
-    names = [glance.plain(name) for name in weighting.models]
-    table = Table("depth", *(f"w {name}" for name in names), box=None)
-    if weighting.similarity is not None:
+    names = [terminal_charts.plain(name) for name in merge_weights.models]
+    table = Table("layer", *(f"w {name}" for name in names), box=None)
+    if merge_weights.similarity is not None:
         for name in names[:-1]:
             table.add_column(f"S {name}")
-    rows: list[tuple[int, int, list[str]]] = []  # first and last depth, and the numbers they share
-    for depth, row in enumerate(weighting.weights.tolist()):
-        alike = weighting.similarity[depth].tolist()[:-1] if weighting.similarity is not None and depth < len(weighting.similarity) else []
-        numbers = [f"{number:.4f}" for number in (*row, *alike)]
-        first = rows.pop()[0] if rows and rows[-1][2] == numbers else depth
-        rows.append((first, depth, numbers))
+    rows: list[tuple[int, int, list[str]]] = []  # first and last layer, and the numbers they share
+    for layer, row in enumerate(merge_weights.weights.tolist()):
+        similarity_rows = (
+            merge_weights.similarity[layer].tolist()[:-1]
+            if merge_weights.similarity is not None and layer < len(merge_weights.similarity)
+            else []
+        )
+        numbers = [f"{number:.4f}" for number in (*row, *similarity_rows)]
+        first = rows.pop()[0] if rows and rows[-1][2] == numbers else layer
+        rows.append((first, layer, numbers))
     for first, last, numbers in rows:
         table.add_row(str(first) if first == last else f"{first} to {last}", *numbers)
     return table
@@ -218,7 +228,7 @@ def _weights_table(weighting: Weighting) -> Any:
 def _rule(given: Any) -> Any:
     if isinstance(given, FromSamples):
         return "losses" if isinstance(given, Losses) else "representations"
-    return {f"depth {depth}": list(row) for depth, row in enumerate(given)} if isinstance(given[0], tuple) else list(given)
+    return {f"layer {layer}": list(row) for layer, row in enumerate(given)} if isinstance(given[0], tuple) else list(given)
 
 
 def _words(name: str, value: Any) -> str:

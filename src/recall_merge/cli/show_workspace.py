@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recall_merge.cli import terminal_charts as glance
+from recall_merge.cli import terminal_charts
 from recall_merge.cli.console import out
 from recall_merge.cli.show import notes, print_json
 
@@ -60,13 +60,13 @@ def status(folder: Path, found: Status, *, as_json: bool) -> None:
             console.print(table)
         _numbers(line)
     if found.unfinished is not None:
-        lesson, part = found.unfinished
+        stage_spec, part = found.unfinished
         how = (
             f"at work: {found.holder}"
             if found.holder
             else f"`recall learn {folder}` goes on, `recall rollback {folder} --to {state.head}` gives it up"
         )
-        console.print(f"\nunfinished: stage {lesson.id} ({lesson.task.name}), in part '{part}'; {how}", markup=False)
+        console.print(f"\nunfinished: stage {stage_spec.id} ({stage_spec.task.name}), in part '{part}'; {how}", markup=False)
     elif found.holder is not None:
         console.print(f"\nin use by {found.holder}", markup=False)
     for missing in found.missing:
@@ -126,13 +126,13 @@ def _matrix(line: Branch, console: Any) -> Iterator[Any]:
     stages = [(name, (*row, *unseen)) for name, row, unseen in zip(names, line.r, line.r_unseen, strict=True)]
     own = ("own expert", (*line.experts, *(None for _ in line.unseen)))
     rows = [(name, [_cell(score) for score in scores]) for name, scores in (*stages, own)]
-    watched = glance.watched(console)
-    trends = [glance.spark([scores[at] for _, scores in stages]) for at in range(len(head) - 1)]
-    return glance.heat(head, rows, console.width, below=("base to now", trends) if watched else None)
+    watched = terminal_charts.watched(console)
+    trends = [terminal_charts.spark([scores[at] for _, scores in stages]) for at in range(len(head) - 1)]
+    return terminal_charts.heat(head, rows, console.width, below=("base to now", trends) if watched else None)
 
 
-def _cell(score: float | None) -> glance.Cell:
-    return glance.Cell(_number(score), score)
+def _cell(score: float | None) -> terminal_charts.Cell:
+    return terminal_charts.Cell(_number(score), score)
 
 
 def _changes(line: Branch) -> Any:

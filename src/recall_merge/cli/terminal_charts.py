@@ -1,4 +1,4 @@
-"""Numbers at a glance in a terminal: tables whose cells are coloured by their number, and strips of bars over depth.
+"""Numbers at a glance in a terminal: tables whose cells are coloured by their number, and strips of bars over layer.
 
 No colour is needed to read them: cells say their number, and bars have a height. Colours are those of the report: viridis, and violet to
 orange around a middle that means something. Where nobody watches, the same tables come plain, as wide as they need.
@@ -34,7 +34,7 @@ def watched(console: Any) -> bool:
 
 
 def plain(name: str, columns: int = 64) -> str:
-    """A user's name as one short line, whatever is in it: no control character reaches a terminal.
+    """A user's name as one short line, whatever is in it: no ablation character reaches a terminal.
 
     >>> plain("a\\x1b[31m\\nb"), plain("x" * 50, 5)
     ('a·[31m·b', 'xxxx…')
@@ -83,7 +83,7 @@ def heat(head: Sequence[str], rows: Sequence[tuple[str, Sequence[Cell]]], width:
 
 
 def strips(title: str, table: Mapping[str, Any], width: int, *, middle: float | None = None) -> Any:
-    """A table in the form of a record's, models x depths, as a line of bars a model. Height and colour say the same.
+    """A table in the form of a record's, models x layers, as a line of bars a model. Height and colour say the same.
 
     Args:
         middle: a number that means something, an even share; colours diverge from it. Without one they run from the least to the most.
@@ -98,21 +98,21 @@ def strips(title: str, table: Mapping[str, Any], width: int, *, middle: float | 
         low, high = middle - spread, middle + spread
     names = [plain(name, _name_room(width)) for name in table["experts"]]
     lead = max(5, *map(cell_len, names)) + 1
-    depths = len(table["rows"])
-    each = -(-depths // max(1, width - lead - len("  0.000 to 0.000")))  # depths a bar
+    layers = len(table["rows"])
+    each = -(-layers // max(1, width - lead - len("  0.000 to 0.000")))  # layers a bar
     said = f"{title}: {BARS[0]} {low:.3f} to {BARS[-1]} {high:.3f}" + ("" if middle is None else f", around {middle:.3f}, an even share")
-    found = Text(said + (f"; a bar is {each} depths" if each > 1 else "") + "\n", no_wrap=True)
+    found = Text(said + (f"; a bar is {each} layers" if each > 1 else "") + "\n", no_wrap=True)
     for at, name in enumerate(names):
         column = [row[at] for row in table["rows"]]
         found.append(name + " " * (lead - cell_len(name)))
-        for start in range(0, depths, each):
+        for start in range(0, layers, each):
             group = column[start : start + each]
             share = _share(sum(group) / len(group), low, high)
             found.append(BARS[_step(share, len(BARS))], _glow(share, VIRIDIS if middle is None else DIVERGING))
         found.append(f"  {min(column):.3f} to {max(column):.3f}\n")
-    bars = -(-depths // each)
-    last = str(table["depths"][-1])
-    return found.append(f"{'depth':<{lead}}{table['depths'][0]}{last:>{max(bars - 1, len(last) + 1)}}")
+    bars = -(-layers // each)
+    last = str(table["layers"][-1])
+    return found.append(f"{'layer':<{lead}}{table['depths'][0]}{last:>{max(bars - 1, len(last) + 1)}}")
 
 
 def tint(share: float, colours: Sequence[str] = VIRIDIS) -> str:

@@ -42,7 +42,7 @@ def key_in(folder: Path) -> str | None:
 
 
 def copy_adapter(source: Path, target: Path) -> None:
-    """Copy an adapter, with its tokenizer and card if it has them, in one step; never a pickle, and no record of another folder."""
+    """Copy an adapter, with its tokenizer and statistics if it has them, in one step; never a pickle, and no record of another folder."""
     with OutputFolder(target, overwrite=True) as out:
         for file in sorted(source.iterdir()):
             if file.is_file() and file.suffix in TRAVELS and file.name != RECORD:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Score = Mapping[str, Any]  # as a stage's file keeps it, with its items
 LEAST = 0.1  # of a point that an item must have won or lost to be listed; right and wrong are a whole point apart
-LISTED = 30  # items of each direction and cell, at most
+LISTED = 30  # items of each direction and job, at most
 CHARACTERS = 2000  # of one text; the rest is counted
 BUDGET = 1_500_000  # characters of all texts of a page
 

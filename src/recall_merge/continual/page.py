@@ -15,7 +15,7 @@ from recall_merge.files.checkpoint import read_json
 from recall_merge.files.record import RECORD
 from recall_merge.report import workspace_charts as charts
 from recall_merge.report.merge_page import MergeFacts, about, lede, merge_sections
-from recall_merge.report.page import Block, Cell, Code, Figure, Matrix, Page, Section, Text, Tree
+from recall_merge.report.page import Block, Code, Figure, Job, Matrix, Page, Section, Text, Tree
 
 if TYPE_CHECKING:
     from recall_merge.maths.metrics import Interval
@@ -198,7 +198,7 @@ def _matrix(line: Line, words: Words) -> Matrix:
     tests = {stage.task.name: stage.task for stage in line.branch.stages} | {task.name: task for task in line.branch.stages[-1].unseen}
     texts = {name: rows_of(line.folder, task) if words.wanted else {} for name, task in tests.items()}
     for number, name in enumerate(line.rows):
-        cells = []
+        jobs = []
         for place, task in enumerate(line.tasks):
             score = line.scores.get((number, task))
             earlier = line.before(number, task)
@@ -208,21 +208,21 @@ def _matrix(line: Line, words: Words) -> Matrix:
                 title = f"{task}, after stage {name}, against {line.rows[earlier]}"
                 panels.append(panel(anchor, title, line.scores[earlier, task], score, texts[task], words))
             new = number > 0 and task == line.branch.stages[number - 1].task.name
-            cells.append(Cell("" if score is None else _score(score), None if score is None else _share(score), anchor, new))
-        rows.append((name, cells))
+            jobs.append(Job("" if score is None else _score(score), None if score is None else _share(score), anchor, new))
+        rows.append((name, jobs))
     caption = (
         "R: the score of each task after each stage, ± standard error over items. Choose a score to see the items that changed;"
         " framed is what was learnt there."
     )
     columns = [f"{task} ({_metric(line, task)})" + (" unseen" if task in line.branch.unseen else "") for task in line.tasks]
     experts = [line.experts.get(task) for task in line.tasks]
-    cells = [Cell("" if e is None else _score(e), None if e is None else _share(e)) for e in experts]
-    return Matrix(caption, columns, [*rows, ("own expert", cells)], panels)
+    jobs = [Job("" if e is None else _score(e), None if e is None else _share(e)) for e in experts]
+    return Matrix(caption, columns, [*rows, ("own expert", jobs)], panels)
 
 
 def _picture(line: Line) -> Figure:
     """R once more as a chart, for the files."""
-    cells = [
+    jobs = [
         {"row": row, "column": column, "score": _share(score), "shown": f"{score['score']:.2f}"}
         for row in range(len(line.rows))
         for column, task in enumerate(line.tasks)
@@ -230,9 +230,9 @@ def _picture(line: Line) -> Figure:
     ]
     shown = [[name, *(_maybe(line.scores.get((row, task))) for task in line.tasks)] for row, name in enumerate(line.rows)]
     end = line.branch.stages[-1].id
-    says = "Rows are stages, columns tasks; empty cells were not scored. All scores run from 0 to 1."
+    says = "Rows are stages, columns tasks; empty jobs were not scored. All scores run from 0 to 1."
     return Figure(
-        f"R-{end}", "R as a picture", says, charts.matrix(cells, line.rows, line.tasks), ["after stage", *line.tasks], shown, on_page=False
+        f"R-{end}", "R as a picture", says, charts.matrix(jobs, line.rows, line.tasks), ["after stage", *line.tasks], shown, on_page=False
     )
 
 

@@ -1,4 +1,4 @@
-"""A stage as it is asked for, and the lesson that it makes of a workspace's head."""
+"""A stage as it is asked for, and the stage that it makes of a workspace's head."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recall_merge.continual.state import DataFile, Lesson, Model, Start, State, Task, stored_path
+from recall_merge.continual.state import DataFile, Model, StageSpec, Start, State, Task, stored_path
 from recall_merge.runtime.paths import exists, path_of
 
 
@@ -37,13 +37,13 @@ class Request:
     sets: Mapping[str, Any] = field(default_factory=dict)
 
 
-def draft(folder: Path, state: State | None, request: Request) -> Lesson:
-    """A request as a lesson, without the hashes of its files, which the checks fill in."""
+def draft(folder: Path, state: State | None, request: Request) -> StageSpec:
+    """A request as a stage, without the hashes of its files, which the checks fill in."""
     overrides = ({"method": request.method} if request.method is not None else {}) | dict(request.sets)
     known = {task.name: task for stage in (state.lineage() if state else ())[-1:] for task in stage.unseen}
     asked = [_unseen(folder, word) for word in request.unseen]
     inherited = [task for name, task in known.items() if name not in {request.task, *(task.name for task in asked)}]
-    return Lesson(
+    return StageSpec(
         id=len(state.stages) + 1 if state else 1,
         parent=state.head if state else 0,
         task=Task(name=request.task, metric=request.metric, test=_unread(folder, request.test)),

@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from recall_merge.merging.run import ByDepth, MergeRun, Section, assign, parse
+from recall_merge.merging.run import ByLayer, MergeRun
 from recall_merge.runtime.errors import Faults, RunError
+from recall_merge.runtime.sections import Section, assign, parse
 from recall_merge.training.settings import TrainSettings
 
 OWN = ("base", "experts", "samples.path", "samples.split", "samples.template", "out.path", "out.overwrite", "training.template")
@@ -35,7 +36,7 @@ class Settings(MergeRun):
         default="one_shot", description="merge all experts anew each time, or the merge before with the newest"
     )
     keep_samples: bool = Field(default=False, description="keep the typical samples themselves, too; by default only which rows they are")
-    card_rank: int = Field(default=24, ge=0, description="directions that an expert's card keeps of each input; 0 for no cards")
+    stats_rank: int = Field(default=24, ge=0, description="directions that an expert's statistics keeps of each input; 0 for no statistics")
     training: TrainSettings = Field(default_factory=TrainSettings)
     scoring: Scoring = Field(default_factory=Scoring)
     template: bool = Field(default=True, description="apply the base's chat template where it has one, in training, samples and scoring")
@@ -71,7 +72,7 @@ class Settings(MergeRun):
 
         if experts > 1 or self.method not in METHODS or METHODS[self.method].experts[0] <= experts:
             return self
-        return self.model_copy(update={"method": "linear", "options": {}, "weights": "uniform", "prune": None, "scale_by_depth": None})
+        return self.model_copy(update={"method": "linear", "options": {}, "weights": "uniform", "prune": None, "scale_by_layer": None})
 
     def training_settings(self) -> TrainSettings:
         return self.training.model_copy(update={"template": self.template})
@@ -130,7 +131,7 @@ def check_method(settings: Settings, experts: int | None = None) -> None:
     from recall_merge.maths.methods import METHODS
     from recall_merge.merging.rules import rules_of
 
-    given: Any = settings.weights.by_depth if isinstance(settings.weights, ByDepth) else settings.weights
+    given: Any = settings.weights.by_layer if isinstance(settings.weights, ByLayer) else settings.weights
     row = given[0] if isinstance(given, list) and given and isinstance(given[0], list) else given
     if experts is None:
         fewest = METHODS[settings.method].experts[0] if settings.method in METHODS else 1

@@ -19,10 +19,10 @@ from recall_merge.continual.artefacts import KEY, SCRATCH, copy_adapter, key_in,
 from recall_merge.continual.request import Request, draft
 from recall_merge.continual.scores import Kept, Target, score, scores_key
 from recall_merge.continual.state import (
-    Lesson,
     Model,
     Scores,
     Stage,
+    StageSpec,
     State,
     fingerprint,
     found_path,
@@ -36,12 +36,12 @@ from recall_merge.continual.state import (
 from recall_merge.continual.validation import Check, Ready, locate_model, refuse_other
 from recall_merge.files.adapter import is_adapter
 from recall_merge.files.durable import write_whole
-from recall_merge.files.model_card import CARD, add_scores
+from recall_merge.files.model_card import MODEL_CARD, add_scores
 from recall_merge.files.record import versions
-from recall_merge.files.statistics import open_card
+from recall_merge.files.statistics import open_statistics
 from recall_merge.merging.merge import MergeResult, merge, reuse
 from recall_merge.merging.run import MergeRun
-from recall_merge.merging.statistics import make_card
+from recall_merge.merging.statistics import make_statistics
 from recall_merge.runtime.errors import Faults, WorkspaceError
 from recall_merge.runtime.progress import Progress, Silent
 
@@ -80,10 +80,10 @@ def learn(folder: Path, request: Request | None = None, *, progress: Progress | 
         work = Work(folder, state, ready, progress or Silent())
         work.begin()
         expert = work.train()
-        card = work.card(expert)
-        merged, made = work.merge(expert, card)
+        stats = work.stats(expert)
+        merged, made = work.merge(expert, stats)
         scores = work.score(expert, merged)
-        return work.commit(expert, card, merged, made, scores)
+        return work.commit(expert, stats, merged, made, scores)
 
 
 def _check(folder: Path, request: Request | None, command: str, stack: ExitStack) -> tuple[State, Ready]:
@@ -93,9 +93,9 @@ def _check(folder: Path, request: Request | None, command: str, stack: ExitStack
     with faults.collect():
         state = stack.enter_context(opened(folder, command))
     if request is not None:
-        lesson = draft(folder, state, request)
+        stage_spec = draft(folder, state, request)
     elif state is not None and state.unfinished is not None:
-        lesson = state.unfinished
+        stage_spec = state.unfinished
     else:
         if state is not None:
             faults.add(
@@ -103,11 +103,11 @@ def _check(folder: Path, request: Request | None, command: str, stack: ExitStack
             )
         faults.raise_any(WorkspaceError)
         raise AssertionError("there is a fault")
-    check = Check(folder, state, lesson, same_base=request is not None and request.same_base)
+    check = Check(folder, state, stage_spec, same_base=request is not None and request.same_base)
     faults.extend(check.faults)
     if state is not None and not len(faults):
         with faults.collect():
-            refuse_other(folder, state, check.ready().lesson)
+            refuse_other(folder, state, check.ready().stage_spec)
     faults.raise_any(WorkspaceError)
     assert state is not None
     return state, check.ready()
@@ -118,7 +118,7 @@ class Work:
 
     def __init__(self, folder: Path, state: State, ready: Ready, progress: Progress) -> None:
         self._folder = folder.absolute().resolve()
-        self._state, self._ready, self._lesson = state, ready, ready.lesson
+        self._state, self._ready, self._lesson = state, ready, ready.stage_spec
         self._lineage = state.lineage()
         self._progress = progress
 
@@ -132,49 +132,49 @@ class Work:
 
     def train(self) -> Model:
         """The expert: trained here, or given. A given adapter is copied; a given checkpoint stays where it is."""
-        lesson, target = self._lesson, self._folder / "experts" / f"{self._lesson.id}-{self._lesson.task.name}"
+        stage_spec, target = self._lesson, self._folder / "experts" / f"{self._lesson.id}-{self._lesson.task.name}"
         with self._noted("train"):
-            if lesson.given is not None:
-                place = locate_model(self._folder, lesson.given)
+            if stage_spec.given is not None:
+                place = locate_model(self._folder, stage_spec.given)
                 if not is_adapter(place):
-                    return lesson.given
-                if not target.exists() or fingerprint(target) != lesson.given.fingerprint:
+                    return stage_spec.given
+                if not target.exists() or fingerprint(target) != stage_spec.given.fingerprint:
                     copy_adapter(place, target)
             else:
                 from recall_merge.training.fine_tuning import train
 
                 make_way(target)
                 settings = self._ready.settings.training_settings()
-                train(self._start(lesson), self._ready.rows, target, settings, overwrite=True, progress=self._progress)
+                train(self._start(stage_spec), self._ready.rows, target, settings, overwrite=True, progress=self._progress)
             return self._model(target)
 
-    def card(self, expert: Model) -> str | None:
-        """What the expert leaves behind about its rows, which no later stage reads: statistics for methods that merge by cards."""
-        lesson, settings = self._lesson, self._ready.settings
-        if lesson.train is None or not settings.card_rank:
+    def stats(self, expert: Model) -> str | None:
+        """What the expert leaves behind about its rows, which no later stage reads: statistics for methods that merge by statistics."""
+        stage_spec, settings = self._lesson, self._ready.settings
+        if stage_spec.train is None or not settings.stats_rank:
             return None
-        target = self._folder / "cards" / f"{lesson.id}-{lesson.task.name}"
-        with self._noted("card"):
+        target = self._folder / "statistics" / f"{stage_spec.id}-{stage_spec.task.name}"
+        with self._noted("stats"):
             plain = settings.model_copy(update={"method": "linear", "options": {}, "weights": "uniform"})
-            run = plain.run(base=str(self._ready.base), experts=[self._entry(lesson, expert)], rows=self._rows, out=str(target))
+            run = plain.run(base=str(self._ready.base), experts=[self._entry(stage_spec, expert)], rows=self._rows, out=str(target))
             asked = {"samples": settings.samples.model_dump() if settings.samples else None, "template": settings.template}
-            asked |= {"rank": settings.card_rank, "seed": settings.seed, "rows": lesson.train.sha256, "versions": versions()}
+            asked |= {"rank": settings.stats_rank, "seed": settings.seed, "rows": stage_spec.train.sha256, "versions": versions()}
             key = key_of(asked | {"base": self._state.base.fingerprint, "expert": expert.fingerprint})
             if key_in(target) != key:
                 (target / KEY).unlink(missing_ok=True)
-                make_card(run, rank=settings.card_rank, folder=target, progress=self._progress)
+                make_statistics(run, rank=settings.stats_rank, folder=target, progress=self._progress)
                 write_whole(target / KEY, json.dumps({"key": key}) + "\n")
         return stored_path(self._folder, target)
 
-    def merge(self, expert: Model, card: str | None) -> tuple[Model, MergeResult]:
+    def merge(self, expert: Model, stats: str | None) -> tuple[Model, MergeResult]:
         """All experts, or the merge before and the newest, in one model. The newest expert's training rows are the samples."""
         target = self._folder / "merges" / str(self._lesson.id)
         with self._noted("merge"):
-            newest = self._entry(self._lesson, expert, card)
+            newest = self._entry(self._lesson, expert, stats)
             if self._ready.settings.strategy == "sequential":
                 before = [{"name": "merged", "path": str(self._before)}] if self._lineage else []
             else:
-                before = [self._entry(stage, stage.expert, stage.card) for stage in self._lineage]
+                before = [self._entry(stage, stage.expert, stage.stats) for stage in self._lineage]
             settings = self._ready.settings.of_so_many(len(before) + 1)
             run = settings.run(base=str(self._ready.base), experts=[*before, newest], rows=self._rows, out=str(target))
             made = reuse(run) or merge(run, progress=self._progress)
@@ -182,7 +182,7 @@ class Work:
 
     def score(self, expert: Model, merged: Model) -> Kept:
         """New tasks on the base and on the merge before, the expert's task on the expert, all tasks on the merge."""
-        lesson, base, specs = self._lesson, self._ready.base, self._ready.specs
+        stage_spec, base, specs = self._lesson, self._ready.base, self._ready.specs
         with self._noted("score"):
             on_base = {name for stage in self._lineage for name in stage.scores.base}
             targets = [Target("base", base, base, self._state.base.fingerprint, tuple(name for name in specs if name not in on_base))]
@@ -191,18 +191,18 @@ class Work:
                 new = tuple(name for name in specs if name not in last.scores.merged)
                 targets.append(Target("before", self._before, base, last.merged.fingerprint, new))
             place = locate_model(self._folder, expert)
-            targets.append(Target("expert", place, self._start(lesson), expert.fingerprint, (lesson.task.name,)))
+            targets.append(Target("expert", place, self._start(stage_spec), expert.fingerprint, (stage_spec.task.name,)))
             targets.append(Target("merged", found_path(self._folder, merged.path), base, merged.fingerprint, tuple(specs)))
-            tasks = (lesson.task, *lesson.unseen, *(stage.task for stage in self._lineage))
+            tasks = (stage_spec.task, *stage_spec.unseen, *(stage.task for stage in self._lineage))
             hashes = {task.name: [task.test.sha256 if task.test else None, task.metric] for task in tasks}
             key = scores_key(targets, hashes, self._ready.settings)
             self._scores_file.parent.mkdir(exist_ok=True)
             return score(self._scores_file, targets, list(specs.values()), self._ready.settings, key, self._progress)
 
-    def commit(self, expert: Model, card: str | None, merged: Model, made: MergeResult, scores: Kept) -> Learned:
+    def commit(self, expert: Model, stats: str | None, merged: Model, made: MergeResult, scores: Kept) -> Learned:
         """Make the stage part of the workspace, and its merge the workspace's model."""
         plain = {role: {name: found["score"] for name, found in tasks.items()} for role, tasks in scores.items()}
-        samples = self._samples(card, made)
+        samples = self._samples(stats, made)
         self._tell_card(merged, scores)
         with self._noted("commit"):
             tidy(self._folder)
@@ -211,7 +211,7 @@ class Work:
             stage = Stage(
                 **self._lesson.model_dump(),
                 expert=expert,
-                card=card,
+                stats=stats,
                 merged=merged,
                 samples=samples,
                 scores=Scores(file=stored_path(self._folder, self._scores_file), **({"before": {}} | plain)),
@@ -223,17 +223,17 @@ class Work:
 
     def _tell_card(self, merged: Model, scores: Kept) -> None:
         """The scores of the merge come into its model card."""
-        if (place := found_path(self._folder, merged.path) / CARD).is_file():
+        if (place := found_path(self._folder, merged.path) / MODEL_CARD).is_file():
             add_scores(place.parent, f"{self._folder.name}-{self._lesson.id}", list(scores["merged"].values()))
 
     @property
     def _rows(self) -> str | None:
         return str(found_path(self._folder, self._lesson.train.path)) if self._lesson.train else None
 
-    def _entry(self, lesson: Lesson, expert: Model, card: str | None = None) -> dict[str, Any]:
+    def _entry(self, stage_spec: StageSpec, expert: Model, stats: str | None = None) -> dict[str, Any]:
         """An expert as a run lists it. It was checked when it came, so its base is the run's."""
-        entry = {"name": lesson.task.name, "path": str(self._whole(lesson, expert)), "same_base": True}
-        return entry | ({"card": str(found_path(self._folder, card))} if card else {})
+        entry = {"name": stage_spec.task.name, "path": str(self._whole(stage_spec, expert)), "same_base": True}
+        return entry | ({"stats": str(found_path(self._folder, stats))} if stats else {})
 
     @property
     def _before(self) -> Path:
@@ -243,19 +243,19 @@ class Work:
     def _scores_file(self) -> Path:
         return self._folder / "scores" / f"{self._lesson.id}.json"
 
-    def _start(self, lesson: Lesson) -> Path:
+    def _start(self, stage_spec: StageSpec) -> Path:
         """What an expert was, or is to be, fine-tuned from."""
-        if lesson.start == "base" or lesson.parent == 0:
+        if stage_spec.start == "base" or stage_spec.parent == 0:
             return self._ready.base
-        return found_path(self._folder, self._state.stages[lesson.parent - 1].merged.path)
+        return found_path(self._folder, self._state.stages[stage_spec.parent - 1].merged.path)
 
-    def _whole(self, lesson: Lesson, expert: Model) -> Path:
+    def _whole(self, stage_spec: StageSpec, expert: Model) -> Path:
         """An expert in a form that is one on the base: an adapter on a merge is put into that merge first."""
-        place, start = locate_model(self._folder, expert), self._start(lesson)
+        place, start = locate_model(self._folder, expert), self._start(stage_spec)
         if start == self._ready.base or not is_adapter(place):
             return place
         target = self._folder / SCRATCH / place.name
-        entry = {"name": lesson.task.name, "path": str(place), "same_base": True}
+        entry = {"name": stage_spec.task.name, "path": str(place), "same_base": True}
         out = {"path": str(target), "overwrite": True, "reload": False}
         run = MergeRun.model_validate({"base": str(start), "experts": [entry], "method": "linear", "out": out})
         return (reuse(run) or merge(run, progress=self._progress)).path
@@ -263,11 +263,11 @@ class Work:
     def _model(self, place: Path) -> Model:
         return Model(path=stored_path(self._folder, place), fingerprint=fingerprint(place))
 
-    def _samples(self, card: str | None, made: MergeResult) -> tuple[int, ...]:
-        """Positions of the typical samples: those that the weights are from, or else those that the card is from."""
-        if made.weighting.samples or card is None:
-            return tuple(sample.row for sample in made.weighting.samples)
-        found = open_card(found_path(self._folder, card))
+    def _samples(self, stats: str | None, made: MergeResult) -> tuple[int, ...]:
+        """Positions of the typical samples: those that the weights are from, or else those that the input statistics is from."""
+        if made.merge_weights.samples or stats is None:
+            return tuple(sample.row for sample in made.merge_weights.samples)
+        found = open_statistics(found_path(self._folder, stats))
         return tuple(found.facts["rows"]) if found is not None else ()
 
     def _write_samples(self, samples: Sequence[int]) -> None:

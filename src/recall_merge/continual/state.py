@@ -75,7 +75,7 @@ class Scores(Part):
     """Of this stage's merge, on all tasks so far."""
 
 
-class Lesson(Part):
+class StageSpec(Part):
     """What a stage is to learn: all that was asked for, and the hashes of what it reads."""
 
     id: int
@@ -93,12 +93,12 @@ class Lesson(Part):
     """Settings of this stage alone, by dotted keys."""
 
 
-class Stage(Lesson):
-    """A lesson that was learnt."""
+class Stage(StageSpec):
+    """A stage that was learnt."""
 
     expert: Model
-    card: str | None = None
-    """Folder of the expert's card; None if it was given without rows, or no cards are wanted."""
+    stats: str | None = None
+    """Folder of the expert's statistics; None if it was given without rows, or no statistics are wanted."""
     merged: Model
     samples: tuple[int, ...]
     """Positions of the typical samples among the training rows; never their text."""
@@ -116,7 +116,7 @@ class State(Part):
     """In the order of their numbers, from 1. None is ever taken out."""
     head: int = 0
     """The stage whose merge is the workspace's model now; 0 is the base."""
-    unfinished: Lesson | None = None
+    unfinished: StageSpec | None = None
     """A stage that was begun, and is not done."""
 
     def lineage(self, to: int | None = None) -> tuple[Stage, ...]:
@@ -180,11 +180,11 @@ def _wrong_stages(state: State) -> str:
             return f"stage {stage.id}, of parent {stage.parent}, stands in place {number}"
         if not NAME.fullmatch(stage.task.name):
             return f"stage {stage.id} has a task of the name {stage.task.name!r}"
-    lesson = state.unfinished
-    if lesson is not None and not NAME.fullmatch(lesson.task.name):
-        return f"the unfinished stage has a task of the name {lesson.task.name!r}"
-    if lesson is not None and (lesson.id != len(state.stages) + 1 or lesson.parent != state.head):
-        return f"the unfinished stage is {lesson.id}, of parent {lesson.parent}"
+    stage_spec = state.unfinished
+    if stage_spec is not None and not NAME.fullmatch(stage_spec.task.name):
+        return f"the unfinished stage has a task of the name {stage_spec.task.name!r}"
+    if stage_spec is not None and (stage_spec.id != len(state.stages) + 1 or stage_spec.parent != state.head):
+        return f"the unfinished stage is {stage_spec.id}, of parent {stage_spec.parent}"
     return "" if 0 <= state.head <= len(state.stages) else f"there is no stage {state.head} to be the head"
 
 

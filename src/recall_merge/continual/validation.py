@@ -1,4 +1,4 @@
-"""Every check of a lesson that can be made before it begins: all faults at once, nothing written."""
+"""Every check of a stage that can be made before it begins: all faults at once, nothing written."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from recall_merge.continual.settings import Settings, check_method, check_overrides, make_settings
-from recall_merge.continual.state import NAME, DataFile, Lesson, Model, Stage, State, Task, fingerprint, found_path
+from recall_merge.continual.state import NAME, DataFile, Model, Stage, StageSpec, State, Task, fingerprint, found_path
 from recall_merge.evaluation.tasks import TaskSpec, check_tasks
 from recall_merge.files.experts import hash_file
 from recall_merge.files.hub import Located, locate
@@ -21,9 +21,9 @@ TAKEN = ("base", "merged")  # words that stand beside the names of tasks
 
 @dataclass(frozen=True)
 class Ready:
-    """A lesson that has passed all checks, and what they have read."""
+    """A stage that has passed all checks, and what they have read."""
 
-    lesson: Lesson
+    stage_spec: StageSpec
     settings: Settings
     base: Path
     rows: list[Row]
@@ -35,44 +35,44 @@ class Ready:
 
 
 class Check:
-    """Every check of a lesson. `faults` collects what is wrong; `ready` raises it, or gives what the checks have read."""
+    """Every check of a stage. `faults` collects what is wrong; `ready` raises it, or gives what the checks have read."""
 
-    def __init__(self, folder: Path, state: State | None, lesson: Lesson, *, same_base: bool = False) -> None:
+    def __init__(self, folder: Path, state: State | None, stage_spec: StageSpec, *, same_base: bool = False) -> None:
         self.faults = Faults()
-        self._folder, self._state, self._lesson = folder, state, lesson
+        self._folder, self._state, self._lesson = folder, state, stage_spec
         self._rows: dict[str, list[Row]] = {}  # by task
         self._tests: dict[str, Task] = {}  # by task, with hashes
-        self._has_before = lesson.parent != 0
+        self._has_before = stage_spec.parent != 0
         self._names()
-        self._train, self._train_rows = self._read(lesson.train, "the training file")
+        self._train, self._train_rows = self._read(stage_spec.train, "the training file")
         self._tasks()
         self._overlap()
         self._settings = self._check_settings()
         self._base: Path | None = None
-        self._given = lesson.given
+        self._given = stage_spec.given
         if state is not None:
             self._models(state)
-            if lesson.given is not None and self._base is not None:
+            if stage_spec.given is not None and self._base is not None:
                 with self.faults.collect():
-                    self._given = self._check_given(self._base, lesson.given, same_base)
+                    self._given = self._check_given(self._base, stage_spec.given, same_base)
         self._lengths()
 
     def ready(self) -> Ready:
         self.faults.raise_any(WorkspaceError)
         assert self._settings is not None and self._base is not None
         unseen = tuple(self._tests[task.name] for task in self._lesson.unseen)
-        lesson = self._lesson.model_copy(
+        stage_spec = self._lesson.model_copy(
             update={"task": self._tests[self._lesson.task.name], "train": self._train, "given": self._given, "unseen": unseen}
         )
-        return Ready(lesson, self._settings, self._base, self._train_rows, self._specs(), self._has_before)
+        return Ready(stage_spec, self._settings, self._base, self._train_rows, self._specs(), self._has_before)
 
     def _names(self) -> None:
-        lesson, add = self._lesson, self.faults.add
-        for task in (lesson.task, *lesson.unseen):
+        stage_spec, add = self._lesson, self.faults.add
+        for task in (stage_spec.task, *stage_spec.unseen):
             if not NAME.fullmatch(task.name) or task.name in TAKEN:
                 fix = "letters, digits, '.', '-' and '_', at most 64, not " + " or ".join(f"'{name}'" for name in TAKEN)
                 add(f"'{task.name}' cannot be the name of a task", fix=fix)
-        names = [task.name for task in (lesson.task, *lesson.unseen)]
+        names = [task.name for task in (stage_spec.task, *stage_spec.unseen)]
         for name in sorted({name for name in names if names.count(name) > 1}):
             add(f"the name '{name}' is given twice", fix="give one another name: NAME=FILE")
         for stage in self._state.lineage() if self._state else ():
@@ -191,7 +191,7 @@ class Check:
             with self.faults.collect():
                 place = locate_model(self._folder, stage.expert)
                 self._same(place, stage.expert, f"the expert of '{stage.task.name}'", f"stage {stage.id}")
-        self._cards(lineage)
+        self._statistics(lineage)
         if not lineage:
             return
         self._has_before = found_path(self._folder, lineage[-1].merged.path).is_dir()
@@ -202,17 +202,17 @@ class Check:
                     place = found_path(self._folder, stage.merged.path)
                     self._same(place, stage.merged, f"the merge of stage {stage.id}", "it was made")
 
-    def _cards(self, lineage: Sequence[Stage]) -> None:
-        """Whether the cards are there that the method will ask for."""
-        from recall_merge.files.statistics import CARD
+    def _statistics(self, lineage: Sequence[Stage]) -> None:
+        """Whether the statistics are there that the method will ask for."""
+        from recall_merge.files.statistics import STATS
         from recall_merge.maths.methods import METHODS
 
         method = METHODS.get(self._settings.method) if self._settings else None
         if method is None or not method.informed or self._settings is None or self._settings.strategy == "sequential":
             return
         for stage in lineage:
-            if stage.card is not None and not (place := found_path(self._folder, stage.card) / CARD).is_file():
-                self.faults.add(f"the card of '{stage.task.name}' is missing", where=place, fix="put it back")
+            if stage.stats is not None and not (place := found_path(self._folder, stage.stats) / STATS).is_file():
+                self.faults.add(f"the input statistics of '{stage.task.name}' is missing", where=place, fix="put it back")
 
     def _same(self, place: Path, model: Model, what: str, since: str) -> None:
         if not place.is_dir():
@@ -248,14 +248,14 @@ def locate_model(folder: Path, model: Model) -> Path:
     return locate(model.path).folder if model.on_hub else found_path(folder, model.path)
 
 
-def refuse_other(folder: Path, state: State, lesson: Lesson) -> None:
-    """Refuse a lesson while another is unfinished.
+def refuse_other(folder: Path, state: State, stage_spec: StageSpec) -> None:
+    """Refuse a stage while another is unfinished.
 
     Raises:
         WorkspaceError: naming both ways out.
     """
     begun = state.unfinished
-    if begun is None or begun == lesson:
+    if begun is None or begun == stage_spec:
         return
     what = f"stage {begun.id} ('{begun.task.name}') was begun and is not finished; this is not the same request"
     fix = f"`recall learn {folder}` goes on with it; `recall rollback {folder} --to {state.head}` gives it up"

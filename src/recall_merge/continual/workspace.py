@@ -12,9 +12,9 @@ from recall_merge.continual.state import (
     JOURNAL,
     LOCK,
     STATE,
-    Lesson,
     Model,
     Stage,
+    StageSpec,
     State,
     fingerprint,
     found_path,
@@ -122,7 +122,7 @@ class Status:
 
     state: State
     branches: tuple[Branch, ...]
-    unfinished: tuple[Lesson, str] | None
+    unfinished: tuple[StageSpec, str] | None
     holder: Holder | None
     missing: tuple[str, ...]
 

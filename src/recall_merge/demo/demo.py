@@ -58,7 +58,7 @@ class DemoResult:
         scores: model -> task -> score; the models are base, each expert, uniform and recall.
         answers: some questions with the words of base, expert and merged model.
         merged: the merge by RECALL.
-        picture: similarity and weights by depth.
+        picture: similarity and weights by layer.
         reused: what was there already, and was kept.
     """
 
@@ -237,4 +237,4 @@ def _picture(folder: Path, result: MergeResult) -> Path:
     from recall_merge.report.merge_charts import draw_weights
 
     record = result.record
-    return draw_weights(record["similarity"], record["weights"], folder / "weights.png", title="RECALL: similarity and weights by depth")
+    return draw_weights(record["similarity"], record["weights"], folder / "weights.png", title="RECALL: similarity and weights by layer")

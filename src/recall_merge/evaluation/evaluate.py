@@ -14,11 +14,11 @@ from recall_merge.files.adapter import CONFIG, is_adapter, open_adapter
 from recall_merge.files.checkpoint import open_checkpoint, read_json, weight_files
 from recall_merge.files.experts import AdapterExpert, own_tensors
 from recall_merge.files.hub import locate
-from recall_merge.files.model_card import add_scores, read_card
+from recall_merge.files.model_card import add_scores, read_model_card
 from recall_merge.files.rows import read_rows
 from recall_merge.files.vocabulary import read_vocabulary
 from recall_merge.runtime.errors import CheckpointError, Faults, MissingExtra, RunError, did_you_mean
-from recall_merge.runtime.executor import check_engine, open_engine
+from recall_merge.runtime.executor import check_executor, open_executor
 from recall_merge.runtime.parallel import cores
 from recall_merge.runtime.progress import Progress
 
@@ -39,7 +39,7 @@ def evaluate(
     device: str | None = None,
     dtype: str | None = None,
     template: bool = True,
-    engine: str = "local",
+    executor: str = "local",
     card: bool = False,
     progress: Progress | None = None,
 ) -> list[TaskScore]:
@@ -49,7 +49,7 @@ def evaluate(
         model: a folder or a hub name: a whole model, an adapter, or a workspace, which stands for its model of now.
         tasks: FILE, NAME=FILE, the name of a task that comes with lm-eval, or paper:NAME for one of the paper's five on the hub.
         base: what an adapter is on; by default what its config names.
-        engine: `local`, `ray` or `ray://ADDRESS`, where each task is scored on a worker of its own; all nodes must find the model.
+        executor: `local`, `ray` or `ray://ADDRESS`, where each task is scored on a worker of its own; all nodes must find the model.
         metrics: task -> metric, where it is not to be the default.
         card: add the scores to the model's card, in its folder; a workspace's are added to that of its model of now.
 
@@ -62,7 +62,7 @@ def evaluate(
         raise MissingExtra("eval", "scoring") from error
     from recall_merge.evaluation.scores import check_named
 
-    check_engine(engine)
+    check_executor(executor)
     faults, places = Faults(), []
     with faults.collect():
         places.append(_places(model, base))
@@ -73,7 +73,7 @@ def evaluate(
     faults.extend(check_named(specs))
     faults.raise_any(RunError)
     loaded, asked = {"device": device, "dtype": dtype}, {"batch_size": batch_size, "limit": limit, "template": template}
-    scores = _all_scores(places[0], specs, loaded, asked, engine, progress)
+    scores = _all_scores(places[0], specs, loaded, asked, executor, progress)
     if card:
         folder = Path(model).absolute().resolve()
         add_scores(places[0][0], f"{folder.name}-{places[0][0].name}" if is_workspace(folder) else folder.name, list(map(asdict, scores)))
@@ -84,7 +84,7 @@ def _check_card(model: str, folder: Path) -> None:
     """There must be a card, and it must be the user's own."""
     if not Path(model).exists():
         raise RunError("scores are not added to the card of a hub model", where=model, fix="leave out --card, or give a folder")
-    read_card(folder)
+    read_model_card(folder)
 
 
 def _all_scores(
@@ -92,13 +92,13 @@ def _all_scores(
     specs: Sequence[TaskSpec],
     loaded: Mapping[str, Any],
     asked: Mapping[str, Any],
-    engine: str,
+    executor: str,
     progress: Progress | None,
 ) -> list[TaskScore]:
-    if engine == "local":
+    if executor == "local":
         return _score(place, specs, loaded, asked, progress)
     memory = 2 * 4 * sum(stored.spec.numel for stored in open_checkpoint(place[1] or place[0]).tensors.values())
-    with open_engine(engine, cores()) as workers:
+    with open_executor(executor, cores()) as workers:
         futures = [workers.submit(f"scores on {spec.name}", _score, place, [spec], loaded, asked, memory=memory) for spec in specs]
         return [score for future in futures for score in future.result()]
 

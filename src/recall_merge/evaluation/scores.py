@@ -106,15 +106,15 @@ def evaluate(
         definitions = {task.name: define(task, tokenizer, template=template) for task in own}
         scores: dict[str, TaskScore] = {}
         with _left_as_it_was(model, tokenizer):
-            engine = Engine(model, tokenizer, batch_size=batch_size, progress=progress or Silent())
-            _too_long(definitions, tokenizer, engine.max_length).raise_any(DataError)
+            executor = Engine(model, tokenizer, batch_size=batch_size, progress=progress or Silent())
+            _too_long(definitions, tokenizer, executor.max_length).raise_any(DataError)
             if own:
-                engine.add_bos_token = False  # a rendered text has its special tokens
-                results = _ask(engine, {name: build_task(definition) for name, definition in definitions.items()}, {}, limit)
+                executor.add_bos_token = False  # a rendered text has its special tokens
+                results = _ask(executor, {name: build_task(definition) for name, definition in definitions.items()}, {}, limit)
                 scores |= {task.name: _own_score(task, results) for task in own}
             if named:
-                engine.add_bos_token = None  # whatever the tokenizer does, which is lm-eval's way
-                results = _ask(engine, theirs["tasks"], theirs["groups"], limit)
+                executor.add_bos_token = None  # whatever the tokenizer does, which is lm-eval's way
+                results = _ask(executor, theirs["tasks"], theirs["groups"], limit)
                 scores |= {task.name: _named_score(task, results) for task in named}
     return [scores[task.name] for task in tasks]
 
@@ -213,7 +213,7 @@ def _too_long(definitions: Mapping[str, Definition], tokenizer: Any, window: int
     return faults
 
 
-def _ask(engine: Engine, tasks: Mapping[str, Any], groups: Mapping[str, Any], limit: int | None) -> dict[str, Any]:
+def _ask(executor: Engine, tasks: Mapping[str, Any], groups: Mapping[str, Any], limit: int | None) -> dict[str, Any]:
     """Ask all tasks, and return what lm-eval makes of the answers."""
     from lm_eval.evaluator import evaluate as run
 
@@ -222,7 +222,7 @@ def _ask(engine: Engine, tasks: Mapping[str, Any], groups: Mapping[str, Any], li
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
     try:
-        results = run(lm=engine, task_dict={"tasks": dict(tasks), "groups": dict(groups)}, limit=limit, bootstrap_iters=BOOTSTRAP_DRAWS)
+        results = run(lm=executor, task_dict={"tasks": dict(tasks), "groups": dict(groups)}, limit=limit, bootstrap_iters=BOOTSTRAP_DRAWS)
     except ValueError as error:  # code that is not trusted, images for a model without eyes
         raise RunError(f"lm-eval refuses: {' '.join(str(error).split())}", where=", ".join(tasks)) from error
     assert results is not None, "there is one process"

@@ -256,7 +256,7 @@ class _Parts:
     def _is_stored_transposed(self, name: str, edit: Edit) -> bool:
         """Whether the base stores a tensor as (in, out). PEFT asks the module's class; its shape tells too, unless it is square."""
         if edit.up is None or edit.down is None or edit.up.spec.shape[:1] == edit.down.spec.shape[1:]:
-            return self._base.config.get("model_type") in CONV1D and 0 < self._base.depths.of(name) < self._base.depths.last
+            return self._base.config.get("model_type") in CONV1D and 0 < self._base.layers.of(name) < self._base.layers.last
         return edit.down.spec.shape[1:] + edit.up.spec.shape[:1] == self._base.tensors[name].spec.shape
 
     def _head_follows(self) -> bool:

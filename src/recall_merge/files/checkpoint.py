@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from recall_merge.files.safetensors import FLOATS, PACKED, Remote, Spec, Stored, read_header
-from recall_merge.maths.layers import Depths, find_depths
+from recall_merge.maths.layers import Layers, find_layers
 from recall_merge.runtime.errors import CheckpointError, Faults, short
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Checkpoint:
     folder: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, Stored]
-    depths: Depths
+    layers: Layers
 
     def read(self, name: str, span: range | None = None) -> torch.Tensor:
         return self.tensors[name].read(span)
@@ -75,13 +75,13 @@ class Checkpoint:
     @cached_property
     def token_tensors(self) -> tuple[str, ...]:
         """The tensors whose rows are tokens: the input embedding, others like it, and the head where it is one of its own."""
-        inputs = _embeddings(self.config, self.tensors, self.depths)
-        return (*inputs, *(name for name in self.tensors if _is_head(name, self.depths)))
+        inputs = _embeddings(self.config, self.tensors, self.layers)
+        return (*inputs, *(name for name in self.tensors if _is_head(name, self.layers)))
 
     @property
     def is_tied(self) -> bool:
         """Whether the head is the embedding, and so no tensor of its own."""
-        return not any(_is_head(name, self.depths) for name in self.tensors)
+        return not any(_is_head(name, self.layers) for name in self.tensors)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -103,7 +103,7 @@ class HeldCheckpoint(Checkpoint):
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, held: Mapping[str, torch.Tensor]) -> HeldCheckpoint:
-        return cls(checkpoint.folder, checkpoint.config, checkpoint.tensors, checkpoint.depths, held)
+        return cls(checkpoint.folder, checkpoint.config, checkpoint.tensors, checkpoint.layers, held)
 
     def read(self, name: str, span: range | None = None) -> torch.Tensor:
         if name not in self.held:
@@ -118,7 +118,7 @@ def open_checkpoint(folder: Path, remote: Mapping[str, Remote] = MappingProxyTyp
         remote: file name -> what is known of a weight file that is still on the hub.
 
     Raises:
-        CheckpointError: with every fault found: missing, damaged or pickled weights, a bad index, quantised weights, unknown depths.
+        CheckpointError: with every fault found: missing, damaged or pickled weights, a bad index, quantised weights, unknown layers.
     """
     faults = Faults()
     config: dict[str, Any] = {}
@@ -136,8 +136,8 @@ def open_checkpoint(folder: Path, remote: Mapping[str, Remote] = MappingProxyTyp
         what = f"tensor '{unfit[0]}' is of dtype {stored[unfit[0]].spec.dtype}" + (f" (and {len(unfit) - 1} more)" if unfit[1:] else "")
         faults.add(what, where=stored[unfit[0]].file, fix="merge a model in F32, F16 or BF16")
     faults.raise_any(CheckpointError)
-    depths = _depths(folder, config, stored)
-    checkpoint = Checkpoint(folder, config, _without_tied_head(folder, config, stored, depths), depths)
+    layers = _layers(folder, config, stored)
+    checkpoint = Checkpoint(folder, config, _without_tied_head(folder, config, stored, layers), layers)
     _ = checkpoint.embedding  # config and weights must agree on the vocabulary
     return checkpoint
 
@@ -265,13 +265,13 @@ def _vocab_size(config: Mapping[str, Any]) -> Any:
     return config.get("vocab_size", _text_part(config).get("vocab_size"))
 
 
-def _embeddings(config: Mapping[str, Any], names: Mapping[str, Stored], depths: Depths) -> list[str]:
+def _embeddings(config: Mapping[str, Any], names: Mapping[str, Stored], layers: Layers) -> list[str]:
     """The tensors before the blocks that have a row for each token: the embedding, then others called after it ('.._per_layer')."""
     rows = _vocab_size(config)
     found = [
         name
         for name, stored in names.items()
-        if depths.of(name) == 0 and len(stored.spec.shape) == 2 and stored.spec.shape[0] == rows and not POSITIONS.search(name)
+        if layers.of(name) == 0 and len(stored.spec.shape) == 2 and stored.spec.shape[0] == rows and not POSITIONS.search(name)
     ]
     found.sort(key=len)
     if not found or not all(name.startswith(found[0].removesuffix(".weight")) for name in found):
@@ -284,17 +284,17 @@ def _embeddings(config: Mapping[str, Any], names: Mapping[str, Stored], depths: 
     return found
 
 
-def _is_head(name: str, depths: Depths) -> bool:
-    return HEADS.search(name) is not None and depths.of(name) == depths.last
+def _is_head(name: str, layers: Layers) -> bool:
+    return HEADS.search(name) is not None and layers.of(name) == layers.last
 
 
-def _without_tied_head(folder: Path, config: Mapping[str, Any], stored: dict[str, Stored], depths: Depths) -> dict[str, Stored]:
+def _without_tied_head(folder: Path, config: Mapping[str, Any], stored: dict[str, Stored], layers: Layers) -> dict[str, Stored]:
     """Leave out a head that is the embedding stored a second time. Where the config does not say, equal bytes say that it is tied."""
     tied = config.get("tie_word_embeddings", _text_part(config).get("tie_word_embeddings"))
-    head = next((name for name in stored if _is_head(name, depths) and name.endswith("weight")), None)
+    head = next((name for name in stored if _is_head(name, layers) and name.endswith("weight")), None)
     if tied is False or head is None:
         return stored
-    embedding = _embeddings(config, stored, depths)[0]
+    embedding = _embeddings(config, stored, layers)[0]
     if stored[head].same_bytes(stored[embedding]):
         return {name: tensor for name, tensor in stored.items() if name != head}
     if tied:
@@ -306,13 +306,13 @@ def _without_tied_head(folder: Path, config: Mapping[str, Any], stored: dict[str
     return stored
 
 
-def _depths(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> Depths:
+def _layers(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> Layers:
     blocks = block_count(config)
     if blocks is None:
         raise CheckpointError(
             "the config does not say how many blocks there are", where=folder / "config.json", fix="add num_hidden_layers"
         )
     try:
-        return find_depths(tensors, blocks)
+        return find_layers(tensors, blocks)
     except ValueError as error:
         raise CheckpointError(str(error), where=folder, fix="recall merges decoder-only models with one list of blocks") from error

@@ -15,7 +15,7 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def write_companions(target: Path, base: Path, experts: Sequence[Path], vocabulary: Vocabulary | None, dtype: str | None) -> None:
-    """Write everything but weights, card and record.
+    """Write everything but weights, statistics and record.
 
     Config, generation config and code files are the base's; tokenizer and chat template are those of the vocabulary's choice.
 

@@ -144,7 +144,7 @@ class FullExpert:
             self.digest.add(name, stored)
         return _minus(stored, base)
 
-    def glance(self, name: str, base: Tensor, span: range) -> Tensor:
+    def read_delta(self, name: str, base: Tensor, span: range) -> Tensor:
         """A span of its delta, of which the digest is not told: for a look before the pass that reads it."""
         return _minus(self.checkpoint.read(name, span), base)
 

@@ -61,8 +61,8 @@ def same_weights(one: Checkpoint, other: Checkpoint) -> bool:
     if not any(stored.remote for model in (one, other) for stored in model.tensors.values()):
         if one.specs != other.specs:
             return False
-        alike = all(stored.identity() == other.tensors[name].identity() for name, stored in one.tensors.items())
-        return alike and weights_of(one) == weights_of(other)
+        similarity_rows = all(stored.identity() == other.tensors[name].identity() for name, stored in one.tensors.items())
+        return similarity_rows and weights_of(one) == weights_of(other)
     if one.fingerprint == other.fingerprint:
         return True
     if one.specs != other.specs:

@@ -19,12 +19,12 @@ from recall_merge.runtime.safe_yaml import MAX_BYTES, NotYaml, parse_yaml
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard
 
-CARD, PICTURE = "README.md", "weights.png"
+MODEL_CARD, PICTURE = "README.md", "weights.png"
 BEGIN, END = "<!-- scores -->", "<!-- end of scores -->"  # what stands between is written anew with every score
 ERROR = "_stderr"  # after a metric's name, as lm-eval calls its standard error
 
 
-def write_card(folder: Path, *, base: str, base_folder: Path, sources: Sequence[str], record: Mapping[str, Any]) -> None:
+def write_model_card(folder: Path, *, base: str, base_folder: Path, sources: Sequence[str], record: Mapping[str, Any]) -> None:
     """Write the card. It shows `weights.png` where that lies in the folder.
 
     Args:
@@ -45,10 +45,10 @@ def write_card(folder: Path, *, base: str, base_folder: Path, sources: Sequence[
         base_model_relation="merge",
     )
     text = _text(base, record, pictured=(folder / PICTURE).is_file())
-    (folder / CARD).write_text(f"---\n{data.to_yaml()}\n---\n\n{text}", "utf-8")
+    (folder / MODEL_CARD).write_text(f"---\n{data.to_yaml()}\n---\n\n{text}", "utf-8")
 
 
-def read_card(folder: Path) -> ModelCard:
+def read_model_card(folder: Path) -> ModelCard:
     """The card of a folder.
 
     Raises:
@@ -56,9 +56,11 @@ def read_card(folder: Path) -> ModelCard:
     """
     from huggingface_hub import ModelCard
 
-    if not (folder / CARD).is_file():
-        raise CheckpointError(f"there is no model card ({CARD})", where=folder, fix="scores are added to the card of a folder that has one")
-    with (folder / CARD).open("rb") as file:
+    if not (folder / MODEL_CARD).is_file():
+        raise CheckpointError(
+            f"there is no model card ({MODEL_CARD})", where=folder, fix="scores are added to the card of a folder that has one"
+        )
+    with (folder / MODEL_CARD).open("rb") as file:
         text = file.read(MAX_BYTES + 1)
     try:
         if len(text) > MAX_BYTES:
@@ -68,7 +70,7 @@ def read_card(folder: Path) -> ModelCard:
         return ModelCard(text.decode("utf-8"))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         fix = "mend the metadata at its head, or delete the file and merge again"
-        raise CheckpointError(f"the model card cannot be read: {error}", where=folder / CARD, fix=fix) from error
+        raise CheckpointError(f"the model card cannot be read: {error}", where=folder / MODEL_CARD, fix=fix) from error
 
 
 def add_scores(folder: Path, name: str, scores: Sequence[Mapping[str, Any]]) -> None:
@@ -81,7 +83,7 @@ def add_scores(folder: Path, name: str, scores: Sequence[Mapping[str, Any]]) -> 
     Raises:
         CheckpointError: if there is no card, or it cannot be read.
     """
-    card = read_card(folder)
+    card = read_model_card(folder)
     new = [result for score in scores for result in _results(score)]
     told = {(result.dataset_type, result.metric_type) for result in new}
     data: Any = card.data
@@ -91,7 +93,7 @@ def add_scores(folder: Path, name: str, scores: Sequence[Mapping[str, Any]]) -> 
     table = "\n".join(_scores(data.eval_results))
     before, _, rest = card.text.partition(BEGIN)
     card.text = f"{before.rstrip()}\n\n{BEGIN}\n{table}\n{END}\n\n{rest.partition(END)[2].lstrip()}"
-    write_whole(folder / CARD, str(card))
+    write_whole(folder / MODEL_CARD, str(card))
 
 
 def _results(score: Mapping[str, Any]) -> Iterator[EvalResult]:
@@ -146,12 +148,12 @@ def _text(base: str, record: Mapping[str, Any], *, pictured: bool) -> str:
         "",
     ]
     if pictured:
-        lines += [f"![Weights of the experts by depth, and the similarity that they follow from]({PICTURE})", ""]
+        lines += [f"![Weights of the experts by layer, and the similarity that they follow from]({PICTURE})", ""]
     lines += [BEGIN, END, "", "## How it was made", "", *_essentials(record), ""]
-    lines += ["## Weights by depth", "", *_table(record["weights"]), ""]
+    lines += ["## Weights by layer", "", *_table(record["weights"]), ""]
     if record.get("similarity"):
-        lines += ["## Similarity to the newest expert by depth", "", *_table(record["similarity"]), ""]
-    lines += ["Depth 0 is the embedding, the last depth of the weights is the final norm and head. `record.json` holds the whole run.", ""]
+        lines += ["## Similarity to the newest expert by layer", "", *_table(record["similarity"]), ""]
+    lines += ["Layer 0 is the embedding, the last layer of the weights is the final norm and head. `record.json` holds the whole run.", ""]
     return "\n".join(lines)
 
 
@@ -169,21 +171,21 @@ def _essentials(record: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _table(table: Mapping[str, Any]) -> list[str]:
-    """A Markdown table; runs of depths whose numbers print alike share a line."""
-    lines = ["| depth | " + " | ".join(map(plain, table["experts"])) + " |", "|---" * (1 + len(table["experts"])) + "|"]
+    """A Markdown table; runs of layers whose numbers print alike share a line."""
+    lines = ["| layer | " + " | ".join(map(plain, table["experts"])) + " |", "|---" * (1 + len(table["experts"])) + "|"]
     shown: list[tuple[int, int, str]] = []
-    for depth, row in zip(table["depths"], table["rows"], strict=True):
+    for layer, row in zip(table["layers"], table["rows"], strict=True):
         text = " | ".join(f"{number:.3f}" for number in row)
         if shown and shown[-1][2] == text:
-            shown[-1] = (shown[-1][0], depth, text)
+            shown[-1] = (shown[-1][0], layer, text)
         else:
-            shown.append((depth, depth, text))
+            shown.append((layer, layer, text))
     return lines + [f"| {first if first == last else f'{first} to {last}'} | {text} |" for first, last, text in shown]
 
 
 def _front_matter(base: Path) -> dict[str, Any]:
     """What the base's own card says of itself; nothing if it has none that can be read."""
-    card = base / CARD
+    card = base / MODEL_CARD
     if not card.is_file():
         return {}
     with card.open("rb") as file:

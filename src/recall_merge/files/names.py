@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import replace
 
 from recall_merge.files.checkpoint import HEADS, Checkpoint
-from recall_merge.maths.layers import Depths
+from recall_merge.maths.layers import Layers
 
 RENAMED = (  # what modules are called in memory today, and what they are called in files
     ("lm_head.", "embed_out."),
@@ -53,7 +53,7 @@ def named_like(checkpoint: Checkpoint, base: Checkpoint) -> Checkpoint:
 
     Some models were stored without the name that their class gives to the decoder, and get it when they are saved again.
     """
-    ours, theirs = base.depths.prefix, checkpoint.depths.prefix
+    ours, theirs = base.layers.prefix, checkpoint.layers.prefix
     if ours.endswith(f".{theirs}"):
         lead = ours.removesuffix(theirs)
         names = {name: lead + name if lead + name in base.tensors else name for name in checkpoint.tensors}
@@ -62,4 +62,4 @@ def named_like(checkpoint: Checkpoint, base: Checkpoint) -> Checkpoint:
     else:
         return checkpoint
     tensors = {names[name]: tensor for name, tensor in checkpoint.tensors.items()}
-    return replace(checkpoint, tensors=tensors, depths=Depths(ours, checkpoint.depths.blocks))
+    return replace(checkpoint, tensors=tensors, layers=Layers(ours, checkpoint.layers.blocks))

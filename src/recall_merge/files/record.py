@@ -17,7 +17,7 @@ RECORD = "record.json"
 FORMAT = 2
 READ_BY_LOADERS = {".safetensors", ".json", ".jinja", ".txt", ".model", ".py", ".bin", ".pt", ".pth", ".ckpt"}
 # what may come to a result, or an expert, after its record, or change: of the model card, people are the authors
-LATER = (RECORD, "README.md", "recall-card.json", "recall-card.safetensors")
+LATER = (RECORD, "README.md", "stats.json", "stats.safetensors")
 PACKAGES = ("recall-merge", "torch", "transformers", "safetensors", "huggingface_hub", "peft", "scikit-learn", "numpy", "tokenizers")
 
 

@@ -1,8 +1,8 @@
-"""An expert's card in its folder: for every linear map the second moment of its inputs on the expert's typical samples. It holds no text.
+"""An expert's statistics in its folder: for every linear map the second moment of its inputs on the expert's typical samples. It holds no text.
 
-`recall-card.safetensors` holds, in bfloat16, for each group of maps that read the same hidden state, a factor (i, r) and a diagonal (i,),
-and for each map the squared gradients of its outputs (o,). `recall-card.json` says which tensors of the base belong to which group, what
-the card was made from, and of which bytes of the expert.
+`stats.safetensors` holds, in bfloat16, for each group of maps that read the same hidden state, a factor (i, r) and a diagonal (i,),
+and for each map the squared gradients of its outputs (o,). `stats.json` says which tensors of the base belong to which group, what
+the input statistics was made from, and of which bytes of the expert.
 """
 
 from __future__ import annotations
@@ -22,13 +22,19 @@ if TYPE_CHECKING:
 
     from recall_merge.maths.moments import Moment
 
-CARD, WEIGHTS = "recall-card.json", "recall-card.safetensors"
+STATS, WEIGHTS = "stats.json", "stats.safetensors"
 FORMAT = 3
-KINDS: dict[str, type] = {"expert": str, "samples": int, "tokens": int, "rank": int, "rows": list}  # of what a merge tells of a card
+KINDS: dict[str, type] = {
+    "expert": str,
+    "samples": int,
+    "tokens": int,
+    "rank": int,
+    "rows": list,
+}  # of what a merge tells of input statistics
 
 
 @dataclass(frozen=True)
-class Card:
+class InputStatistics:
     """What is known of the inputs of an expert's maps, by the names of the base's tensors. Moments are read when asked for."""
 
     folder: Path
@@ -40,7 +46,7 @@ class Card:
         return sum(stored.spec.nbytes for stored in self.stored.values())
 
     def misfits(self, specs: Mapping[str, Spec]) -> list[str]:
-        """The tensors of a base whose inputs or outputs are more or fewer than the card tells of."""
+        """The tensors of a base whose inputs or outputs are more or fewer than the input statistics tells of."""
 
         def told(name: str, group: str, axis: int) -> tuple[int, ...]:
             sizes = self.stored[f"{group}.rest"].spec.shape, self.stored[f"{name}.gradient"].spec.shape
@@ -49,7 +55,7 @@ class Card:
         return [name for name, entry in self.facts["tensors"].items() if name in specs and told(name, *entry) != specs[name].shape]
 
     def moment(self, name: str) -> tuple[Moment, int] | None:
-        """The moment of a tensor's inputs, and the axis along which they run; None where the card tells nothing of it."""
+        """The moment of a tensor's inputs, and the axis along which they run; None where the input statistics tells nothing of it."""
         from recall_merge.maths.moments import Moment
 
         entry = self.facts["tensors"].get(name)
@@ -67,8 +73,8 @@ def parts_of(group: str) -> tuple[str, str]:
     return f"{group}.factor", f"{group}.rest"
 
 
-def write_card(folder: Path, parts: Mapping[str, Tensor], tensors: Mapping[str, tuple[str, int]], facts: Mapping[str, Any]) -> Path:
-    """Write a card into a folder: the numbers first, then, in one step, the file that makes them a card.
+def write_statistics(folder: Path, parts: Mapping[str, Tensor], tensors: Mapping[str, tuple[str, int]], facts: Mapping[str, Any]) -> Path:
+    """Write input statistics into a folder: the numbers first, then, in one step, the file that makes them input statistics.
 
     Args:
         parts: the numbers by name, as `parts_of` names them.
@@ -86,40 +92,42 @@ def write_card(folder: Path, parts: Mapping[str, Tensor], tensors: Mapping[str, 
             file.write(bytes_of(tensor))
     partial.replace(folder / WEIGHTS)
     text = json.dumps({"format": FORMAT, **facts, "tensors": {name: list(entry) for name, entry in tensors.items()}}, indent=1) + "\n"
-    partial = folder / f"{CARD}.partial"
+    partial = folder / f"{STATS}.partial"
     partial.write_text(text, "utf-8")
-    partial.replace(folder / CARD)
-    return folder / CARD
+    partial.replace(folder / STATS)
+    return folder / STATS
 
 
-def has_card(folder: Path) -> bool:
-    return (folder / CARD).exists()
+def has_statistics(folder: Path) -> bool:
+    return (folder / STATS).exists()
 
 
-def open_card(folder: Path) -> Card | None:
-    """The card of a folder; None if it has none.
+def open_statistics(folder: Path) -> InputStatistics | None:
+    """The input statistics of a folder; None if it has none.
 
     Raises:
         CheckpointError: if it is damaged, or of a form that this version does not know.
     """
-    if not has_card(folder):
+    if not has_statistics(folder):
         return None
-    facts = read_json(folder / CARD)
-    fix = "make it again with `recall card`"
+    facts = read_json(folder / STATS)
+    fix = "make it again with `recall stats`"
     if facts.get("format") != FORMAT or not isinstance(facts.get("tensors"), dict):
-        raise CheckpointError("the card is of a form that this version does not know", where=folder / CARD, fix=fix)
+        raise CheckpointError("the input statistics is of a form that this version does not know", where=folder / STATS, fix=fix)
     if not all(isinstance(facts.get(key), kind) for key, kind in KINDS.items()) or not all(map(_is_entry, facts["tensors"].values())):
-        raise CheckpointError("the card is damaged", where=folder / CARD, fix=fix)
+        raise CheckpointError("the input statistics is damaged", where=folder / STATS, fix=fix)
     stored = read_header(folder / WEIGHTS)
     wanted = {part for name, (group, _) in facts["tensors"].items() for part in (*parts_of(group), f"{name}.gradient")}
     if missing := sorted(wanted - set(stored)):
-        raise CheckpointError(f"the card lacks '{missing[0]}'", where=folder / WEIGHTS, fix=fix)
+        raise CheckpointError(f"the input statistics lacks '{missing[0]}'", where=folder / WEIGHTS, fix=fix)
     for group in sorted({group for group, _ in facts["tensors"].values()}):
         factor, rest = (stored[part].spec for part in parts_of(group))
         if not (factor.is_float and rest.is_float and len(factor.shape) == 2 and factor.shape[:1] == rest.shape):
             told = f"{factor}, {rest}"
-            raise CheckpointError(f"the card's numbers of '{group}' are no factor and rest: {told}", where=folder / WEIGHTS, fix=fix)
-    return Card(folder, facts, stored)
+            raise CheckpointError(
+                f"the input statistics's numbers of '{group}' are no factor and rest: {told}", where=folder / WEIGHTS, fix=fix
+            )
+    return InputStatistics(folder, facts, stored)
 
 
 def _is_entry(entry: Any) -> bool:

@@ -33,7 +33,7 @@ class ExportedAdapter:
     Attributes:
         path: its folder.
         error: |delta - adapter| / |delta| over the whole model, in the Frobenius norm, delta = result - base as they are stored.
-        errors: the same by depth, 0..L+1; 0 where nothing changed.
+        errors: the same by layer, 0..L+1; 0 where nothing changed.
         ranks: the rank of every linear map that it changes.
         whole: tensors that it holds whole, because they are no linear maps.
         notes: what a reader should know.
@@ -55,7 +55,7 @@ class AdapterPlan:
         places: tensor of the base -> its modules in memory; a tied embedding has two.
         ranks: of the changed tensors that are weights of linear maps.
         whole: the other changed tensors.
-        experts, parts: adapters, and what of each is in the result at each depth (L + 2, k), where it is their weighted sum.
+        experts, parts: adapters, and what of each is in the result at each layer (L + 2, k), where it is their weighted sum.
     """
 
     result: Result
@@ -132,8 +132,8 @@ def write_adapter(target: Path, plan: AdapterPlan, base_name: str, progress: Pro
     """Write it, whole or not at all; `base_name` is what its config calls the base."""
     from recall_merge.maths.low_rank import lost
 
-    specs, depths = plan.specs(), plan.base.depths
-    missed, sizes = [0.0] * (depths.last + 1), [0.0] * (depths.last + 1)
+    specs, layers = plan.specs(), plan.base.layers
+    missed, sizes = [0.0] * (layers.last + 1), [0.0] * (layers.last + 1)
     bar = progress.stage("writing the adapter", sum(spec.nbytes for spec in specs.values()), "bytes")
     with OutputFolder(target, overwrite=False) as out:
         with bar as advance, WeightWriter(out.path, [Shard(WEIGHTS, specs)]) as writer:
@@ -148,12 +148,12 @@ def write_adapter(target: Path, plan: AdapterPlan, base_name: str, progress: Pro
                 add(f"{PREFIX}{module}.lora_A.weight", down.contiguous())
                 add(f"{PREFIX}{module}.lora_B.weight", up.contiguous())
                 part, size = lost(delta, factors)
-                missed[depths.of(name)] += part
-                sizes[depths.of(name)] += size
+                missed[layers.of(name)] += part
+                sizes[layers.of(name)] += size
             for key, name in plan.keys().items():
                 add(key, plan.result.checkpoint.read(name))
         for name in plan.whole:
-            sizes[depths.of(name)] += float(_delta(plan, name).square().sum())
+            sizes[layers.of(name)] += float(_delta(plan, name).square().sum())
         (out.path / CONFIG).write_text(json.dumps(_config(plan, base_name), indent=2) + "\n", "utf-8")
         out.commit()
     errors = tuple((part / size) ** 0.5 if size else 0.0 for part, size in zip(missed, sizes, strict=True))
@@ -204,7 +204,7 @@ def _factors(plan: AdapterPlan, name: str) -> LowRank:
     if plan.parts is not None:
         base = plan.base.read(name).double()
         found = [expert.delta(name, base) for expert in plan.experts]
-        shares = plan.parts[plan.base.depths.of(name)].tolist()
+        shares = plan.parts[plan.base.layers.of(name)].tolist()
         pairs = [(delta, share) for delta, share in zip(found, shares, strict=True) if delta is not None]
         if all(isinstance(delta, LowRank) for delta, _ in pairs):
             together = combined([delta for delta, _ in pairs], [share for _, share in pairs])
@@ -244,4 +244,4 @@ def _notes(plan: AdapterPlan) -> Iterator[str]:
     if plan.parts is not None and dtypes - {"float32", "float64"}:
         yield f"the result is rounded to {' and '.join(sorted(dtypes))}, the experts' factors are not: the errors tell of that rounding"
     if plan.whole:
-        yield f"{len(plan.whole)} tensors are no linear maps and are held whole: PEFT loads them, engines that take bare LoRA do not"
+        yield f"{len(plan.whole)} tensors are no linear maps and are held whole: PEFT loads them, executors that take bare LoRA do not"

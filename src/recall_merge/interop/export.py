@@ -40,8 +40,8 @@ def export_mergekit(
 ) -> ExportedRun:
     """Write a run file with which mergekit makes the same model, up to the rounding of its dtype.
 
-    theta_0 + sum_q c_q (theta_q - theta_0) = (1 - sum_q c_q) theta_0 + sum_q c_q theta_q, c_q the coefficients of a depth: the base is one
-    of mergekit's models wherever the c_q of some depth do not sum to 1. Adapters are named as base+adapter.
+    theta_0 + sum_q c_q (theta_q - theta_0) = (1 - sum_q c_q) theta_0 + sum_q c_q theta_q, c_q the coefficients of a layer: the base is one
+    of mergekit's models wherever the c_q of some layer do not sum to 1. Adapters are named as base+adapter.
 
     Args:
         base, experts: where the models are, if the record does not tell; each is compared with the record, unless it names a commit.
@@ -79,7 +79,7 @@ def export_mergekit(
     tensors = list(result.checkpoint.tensors)
     merged = [name for name in tensors if result.merges(name)]
     kept = [name for name in tensors if not result.merges(name)]
-    text = linear_run(shares, merged, kept, result.checkpoint.depths, dtypes.pop())
+    text = linear_run(shares, merged, kept, result.checkpoint.layers, dtypes.pop())
     lora = " --lora-merge-dtype float32" if any(map(result.is_adapter, result.experts)) else ""
     text = f"# mergekit-yaml {target.name} FOLDER{lora}\n{text}"
     try:

@@ -11,24 +11,24 @@ from typing import Any
 
 import yaml
 
-from recall_merge.maths.layers import Depths
+from recall_merge.maths.layers import Layers
 
 
-def linear_run(shares: Mapping[str, Sequence[float]], tensors: Sequence[str], kept: Sequence[str], depths: Depths, dtype: str) -> str:
+def linear_run(shares: Mapping[str, Sequence[float]], tensors: Sequence[str], kept: Sequence[str], layers: Layers, dtype: str) -> str:
     """The text of the file.
 
     Args:
-        shares: reference of a model -> its share at every depth 0..L+1; the first is the base.
+        shares: reference of a model -> its share at every layer 0..L+1; the first is the base.
         tensors: names of all tensors that are merged.
         kept: names of those that stay the base's.
         dtype: of the result. Sums run in float32.
     """
-    outside = [name for name in tensors if not 1 <= depths.of(name) <= depths.blocks]
+    outside = [name for name in tensors if not 1 <= layers.of(name) <= layers.blocks]
     base = next(iter(shares))
     models = []
     for reference, numbers in shares.items():
         weight: list[dict[str, Any]] = [{"filter": name, "value": 1.0 if reference == base else 0.0} for name in kept]
-        weight += [{"filter": name, "value": float(numbers[depths.of(name)])} for name in outside]
+        weight += [{"filter": name, "value": float(numbers[layers.of(name)])} for name in outside]
         inside = [float(number) for number in numbers[1:-1]]
         weight.append({"value": inside if len(set(inside)) > 1 else inside[0]})
         models.append({"model": reference, "parameters": {"weight": weight}})

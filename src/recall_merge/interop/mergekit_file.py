@@ -11,16 +11,17 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
-from recall_merge.maths.layers import Depths
-from recall_merge.merging.run import MAX_PATH, Section
+from recall_merge.maths.layers import Layers
+from recall_merge.merging.run import MAX_PATH
 from recall_merge.runtime.errors import Faults, RunError, did_you_mean, short
+from recall_merge.runtime.sections import Section
 
 KEY = "merge_method"  # every run file of mergekit has it, and none of ours
 Scalar = StrictBool | StrictInt | StrictFloat | StrictStr
 Settings = Mapping[str, Any]
 
 
-Layer = Annotated[int, Field(ge=0, le=1_000_000)]
+LayerNumber = Annotated[int, Field(ge=0, le=1_000_000)]
 
 
 class Conditional(Section):
@@ -39,7 +40,7 @@ class InputModel(Section):
 
 
 class Source(InputModel):
-    layer_range: tuple[Layer, Layer]
+    layer_range: tuple[LayerNumber, LayerNumber]
 
 
 class Slice(Section):
@@ -121,8 +122,8 @@ PARAMETERS: dict[str, dict[str, Parameter]] = {
 
 
 @dataclass(frozen=True)
-class Layers:
-    """The models of some layers, and their parameters."""
+class LayerSlice:
+    """The models of some slices, and their parameters."""
 
     first: int
     last: int
@@ -198,17 +199,17 @@ def _all_settings(file: MergekitFile) -> Iterable[tuple[str, Settings]]:
             yield f"slices.{number}.sources.{place}.parameters", source.parameters
 
 
-def layers_of(file: MergekitFile, blocks: int) -> list[Layers]:
-    """The file's layers from the bottom up; `models` are all layers of each, and the base is one of them.
+def slices_of(file: MergekitFile, blocks: int) -> list[LayerSlice]:
+    """The file's slices from the bottom up; `models` are all slices of each, and the base is one of them.
 
     Raises:
-        RunError: if slices leave out, repeat or reorder layers, or do not have the same models.
+        RunError: if slices leave out, repeat or reorder slices, or do not have the same models.
     """
     if file.models is not None:
         listed = [model.model for model in file.models]
         base = [InputModel(model=file.base_model)] if file.base_model is not None and file.base_model not in listed else []
-        return [Layers(0, blocks, [*file.models, *base])]
-    faults, found, reached = Faults(), list[Layers](), 0
+        return [LayerSlice(0, blocks, [*file.models, *base])]
+    faults, found, reached = Faults(), list[LayerSlice](), 0
     models = [source.model for source in (file.slices or [])[0].sources]
     for number, one in enumerate(file.slices or []):
         where, (first, last) = f"slices.{number}", one.sources[0].layer_range
@@ -217,11 +218,11 @@ def layers_of(file: MergekitFile, blocks: int) -> list[Layers]:
                 "the sources of a slice have different layers", where=where, fix="only slices of the same layers of every model are read"
             )
         if first != reached or last <= first:
-            what = f"layers {first} to {last} do not follow layer {reached}: slices that leave out, repeat or reorder layers are not read"
-            faults.add(what, where=where, fix="cover the layers once, in their order; passthrough merges are mergekit's own")
+            what = f"slices {first} to {last} do not follow layer {reached}: slices that leave out, repeat or reorder slices are not read"
+            faults.add(what, where=where, fix="cover the slices once, in their order; passthrough merges are mergekit's own")
         if [source.model for source in one.sources] != models:
             faults.add("slices of different models are not read", where=where, fix="give all models in every slice, with `weight: 0`")
-        found.append(Layers(first, last, one.sources, one.parameters))
+        found.append(LayerSlice(first, last, one.sources, one.parameters))
         reached = last
     if reached != blocks:
         faults.add(f"the slices end at layer {reached}; the base has {blocks}", where="slices", fix="cover every layer")
@@ -229,18 +230,18 @@ def layers_of(file: MergekitFile, blocks: int) -> list[Layers]:
     return found
 
 
-def values_of(file: MergekitFile, layers: Sequence[Layers], tensor: str, depths: Depths) -> Values:
+def values_of(file: MergekitFile, slices: Sequence[LayerSlice], tensor: str, layers: Layers) -> Values:
     """The parameters of a tensor. What lies outside the blocks has the first layers' before them, the last layers' after, at their start.
 
     Raises:
         RunError: if a required one is missing, or is no number.
     """
-    depth = depths.of(tensor)
-    if depth in (0, depths.last):
-        part, t = (layers[0], 0.0) if depth == 0 else (layers[-1], 0.0)
+    layer = layers.of(tensor)
+    if layer in (0, layers.last):
+        part, t = (slices[0], 0.0) if layer == 0 else (slices[-1], 0.0)
     else:
-        part = next(part for part in layers if part.first <= depth - 1 < part.last)
-        t = part.share(depth - 1)
+        part = next(part for part in slices if part.first <= layer - 1 < part.last)
+        t = part.share(layer - 1)
     outer, known = (part.parameters, file.parameters), PARAMETERS[file.merge_method]
 
     def value(name: str, scopes: Sequence[Settings], where: str) -> float | bool:

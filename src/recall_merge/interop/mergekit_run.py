@@ -10,10 +10,11 @@ from typing import Any
 
 from recall_merge.files.checkpoint import Checkpoint, open_checkpoint
 from recall_merge.files.hub import locate
-from recall_merge.interop.mergekit_file import KEY, MergekitFile, Values, check_file, layers_of, values_of
-from recall_merge.merging.run import MergeRun, assign, load_run, parse, read_mapping
+from recall_merge.interop.mergekit_file import KEY, MergekitFile, Values, check_file, slices_of, values_of
+from recall_merge.merging.run import MergeRun, load_run
 from recall_merge.runtime.errors import RunError
 from recall_merge.runtime.paths import exists, path_of
+from recall_merge.runtime.sections import assign, parse, read_mapping
 
 WITH_BASE = ("linear", "slerp", "karcher")  # the base is one of the models that they merge
 NO_BASE = ("linear", "karcher", "nuslerp")  # they can do without
@@ -67,8 +68,8 @@ def _told(file: MergekitFile, path: Path) -> dict[str, Any]:
             "the base is an adapter on a model", where="base_model", fix="give a whole model as base, and the adapter as a model"
         )
     base = open_checkpoint((place := locate(_found(reference, path), weights=False)).folder, place.remote)
-    layers = layers_of(file, base.depths.blocks)
-    models = [source.model for source in layers[0].sources]
+    slices = slices_of(file, base.layers.blocks)
+    models = [source.model for source in slices[0].sources]
     if len(set(models)) != len(models):
         raise RunError("a model is listed twice", where="models", fix="list each model once, with the sum of its weights")
     if file.slices is not None and file.base_model is not None and file.base_model not in models:
@@ -77,7 +78,7 @@ def _told(file: MergekitFile, path: Path) -> dict[str, Any]:
     outcomes: dict[str, Outcome] = {}
     for name, stored in base.tensors.items():
         if stored.spec.is_float:
-            weights, options = _outcome(file, values_of(file, layers, name, base.depths), experts, name)
+            weights, options = _outcome(file, values_of(file, slices, name, base.layers), experts, name)
             outcomes[name] = (weights, json.dumps(options, sort_keys=True))
     dtype = (file.out_dtype or file.dtype or "auto").removeprefix("torch.")
     return {
@@ -133,29 +134,29 @@ def _of_task_vectors(method: str, values: Values, experts: Sequence[str], total:
 
 
 def _composed(outcomes: Mapping[str, Outcome], base: Checkpoint) -> dict[str, Any]:
-    """Weights, options and parts of a run, in which every tensor has its outcome: what most tensors of a depth have is the depth's."""
-    depths = base.depths
-    found: list[Counter[Outcome]] = [Counter() for _ in range(depths.last + 1)]
+    """Weights, options and parts of a run, in which every tensor has its outcome: what most tensors of a layer have is the layer's."""
+    layers = base.layers
+    found: list[Counter[Outcome]] = [Counter() for _ in range(layers.last + 1)]
     for name, outcome in outcomes.items():
-        found[depths.of(name)][outcome] += 1
+        found[layers.of(name)][outcome] += 1
     everywhere = Counter(outcomes.values())
-    by_depth = {depth: (here or everywhere).most_common(1)[0][0] for depth, here in enumerate(found)}
-    options = Counter(told for _, told in by_depth.values()).most_common(1)[0][0]
+    by_layer = {layer: (here or everywhere).most_common(1)[0][0] for layer, here in enumerate(found)}
+    options = Counter(told for _, told in by_layer.values()).most_common(1)[0][0]
     parts: dict[Outcome, list[str]] = {}
     for name, outcome in outcomes.items():
-        if outcome != by_depth[depths.of(name)]:
+        if outcome != by_layer[layers.of(name)]:
             parts.setdefault(outcome, []).append(name)
     special: dict[str, list[int]] = {}
-    for depth, (_, told) in by_depth.items():
+    for layer, (_, told) in by_layer.items():
         if told != options:
-            special.setdefault(told, []).append(depth)
-    rows = [list(weights) for weights, _ in by_depth.values()]
+            special.setdefault(told, []).append(layer)
+    rows = [list(weights) for weights, _ in by_layer.values()]
     return {
-        "weights": rows[0] if all(row == rows[0] for row in rows) else {"by_depth": rows},
+        "weights": rows[0] if all(row == rows[0] for row in rows) else {"by_layer": rows},
         "options": json.loads(options),
         "parts": [
             *(_part({"filter": names}, list(weights), told) for (weights, told), names in parts.items()),
-            *(_part({"depths": places}, None, told) for told, places in special.items()),
+            *(_part({"layers": places}, None, told) for told, places in special.items()),
         ],
     }
 

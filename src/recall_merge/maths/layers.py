@@ -1,4 +1,4 @@
-"""Depth: which parameters belong to the embedding (0), to block i (1..L), and to the final norm and head (L + 1)."""
+"""Layer: which parameters belong to the embedding (0), to block i (1..L), and to the final norm and head (L + 1)."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _OUTPUT_SIDE = re.compile(r"(^|\.)(lm_head|embed_out|output_embeddings?|embeddin
 
 
 @dataclass(frozen=True)
-class Depths:
+class Layers:
     """Where the blocks of a decoder-only model lie among its tensor names.
 
     `prefix` is the dotted name of the list of blocks ('model.layers', 'h', ...), `blocks` their number L.
 
-    >>> depths = Depths("model.layers", 2)
-    >>> [depths.of(f"model.{name}") for name in ("embed_tokens.weight", "layers.0.mlp.weight", "layers.1.mlp.weight", "norm.weight")]
+    >>> layers = Layers("model.layers", 2)
+    >>> [layers.of(f"model.{name}") for name in ("embed_tokens.weight", "layers.0.mlp.weight", "layers.1.mlp.weight", "norm.weight")]
     [0, 1, 2, 3]
     """
 
@@ -34,11 +34,11 @@ class Depths:
 
     @property
     def last(self) -> int:
-        """The depth of the final norm and head, L + 1."""
+        """The layer of the final norm and head, L + 1."""
         return self.blocks + 1
 
     def of(self, name: str) -> int:
-        """The depth of one tensor, from its name.
+        """The layer of one tensor, from its name.
 
         Outside the blocks, what comes before them says so in its name in nearly every decoder of transformers (embed_tokens, wte, wpe,
         word_embeddings_layernorm, ...); the rest follows the blocks. What comes after may be named after an embedding too: embed_out, or
@@ -53,20 +53,20 @@ class Depths:
     def kind_of(self, name: str) -> Literal["attention", "mlp", "norm", "embedding", "head", "other"]:
         """What kind of module a tensor belongs to, from its name. A norm inside of an attention (q_norm) is a norm.
 
-        >>> depths = Depths("h", 1)
-        >>> [depths.kind_of(name) for name in ("wte.weight", "h.0.ln_1.bias", "h.0.attn.c_proj.weight", "h.0.mlp.c_fc.weight")]
+        >>> layers = Layers("h", 1)
+        >>> [layers.kind_of(name) for name in ("wte.weight", "h.0.ln_1.bias", "h.0.attn.c_proj.weight", "h.0.mlp.c_fc.weight")]
         ['embedding', 'norm', 'attention', 'mlp']
         """
-        depth = self.of(name)
-        inside = name[len(self.prefix) :] if 1 <= depth <= self.blocks else name.rsplit(".", 2)[-2] if "." in name else name
+        layer = self.of(name)
+        inside = name[len(self.prefix) :] if 1 <= layer <= self.blocks else name.rsplit(".", 2)[-2] if "." in name else name
         if _NORM.search(inside):
             return "norm"
-        if depth in (0, self.last):
-            return "embedding" if depth == 0 else "head"
+        if layer in (0, self.last):
+            return "embedding" if layer == 0 else "head"
         return "attention" if _ATTENTION.search(inside) else "mlp" if _MLP.search(inside) else "other"
 
 
-def find_depths(names: Iterable[str], blocks: int) -> Depths:
+def find_layers(names: Iterable[str], blocks: int) -> Layers:
     """Find the list of blocks from the tensor names alone: the one prefix whose numbers are exactly 0..L-1.
 
     Args:
@@ -76,8 +76,8 @@ def find_depths(names: Iterable[str], blocks: int) -> Depths:
     Raises:
         ValueError: if no prefix, or more than one, has exactly the numbers 0..blocks-1.
 
-    >>> find_depths(["h.0.w", "h.1.w", "h.1.experts.0.w", "h.1.experts.1.w", "norm.w"], blocks=2)
-    Depths(prefix='h', blocks=2)
+    >>> find_layers(["h.0.w", "h.1.w", "h.1.experts.0.w", "h.1.experts.1.w", "norm.w"], blocks=2)
+    Layers(prefix='h', blocks=2)
     """
     numbers: defaultdict[str, set[int]] = defaultdict(set)
     for name in names:
@@ -89,4 +89,4 @@ def find_depths(names: Iterable[str], blocks: int) -> Depths:
     if len(matching) != 1:
         seen = ", ".join(f"{prefix} ({len(found)})" for prefix, found in sorted(numbers.items())) or "none"
         raise ValueError(f"the config says {blocks} blocks; numbered lists among the tensor names: {seen}")
-    return Depths(matching[0], blocks)
+    return Layers(matching[0], blocks)

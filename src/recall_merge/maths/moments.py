@@ -1,4 +1,4 @@
-"""Second moments of a linear layer's inputs, kept small: a few directions and a diagonal. They are what a card holds."""
+"""Second moments of a linear layer's inputs, kept small: a few directions and a diagonal. They are what input statistics holds."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How alike models represent the same samples at one depth: one small function a kernel, in `KERNELS`.
+"""How alike models represent the same samples at one layer: one small function a kernel, in `KERNELS`.
 
 RECALL as reconstructed (Wang et al. 2025, arXiv:2510.20479). Our n models are the paper's M_1..M_N, the last one the newest M_N; our
-`depth` is its i; h[q, x] its h_q^i(x), the pooled hidden state of model q on typical sample x.
+`layer` is its i; h[q, x] its h_q^i(x), the pooled hidden state of model q on typical sample x.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Bandwidth = Literal["median", "dimension"] | float
 
 
 def similarity(h: Tensor, *, kernel: str = "rbf", bandwidth: Bandwidth = "median") -> Tensor:
-    """Similarity of every model to the newest, at one depth.    h (n, m, d), newest last -> (n,) in (0, 1] for rbf; S_N = 1.
+    """Similarity of every model to the newest, at one layer.    h (n, m, d), newest last -> (n,) in (0, 1] for rbf; S_N = 1.
 
     Computed in float64, whatever the dtype of h.
 
@@ -37,7 +37,7 @@ def rbf(h: Tensor, bandwidth: Bandwidth = "median") -> Tensor:
       median     the median of |h_p(x) - h_q(x)|^2 over all pairs of different models p < q and all samples x;
       dimension  d / 2, that is gamma = 1 / (2 sigma^2) = 1 / d;
       a number   sigma itself, in the units of h.
-    The paper leaves it open; the median keeps the profile over depth from following the growth of hidden norms.
+    The paper leaves it open; the median keeps the profile over layer from following the growth of hidden norms.
     Where sigma is 0 the kernel is its own limit: 1 at distance 0, else 0. So identical models have similarity 1, never NaN.
 
     >>> rbf(torch.tensor([[[0.0], [0.0]], [[1.0], [1.0]]]))  # all squared distances are 1, so sigma^2 = 1: exp(-1/2)
@@ -83,8 +83,8 @@ def cosine(h: Tensor) -> Tensor:
     norms = h.norm(dim=-1)
     both = norms * norms[-1]
     dots = (h * h[-1]).sum(-1)
-    alike = torch.where(both > 0, dots / both.clamp(min=torch.finfo(h.dtype).tiny), (norms == norms[-1]).to(h.dtype))
-    return alike.mean(-1)
+    similarity_rows = torch.where(both > 0, dots / both.clamp(min=torch.finfo(h.dtype).tiny), (norms == norms[-1]).to(h.dtype))
+    return similarity_rows.mean(-1)
 
 
 KERNELS: dict[str, Callable[[Tensor], Tensor]] = {"rbf": rbf, "cka": cka, "cosine": cosine}

@@ -1,4 +1,4 @@
-"""From similarity to weights, depth by depth; and the controls that tell whether the representations matter at all."""
+"""From similarity to weights, layer by layer; and the ablations that tell whether the representations matter at all."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Control = Literal["none", "uniform", "tilt", "ramp", "permuted"]
 
 
 def softmax_weights(similarity: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """w_q^i = exp(S_q^i / tau) / sum_p exp(S_p^i / tau), each depth on its own.    (depths, n) -> (depths, n)
+    """w_q^i = exp(S_q^i / tau) / sum_p exp(S_p^i / tau), each layer on its own.    (layers, n) -> (layers, n)
 
     RECALL, arXiv:2510.20479, as reconstructed. With S_N = 1 and tau = 1 the newest of n models has at most e / (e + n - 1).
 
@@ -24,9 +24,9 @@ def softmax_weights(similarity: Tensor, *, temperature: float = 1.0) -> Tensor:
 
 
 def outside_blocks(weights: Tensor, choice: Outside = "nearest") -> Tensor:
-    """Weights of all depths, L + 2 of them, from those of 0..L.    (L + 1, n) -> (L + 2, n)
+    """Weights of all layers, L + 2 of them, from those of 0..L.    (L + 1, n) -> (L + 2, n)
 
-    nearest: the embedding has the weights of depth 0, final norm and head those of the last block; uniform: all models alike
+    nearest: the embedding has the weights of layer 0, final norm and head those of the last block; uniform: all models alike
     at both ends; newest: the newest model alone at both ends.
     """
     weights = torch.cat([weights, weights[-1:]])
@@ -38,25 +38,25 @@ def outside_blocks(weights: Tensor, choice: Outside = "nearest") -> Tensor:
     return weights
 
 
-def control(weights: Tensor, kind: Control, *, seed: int = 0) -> Tensor:
-    """Replace RECALL's weights by a control with the same shape.    (depths, n) -> (depths, n)
+def ablation(weights: Tensor, kind: Control, *, seed: int = 0) -> Tensor:
+    """Replace RECALL's weights by a ablation with the same shape.    (layers, n) -> (layers, n)
 
     uniform   every model alike;
-    tilt      at every depth the newest has RECALL's own mean weight, the others share the rest;
-    ramp      the newest's weight rises linearly with depth, with RECALL's own mean, from 1/n at depth 0;
-    permuted  RECALL's rows, given to depths at random (`seed`).
-    If a control does as well as the weights themselves, the representations do not matter.
+    tilt      at every layer the newest has RECALL's own mean weight, the others share the rest;
+    ramp      the newest's weight rises linearly with layer, with RECALL's own mean, from 1/n at layer 0;
+    permuted  RECALL's rows, given to layers at random (`seed`).
+    If a ablation does as well as the weights themselves, the representations do not matter.
     """
-    depths, n = weights.shape
+    layers, n = weights.shape
     if kind == "uniform":
         return torch.full_like(weights, 1.0 / n)
     if kind == "tilt":
-        return _newest_at(weights[:, -1].mean().expand(depths), n)
+        return _newest_at(weights[:, -1].mean().expand(layers), n)
     if kind == "ramp":
         rise = 2 * (weights[:, -1].mean() - 1.0 / n)
-        return _newest_at(1.0 / n + rise * torch.linspace(0, 1, depths, dtype=weights.dtype), n)
+        return _newest_at(1.0 / n + rise * torch.linspace(0, 1, layers, dtype=weights.dtype), n)
     if kind == "permuted":
-        return weights[torch.randperm(depths, generator=torch.Generator().manual_seed(seed))]
+        return weights[torch.randperm(layers, generator=torch.Generator().manual_seed(seed))]
     return weights
 
 
@@ -73,9 +73,9 @@ def normalised(weights: Sequence[float]) -> list[float]:
 
 
 def along_blocks(points: Sequence[Sequence[float]], blocks: int) -> list[list[float]]:
-    """Rows at every depth 0..L+1 from points that are spread evenly over the blocks, on straight lines between them.    p rows -> L + 2
+    """Rows at every layer 0..L+1 from points that are spread evenly over the blocks, on straight lines between them.    p rows -> L + 2
 
-    Block i of L lies at (i - 1) / (L - 1) of the way; a single block at its end. Depth 0 has the first block's row, L + 1 the last one's.
+    Block i of L lies at (i - 1) / (L - 1) of the way; a single block at its end. Layer 0 has the first block's row, L + 1 the last one's.
 
     >>> along_blocks([[0.0], [1.0]], 3)
     [[0.0], [0.0], [0.5], [1.0], [1.0]]
@@ -93,7 +93,7 @@ def interpolated(points: Sequence[Sequence[float]], t: float) -> list[float]:
 
 
 def _newest_at(newest: Tensor, n: int) -> Tensor:
-    """(depths,) -> (depths, n): the newest at the given weights, the others sharing the rest."""
+    """(layers,) -> (layers, n): the newest at the given weights, the others sharing the rest."""
     if n == 1:
         return newest.unsqueeze(1)
     others = ((1 - newest) / (n - 1)).unsqueeze(1).expand(-1, n - 1)

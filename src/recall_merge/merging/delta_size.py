@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from recall_merge.merging.nonfinite import refuse_not_finite
+from recall_merge.merging.nonfinite import refuse_nonfinite
 from recall_merge.merging.plan import Plan
 from recall_merge.runtime.errors import CheckpointError, Faults
 
@@ -21,7 +21,7 @@ USUAL = 0.05
 """What a base's numbers count as where they are smaller, so that a tensor of zeros may be learnt, and a fresh one be drawn from N(0, 1)."""
 
 
-class Proportions:
+class DeltaSizes:
     """How large the numbers of base and deltas are, tensor by tensor: root mean squares, from one sum over each span of each.
 
     An expert is held against the base alone. Others that change a tensor as much would not make it sound, and whether it is refused shall
@@ -58,7 +58,7 @@ class Proportions:
                     found[place].append((change, base, name))
         if not found:
             return
-        refuse_not_finite(self._plan)
+        refuse_nonfinite(self._plan)
         faults = Faults()
         for place, changed in sorted(found.items()):
             expert = self._plan.experts[place]

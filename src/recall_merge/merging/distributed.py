@@ -21,12 +21,12 @@ from recall_merge.files.experts import Digest, FullExpert
 from recall_merge.files.output import MARKER, WeightWriter
 from recall_merge.files.safetensors import READ
 from recall_merge.merging.plan import Plan
-from recall_merge.merging.run import Losses, Representations
+from recall_merge.merging.run import Losses, RecallWeights
 from recall_merge.merging.samples import check_finite, expert_tokenizer, represent, typical_texts
-from recall_merge.merging.tensors import fuse_into
-from recall_merge.merging.weights import Weighting, compare, pool_of, represent_whole, weigh, whole_note
+from recall_merge.merging.tensors import merge_tensors_into
+from recall_merge.merging.weights import MergeWeights, compare, compute_weights, pool_of, represent_whole, whole_note
 from recall_merge.runtime.errors import OutputError, Unwalkable
-from recall_merge.runtime.executor import PATIENCE, Engine
+from recall_merge.runtime.executor import PATIENCE, Executor
 from recall_merge.runtime.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -35,20 +35,20 @@ if TYPE_CHECKING:
 ATTEMPT = ".attempt-"  # before the name of a folder in which a shard is being written, and the number of the process that writes it
 
 
-def weigh_apart(plan: Plan, engine: Engine, progress: Progress) -> Weighting:
-    """What `weigh` gives, with a task for the typical samples and then one for each model of the pool. Errors are its.
+def compute_weights_distributed(plan: Plan, executor: Executor, progress: Progress) -> MergeWeights:
+    """What `compute_weights` gives, with a task for the typical samples and then one for each model of the pool. Errors are its.
 
     Losses are one task in all: they take a small part of the time, and whole models.
     """
     rule, plan = plan.weights, for_tasks(plan)
     if isinstance(rule, Losses):
-        return _all(plan, engine, [Task("losses", weigh, (plan,), plan.memory_to_run)])[0]
-    if not isinstance(rule, Representations):
-        return weigh(plan, progress)
+        return _all(plan, executor, [Task("losses", compute_weights, (plan,), plan.memory_to_run)])[0]
+    if not isinstance(rule, RecallWeights):
+        return compute_weights(plan, progress)
     newest = plan.experts[-1].name
     with progress.stage(f"choosing typical samples with {newest}", 1, "tasks") as advance:
         first = Task(f"typical samples by {newest}", typical_texts, (plan, rule, Silent()), plan.memory_to_walk)
-        ((texts, samples, notes),) = _all(plan, engine, [first], lambda _: advance(1))
+        ((texts, samples, notes),) = _all(plan, executor, [first], lambda _: advance(1))
     pool = pool_of(plan, rule)
 
     def states(*, whole: bool) -> Tensor:
@@ -60,17 +60,19 @@ def weigh_apart(plan: Plan, engine: Engine, progress: Progress) -> Weighting:
             for place, model in enumerate(pool)
         ]
         with progress.stage("representations", len(tasks), "models") as advance:
-            return torch.stack(_all(plan, engine, tasks, lambda _: advance(1)), dim=1)
+            return torch.stack(_all(plan, executor, tasks, lambda _: advance(1)), dim=1)
 
     try:
         found = states(whole=False)
     except Unwalkable as error:
-        notes = [*notes, *([whole_note(error)] if plan.by_depth else [])]
+        notes = [*notes, *([whole_note(error)] if plan.by_layer else [])]
         found = states(whole=True)
     return compare(plan, rule, found, samples, notes)
 
 
-def fuse_apart(plan: Plan, weighting: Weighting, engine: Engine, folder: Path, digest: Digest, progress: Progress) -> dict[str, str]:
+def merge_distributed(
+    plan: Plan, merge_weights: MergeWeights, executor: Executor, folder: Path, digest: Digest, progress: Progress
+) -> dict[str, str]:
     """Write the weights files of the result and their index, a task a shard; returns the files' hashes.
 
     Args:
@@ -85,10 +87,10 @@ def fuse_apart(plan: Plan, weighting: Weighting, engine: Engine, folder: Path, d
     WeightWriter(folder, plan.shards)  # which begins with the index
     plan = for_tasks(plan)
     tasks = [
-        Task(shard.file, write_shard, (plan, weighting, folder, place), plan.memory_to_fuse) for place, shard in enumerate(plan.shards)
+        Task(shard.file, write_shard, (plan, merge_weights, folder, place), plan.memory_to_merge) for place, shard in enumerate(plan.shards)
     ]
     with progress.stage(f"merging by {plan.method.name}", plan.bytes_written, "bytes") as advance:
-        done = _all(plan, engine, tasks, lambda place: advance(plan.shards[place].nbytes))
+        done = _all(plan, executor, tasks, lambda place: advance(plan.shards[place].nbytes))
     for left in folder.glob(f"{ATTEMPT}*"):
         shutil.rmtree(left)
     for shard in done:
@@ -105,13 +107,13 @@ class ShardDone:
     lines: tuple[dict[str, str], ...]
 
 
-def write_shard(plan: Plan, weighting: Weighting, folder: Path, place: int) -> ShardDone:
+def write_shard(plan: Plan, merge_weights: MergeWeights, folder: Path, place: int) -> ShardDone:
     """Merge the tensors of one shard into its file, wherever this runs."""
     _check_place(plan, folder)
     shard, digest = plan.shards[place], Digest()
     attempt = Path(tempfile.mkdtemp(prefix=f"{ATTEMPT}{os.getpid()}-", dir=folder))
     with WeightWriter(attempt, [shard]) as writer:
-        fuse_into(writer, plan, weighting, digest, lambda _: None, shard.specs)
+        merge_tensors_into(writer, plan, merge_weights, digest, lambda _: None, shard.specs)
     sync(attempt / shard.file)
     (attempt / shard.file).replace(folder / shard.file)
     attempt.rmdir()
@@ -124,12 +126,12 @@ def representations_of(plan: Plan, place: int, texts: list[str], whole: bool) ->
 
     plan.inputs.check_elsewhere()
     rule = plan.weights
-    assert isinstance(rule, Representations)
+    assert isinstance(rule, RecallWeights)
     expert = pool_of(plan, rule)[place]
     if whole:
         return represent_whole(plan, rule, expert, texts, Silent())
     tokens = tokenize(texts, expert_tokenizer(plan, expert), max_tokens=plan.samples.max_tokens)
-    states = represent(plan, expert, rule, tokens, range(plan.base.depths.blocks + 1), lambda _: None)
+    states = represent(plan, expert, rule, tokens, range(plan.base.layers.blocks + 1), lambda _: None)
     check_finite(plan, states, expert)
     return states
 
@@ -149,8 +151,8 @@ class Task:
     memory: int
 
 
-def _all(plan: Plan, engine: Engine, tasks: Sequence[Task], done: Callable[[int], None] = lambda _: None) -> list[Any]:
-    """What the tasks return, in their order; no more of them are in flight than the engine has places.
+def _all(plan: Plan, executor: Executor, tasks: Sequence[Task], done: Callable[[int], None] = lambda _: None) -> list[Any]:
+    """What the tasks return, in their order; no more of them are in flight than the executor has places.
 
     Args:
         done: is told the place of each task when it is done.
@@ -159,9 +161,9 @@ def _all(plan: Plan, engine: Engine, tasks: Sequence[Task], done: Callable[[int]
     running: dict[Future[Any], int] = {}
     begun = 0
     while len(found) < len(tasks):
-        while begun < len(tasks) and len(running) < engine.slots:
+        while begun < len(tasks) and len(running) < executor.slots:
             task = tasks[begun]
-            running[engine.submit(task.label, _counted, task.function, task.arguments, memory=task.memory, threads=plan.threads)] = begun
+            running[executor.submit(task.label, _counted, task.function, task.arguments, memory=task.memory, threads=plan.threads)] = begun
             begun += 1
         for future in wait(running, timeout=PATIENCE, return_when=FIRST_COMPLETED).done:
             place = running.pop(future)

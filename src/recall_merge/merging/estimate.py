@@ -39,7 +39,7 @@ def estimate(plan: Plan) -> Estimate:
     mean = sum(lengths) / len(lengths) / CHARACTERS_PER_TOKEN
     tokens = mean * (min(len(lengths), plan.samples.pool) + plan.samples.count * len(plan.experts))
     operations = 2 * tokens * sum(spec.numel for spec in plan.specs.values())
-    building = a_byte * (plan.experts[-1].nbytes if plan.by_depth else plan.bytes_read)  # read once more, for the forward pass
+    building = a_byte * (plan.experts[-1].nbytes if plan.by_layer else plan.bytes_read)  # read once more, for the forward pass
     return Estimate(passes, building + operations / (_operations_a_second() * plan.threads))
 
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from recall_merge.merging.plan import Plan
-from recall_merge.merging.run import Losses, Representations
+from recall_merge.merging.run import Losses, RecallWeights
 from recall_merge.merging.samples import build_expert, expert_tokenizer, labelled, typical_texts
 from recall_merge.runtime.errors import CheckpointError
 from recall_merge.runtime.progress import Progress
 
 if TYPE_CHECKING:
-    from recall_merge.merging.weights import Weighting
+    from recall_merge.merging.weights import MergeWeights
 
-RULE = Representations.model_validate({})  # typical samples are chosen as RECALL chooses them
+RULE = RecallWeights.model_validate({})  # typical samples are chosen as RECALL chooses them
 
 
-def weigh_by_loss(plan: Plan, rule: Losses, progress: Progress) -> Weighting:
-    """Weights that are the same at every depth.
+def weights_from_losses(plan: Plan, rule: Losses, progress: Progress) -> MergeWeights:
+    """Weights that are the same at every layer.
 
     Raises:
         DataError: if no row has any text.
@@ -26,7 +26,7 @@ def weigh_by_loss(plan: Plan, rule: Losses, progress: Progress) -> Weighting:
     import torch
 
     from recall_merge.maths.methods.informed import cocktail_weights
-    from recall_merge.merging.weights import Weighting
+    from recall_merge.merging.weights import MergeWeights
     from recall_merge.models.losses import mean_loss
 
     _, samples, notes = typical_texts(plan, RULE, progress)
@@ -38,4 +38,4 @@ def weigh_by_loss(plan: Plan, rule: Losses, progress: Progress) -> Weighting:
         if not torch.tensor(losses[expert.name]).isfinite():
             raise CheckpointError(f"the loss of expert '{expert.name}' is not finite", where=expert.folder, fix="look at its training")
     row = torch.tensor(cocktail_weights([*losses.values()], temperature=rule.temperature), dtype=torch.float64)
-    return Weighting(tuple(losses), row.repeat(plan.base.depths.last + 1, 1), samples=samples, notes=tuple(notes), losses=losses)
+    return MergeWeights(tuple(losses), row.repeat(plan.base.layers.last + 1, 1), samples=samples, notes=tuple(notes), losses=losses)

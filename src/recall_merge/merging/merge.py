@@ -14,23 +14,23 @@ from typing import TYPE_CHECKING, Any
 
 from recall_merge.files.companions import write_companions
 from recall_merge.files.experts import Digest
-from recall_merge.files.model_card import PICTURE, write_card
+from recall_merge.files.model_card import PICTURE, write_model_card
 from recall_merge.files.output import OutputFolder, WeightWriter
 from recall_merge.files.record import RECORD, verify_files, write_record
 from recall_merge.files.safetensors import READ
-from recall_merge.merging.distributed import fuse_apart, weigh_apart
-from recall_merge.merging.layerwise import merge_by_depth
+from recall_merge.merging.distributed import compute_weights_distributed, merge_distributed
+from recall_merge.merging.layerwise import merge_layerwise
 from recall_merge.merging.plan import Plan, make_plan
-from recall_merge.merging.provenance import hash_models, hashes_of, made_apart, made_from, made_of, public_name, weighting_from
-from recall_merge.merging.run import MergeRun, Representations
+from recall_merge.merging.provenance import hash_models, hashes_of, made_apart, made_from, made_of, public_name, weights_from_record
+from recall_merge.merging.run import MergeRun, RecallWeights
 from recall_merge.merging.samples import typical_texts
-from recall_merge.merging.tensors import conditions, fuse_into
+from recall_merge.merging.tensors import conditions, merge_tensors_into
 from recall_merge.merging.validate_output import Reader, check_result, reader
-from recall_merge.merging.weights import Weighting, weigh, whole_note
+from recall_merge.merging.weights import MergeWeights, compute_weights, whole_note
 from recall_merge.models.lean import import_clustering
 from recall_merge.runtime import memory
 from recall_merge.runtime.errors import MissingExtra, ResultError, Unwalkable
-from recall_merge.runtime.executor import LOCAL, check_engine, open_engine
+from recall_merge.runtime.executor import LOCAL, check_executor, open_executor
 from recall_merge.runtime.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -43,53 +43,53 @@ class MergeResult:
 
     Attributes:
         path: the folder of the result.
-        weighting: similarity and weights by depth, and the typical samples.
+        weighting: similarity and weights by layer, and the typical samples.
         record: what `record.json` says.
         notes: what a reader should know.
     """
 
     path: Path
-    weighting: Weighting
+    merge_weights: MergeWeights
     record: dict[str, Any]
     notes: tuple[str, ...]
 
     @property
     def models(self) -> tuple[str, ...]:
         """Names of the columns of `similarity` and `weights`, the newest last."""
-        return self.weighting.models
+        return self.merge_weights.models
 
     @property
     def similarity(self) -> Tensor | None:
-        """(L + 1, models), depths 0..L; None where weights were given."""
-        return self.weighting.similarity
+        """(L + 1, models), layers 0..L; None where weights were given."""
+        return self.merge_weights.similarity
 
     @property
     def weights(self) -> Tensor:
         """(L + 2, models); each row sums to 1."""
-        return self.weighting.weights
+        return self.merge_weights.weights
 
 
-def merge(run: MergeRun, *, engine: str = LOCAL, progress: Progress | None = None, once: bool = False) -> MergeResult:
+def merge(run: MergeRun, *, executor: str = LOCAL, progress: Progress | None = None, once: bool = False) -> MergeResult:
     """Merge as the run says.
 
     Args:
-        engine: `local`, `ray` or `ray://ADDRESS`; on a cluster, models, samples and the result must lie where every machine finds them.
+        executor: `local`, `ray` or `ray://ADDRESS`; on a cluster, models, samples and the result must lie where every machine finds them.
         once: this process merges nothing else, so what the check of the result imports may be imported by another one meanwhile.
 
     Raises:
         RecallError: with every fault of the run and its files, before any work starts; or with what went wrong later. Nothing is
             left of a merge that fails, and what stood in the output's place stands as it was.
     """
-    check_engine(engine)
+    check_executor(executor)
     memory.one_heap()
     with memory.few_searches(), reader(run) if once else nullcontext() as other:
         plan = make_plan(run)
         if once and run.samples is not None:
             import_clustering()
-        return apply(plan, other, engine=engine, progress=progress)
+        return apply(plan, other, executor=executor, progress=progress)
 
 
-def apply(plan: Plan, other: Reader | None = None, *, engine: str = LOCAL, progress: Progress | None = None) -> MergeResult:
+def apply(plan: Plan, other: Reader | None = None, *, executor: str = LOCAL, progress: Progress | None = None) -> MergeResult:
     """Carry out a plan: weights, the pass over the parameters, everything beside them, checks; then the folder takes its place."""
     if other is not None:
         other.prepare(plan.base.folder)
@@ -97,8 +97,8 @@ def apply(plan: Plan, other: Reader | None = None, *, engine: str = LOCAL, progr
     progress, timings, before = progress or Silent(), Timings(), READ.total
     with OutputFolder(plan.target, overwrite=plan.run.out.overwrite) as out:
         digest = Digest()
-        write = _write if engine == LOCAL else partial(_write_apart, engine)
-        weighting, hashes = write(plan, out.path, digest, timings, progress)
+        write = _write if executor == LOCAL else partial(_write_apart, executor)
+        merge_weights, hashes = write(plan, out.path, digest, timings, progress)
         dtype = None if plan.run.out.dtype == "auto" else plan.run.out.dtype
         write_companions(out.path, plan.base.folder, [expert.folder for expert in plan.experts], plan.vocabulary, dtype)
         with timings.of("check"), progress.stage("checking the result", 1, "steps") as advance:
@@ -107,10 +107,10 @@ def apply(plan: Plan, other: Reader | None = None, *, engine: str = LOCAL, progr
         record = {
             **made_from(plan),
             "models": hashes_of(plan, digest),
-            **made_of(weighting),
+            **made_of(merge_weights),
             **({"parts": made_apart(plan)} if plan.own else {}),
-            **({"cards": _cards(plan, weighting)} if plan.method.informed else {}),
-            "notes": [*plan.notes, *weighting.notes],
+            **({"statistics": _statistics(plan, merge_weights)} if plan.method.informed else {}),
+            "notes": [*plan.notes, *merge_weights.notes],
             "bytes": {"read": READ.total - before, "written": plan.bytes_written},
             "peak_memory": peak_memory(),
             "seconds": dict(timings.seconds),
@@ -119,39 +119,41 @@ def apply(plan: Plan, other: Reader | None = None, *, engine: str = LOCAL, progr
         plan.inputs.check()
         _draw(record, out.path)
         sources = list(dict.fromkeys(place.repo for place in plan.located.values() if place.repo))
-        write_card(out.path, base=public_name(plan, "base"), base_folder=plan.base.folder, sources=sources, record=record)
+        write_model_card(out.path, base=public_name(plan, "base"), base_folder=plan.base.folder, sources=sources, record=record)
         write_record(out.path, {**record, "files": hashes})
         out.commit()
-    return MergeResult(plan.target, weighting, record, (*plan.notes, *weighting.notes))
+    return MergeResult(plan.target, merge_weights, record, (*plan.notes, *merge_weights.notes))
 
 
-def _write(plan: Plan, folder: Path, digest: Digest, timings: Timings, progress: Progress) -> tuple[Weighting, dict[str, str]]:
-    """The weights files of the result, from weights that are known or depth by depth; returns the weights, and the files' hashes."""
+def _write(plan: Plan, folder: Path, digest: Digest, timings: Timings, progress: Progress) -> tuple[MergeWeights, dict[str, str]]:
+    """The weights files of the result, from weights that are known or layer by layer; returns the weights, and the files' hashes."""
     rule, label = plan.weights, f"merging by {plan.method.name}"
-    with timings.of("weigh"):
-        ready = typical_texts(plan, rule, progress) if isinstance(rule, Representations) and plan.by_depth else weigh(plan, progress)
-    with timings.of("fuse"):
-        if not isinstance(ready, Weighting):
+    with timings.of("weights"):
+        ready = (
+            typical_texts(plan, rule, progress) if isinstance(rule, RecallWeights) and plan.by_layer else compute_weights(plan, progress)
+        )
+    with timings.of("merge"):
+        if not isinstance(ready, MergeWeights):
             try:
                 with progress.stage(label, plan.bytes_written, "bytes") as advance, WeightWriter(folder, plan.shards) as writer:
-                    return merge_by_depth(writer, plan, ready, digest, advance), writer.hashes
+                    return merge_layerwise(writer, plan, ready, digest, advance), writer.hashes
             except Unwalkable as error:
-                weighting = weigh(plan, progress)
-                ready = replace(weighting, notes=(*weighting.notes, whole_note(error)))
+                merge_weights = compute_weights(plan, progress)
+                ready = replace(merge_weights, notes=(*merge_weights.notes, whole_note(error)))
         with progress.stage(label, plan.bytes_written, "bytes") as advance, WeightWriter(folder, plan.shards) as writer:
-            fuse_into(writer, plan, ready, digest, advance)
+            merge_tensors_into(writer, plan, ready, digest, advance)
             return ready, writer.hashes
 
 
 def _write_apart(
-    engine: str, plan: Plan, folder: Path, digest: Digest, timings: Timings, progress: Progress
-) -> tuple[Weighting, dict[str, str]]:
-    """The same, by tasks on an engine. It is closed before the folder is, so that of a merge that fails nobody writes on."""
-    with open_engine(engine, plan.threads) as workers:
-        with timings.of("weigh"):
-            weighting = weigh_apart(plan, workers, progress)
-        with timings.of("fuse"):
-            return weighting, fuse_apart(plan, weighting, workers, folder, digest, progress)
+    executor: str, plan: Plan, folder: Path, digest: Digest, timings: Timings, progress: Progress
+) -> tuple[MergeWeights, dict[str, str]]:
+    """The same, by tasks on an executor. It is closed before the folder is, so that of a merge that fails nobody writes on."""
+    with open_executor(executor, plan.threads) as workers:
+        with timings.of("weights"):
+            merge_weights = compute_weights_distributed(plan, workers, progress)
+        with timings.of("merge"):
+            return merge_weights, merge_distributed(plan, merge_weights, workers, folder, digest, progress)
 
 
 def reuse(run: MergeRun) -> MergeResult | None:
@@ -170,11 +172,11 @@ def reuse(run: MergeRun) -> MergeResult | None:
     wanted["run"]["out"]["overwrite"] = record.get("run", {}).get("out", {}).get("overwrite")  # how it got there does not matter
     if any(record.get(key) != value for key, value in wanted.items()) or record.get("models") != hash_models(plan):
         return None
-    return MergeResult(plan.target, weighting_from(record), record, tuple(record["notes"]))
+    return MergeResult(plan.target, weights_from_record(record), record, tuple(record["notes"]))
 
 
 def _draw(record: Mapping[str, Any], folder: Path) -> None:
-    """The picture of the model card, where depths differ; without the `report` extra the card has its tables alone."""
+    """The picture of the model card, where layers differ; without the `report` extra the input statistics has its tables alone."""
     from recall_merge.report.merge_charts import draw_weights
 
     weights = record["weights"]["rows"]
@@ -189,14 +191,14 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
-def _cards(plan: Plan, weighting: Weighting) -> dict[str, Any]:
-    """What the cards were, and how well the systems that they make are conditioned (a bound for each tensor)."""
+def _statistics(plan: Plan, merge_weights: MergeWeights) -> dict[str, Any]:
+    """What the statistics were, and how well the systems that they make are conditioned (a bound for each tensor)."""
     facts = {
-        e.name: {key: card.facts[key] for key in ("samples", "tokens", "rank")}
-        for e, card in zip(plan.experts, plan.cards, strict=True)
-        if card
+        e.name: {key: stats.facts[key] for key in ("samples", "tokens", "rank")}
+        for e, stats in zip(plan.experts, plan.statistics, strict=True)
+        if stats
     }
-    return {"experts": facts, "condition": conditions(plan, weighting)}
+    return {"experts": facts, "condition": conditions(plan, merge_weights)}
 
 
 class Timings:

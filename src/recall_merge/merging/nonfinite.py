@@ -17,7 +17,7 @@ def is_finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
-def refuse_not_finite(plan: Plan) -> None:
+def refuse_nonfinite(plan: Plan) -> None:
     """Read all models once more and report every tensor that holds NaN or infinity, with its owner.
 
     Raises:

@@ -18,16 +18,16 @@ from recall_merge.files.names import named_like
 from recall_merge.files.output import OutputFolder, Shard, free_bytes, plan_shards
 from recall_merge.files.rows import Row, read_rows
 from recall_merge.files.safetensors import CODES, Spec
-from recall_merge.files.statistics import Card, has_card, open_card
+from recall_merge.files.statistics import InputStatistics, has_statistics, open_statistics
 from recall_merge.files.vocabulary import Vocabulary, plan_vocabulary
 from recall_merge.merging.rules import GivenWeights, Own, Rules, choose_method, rules_of
-from recall_merge.merging.run import ExpertEntry, FromSamples, Losses, MergeRun, Representations, Samples
+from recall_merge.merging.run import ExpertEntry, FromSamples, Losses, MergeRun, RecallWeights, Samples
 from recall_merge.runtime.errors import CheckpointError, Faults, OutputError
 from recall_merge.runtime.parallel import cores
 
 if TYPE_CHECKING:
     from recall_merge.maths.methods import Method
-    from recall_merge.merging.weights import Weighting
+    from recall_merge.merging.weights import MergeWeights
 
 SPAN = 1 << 19
 """Numbers in one unit of work. A multiple of what a processor's vectors hold, so that pieces are rounded as the whole tensor is."""
@@ -46,14 +46,14 @@ class Plan:
     method: Method
     options: Mapping[str, Any]
     weights: GivenWeights | FromSamples
-    """One number an expert, summing to 1; or such a row for each depth; or how representations give them."""
+    """One number an expert, summing to 1; or such a row for each layer; or how representations give them."""
     rows: list[Row]
     vocabulary: Vocabulary | None
     specs: Mapping[str, Spec]
-    """The result's tensors in the order of writing: by depth, then as in the base."""
+    """The result's tensors in the order of writing: by layer, then as in the base."""
     shards: list[Shard]
     located: Mapping[str, Located]
-    cards: tuple[Card | None, ...] = ()
+    statistics: tuple[InputStatistics | None, ...] = ()
     """Of each expert; read only if the method wants them."""
     notes: list[str] = field(default_factory=list)
     own: Mapping[str, Own] = field(default_factory=dict)
@@ -80,10 +80,10 @@ class Plan:
         """Whether a tensor is merged, or kept from the base: by `skip`, or because it does not hold floating-point numbers."""
         return self.specs[name].is_float and not skipped(name, self.run.skip)
 
-    def weights_of(self, name: str, by_depth: Weighting) -> list[float]:
-        """The experts' weights in one tensor: its own, or those of its depth."""
+    def weights_of(self, name: str, by_layer: MergeWeights) -> list[float]:
+        """The experts' weights in one tensor: its own, or those of its layer."""
         own = self.own[name].weights if name in self.own else None
-        return by_depth.of_experts(self.base.depths.of(name)) if own is None else list(own)
+        return by_layer.of_experts(self.base.layers.of(name)) if own is None else list(own)
 
     def options_of(self, name: str) -> dict[str, Any]:
         """The method's options in one tensor."""
@@ -93,31 +93,31 @@ class Plan:
         """Whether the rows of a tensor are matched by token."""
         return self.vocabulary is not None and name in self.base.token_tensors
 
-    def looks(self, name: str) -> bool:
+    def needs_thresholds(self, name: str) -> bool:
         """Whether the method looks at the deltas of a tensor before it merges their numbers one by one."""
-        return self.method.look is not None and self.merges(name)
+        return self.method.find_threshold is not None and self.merges(name)
 
     def in_spans(self, name: str) -> bool:
         """Whether a tensor is merged one span of numbers after another: it is large, and may be."""
-        if self.specs[name].numel <= (WHOLE if self.looks(name) else SPAN):
+        if self.specs[name].numel <= (WHOLE if self.needs_thresholds(name) else SPAN):
             return False
         alone = self.method.in_spans(self.options_of(name)) and self.run.prune is None and not self.aligns(name)
         return (alone or not self.merges(name)) and all(expert.comes_in_pieces(name) for expert in self.experts)
 
     @property
-    def by_depth(self) -> bool:
-        """Whether one pass over the models, depth by depth, weighs and merges them: each depth's weights come from what lies before."""
-        return isinstance(self.weights, Representations) and self.weights.control in ("none", "uniform")
+    def by_layer(self) -> bool:
+        """Whether one pass over the models, layer by layer, weighs and merges them: each layer's weights come from what lies before."""
+        return isinstance(self.weights, RecallWeights) and self.weights.ablation in ("none", "uniform")
 
     @property
     def passes(self) -> str:
         """How often the models are read, and why."""
         if not isinstance(self.weights, FromSamples):
-            return "one pass over all models" + (f", tensors of more than {WHOLE:,} numbers twice" if self.method.look else "")
+            return "one pass over all models" + (f", tensors of more than {WHOLE:,} numbers twice" if self.method.find_threshold else "")
         newest = f"'{self.experts[-1].name}' once for the typical samples"
-        if self.by_depth:
-            return f"{newest}, then one pass over all models, depth by depth"
-        why = "losses are known at the end of a model" if isinstance(self.weights, Losses) else "the control needs all depths"
+        if self.by_layer:
+            return f"{newest}, then one pass over all models, layer by layer"
+        why = "losses are known at the end of a model" if isinstance(self.weights, Losses) else "the ablation needs all layers"
         return f"{newest}, all models whole for the weights ({why}), then one pass over all models"
 
     @cached_property
@@ -138,18 +138,18 @@ class Plan:
     def memory(self) -> int:
         """Bytes of memory at most, beside the interpreter's own: the largest of what the parts of the work hold, one after another.
 
-        Depth by depth, the pass over the parameters also holds the block of base and experts, and once more of the one that runs, and the
+        Layer by layer, the pass over the parameters also holds the block of base and experts, and once more of the one that runs, and the
         hidden states of the pool or of every model's samples. The check of the result maps its files: the system may take that memory back.
         """
-        fusing = self.memory_to_fuse
-        if self.by_depth:
-            fusing += self._block * (len(self.experts) + 2) + self._states(len(self.experts) + 1)
+        merging_tensors = self.memory_to_merge
+        if self.by_layer:
+            merging_tensors += self._block * (len(self.experts) + 2) + self._states(len(self.experts) + 1)
         elif isinstance(self.weights, FromSamples):
-            fusing = max(fusing, self.memory_to_run)
-        return fusing
+            merging_tensors = max(merging_tensors, self.memory_to_run)
+        return merging_tensors
 
     @cached_property
-    def memory_to_fuse(self) -> int:
+    def memory_to_merge(self) -> int:
         """Bytes of the pass over the parameters: for each thread one tensor (or one span of it, where the method allows that) of base,
         experts and result in float32, and finished ones that wait for their turn."""
         held_at_once = [SPAN if self.in_spans(name) else spec.numel for name, spec in self.specs.items()]
@@ -169,20 +169,20 @@ class Plan:
     @property
     def _width(self) -> int:
         """Bytes of a number in a forward pass."""
-        return 2 if isinstance(self.weights, Representations) and self.weights.precision == "bfloat16" else 4
+        return 2 if isinstance(self.weights, RecallWeights) and self.weights.precision == "bfloat16" else 4
 
     @property
     def _block(self) -> int:
         """Bytes of the largest block in float32; tables of tokens are never held."""
-        depths = self.base.depths
-        sizes = [0] * (depths.last + 1)
+        layers = self.base.layers
+        sizes = [0] * (layers.last + 1)
         for name, spec in self.specs.items():
             if name not in self.base.token_tensors:
-                sizes[depths.of(name)] += 4 * spec.numel
+                sizes[layers.of(name)] += 4 * spec.numel
         return max(sizes)
 
     def _states(self, models: int) -> int:
-        """Bytes of the hidden states that wait at a depth, with a few times as many at work in a block; from the rows' characters."""
+        """Bytes of the hidden states that wait at a layer, with a few times as many at work in a block; from the rows' characters."""
         lengths = [min(self.samples.max_tokens, len(row.plain + row.completion) // CHARACTERS_PER_TOKEN + 1) for row in self.rows]
         pool = sum(sorted(lengths)[-self.samples.pool :])
         samples = sum(sorted(lengths)[-self.samples.count :]) * models
@@ -233,7 +233,7 @@ def make_plan(run: MergeRun, *, writes: bool = True, download: bool = True) -> P
 
     vocabulary, told = None, []
     with faults.collect():
-        rules = rules.of_model(base.depths, list(base.tensors))
+        rules = rules.of_model(base.layers, list(base.tensors))
     with faults.collect():
         vocabulary, told = plan_vocabulary(
             (base.folder, base.vocabulary_size), {e.name: _tokens_of(e, base) for e in experts}, run.vocabulary
@@ -250,8 +250,12 @@ def make_plan(run: MergeRun, *, writes: bool = True, download: bool = True) -> P
             _check_space(run.out.path, sum(spec.nbytes for spec in specs.values()))
     faults.raise_any()
     notes += [*told, *(note for expert in experts for note in _adapter_notes(expert, base))]
-    cards = _cards(rules.method, base, experts, run, located, faults)
-    notes += [f"expert '{e.name}' has no card: all its inputs count alike" for e, card in zip(experts, cards, strict=False) if card is None]
+    statistics = _statistics(rules.method, base, experts, run, located, faults)
+    notes += [
+        f"expert '{e.name}' has no input statistics: all its inputs count alike"
+        for e, stats in zip(experts, statistics, strict=False)
+        if stats is None
+    ]
     faults.raise_any()
     shards = plan_shards(specs, run.out.shard_size)
     return Plan(
@@ -266,7 +270,7 @@ def make_plan(run: MergeRun, *, writes: bool = True, download: bool = True) -> P
         specs,
         shards,
         located,
-        cards,
+        statistics,
         notes,
         rules.own,
         inputs,
@@ -283,7 +287,7 @@ def _locate(run: MergeRun, download: bool) -> tuple[dict[str, Located], Faults, 
     for name, reference in {"base": run.base, **{entry.name: entry.path for entry in run.experts}}.items():
         with faults.collect():
             located[name] = locate(reference, weights=download)
-    single = [entry.card for entry in run.experts] + [run.samples.path if run.samples is not None else None]
+    single = [entry.stats for entry in run.experts] + [run.samples.path if run.samples is not None else None]
     return located, faults, watch([*(place.folder for place in located.values()), *(Path(place) for place in single if place is not None)])
 
 
@@ -291,8 +295,8 @@ def _with_method(run: MergeRun, located: Mapping[str, Located]) -> tuple[MergeRu
     """The run with a method: its own, or the one that is recommended where it names none, and a note on why."""
     if run.method is not None:
         return run, []
-    cards = [bool(entry.card) or (entry.name in located and has_card(located[entry.name].folder)) for entry in run.experts]
-    method, reason = choose_method(cards, samples=run.samples is not None, weights=run.weights != "uniform")
+    statistics = [bool(entry.stats) or (entry.name in located and has_statistics(located[entry.name].folder)) for entry in run.experts]
+    method, reason = choose_method(statistics, samples=run.samples is not None, weights=run.weights != "uniform")
     return run.model_copy(update={"method": method}), [f"`method` was left out: `{method}`, because {reason}"]
 
 
@@ -356,7 +360,7 @@ def _tokens_of(expert: Expert, base: Checkpoint) -> Any:
 
 def _result_specs(run: MergeRun, base: Checkpoint, vocabulary: Vocabulary | None) -> dict[str, Spec]:
     specs: dict[str, Spec] = {}
-    for name in sorted(base.tensors, key=base.depths.of):  # a stable sort: within a depth, the base's own order
+    for name in sorted(base.tensors, key=base.layers.of):  # a stable sort: within a layer, the base's own order
         spec = base.tensors[name].spec
         dtype = CODES[run.out.dtype] if run.out.dtype != "auto" and spec.is_float else spec.dtype
         rows = (vocabulary.size,) if vocabulary is not None and name in base.token_tensors else spec.shape[:1]
@@ -371,28 +375,28 @@ def _adapter_notes(expert: Expert, base: Checkpoint) -> list[str]:
     return [f"expert '{expert.name}' trains the embedding, to which the head is tied: both change, as in PEFT's own merge"] if edit else []
 
 
-def _cards(
+def _statistics(
     method: Method, base: Checkpoint, experts: Sequence[Expert], run: MergeRun, located: Mapping[str, Located], faults: Faults
-) -> tuple[Card | None, ...]:
-    """The experts' cards, where the method wants them. A card of another state of its expert would mislead, so it is refused
+) -> tuple[InputStatistics | None, ...]:
+    """The experts' statistics, where the method wants them. Input statistics of another state of its expert would mislead, so it is refused
     (once the weights are here: their headers do not tell)."""
     if not method.informed:
         return ()
-    cards: list[Card | None] = []
+    statistics: list[InputStatistics | None] = []
     for expert, entry in zip(experts, run.experts, strict=True):
-        card = None
+        stats = None
         with faults.collect():
-            card = open_card(Path(entry.card) if entry.card else expert.folder)
-            if card is None and entry.card:
-                raise CheckpointError("there is no card in this folder", where=entry.card, fix="make it with `recall card`")
-            if card is not None and not located[entry.name].remote and card.facts["expert"] != hash_expert(expert):
-                what = f"the card of expert '{expert.name}' was made for another state of it"
-                raise CheckpointError(what, where=card.folder, fix="make it again with `recall card`")
-            if card is not None and (misfits := card.misfits(base.specs)):
-                what = f"the card of expert '{expert.name}' tells of other inputs of '{misfits[0]}' than it has"
-                raise CheckpointError(what, where=card.folder, fix="make it again with `recall card`")
-        cards.append(card)
-    return tuple(cards)
+            stats = open_statistics(Path(entry.stats) if entry.stats else expert.folder)
+            if stats is None and entry.stats:
+                raise CheckpointError("there is no input statistics in this folder", where=entry.stats, fix="make it with `recall stats`")
+            if stats is not None and not located[entry.name].remote and stats.facts["expert"] != hash_expert(expert):
+                what = f"the input statistics of expert '{expert.name}' was made for another state of it"
+                raise CheckpointError(what, where=stats.folder, fix="make it again with `recall stats`")
+            if stats is not None and (misfits := stats.misfits(base.specs)):
+                what = f"the input statistics of expert '{expert.name}' tells of other inputs of '{misfits[0]}' than it has"
+                raise CheckpointError(what, where=stats.folder, fix="make it again with `recall stats`")
+        statistics.append(stats)
+    return tuple(statistics)
 
 
 def _words(dtypes: set[str]) -> str:

@@ -11,7 +11,7 @@ from recall_merge.files.experts import BaseExpert, Digest, FullExpert, hash_file
 from recall_merge.files.record import versions
 from recall_merge.merging.plan import Plan
 from recall_merge.merging.samples import TypicalSample
-from recall_merge.merging.weights import Weighting
+from recall_merge.merging.weights import MergeWeights
 
 
 def made_from(plan: Plan) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def made_from(plan: Plan) -> dict[str, Any]:
     run["base"] = public_name(plan, "base")
     for entry in run["experts"]:
         entry["path"] = public_name(plan, entry["name"])
-        entry["card"] = entry["card"] and Path(entry["card"]).name  # a place of this machine is nobody else's business
+        entry["stats"] = entry["stats"] and Path(entry["stats"]).name  # a place of this machine is nobody else's business
     run["out"]["path"] = plan.target.name
     rows: str | None = None
     if plan.run.samples is not None:
@@ -31,14 +31,14 @@ def made_from(plan: Plan) -> dict[str, Any]:
     return {"run": run, "method": method, "rows_sha256": rows, "versions": versions()}
 
 
-def made_of(weighting: Weighting) -> dict[str, Any]:
+def made_of(merge_weights: MergeWeights) -> dict[str, Any]:
     """Weights, similarity and typical samples, as the record keeps them; rows by their numbers, never their text."""
-    samples = [{"row": sample.row, "tokens": sample.tokens, "cluster": sample.cluster} for sample in weighting.samples]
-    found: dict[str, Any] = {"samples": samples, "weights": weighting.table(weighting.weights)}
-    if weighting.similarity is not None:
-        found["similarity"] = weighting.table(weighting.similarity)
-    if weighting.losses is not None:
-        found["losses"] = dict(weighting.losses)
+    samples = [{"row": sample.row, "tokens": sample.tokens, "cluster": sample.cluster} for sample in merge_weights.samples]
+    found: dict[str, Any] = {"samples": samples, "weights": merge_weights.table(merge_weights.weights)}
+    if merge_weights.similarity is not None:
+        found["similarity"] = merge_weights.table(merge_weights.similarity)
+    if merge_weights.losses is not None:
+        found["losses"] = dict(merge_weights.losses)
     return found
 
 
@@ -52,7 +52,7 @@ def made_apart(plan: Plan) -> list[dict[str, Any]]:
     return [*found.values()]
 
 
-def weighting_from(record: Mapping[str, Any]) -> Weighting:
+def weights_from_record(record: Mapping[str, Any]) -> MergeWeights:
     """The reverse of `made_of`."""
     import torch
 
@@ -60,7 +60,7 @@ def weighting_from(record: Mapping[str, Any]) -> Weighting:
         return torch.tensor(record[name]["rows"], dtype=torch.float64) if name in record else None
 
     samples = tuple(TypicalSample(**sample) for sample in record["samples"])
-    return Weighting(tuple(record["weights"]["experts"]), table("weights"), table("similarity"), samples, losses=record.get("losses"))
+    return MergeWeights(tuple(record["weights"]["experts"]), table("weights"), table("similarity"), samples, losses=record.get("losses"))
 
 
 def hash_models(plan: Plan) -> dict[str, dict[str, str]]:

@@ -16,9 +16,9 @@ from recall_merge.files.hub import Located, locate
 from recall_merge.files.names import named_like
 from recall_merge.files.record import RECORD
 from recall_merge.merging.plan import skipped
-from recall_merge.merging.provenance import weighting_from
+from recall_merge.merging.provenance import weights_from_record
 from recall_merge.merging.verify import verify
-from recall_merge.merging.weights import Weighting
+from recall_merge.merging.weights import MergeWeights
 from recall_merge.runtime.errors import Fault, Faults, ResultError
 
 if TYPE_CHECKING:
@@ -100,8 +100,8 @@ class Result:
         return [entry["name"] for entry in self.run["experts"]]
 
     @property
-    def weighting(self) -> Weighting:
-        return weighting_from(self.record)
+    def merge_weights(self) -> MergeWeights:
+        return weights_from_record(self.record)
 
     def merges(self, name: str) -> bool:
         """Whether a tensor was merged, or kept from the base."""
@@ -138,7 +138,7 @@ def open_result(folder: Path) -> Result:
 def coefficients(result: Result) -> Tensor | None:
     """What of each expert's delta is in the result, if it is a weighted sum: theta = theta_0 + sum_q c_q delta_q.    -> (L + 2, k)
 
-    Scale, weights and the scale of each depth in one number. None where the method, or pruning, makes it another thing than a sum,
+    Scale, weights and the scale of each layer in one number. None where the method, or pruning, makes it another thing than a sum,
     and where some tensors have weights or options of their own.
     """
     import torch
@@ -146,16 +146,16 @@ def coefficients(result: Result) -> Tensor | None:
     from recall_merge.maths.methods.wrappers import lines_scales
 
     method, k = result.record["method"], len(result.experts)
-    options, weighting = method["options"], result.weighting
+    options, merge_weights = method["options"], result.merge_weights
     scales = {"linear": "scale", "recall": "scale", "task_arithmetic": "scale", "wise_ft": "alpha"}
     if method["name"] not in scales or result.run.get("prune") is not None or result.run.get("parts"):
         return None
     scale = options[scales[method["name"]]] * (k if method["name"] == "task_arithmetic" else 1)
-    by_depth = torch.tensor([weighting.of_experts(depth) for depth in range(len(weighting.weights))], dtype=torch.float64)
-    if (lines := result.run.get("scale_by_depth")) is not None:
-        scales_by_depth = lines_scales(result.checkpoint.depths.blocks, **lines)
-        by_depth = by_depth * torch.tensor(scales_by_depth, dtype=torch.float64).unsqueeze(1)
-    return scale * by_depth
+    by_layer = torch.tensor([merge_weights.of_experts(layer) for layer in range(len(merge_weights.weights))], dtype=torch.float64)
+    if (lines := result.run.get("scale_by_layer")) is not None:
+        scales_by_layer = lines_scales(result.checkpoint.layers.blocks, **lines)
+        by_layer = by_layer * torch.tensor(scales_by_layer, dtype=torch.float64).unsqueeze(1)
+    return scale * by_layer
 
 
 def find_models(result: Result, names: Sequence[str], given: Mapping[str, str], *, fetch: bool = True) -> dict[str, Located | str]:

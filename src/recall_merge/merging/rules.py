@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING, Any, cast, get_type_hints
 
 from pydantic import ConfigDict, create_model
 
-from recall_merge.maths.layers import Depths
-from recall_merge.merging.run import ByDepth, ByLoss, FromSamples, Losses, MergeRun, Part, Ramp, Representations, parse
+from recall_merge.maths.layers import Layers
+from recall_merge.merging.run import ByLayer, ByLoss, FromSamples, Losses, MergeRun, Part, Ramp, RecallWeights
 from recall_merge.runtime.errors import Faults, RunError, did_you_mean
+from recall_merge.runtime.sections import parse
 
 if TYPE_CHECKING:
     from recall_merge.maths.methods import Method
 
-OWN_WEIGHTS: dict[str, type[Representations] | type[Losses]] = {"recall": Representations, "lm_cocktail": Losses}
+OWN_WEIGHTS: dict[str, type[RecallWeights] | type[Losses]] = {"recall": RecallWeights, "lm_cocktail": Losses}
 """Methods that are ways to make weights: their options are those of their weights, and of the average that takes them."""
 
 GivenWeights = tuple[float, ...] | tuple[tuple[float, ...], ...]
-"""One number an expert, or a row of them for every depth; each row sums to 1."""
+"""One number an expert, or a row of them for every layer; each row sums to 1."""
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,17 @@ class Rules:
 
     own: Mapping[str, Own] = field(default_factory=dict)
 
-    def of_model(self, depths: Depths, names: Sequence[str]) -> Rules:
-        """The rules for a base with these depths and tensors: a ramp has become a row for every depth, the parts what tensors have.
+    def of_model(self, layers: Layers, names: Sequence[str]) -> Rules:
+        """The rules for a base with these layers and tensors: a ramp has become a row for every layer, the parts what tensors have.
 
         Raises:
-            RunError: if weights by depth are for more or fewer, or a part selects no tensor.
+            RunError: if weights by layer are for more or fewer, or a part selects no tensor.
         """
         faults, weights, own = Faults(), self.weights, self.own
         with faults.collect():
-            weights = weights if isinstance(weights, FromSamples) else _spread(weights, depths, "weights")
+            weights = weights if isinstance(weights, FromSamples) else _spread(weights, layers, "weights")
         with faults.collect():
-            own = own_of_tensors(self.parts, names, depths)
+            own = own_of_tensors(self.parts, names, layers)
         faults.raise_any(RunError)
         return replace(self, weights=weights, own=own)
 
@@ -72,71 +73,71 @@ class PartRules:
     weights: GivenWeights | Points | None
     options: dict[str, Any]
 
-    def fits(self, name: str, names: Collection[str], depths: Depths) -> bool:
+    def fits(self, name: str, names: Collection[str], layers: Layers) -> bool:
         """Whether a tensor is one of the part's."""
         filters, kinds = _listed(self.part.filter), _listed(self.part.kind)
         return (
             (filters is None or any(_named(name, word, names) for word in filters))
-            and (kinds is None or depths.kind_of(name) in kinds)
-            and (self.part.depths is None or depths.of(name) in self.part.depths)
+            and (kinds is None or layers.kind_of(name) in kinds)
+            and (self.part.layers is None or layers.of(name) in self.part.layers)
         )
 
-    def weights_at(self, depths: Depths, where: str) -> GivenWeights | None:
-        return None if self.weights is None else _spread(self.weights, depths, where)
+    def weights_at(self, layers: Layers, where: str) -> GivenWeights | None:
+        return None if self.weights is None else _spread(self.weights, layers, where)
 
 
 @dataclass(frozen=True)
 class Own:
-    """What one tensor has of its own: weights instead of its depth's, options instead of the run's."""
+    """What one tensor has of its own: weights instead of its layer's, options instead of the run's."""
 
     weights: tuple[float, ...] | None
     options: dict[str, Any]
 
 
-def own_of_tensors(parts: Sequence[PartRules], names: Sequence[str], depths: Depths) -> dict[str, Own]:
+def own_of_tensors(parts: Sequence[PartRules], names: Sequence[str], layers: Layers) -> dict[str, Own]:
     """What tensors have of their own, by their names.
 
     Of the parts that fit a tensor, the first that gives weights gives them, and so for each option.
 
     Raises:
-        RunError: with every part that selects no tensor, or has weights for other depths.
+        RunError: with every part that selects no tensor, or has weights for other layers.
     """
     faults, selected, known = Faults(), list[list[str]](), frozenset(names)
     found: dict[str, Own] = {}
     rows: list[GivenWeights | None] = []
     for number, part in enumerate(parts):
-        selected.append([name for name in names if part.fits(name, known, depths)])
+        selected.append([name for name in names if part.fits(name, known, layers)])
         rows.append(None)
         with faults.collect():
-            rows[-1] = part.weights_at(depths, f"parts.{number}.weights")
+            rows[-1] = part.weights_at(layers, f"parts.{number}.weights")
         if not selected[-1]:
-            told = part.part.model_dump(include={"filter", "kind", "depths"}, exclude_none=True)
+            told = part.part.model_dump(include={"filter", "kind", "layers"}, exclude_none=True)
             what = f"a part selects no tensor: {', '.join(f'{key} {value}' for key, value in told.items())}"
-            faults.add(what, where=f"parts.{number}", fix=_near(part.part, names, depths))
+            faults.add(what, where=f"parts.{number}", fix=_near(part.part, names, layers))
     faults.raise_any(RunError)
     for number in reversed(range(len(parts))):  # so that the first one has the last word
         for name in selected[number]:
             before, row = found.get(name, Own(None, {})), rows[number]
-            found[name] = Own(before.weights if row is None else _at(row, depths.of(name)), before.options | parts[number].options)
+            found[name] = Own(before.weights if row is None else _at(row, layers.of(name)), before.options | parts[number].options)
     return found
 
 
-def _at(weights: GivenWeights, depth: int) -> tuple[float, ...]:
-    """The row of a depth."""
-    row = weights[depth] if isinstance(weights[0], tuple) else weights
+def _at(weights: GivenWeights, layer: int) -> tuple[float, ...]:
+    """The row of a layer."""
+    row = weights[layer] if isinstance(weights[0], tuple) else weights
     return cast("tuple[float, ...]", row)
 
 
-def _near(part: Part, names: Sequence[str], depths: Depths) -> str:
+def _near(part: Part, names: Sequence[str], layers: Layers) -> str:
     """What might have been meant by a part that selects nothing."""
-    known = sorted({_unnumbered(name, depths) for name in names})
+    known = sorted({_unnumbered(name, layers) for name in names})
     if (filters := _listed(part.filter)) is not None and not any(_named(name, word, names) for word in filters for name in names):
         close = get_close_matches(filters[0].strip("*"), [word for name in known for word in (name, *name.split("."))], n=3, cutoff=0.5)
         return f"near it: {', '.join(dict.fromkeys(close))}" if close else f"the tensors are {', '.join(known)}"
-    if (kinds := _listed(part.kind)) is not None and not {depths.kind_of(name) for name in names} & set(kinds):
+    if (kinds := _listed(part.kind)) is not None and not {layers.kind_of(name) for name in names} & set(kinds):
         tied = "; the head is tied to the embedding" if "head" in kinds else ""
-        return f"the kinds of its tensors are {', '.join(sorted({depths.kind_of(name) for name in names}))}{tied}"
-    return f"the depths are 0 to {depths.last}; all of `filter`, `kind` and `depths` must fit"
+        return f"the kinds of its tensors are {', '.join(sorted({layers.kind_of(name) for name in names}))}{tied}"
+    return f"the layers are 0 to {layers.last}; all of `filter`, `kind` and `layers` must fit"
 
 
 def _named(name: str, word: str, names: Collection[str]) -> bool:
@@ -144,50 +145,50 @@ def _named(name: str, word: str, names: Collection[str]) -> bool:
     return fnmatchcase(name, word) if "*" in word else name == word if word in names else word in name
 
 
-def _unnumbered(name: str, depths: Depths) -> str:
+def _unnumbered(name: str, layers: Layers) -> str:
     """A tensor's name with * for the number of its block."""
-    return re.sub(rf"^({re.escape(depths.prefix)})\.\d+", r"\1.*", name)
+    return re.sub(rf"^({re.escape(layers.prefix)})\.\d+", r"\1.*", name)
 
 
 def _listed(value: Any) -> list[str] | None:
     return value if value is None or isinstance(value, list) else [value]
 
 
-def _spread(weights: GivenWeights | Points, depths: Depths, where: str) -> GivenWeights:
-    """Given weights as a base of these depths has them: a ramp has a row for each."""
+def _spread(weights: GivenWeights | Points, layers: Layers, where: str) -> GivenWeights:
+    """Given weights as a base of these layers has them: a ramp has a row for each."""
     from recall_merge.maths.weights import along_blocks, normalised
 
     if isinstance(weights, Points):
-        return tuple(tuple(normalised(row)) for row in along_blocks(weights.rows, depths.blocks))
-    if isinstance(weights[0], tuple) and len(weights) != depths.last + 1:
-        what = f"there are weights for {len(weights)} depths; the base has {depths.last + 1}, from 0 to {depths.last}"
-        raise RunError(what, where=f"{where}.by_depth", fix="0 is the embedding, the last one final norm and head")
+        return tuple(tuple(normalised(row)) for row in along_blocks(weights.rows, layers.blocks))
+    if isinstance(weights[0], tuple) and len(weights) != layers.last + 1:
+        what = f"there are weights for {len(weights)} layers; the base has {layers.last + 1}, from 0 to {layers.last}"
+        raise RunError(what, where=f"{where}.by_layer", fix="0 is the embedding, the last one final norm and head")
     return weights
 
 
-def choose_method(cards: Sequence[bool], *, samples: bool, weights: bool) -> tuple[str, str]:
+def choose_method(statistics: Sequence[bool], *, samples: bool, weights: bool) -> tuple[str, str]:
     """The method of a run that names none, and the reason.
 
-    By what experts of five tasks showed (docs/results/all_methods.md, five_tasks_paired.md): merges by cards keep nearly all of what the
+    By what experts of five tasks showed (docs/results/all_methods.md, five_tasks_paired.md): merges by statistics keep nearly all of what the
     experts know, TSV keeps most of what can be kept without data, and plain averages, RECALL's among them, lose nearly half of it or more.
 
     Args:
-        cards: of each expert, whether it has one.
+        statistics: of each expert, whether it has one.
         samples: the run gives rows of the newest expert's data.
         weights: the run gives weights, or how they are made.
 
     >>> choose_method([True, True], samples=True, weights=False)[0], choose_method([True, False], samples=False, weights=False)[0]
     ('aligned', 'tsv')
     """
-    if cards and all(cards):
-        return "aligned", "every expert has a card"
+    if statistics and all(statistics):
+        return "aligned", "every expert has input statistics"
     if weights:
-        return "linear", "the run gives weights, and not every expert has a card"
-    if len(cards) > 1:
-        return "tsv", "not every expert has a card, and of the methods that need none it did best"
+        return "linear", "the run gives weights, and not every expert has input statistics"
+    if len(statistics) > 1:
+        return "tsv", "not every expert has input statistics, and of the methods that need none it did best"
     if samples:
-        return "recall", "there are samples and one expert without a card"
-    return "linear", "there is one expert, without a card"
+        return "recall", "there are samples and one expert without input statistics"
+    return "linear", "there is one expert, without input statistics"
 
 
 def rules_of(run: MergeRun) -> Rules:
@@ -217,8 +218,8 @@ def rules_of(run: MergeRun) -> Rules:
         with faults.collect():
             own = {key: options.pop(key) for key in list(options) if key in schema.model_fields}
             found = parse(schema, own, where="options")
-    elif isinstance(weights, Representations | ByLoss):
-        found = weights if isinstance(weights, Representations) else weights.by_loss
+    elif isinstance(weights, RecallWeights | ByLoss):
+        found = weights if isinstance(weights, RecallWeights) else weights.by_loss
     else:
         with faults.collect():
             found = _numbers(weights, names, "weights")
@@ -244,33 +245,33 @@ def _part(part: Part, method: Method, experts: list[str], where: str) -> PartRul
     return PartRules(part, weights, {key: given[key] for key in part.options})
 
 
-def _numbers(weights: str | list[float] | ByDepth | Ramp, experts: list[str], where: str) -> GivenWeights | Points:
-    """Given weights, scaled to sum to 1, at each depth if they are by depth; those of a ramp when it is known how many depths there are."""
+def _numbers(weights: str | list[float] | ByLayer | Ramp, experts: list[str], where: str) -> GivenWeights | Points:
+    """Given weights, scaled to sum to 1, at each layer if they are by layer; those of a ramp when it is known how many layers there are."""
     if isinstance(weights, Ramp):
         rows = _by_name(weights.ramp, experts, f"{where}.ramp")
         if any(sum(row) == 0 for row in rows):
             raise RunError("all weights are 0 at a point of the ramp", where=f"{where}.ramp", fix="give at least one expert a weight there")
         return Points(tuple(map(tuple, rows)))
-    if not isinstance(weights, ByDepth):
+    if not isinstance(weights, ByLayer):
         numbers = weights if isinstance(weights, list) else [1.0] * len(experts)
         if len(numbers) != len(experts):
             what = f"there are {len(numbers)} weights for {len(experts)} experts"
             raise RunError(what, where=where, fix="give one number an expert")
         return _scaled(numbers, where)
-    where, rows = f"{where}.by_depth", weights.by_depth
+    where, rows = f"{where}.by_layer", weights.by_layer
     if isinstance(rows, dict):
         rows = _by_name(rows, experts, where)
-    wrong = [depth for depth, row in enumerate(rows) if len(row) != len(experts)]
+    wrong = [layer for layer, row in enumerate(rows) if len(row) != len(experts)]
     if wrong or not rows:
         what = (
-            f"there are {len(rows[wrong[0]])} weights for {len(experts)} experts at depth {wrong[0]}" if wrong else "there are no weights"
+            f"there are {len(rows[wrong[0]])} weights for {len(experts)} experts at layer {wrong[0]}" if wrong else "there are no weights"
         )
-        raise RunError(what, where=where, fix="give one row a depth, and in it one number an expert")
-    return tuple(_scaled(row, f"{where}.{depth}") for depth, row in enumerate(rows))
+        raise RunError(what, where=where, fix="give one row a layer, and in it one number an expert")
+    return tuple(_scaled(row, f"{where}.{layer}") for layer, row in enumerate(rows))
 
 
 def _by_name(lists: dict[str, list[float]], experts: list[str], where: str) -> list[list[float]]:
-    """One list an expert -> one row a depth, or point, with the experts in their order."""
+    """One list an expert -> one row a layer, or point, with the experts in their order."""
     if set(lists) != set(experts) or len({len(numbers) for numbers in lists.values()}) != 1:
         what = f"there are lists of {', '.join(f'{len(numbers)} numbers for {name}' for name, numbers in lists.items())}"
         raise RunError(what, where=where, fix=f"give one list, all of one length, for each of {', '.join(experts)}")

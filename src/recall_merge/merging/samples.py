@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from recall_merge.files.experts import Expert, own_rows, own_tensor, own_tensors
-from recall_merge.merging.nonfinite import refuse_not_finite
+from recall_merge.merging.nonfinite import refuse_nonfinite
 from recall_merge.merging.plan import Plan
-from recall_merge.merging.run import Representations
+from recall_merge.merging.run import RecallWeights
 from recall_merge.runtime.errors import CheckpointError, DataError, Unwalkable
 from recall_merge.runtime.progress import Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from recall_merge.models.layerwise import Walk
+    from recall_merge.models.layerwise import LayerwiseForward
     from recall_merge.training.fine_tuning import EncodedRow
 
 
@@ -30,7 +30,7 @@ class TypicalSample:
     cluster: int
 
 
-def typical_texts(plan: Plan, rule: Representations, progress: Progress) -> tuple[list[str], tuple[TypicalSample, ...], list[str]]:
+def typical_texts(plan: Plan, rule: RecallWeights, progress: Progress) -> tuple[list[str], tuple[TypicalSample, ...], list[str]]:
     """The texts of the typical samples, chosen by the newest expert from the pool of its rows; where they stand; and what to tell of it.
 
     Raises:
@@ -65,7 +65,7 @@ def typical_texts(plan: Plan, rule: Representations, progress: Progress) -> tupl
         notes.append(f"there are {len(texts)} different rows, no more than the {wanted.count} samples asked for: all of them are typical")
         chosen, sizes = range(len(texts)), [1] * len(texts)
     else:
-        blocks = plan.base.depths.blocks
+        blocks = plan.base.layers.blocks
         spaces = {"last": [blocks], "middle": [(blocks + 1) // 2], "several": sorted({(blocks + 3) // 4, (blocks + 1) // 2, blocks})}
         at = spaces[wanted.space]
         with progress.stage(f"choosing typical samples with {newest.name}", at[-1] + 1, "blocks") as advance:
@@ -73,7 +73,7 @@ def typical_texts(plan: Plan, rule: Representations, progress: Progress) -> tupl
                 states = represent(plan, newest, rule, tokens, at, advance)
             except Unwalkable:
                 model = build_expert(plan, newest, rule)
-                states = representations(model, tokens, plan.base.depths, at=at, pooling=rule.pooling, threads=plan.threads)
+                states = representations(model, tokens, plan.base.layers, at=at, pooling=rule.pooling, threads=plan.threads)
         check_finite(plan, states, newest)
         typical = typical_samples(states.transpose(0, 1).flatten(1).numpy(), wanted.count, seed=plan.run.seed)
         chosen, sizes = typical.rows, typical.sizes
@@ -93,39 +93,39 @@ def labelled(plan: Plan, samples: Sequence[TypicalSample], tokenizer: Any) -> li
 
 
 def represent(
-    plan: Plan, expert: Expert, rule: Representations, tokens: Sequence[Sequence[int]], at: Sequence[int], advance: Callable[[int], None]
+    plan: Plan, expert: Expert, rule: RecallWeights, tokens: Sequence[Sequence[int]], at: Sequence[int], advance: Callable[[int], None]
 ) -> Tensor:
-    """An expert's representations of texts at some depths, rising, with one of its blocks in memory at a time.    -> (len(at), m, d)"""
+    """An expert's representations of texts at some layers, rising, with one of its blocks in memory at a time.    -> (len(at), m, d)"""
     import torch
 
     states = []
     with walk(plan, expert, rule, tokens) as going:
-        for depth in range(at[-1] + 1):
-            state = going.step(parameters(plan, expert, rule, depth, tokens))
-            if depth in at:
+        for layer in range(at[-1] + 1):
+            state = going.step(parameters(plan, expert, rule, layer, tokens))
+            if layer in at:
                 states.append(state)
             advance(1)
     return torch.stack(states)
 
 
-def walk(plan: Plan, expert: Expert, rule: Representations, tokens: Sequence[Sequence[int]]) -> Walk:
+def walk(plan: Plan, expert: Expert, rule: RecallWeights, tokens: Sequence[Sequence[int]]) -> LayerwiseForward:
     """An expert's forward pass over texts, block by block."""
-    from recall_merge.models.layerwise import Walk
+    from recall_merge.models.layerwise import LayerwiseForward
 
     spec = expert.spec(plan.base.embedding)
     rows = plan.base.vocabulary_size if spec is None else spec.shape[0]
-    folder, depths = plan.base.folder, plan.base.depths
-    return Walk(folder, tokens, depths, dtype=rule.precision, vocabulary_size=rows, pooling=rule.pooling, threads=plan.threads)
+    folder, layers = plan.base.folder, plan.base.layers
+    return LayerwiseForward(folder, tokens, layers, dtype=rule.precision, vocabulary_size=rows, pooling=rule.pooling, threads=plan.threads)
 
 
-def parameters(plan: Plan, expert: Expert, rule: Representations, depth: int, tokens: Iterable[Iterable[int]]) -> dict[str, Tensor]:
-    """What an expert runs with at one depth; tables of tokens hold only the rows that the texts need, where they can be read by rows."""
+def parameters(plan: Plan, expert: Expert, rule: RecallWeights, layer: int, tokens: Iterable[Iterable[int]]) -> dict[str, Tensor]:
+    """What an expert runs with at one layer; tables of tokens hold only the rows that the texts need, where they can be read by rows."""
     import torch
 
-    rows = sorted({token for ids in tokens for token in ids}) if depth == 0 else []
+    rows = sorted({token for ids in tokens for token in ids}) if layer == 0 else []
     found = {}
     for name in plan.base.tensors:
-        if plan.base.depths.of(name) != depth:
+        if plan.base.layers.of(name) != layer:
             continue
         if name in plan.base.token_tensors and expert.comes_in_pieces(name):
             found[name] = own_rows(expert, plan.base, name, rows, plan.merges, dtype=getattr(torch, rule.precision))
@@ -134,7 +134,7 @@ def parameters(plan: Plan, expert: Expert, rule: Representations, depth: int, to
     return found
 
 
-def build_expert(plan: Plan, expert: Expert, rule: Representations) -> Any:
+def build_expert(plan: Plan, expert: Expert, rule: RecallWeights) -> Any:
     from recall_merge.models.load import build_model
 
     tensors = own_tensors(expert, plan.base, plan.merges)
@@ -152,6 +152,6 @@ def expert_tokenizer(plan: Plan, expert: Expert) -> Any:
 
 def check_finite(plan: Plan, states: Tensor, expert: Expert) -> None:
     if not states.isfinite().all():
-        refuse_not_finite(plan)
+        refuse_nonfinite(plan)
         fix = "its weights are finite, so the forward pass overflows: look at the training that made it"
         raise CheckpointError(f"expert '{expert.name}' represents the samples by numbers that are not finite", where=expert.folder, fix=fix)

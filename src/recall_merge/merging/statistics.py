@@ -1,4 +1,4 @@
-"""An expert's card: run it on the typical samples of its own rows, keep what its linear maps read and how much it mattered, and no text."""
+"""An expert's statistics: run it on the typical samples of its own rows, keep what its linear maps read and how much it mattered, and no text."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from recall_merge.files.experts import Expert, hash_expert
 from recall_merge.files.names import Names
-from recall_merge.files.statistics import Card, open_card, parts_of, write_card
+from recall_merge.files.statistics import InputStatistics, open_statistics, parts_of, write_statistics
 from recall_merge.merging.plan import Plan, make_plan
-from recall_merge.merging.run import MergeRun, Representations
+from recall_merge.merging.run import MergeRun, RecallWeights
 from recall_merge.merging.samples import TypicalSample, build_expert, expert_tokenizer, labelled, typical_texts
 from recall_merge.runtime.errors import CheckpointError
 from recall_merge.runtime.progress import Progress, Silent
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RANK = 24
-RULE = Representations.model_validate({})
+RULE = RecallWeights.model_validate({})
 
 
-def make_card(run: MergeRun, *, rank: int = RANK, folder: Path | None = None, progress: Progress | None = None) -> Card:
-    """Make the card of a run's newest expert from the run's samples, and write it into the expert's folder.
+def make_statistics(run: MergeRun, *, rank: int = RANK, folder: Path | None = None, progress: Progress | None = None) -> InputStatistics:
+    """Make the input statistics of a run's newest expert from the run's samples, and write it into the expert's folder.
 
     Args:
         rank: directions kept of each moment.
@@ -47,24 +47,24 @@ def make_card(run: MergeRun, *, rank: int = RANK, folder: Path | None = None, pr
     target = folder or expert.folder
     try:
         target.mkdir(parents=True, exist_ok=True)
-        write_card(target, parts, tensors, facts)
+        write_statistics(target, parts, tensors, facts)
     except OSError as error:
-        fix = "give another folder with --out, and name it under `card:` of the expert"
-        raise CheckpointError(f"the card cannot be written: {error.strerror}", where=target, fix=fix) from error
-    card = open_card(target)
-    assert card is not None
-    return card
+        fix = "give another folder with --out, and name it under `statistics:` of the expert"
+        raise CheckpointError(f"the input statistics cannot be written: {error.strerror}", where=target, fix=fix) from error
+    stats = open_statistics(target)
+    assert stats is not None
+    return stats
 
 
 def _moments(
     plan: Plan, expert: Expert, samples: Sequence[TypicalSample], rank: int, progress: Progress
 ) -> tuple[dict[str, Tensor], dict[str, tuple[str, int]]]:
-    """The numbers of a card by name, and of each tensor that it tells of the group and the axis of its inputs."""
+    """The numbers of input statistics by name, and of each tensor that it tells of the group and the axis of its inputs."""
     from recall_merge.maths.moments import compress
     from recall_merge.models.input_moments import input_moments
 
     rows = labelled(plan, samples, expert_tokenizer(plan, expert))
-    with progress.stage(f"card of {expert.name}", sum(len(row.input_ids) for row in rows), "tokens") as advance:
+    with progress.stage(f"statistics of {expert.name}", sum(len(row.input_ids) for row in rows), "tokens") as advance:
         found = input_moments(build_expert(plan, expert, RULE), rows, seed=plan.run.seed, progress=advance)
     names = Names(plan.base)
     parts: dict[str, Tensor] = {}

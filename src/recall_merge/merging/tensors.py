@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from recall_merge.files.experts import Digest, FullExpert, widen
 from recall_merge.files.output import WeightWriter
-from recall_merge.merging.delta_size import Proportions
-from recall_merge.merging.nonfinite import is_finite, refuse_not_finite
+from recall_merge.merging.delta_size import DeltaSizes
+from recall_merge.merging.nonfinite import is_finite, refuse_nonfinite
 from recall_merge.merging.plan import SPAN, Plan
-from recall_merge.merging.weights import Weighting
+from recall_merge.merging.weights import MergeWeights
 from recall_merge.runtime import memory
 from recall_merge.runtime.errors import CheckpointError, ResultError
 from recall_merge.runtime.parallel import in_order
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from recall_merge.maths.deltas import Delta
 
 
-def fuse(plan: Plan, weighting: Weighting, digest: Digest, advance: Callable[[int], None] = lambda _: None) -> Iterator[tuple[str, Tensor]]:
+def merge_tensors(
+    plan: Plan, merge_weights: MergeWeights, digest: Digest, advance: Callable[[int], None] = lambda _: None
+) -> Iterator[tuple[str, Tensor]]:
     """The result's tensors in the plan's order and dtypes; arithmetic in float32 or better.
 
     What an expert leaves alone is not touched: where no expert changes a tensor, the base's own numbers are the result, whatever the
@@ -48,7 +50,7 @@ def fuse(plan: Plan, weighting: Weighting, digest: Digest, advance: Callable[[in
     """
 
     def one(name: str) -> tuple[str, Tensor]:
-        return name, merge_tensor(plan, weighting, name, digest, sizes)
+        return name, merge_tensor(plan, merge_weights, name, digest, sizes)
 
     with _explained(plan) as sizes:
         for name, merged in in_order(one, plan.specs, plan.threads):
@@ -56,27 +58,29 @@ def fuse(plan: Plan, weighting: Weighting, digest: Digest, advance: Callable[[in
             advance(plan.specs[name].nbytes)
 
 
-def fuse_into(
+def merge_tensors_into(
     writer: WeightWriter,
     plan: Plan,
-    weighting: Weighting,
+    merge_weights: MergeWeights,
     digest: Digest,
     advance: Callable[[int], None],
     names: Iterable[str] | None = None,
 ) -> None:
-    """Write what `fuse` gives (of the tensors named, if any are), span by span where the method allows it. Arguments and errors are its."""
+    """Write what `merge_tensors` gives (of the tensors named, if any are), span by span where the method allows it. Arguments and errors are its."""
     memory.one_heap()
     digests = [digest, *(expert.digest for expert in plan.experts if isinstance(expert, FullExpert))]
     failures: list[BaseException] = []
     turn = Lock()
 
-    def work(unit: Unit | Look) -> list[tuple[str, Tensor]]:
-        if isinstance(unit, Look):
+    def work(unit: Unit | ThresholdSearch) -> list[tuple[str, Tensor]]:
+        if isinstance(unit, ThresholdSearch):
             unit.take(plan)
             return []
         try:  # small tensors are Python's work, which threads do in turns: to leave a turn in the middle makes it twice as long
             with turn if len(unit) > 1 else nullcontext():
-                return [(part.name, merge_tensor(plan, weighting, part.name, digest, sizes, part.span, part.bands)) for part in unit]
+                return [
+                    (part.name, merge_tensor(plan, merge_weights, part.name, digest, sizes, part.span, part.thresholds)) for part in unit
+                ]
         except BaseException as error:
             failures.append(error)
             for waited_for in digests:
@@ -91,7 +95,7 @@ def fuse_into(
 
 
 @dataclass(frozen=True)
-class Look:
+class ThresholdSearch:
     """What a method needs to know of one expert's delta before its spans can be merged. They wait for it."""
 
     name: str
@@ -100,7 +104,7 @@ class Look:
 
     def take(self, plan: Plan) -> None:
         try:
-            self.found.set_result(_look(plan, self.name, self.expert))
+            self.found.set_result(_find_threshold(plan, self.name, self.expert))
         except BaseException as error:
             self.found.set_exception(error)
 
@@ -111,18 +115,18 @@ class Part:
 
     name: str
     span: range | None = None
-    looks: tuple[Look, ...] = ()
+    searches: tuple[ThresholdSearch, ...] = ()
 
     @property
-    def bands(self) -> list[Any] | None:
-        return [look.found.result() for look in self.looks] or None
+    def thresholds(self) -> list[Any] | None:
+        return [search.found.result() for search in self.searches] or None
 
 
 Unit = list[Part]
 """Tensors, or a span of one, that are worked on together."""
 
 
-def _units(plan: Plan, names: Iterable[str]) -> Iterator[Unit | Look]:
+def _units(plan: Plan, names: Iterable[str]) -> Iterator[Unit | ThresholdSearch]:
     """Tensors in the order of writing: the large ones in spans, if the method allows it, the small ones together."""
     unit: Unit = []
     held = 0
@@ -132,10 +136,10 @@ def _units(plan: Plan, names: Iterable[str]) -> Iterator[Unit | Look]:
             yield unit
             unit, held = [], 0
         if plan.in_spans(name):
-            looks = tuple(Look(name, q) for q in range(len(plan.experts)) if plan.looks(name))
-            yield from looks
+            searches = tuple(ThresholdSearch(name, q) for q in range(len(plan.experts)) if plan.needs_thresholds(name))
+            yield from searches
             for start in range(0, spec.numel, SPAN):
-                yield [Part(name, range(start, min(start + SPAN, spec.numel)), looks)]
+                yield [Part(name, range(start, min(start + SPAN, spec.numel)), searches)]
         else:
             unit.append(Part(name))
             held += spec.numel
@@ -143,7 +147,7 @@ def _units(plan: Plan, names: Iterable[str]) -> Iterator[Unit | Look]:
         yield unit
 
 
-def _look(plan: Plan, name: str, q: int) -> Any:
+def _find_threshold(plan: Plan, name: str, q: int) -> Any:
     """What the method finds when it looks at expert q's whole delta, by reading it span by span, a few times over."""
     import torch
 
@@ -151,24 +155,24 @@ def _look(plan: Plan, name: str, q: int) -> Any:
 
     expert, spec = plan.experts[q], plan.base.tensors[name].spec
     dtype = torch.promote_types(spec.torch_dtype, torch.float32)
-    assert plan.method.look is not None
+    assert plan.method.find_threshold is not None
 
     def read(span: range) -> Tensor:
         base = widen(plan.base.read(name, span))
-        return expert.glance(name, base, span) if isinstance(expert, FullExpert) else base.new_zeros(base.shape)
+        return expert.read_delta(name, base, span) if isinstance(expert, FullExpert) else base.new_zeros(base.shape)
 
     kth = partial(kth_largest_size, read, spec.numel, span=SPAN)
-    return plan.method.look(kth, spec.numel, dtype, q, plan.options_of(name))
+    return plan.method.find_threshold(kth, spec.numel, dtype, q, plan.options_of(name))
 
 
 def merge_tensor(
     plan: Plan,
-    weighting: Weighting,
+    merge_weights: MergeWeights,
     name: str,
     digest: Digest,
-    sizes: Proportions,
+    sizes: DeltaSizes,
     span: range | None = None,
-    bands: list[Any] | None = None,
+    thresholds: list[Any] | None = None,
 ) -> Tensor:
     """One tensor of the result; or of its numbers in their order those of a span, where method and experts allow it, with what a look at
     the deltas has found, where the method wants one."""
@@ -180,24 +184,26 @@ def merge_tensor(
     spec = plan.specs[name]
     if not plan.merges(name) and not plan.aligns(name):
         return stored.to(spec.torch_dtype)
-    weights = plan.weights_of(name, weighting)
+    weights = plan.weights_of(name, merge_weights)
     base, deltas = _deltas(plan, name, widen(stored), weights, span)
     sizes.add(name, base, deltas)
-    merged = base if all(delta is None for delta in deltas) else _scaled(plan, name, base, _merge(plan, name, base, deltas, weights, bands))
+    merged = (
+        base if all(delta is None for delta in deltas) else _scaled(plan, name, base, _merge(plan, name, base, deltas, weights, thresholds))
+    )
     merged = merged.to(spec.torch_dtype)
     if not is_finite(merged):
-        raise _NotFinite(name)
+        raise _NonFinite(name)
     return merged
 
 
 @contextmanager
-def _explained(plan: Plan) -> Iterator[Proportions]:
+def _explained(plan: Plan) -> Iterator[DeltaSizes]:
     """Measure what is merged; say of numbers that are not finite, or too large, where they come from."""
-    sizes = Proportions(plan)
+    sizes = DeltaSizes(plan)
     try:
         yield sizes
-    except _NotFinite as found:
-        refuse_not_finite(plan)
+    except _NonFinite as found:
+        refuse_nonfinite(plan)
         sizes.check()
         raise ResultError(
             f"the merge overflows {plan.specs[found.tensor].dtype} in '{found.tensor}'", fix="lower `scale`, or give `out.dtype: float32`"
@@ -205,7 +211,7 @@ def _explained(plan: Plan) -> Iterator[Proportions]:
     sizes.check()
 
 
-def _merge(plan: Plan, name: str, base: Tensor, deltas: list[Delta | None], weights: list[float], bands: list[Any] | None) -> Tensor:
+def _merge(plan: Plan, name: str, base: Tensor, deltas: list[Delta | None], weights: list[float], thresholds: list[Any] | None) -> Tensor:
     """Apply the method. Tables of tokens are no linear maps: methods that are made for those leave them to `linear`."""
     from recall_merge.maths.methods import METHODS, Draws
 
@@ -218,11 +224,11 @@ def _merge(plan: Plan, name: str, base: Tensor, deltas: list[Delta | None], weig
     ready = _pruned(plan, [_ready(delta, base, method.factors and plan.run.prune is None) for delta in deltas])
     if method.random:
         given["draws"] = Draws(plan.run.seed, name, tuple(expert.name for expert in plan.experts))
-    if bands is not None:
-        given["bands"] = bands
+    if thresholds is not None:
+        given["thresholds"] = thresholds
     if not method.informed:
         return method.function(base, ready, weights, **given)
-    known = [None if card is None else card.moment(name) for card in plan.cards]
+    known = [None if stats is None else stats.moment(name) for stats in plan.statistics]
     moments = [None if found is None else found[0] for found in known]
     if any(found is not None and found[1] == 0 for found in known):  # stored as (i, o): the mathematics wants (o, i)
         turned = [_transposed(delta) for delta in ready]
@@ -241,13 +247,13 @@ def _pruned(plan: Plan, deltas: list[Delta]) -> list[Delta]:
 
 
 def _scaled(plan: Plan, name: str, base: Tensor, merged: Tensor) -> Tensor:
-    """What the merge adds to the base, times the scale of its depth where the run has one."""
+    """What the merge adds to the base, times the scale of its layer where the run has one."""
     from recall_merge.maths.methods.wrappers import lines_scales
 
-    if plan.run.scale_by_depth is None:
+    if plan.run.scale_by_layer is None:
         return merged
-    depths, scale = plan.base.depths, plan.run.scale_by_depth
-    return base + lines_scales(depths.blocks, alpha=scale.alpha, beta=scale.beta)[depths.of(name)] * (merged - base)
+    layers, scale = plan.base.layers, plan.run.scale_by_layer
+    return base + lines_scales(layers.blocks, alpha=scale.alpha, beta=scale.beta)[layers.of(name)] * (merged - base)
 
 
 def _transposed(delta: Delta) -> Delta:
@@ -274,21 +280,21 @@ def _ready(delta: Delta | None, base: Tensor, factors: bool) -> Delta:
     return delta if factors else dense(delta)
 
 
-def conditions(plan: Plan, weighting: Weighting) -> dict[str, float]:
-    """Of each tensor that the experts' cards tell of, a bound of the condition number of the system that the merge solves."""
+def conditions(plan: Plan, merge_weights: MergeWeights) -> dict[str, float]:
+    """Of each tensor that the experts' statistics tell of, a bound of the condition number of the system that the merge solves."""
     from recall_merge.maths.methods.aligned import condition
 
     found: dict[str, float] = {}
     for name in plan.specs:
-        known = [None if card is None else card.moment(name) for card in plan.cards]
+        known = [None if stats is None else stats.moment(name) for stats in plan.statistics]
         if any(known):
             moments = [None if one is None else one[0] for one in known]
             options = {key: value for key, value in plan.options_of(name).items() if key in ("keep", "ridge")}
-            found[name] = condition(moments, plan.weights_of(name, weighting), **options)
+            found[name] = condition(moments, plan.weights_of(name, merge_weights), **options)
     return found
 
 
-class _NotFinite(CheckpointError):
+class _NonFinite(CheckpointError):
     def __init__(self, tensor: str) -> None:
         super().__init__(f"'{tensor}' is not finite")
         self.tensor = tensor

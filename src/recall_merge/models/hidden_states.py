@@ -1,4 +1,4 @@
-"""Representations: the pooled hidden states of a model on given texts, at every depth, in one forward pass."""
+"""Representations: the pooled hidden states of a model on given texts, at every layer, in one forward pass."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from recall_merge.maths.layers import Depths
+from recall_merge.maths.layers import Layers
 from recall_merge.runtime.parallel import in_order
 
 Pooling = Literal["mean", "last"]
@@ -27,7 +27,7 @@ def tokenize(texts: Sequence[str], tokenizer: Any, *, max_tokens: int) -> list[l
 def representations(
     model: nn.Module,
     tokens: Sequence[Sequence[int]],
-    depths: Depths,
+    layers: Layers,
     *,
     at: Iterable[int] | None = None,
     pooling: Pooling = "mean",
@@ -36,30 +36,30 @@ def representations(
 ) -> Tensor:
     """Pooled hidden states.    m token lists -> (len(at), m, d), float32
 
-    Depth 0 is what enters the first block (the embedding's output), depth i what leaves block i, before any final norm.
+    Layer 0 is what enters the first block (the embedding's output), layer i what leaves block i, before any final norm.
 
     Args:
         model: in evaluation mode, any decoder-only model of transformers.
-        at: the depths wanted, rising; all of 0..L by default. Nothing after the last of them is computed.
+        at: the layers wanted, rising; all of 0..L by default. Nothing after the last of them is computed.
         pooling: 'mean' over the tokens that are not padding, or the 'last' of them.
         threads: batches at a time. A batch runs on one thread and is made from lengths alone, so the numbers do not depend on `threads`.
         progress: called with the tokens of each batch when it is done.
     """
-    wanted = list(range(depths.blocks + 1) if at is None else at)
-    blocks = find_blocks(model, depths)
+    wanted = list(range(layers.blocks + 1) if at is None else at)
+    blocks = find_blocks(model, layers)
     batches = make_batches([len(ids) for ids in tokens])
     taken = threading.local()
 
-    def keep(depth: int, hidden: Tensor) -> None:
-        taken.states[depth] = pool(hidden, taken.lengths, pooling)
-        if depth == wanted[-1]:
+    def keep(layer: int, hidden: Tensor) -> None:
+        taken.states[layer] = pool(hidden, taken.lengths, pooling)
+        if layer == wanted[-1]:
             raise _Enough
 
     def before_first(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         keep(0, args[0] if args else kwargs["hidden_states"])
 
-    def after(depth: int) -> Callable[..., None]:
-        return lambda _module, _args, output: keep(depth, output[0] if isinstance(output, tuple) else output)
+    def after(layer: int) -> Callable[..., None]:
+        return lambda _module, _args, output: keep(layer, output[0] if isinstance(output, tuple) else output)
 
     def run(batch: list[int]) -> tuple[list[int], Tensor]:
         ids, mask, lengths = padded([tokens[row] for row in batch])
@@ -67,12 +67,12 @@ def representations(
         with torch.inference_mode(), suppress(_Enough):
             model(input_ids=ids, attention_mask=mask, use_cache=False)
         progress(int(taken.lengths.sum()))
-        return batch, torch.stack([taken.states[depth] for depth in wanted])
+        return batch, torch.stack([taken.states[layer] for layer in wanted])
 
     hooks: list[Any] = []
     if 0 in wanted:
         hooks.append(blocks[0].register_forward_pre_hook(before_first, with_kwargs=True))
-    hooks += [block.register_forward_hook(after(depth)) for depth, block in enumerate(blocks, start=1) if depth in wanted]
+    hooks += [block.register_forward_hook(after(layer)) for layer, block in enumerate(blocks, start=1) if layer in wanted]
     try:
         parts = list(in_order(run, batches, threads))
     finally:
@@ -122,15 +122,15 @@ def make_batches(lengths: Sequence[int], limit: int = BATCH_TOKENS) -> list[list
     return batches
 
 
-def find_blocks(model: nn.Module, depths: Depths) -> nn.ModuleList:
+def find_blocks(model: nn.Module, layers: Layers) -> nn.ModuleList:
     """The model's list of L blocks: the one whose name and the files' prefix differ by leading words only."""
 
     def same(name: str) -> bool:
-        return f".{name}".endswith(f".{depths.prefix}") or f".{depths.prefix}".endswith(f".{name}")
+        return f".{name}".endswith(f".{layers.prefix}") or f".{layers.prefix}".endswith(f".{name}")
 
-    found = [m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depths.blocks and same(name)]
+    found = [m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == layers.blocks and same(name)]
     if len(found) != 1:
-        raise ValueError(f"{len(found)} lists of {depths.blocks} blocks match '{depths.prefix}' in {type(model).__name__}")
+        raise ValueError(f"{len(found)} lists of {layers.blocks} blocks match '{layers.prefix}' in {type(model).__name__}")
     return found[0]
 
 

@@ -2,7 +2,7 @@
 
 The model is the architecture's own, without numbers. Each batch goes through its forward pass on a thread of its own, which sleeps
 wherever the pass enters a block, and at the end of the last; what a block is given (masks, rotary embeddings, attention types) is therefore
-exactly what transformers gives it. `Walk.step` binds the parameters of the next depth, lets every batch go on to its next stop, and
+exactly what transformers gives it. `LayerwiseForward.step` binds the parameters of the next layer, lets every batch go on to its next stop, and
 empties the block again.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recall_merge.maths.layers import Depths
+from recall_merge.maths.layers import Layers
 from recall_merge.models.hidden_states import Pooling, find_blocks, make_batches, padded, pool
 from recall_merge.models.load import load_config, quiet
 from recall_merge.runtime import memory
@@ -26,7 +26,7 @@ from recall_merge.runtime.errors import CheckpointError, Unwalkable
 from recall_merge.runtime.parallel import in_order
 
 
-class Walk:
+class LayerwiseForward:
     """One model on its way through given texts; use as a context, which ends the threads.
 
     Args:
@@ -41,7 +41,7 @@ class Walk:
         self,
         folder: Path,
         tokens: Sequence[Sequence[int]],
-        depths: Depths,
+        layers: Layers,
         *,
         dtype: str = "float32",
         vocabulary_size: int | None = None,
@@ -49,10 +49,10 @@ class Walk:
         threads: int = 1,
     ) -> None:
         memory.one_heap()
-        self.depth = 0
+        self.layer = 0
         self._folder, self._threads, self._rows = folder, threads, len(tokens)
         self._model = _without_numbers(folder, dtype, vocabulary_size)
-        self._blocks = find_blocks(self._model, depths)
+        self._blocks = find_blocks(self._model, layers)
         self._loader = _Loader(self._model, folder, getattr(torch, dtype))
         self._batches = [_Batch(self._model, rows, [tokens[row] for row in rows], pooling) for rows in make_batches([*map(len, tokens)])]
         # where the next block begins the input of the last one is given up, which at its end is still held
@@ -62,17 +62,17 @@ class Walk:
         self._hooks += [self._blocks[-1].register_forward_hook(_pause)]
 
     def step(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Representations at the next depth, from 0 on.    -> (m, d), float32
+        """Representations at the next layer, from 0 on.    -> (m, d), float32
 
         Args:
-            tensors: the parameters of that depth, under the names of the files.
+            tensors: the parameters of that layer, under the names of the files.
 
         Raises:
             CheckpointError: if transformers does not take these parameters.
         """
         return step([self], [lambda: tensors])[0]
 
-    def __enter__(self) -> Walk:
+    def __enter__(self) -> LayerwiseForward:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -83,20 +83,20 @@ class Walk:
 
     def _release(self) -> None:
         """Give up the numbers of the block that has run. What lies before the blocks may be needed again, and is small: few rows."""
-        if self.depth:
-            _empty(self._blocks[self.depth - 1])
+        if self.layer:
+            _empty(self._blocks[self.layer - 1])
 
     def _reached(self, parts: Sequence[Tensor]) -> Tensor:
         """What the batches have reached, put together."""
-        self.depth += 1
+        self.layer += 1
         states = torch.empty(self._rows, parts[0].shape[-1])
         for batch, part in zip(self._batches, parts, strict=True):
             states[batch.rows] = part
         return states
 
 
-def step(walks: Sequence[Walk], tensors: Sequence[Callable[[], Mapping[str, Tensor]]]) -> list[Tensor]:
-    """`Walk.step` of several models, whose batches follow one another on the threads of the first: none of them has nothing to do while a
+def step(walks: Sequence[LayerwiseForward], tensors: Sequence[Callable[[], Mapping[str, Tensor]]]) -> list[Tensor]:
+    """`LayerwiseForward.step` of several models, whose batches follow one another on the threads of the first: none of them has nothing to do while a
     model's last batch runs. A model's parameters are asked for and bound when the first of its batches begins, and released when the last
     has ended: of no more models than there are threads at a time."""
     binding, counting = threading.Lock(), threading.Lock()
@@ -186,7 +186,7 @@ class _Batch:
         """What a forward pass raises that met parameters which are not there, in our words."""
         if "meta" not in str(error).lower():
             return error
-        what = f"its forward pass needs numbers that it does not have at that depth: {str(error).splitlines()[0]}"
+        what = f"its forward pass needs numbers that it does not have at that layer: {str(error).splitlines()[0]}"
         return Unwalkable(what, fix="report the architecture: its blocks are not run one after another")
 
 

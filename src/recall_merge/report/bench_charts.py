@@ -68,13 +68,13 @@ def draw_matrices(summary: Any, path: Path) -> Path:
     panels = []
     for (kind, method), one in first.items():
         stages = ["base", *(f"{number} {task}" for number, task in enumerate(one.trial.order, start=1))]
-        cells = [
+        jobs = [
             {"stage": stage, "task": task, "score": score, "text": f"{score:.2f}"}
             for stage, row in zip(stages, one.scores.tolist(), strict=True)
             for task, score in zip(one.trial.order, row, strict=True)
             if not math.isnan(score)
         ]
-        base = alt.Chart(alt.Data(values=cells)).encode(
+        base = alt.Chart(alt.Data(values=jobs)).encode(
             x=alt.X("task:N", sort=list(one.trial.order), title=None, axis=alt.Axis(labelAngle=-35)),
             y=alt.Y("stage:N", sort=stages, title="after stage"),
         )
@@ -89,10 +89,10 @@ def draw_matrices(summary: Any, path: Path) -> Path:
     return save_chart(alt.vconcat(*rows), path)
 
 
-def methods_by_tasks(cells: Sequence[Mapping[str, Any]], methods: Sequence[str], tasks: Sequence[str]) -> Any:
-    """Scores at the end, a row a method and a column a task.    cells: method, task, score (mean over trials), shown."""
+def methods_by_tasks(jobs: Sequence[Mapping[str, Any]], methods: Sequence[str], tasks: Sequence[str]) -> Any:
+    """Scores at the end, a row a method and a column a task.    jobs: method, task, score (mean over trials), shown."""
     alt = altair()
-    base = alt.Chart(alt.Data(values=list(cells))).encode(
+    base = alt.Chart(alt.Data(values=list(jobs))).encode(
         x=alt.X("task:N", title=None, scale=alt.Scale(domain=list(tasks)), axis=alt.Axis(labelAngle=-90, orient="top", labelOverlap=False)),
         y=alt.Y("method:N", title=None, scale=alt.Scale(domain=list(methods))),
     )
@@ -115,11 +115,11 @@ def dots(points: Sequence[Mapping[str, Any]], methods: Sequence[str], title: str
     return alt.layer(bars, trials).properties(width=WIDTH, height=28 * len(methods))
 
 
-def ranks(cells: Sequence[Mapping[str, Any]], methods: Sequence[str], orders: Sequence[str]) -> Any:
-    """Each method's place by average performance in each order; 1 is the best.    cells: method, trial, rank, value, order."""
+def ranks(jobs: Sequence[Mapping[str, Any]], methods: Sequence[str], orders: Sequence[str]) -> Any:
+    """Each method's place by average performance in each order; 1 is the best.    jobs: method, trial, rank, value, order."""
     alt = altair()
-    most = max(cell["rank"] for cell in cells)
-    base = alt.Chart(alt.Data(values=list(cells))).encode(
+    most = max(job["rank"] for job in jobs)
+    base = alt.Chart(alt.Data(values=list(jobs))).encode(
         x=alt.X("trial:N", title="order and seed", scale=alt.Scale(domain=list(orders)), axis=alt.Axis(labelAngle=0)),
         y=alt.Y("method:N", title=None, scale=alt.Scale(domain=list(methods))),
     )

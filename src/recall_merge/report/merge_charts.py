@@ -1,6 +1,6 @@
-"""The charts of a merge's report: what is similar where, which model rules which depth, how large the changes are and how they agree.
+"""The charts of a merge's report: what is similar where, which model rules which layer, how large the changes are and how they agree.
 
-Tables come in the form of `record.json`: `{"experts": [..], "depths": [..], "rows": [[a number an expert], ..]}`.
+Tables come in the form of `record.json`: `{"experts": [..], "layers": [..], "rows": [[a number an expert], ..]}`.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ Points = list[dict[str, Any]]
 def points_of(table: Mapping[str, Any], name: str) -> Points:
     """A table as one record a number."""
     return [
-        {"depth": depth, "model": model, name: value}
-        for depth, row in zip(table["depths"], table["rows"], strict=True)
+        {"layer": layer, "model": model, name: value}
+        for layer, row in zip(table["layers"], table["rows"], strict=True)
         for model, value in zip(table["experts"], row, strict=True)
         if value is not None
     ]
 
 
 def draw_weights(similarity: Mapping[str, Any] | None, weights: Mapping[str, Any], path: Path, *, title: str = "") -> Path:
-    """Save similarity and weights by depth, in the tables' form of `record.json`.
+    """Save similarity and weights by layer, in the tables' form of `record.json`.
 
     Raises:
         MissingExtra: without the `report` extra.
@@ -38,49 +38,49 @@ def draw_weights(similarity: Mapping[str, Any] | None, weights: Mapping[str, Any
 
 
 def similarity_and_weights(similarity: Mapping[str, Any] | None, weights: Mapping[str, Any]) -> Any:
-    """Heat maps of both, and the weights as lines: a depth pointed at in the first is marked in all, a model of the legend stands out."""
+    """Heat maps of both, and the weights as lines: a layer pointed at in the first is marked in all, a model of the legend stands out."""
     alt = altair()
-    depth = alt.selection_point(name="at_depth", fields=["depth"], on="pointerover", clear="pointerout", empty=False)
+    layer = alt.selection_point(name="at_layer", fields=["layer"], on="pointerover", clear="pointerout", empty=False)
     who = alt.selection_point(name="who", fields=["model"], bind="legend")
     even = 1 / len(weights["experts"])
     parts = []
     if similarity:
         colour = alt.Color("similarity:Q", scale=alt.Scale(scheme=SEQUENTIAL), title="similarity to the newest")
-        parts.append(_heat(alt, points_of(similarity, "similarity"), similarity, "similarity", colour, depth, last=weights["depths"][-1]))
+        parts.append(_heat(alt, points_of(similarity, "similarity"), similarity, "similarity", colour, layer, last=weights["layers"][-1]))
     spread = max(abs(value - even) for row in weights["rows"] for value in row) or 0.1
     scale = alt.Scale(scheme=DIVERGING, domain=[even - spread, even + spread], domainMid=even)
     colour = alt.Color("weight:Q", scale=scale, title=f"weight (middle: {even:.3f}, even)", legend=alt.Legend(format=".3f"))
     if any(row != weights["rows"][0] for row in weights["rows"]) or not parts:
-        parts.append(_heat(alt, points_of(weights, "weight"), weights, "weight", colour, depth, last=weights["depths"][-1]))
+        parts.append(_heat(alt, points_of(weights, "weight"), weights, "weight", colour, layer, last=weights["layers"][-1]))
     values = points_of(weights, "weight")
     base = alt.Chart(alt.Data(values=values))
     lines = _lines(alt, base, weights, "weight", "weight", who).add_params(who)
-    rule = base.mark_rule(aria=False).encode(x="depth:Q", opacity=alt.condition(depth, alt.value(0.3), alt.value(0)))
+    rule = base.mark_rule(aria=False).encode(x="layer:Q", opacity=alt.condition(layer, alt.value(0.3), alt.value(0)))
     lines = alt.layer(lines, rule)
-    parts[0] = parts[0].add_params(depth)
+    parts[0] = parts[0].add_params(layer)
     parts.append(lines.properties(width=WIDTH, height=220))
     return alt.vconcat(*parts, spacing=14).resolve_scale(color="independent", shape="independent", strokeDash="independent")
 
 
-def explore(similarity: Mapping[str, Any], weighting: Mapping[str, Any]) -> Any:
+def explore(similarity: Mapping[str, Any], merge_weights: Mapping[str, Any]) -> Any:
     """Weights from the stored similarity, for a temperature, a bandwidth and a scale that the reader sets.
 
     w_q = softmax_q(S_q^(1 / c^2) / tau), drawn times lambda. S^(1/c^2) is the rbf similarity at c times the bandwidth, exactly so where
-    all samples of a depth lie equally far; for other kernels there is no bandwidth and no slider.
+    all samples of a layer lie equally far; for other kernels there is no bandwidth and no slider.
     """
     alt = altair()
-    temperature = float(weighting.get("temperature", 1.0))
+    temperature = float(merge_weights.get("temperature", 1.0))
     tau = alt.param(name="temperature", value=temperature, bind=alt.binding_range(min=0.02, max=2, step=0.01, name="temperature"))
     width = alt.param(name="bandwidth", value=1, bind=alt.binding_range(min=0.25, max=4, step=0.05, name="bandwidth x"))
     scale = alt.param(name="lambda", value=1, bind=alt.binding_range(min=0, max=3, step=0.05, name="lambda"))
-    rbf = weighting.get("kernel", "rbf") == "rbf"
+    rbf = merge_weights.get("kernel", "rbf") == "rbf"
     kernel = "pow(datum.similarity, 1 / (bandwidth * bandwidth))" if rbf else "datum.similarity"
     base = alt.Chart(alt.Data(values=points_of(similarity, "similarity")))
     found = (
-        base.transform_calculate(alike=kernel)
-        .transform_joinaggregate(most="max(alike)", groupby=["depth"])
+        base.transform_calculate(similarity_rows=kernel)
+        .transform_joinaggregate(most="max(alike)", groupby=["layer"])
         .transform_calculate(power="exp((datum.alike - datum.most) / temperature)")
-        .transform_joinaggregate(total="sum(power)", groupby=["depth"])
+        .transform_joinaggregate(total="sum(power)", groupby=["layer"])
         .transform_calculate(weight="lambda * datum.power / datum.total")
     )
     lines = _lines(alt, found, similarity, "weight", "lambda x weight", None)
@@ -88,7 +88,7 @@ def explore(similarity: Mapping[str, Any], weighting: Mapping[str, Any]) -> Any:
 
 
 def delta_sizes(sizes: Mapping[str, Any]) -> Any:
-    """How far each expert, and the merge, are from the base at every depth, as a share of the base's own size."""
+    """How far each expert, and the merge, are from the base at every layer, as a share of the base's own size."""
     alt = altair()
     base = alt.Chart(alt.Data(values=[point for point in points_of(sizes, "size") if point["size"] > 0]))
     lines = _lines(alt, base, sizes, "size", "|delta| / |base|, log", None, last_is_merge=True)
@@ -97,13 +97,13 @@ def delta_sizes(sizes: Mapping[str, Any]) -> Any:
 
 
 def delta_cosines(cosines: Mapping[str, Any]) -> Any:
-    """Cosine between two experts' deltas at every depth; 0, the middle of the colours, is changes that do not meet."""
+    """Cosine between two experts' deltas at every layer; 0, the middle of the colours, is changes that do not meet."""
     alt = altair()
     points = points_of(cosines, "cosine")
     most = max((abs(point["cosine"]) for point in points), default=0.0) or 1.0
     scale = alt.Scale(scheme=DIVERGING, domain=[-most, most], domainMid=0)
     colour = alt.Color("cosine:Q", scale=scale, title="cosine; 0 = at right angles", legend=alt.Legend(format=".2f"))
-    return _heat(alt, points, cosines, "cosine", colour, None, last=cosines["depths"][-1]).properties(width=WIDTH)
+    return _heat(alt, points, cosines, "cosine", colour, None, last=cosines["layers"][-1]).properties(width=WIDTH)
 
 
 def residuals(missed: Mapping[str, Any]) -> Any:
@@ -113,57 +113,57 @@ def residuals(missed: Mapping[str, Any]) -> Any:
     return _lines(alt, base, missed, "missed", "share missed", None).properties(width=WIDTH, height=220)
 
 
-def conditions(depths: Sequence[int], worst: Sequence[float]) -> Any:
-    """The bound of the condition number of the systems solved at each depth, the worst of its tensors."""
+def conditions(layers: Sequence[int], worst: Sequence[float]) -> Any:
+    """The bound of the condition number of the systems solved at each layer, the worst of its tensors."""
     alt = altair()
-    values = [{"depth": depth, "condition": value} for depth, value in zip(depths, worst, strict=True)]
+    values = [{"layer": layer, "condition": value} for layer, value in zip(layers, worst, strict=True)]
     return (
         alt.Chart(alt.Data(values=values))
         .mark_line(color=MODELS[0], point=alt.OverlayMarkDef(size=34, filled=True, color=MODELS[0]))
         .encode(
-            x=alt.X("depth:Q", title="depth", axis=_axis(alt), scale=alt.Scale(nice=False)),
+            x=alt.X("layer:Q", title="layer", axis=_axis(alt), scale=alt.Scale(nice=False)),
             y=alt.Y("condition:Q", title="at most (log)", scale=alt.Scale(type="log"), axis=alt.Axis(format="~e", tickCount=5, grid=False)),
-            tooltip=[alt.Tooltip("depth:Q"), alt.Tooltip("condition:Q", format=".3g")],
+            tooltip=[alt.Tooltip("layer:Q"), alt.Tooltip("condition:Q", format=".3g")],
         )
         .properties(width=WIDTH, height=180)
     )
 
 
-def _heat(alt: Any, points: Points, table: Mapping[str, Any], name: str, colour: Any, depth: Any, *, last: int) -> Any:
-    """Depth to the right, models down; a cell a number."""
+def _heat(alt: Any, points: Points, table: Mapping[str, Any], name: str, colour: Any, layer: Any, *, last: int) -> Any:
+    """Layer to the right, models down; a job a number."""
     for point in points:
-        point |= {"from": point["depth"] - 0.5, "to": point["depth"] + 0.5}
+        point |= {"from": point["layer"] - 0.5, "to": point["layer"] + 0.5}
     chart = (
         alt.Chart(alt.Data(values=points))
         .mark_rect()
         .encode(
-            x=alt.X("from:Q", title="depth (0 = embedding)", scale=alt.Scale(domain=[-0.5, last + 0.5], nice=False), axis=_axis(alt)),
+            x=alt.X("from:Q", title="layer (0 = embedding)", scale=alt.Scale(domain=[-0.5, last + 0.5], nice=False), axis=_axis(alt)),
             x2="to:Q",
             y=alt.Y("model:N", title=None, scale=alt.Scale(domain=list(table["experts"]))),
             color=colour,
-            tooltip=[alt.Tooltip("model:N"), alt.Tooltip("depth:Q"), alt.Tooltip(f"{name}:Q", format=".4f")],
+            tooltip=[alt.Tooltip("model:N"), alt.Tooltip("layer:Q"), alt.Tooltip(f"{name}:Q", format=".4f")],
         )
         .properties(width=WIDTH, height=max(40, 26 * len(table["experts"])))
     )
-    if depth is None:
+    if layer is None:
         return chart
-    return chart.encode(strokeWidth=alt.condition(depth, alt.value(2), alt.value(0)), stroke=alt.value("#d8358c"))
+    return chart.encode(strokeWidth=alt.condition(layer, alt.value(2), alt.value(0)), stroke=alt.value("#d8358c"))
 
 
 def _lines(alt: Any, base: Any, table: Mapping[str, Any], name: str, title: str, who: Any, *, last_is_merge: bool = False) -> Any:
-    """A line a model over depth, told by colour, shape and dash."""
-    order, ends = list(table["experts"]), [table["depths"][0] - 0.5, table["depths"][-1] + 0.5]  # as in the maps
+    """A line a model over layer, told by colour, shape and dash."""
+    order, ends = list(table["experts"]), [table["layers"][0] - 0.5, table["layers"][-1] + 0.5]  # as in the maps
     colours = model_colours(order)
     dashes = [[1, 0]] * len(order)
     if last_is_merge:
         colours, dashes = {**colours, "range": [*colours["range"][:-1], "#888888"]}, [*dashes[:-1], [6, 3]]
     marks = base.mark_line(point=alt.OverlayMarkDef(size=34, filled=True), strokeWidth=2).encode(
-        x=alt.X("depth:Q", title="depth (0 = embedding)", axis=_axis(alt), scale=alt.Scale(domain=ends, nice=False)),
+        x=alt.X("layer:Q", title="layer (0 = embedding)", axis=_axis(alt), scale=alt.Scale(domain=ends, nice=False)),
         y=alt.Y(f"{name}:Q", title=title),
         color=alt.Color("model:N", scale=alt.Scale(**colours), title="model"),
         shape=alt.Shape("model:N", scale=alt.Scale(domain=order), title="model"),
         strokeDash=alt.StrokeDash("model:N", scale=alt.Scale(domain=order, range=dashes), title="model"),
-        tooltip=[alt.Tooltip("model:N"), alt.Tooltip("depth:Q"), alt.Tooltip(f"{name}:Q", format=".4f")],
+        tooltip=[alt.Tooltip("model:N"), alt.Tooltip("layer:Q"), alt.Tooltip(f"{name}:Q", format=".4f")],
     )
     return marks if who is None else marks.encode(opacity=alt.condition(who, alt.value(1), alt.value(0.15)))
 

@@ -1,4 +1,4 @@
-"""The page of one merge: what is similar where, which model rules which depth, how large the changes are, and what it cost."""
+"""The page of one merge: what is similar where, which model rules which layer, how large the changes are, and what it cost."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from recall_merge.merging.run import MergeRun, Representations, parse
+from recall_merge.merging.run import MergeRun, RecallWeights
 from recall_merge.report import merge_charts as charts
 from recall_merge.report.page import Block, Code, Figure, Page, Section, Table, Text
 from recall_merge.runtime.errors import RecallError
+from recall_merge.runtime.sections import parse
 
-PARTS = {"weigh": "samples, representations, weights", "fuse": "the pass over the parameters", "check": "loading and checking the result"}
+PARTS = {
+    "weights": "samples, representations, weights",
+    "merge": "the pass over the parameters",
+    "check": "loading and checking the result",
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ def merge_page(facts: MergeFacts, title: str) -> Page:
 def merge_sections(facts: MergeFacts, prefix: str = "") -> Iterator[Section]:
     """The parts of a page that speak of one merge. `prefix` keeps names of several merges on a page apart."""
     record = facts.record
-    yield Section(f"{prefix}depth", "What is similar where, and who rules which depth", [_weights_figure(record, prefix)])
+    yield Section(f"{prefix}layer", "What is similar where, and who rules which layer", [_weights_figure(record, prefix)])
     if explored := _explore(record, prefix):
         yield Section(f"{prefix}explore", "Explore: other weights from the same similarity", explored)
     yield Section(f"{prefix}changes", "What the experts changed, and what the merge kept", list(_changes(facts, prefix)))
@@ -59,11 +64,11 @@ def lede(record: Mapping[str, Any]) -> list[str]:
         strongest = newest.index(max(newest))
         found.append(
             f"The newest, {names[-1]}, weighs {min(newest):.3f} to {max(newest):.3f}, where an even share is {1 / len(names):.3f};"
-            f" it weighs most at depth {strongest} of {weights['depths'][-1]}."
+            f" it weighs most at layer {strongest} of {weights['depths'][-1]}."
         )
     elif len(names) > 1:
         shares = ", ".join(f"{name} {value:.3f}" for name, value in zip(names, weights["rows"][0], strict=True))
-        found.append(f"All depths have the same weights: {shares}.")
+        found.append(f"All layers have the same weights: {shares}.")
     if (similarity := record.get("similarity")) and len(names) > 1:
         mean = [sum(row[place] for row in similarity["rows"]) / len(similarity["rows"]) for place in range(len(names) - 1)]
         nearest, farthest = mean.index(max(mean)), mean.index(min(mean))
@@ -81,7 +86,7 @@ def about(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     return facts + [(name, version) for name, version in record["versions"].items()]
 
 
-def representations_of(record: Mapping[str, Any]) -> Representations | None:
+def representations_of(record: Mapping[str, Any]) -> RecallWeights | None:
     """How the weights came from representations; None where they were given."""
     from recall_merge.merging.rules import rules_of
 
@@ -89,7 +94,7 @@ def representations_of(record: Mapping[str, Any]) -> Representations | None:
         rule = rules_of(parse(MergeRun, dict(record["run"]), where="record.json")).weights
     except RecallError:  # a record of a version that knew other options
         return None
-    return rule if isinstance(rule, Representations) else None
+    return rule if isinstance(rule, RecallWeights) else None
 
 
 def _subject(record: Mapping[str, Any]) -> str:
@@ -100,20 +105,20 @@ def _subject(record: Mapping[str, Any]) -> str:
 
 def _weights_figure(record: Mapping[str, Any], prefix: str) -> Figure:
     similarity, weights = record.get("similarity"), record["weights"]
-    says = "The weights of a depth sum to 1. Choose a model in the legend to make it stand out."
+    says = "The weights of a layer sum to 1. Choose a model in the legend to make it stand out."
     if similarity:
         says = (
             "Above, how alike each model represents the typical samples to the newest one; below, the weights that follow: orange is more"
-            f" than an even share, violet less. Point at a depth of the first map to mark it in all. {says}"
+            f" than an even share, violet less. Point at a layer of the first map to mark it in all. {says}"
         )
-    head = ["depth", *(f"w {name}" for name in weights["experts"])]
+    head = ["layer", *(f"w {name}" for name in weights["experts"])]
     head += [f"S {name}" for name in similarity["experts"]] if similarity else []
-    alike = dict(zip(similarity["depths"], similarity["rows"], strict=True)) if similarity else {}
+    similarity_rows = dict(zip(similarity["layers"], similarity["rows"], strict=True)) if similarity else {}
     rows = [
-        [str(depth), *_numbers(row), *_numbers(alike.get(depth, [None] * (len(head) - 1 - len(row))))]
-        for depth, row in zip(weights["depths"], weights["rows"], strict=True)
+        [str(layer), *_numbers(row), *_numbers(similarity_rows.get(layer, [None] * (len(head) - 1 - len(row))))]
+        for layer, row in zip(weights["layers"], weights["rows"], strict=True)
     ]
-    title = "Similarity and weights by depth" if similarity else "Weights by depth"
+    title = "Similarity and weights by layer" if similarity else "Weights by layer"
     return Figure(f"{prefix}weights", title, says, charts.similarity_and_weights(similarity, weights), head, rows)
 
 
@@ -126,13 +131,13 @@ def _explore(record: Mapping[str, Any], prefix: str) -> list[Block]:
         " for a model with other weights, merge again."
     )
     if rule.kernel == "rbf":
-        says += " c times the bandwidth takes S to S^(1/c²), exactly so where a depth's samples all lie equally far apart."
-    if rule.control != "none":
-        says += f" The merge itself used the control '{rule.control}' in place of these weights."
+        says += " c times the bandwidth takes S to S^(1/c²), exactly so where a layer's samples all lie equally far apart."
+    if rule.ablation != "none":
+        says += f" The merge itself used the ablation '{rule.ablation}' in place of these weights."
     similarity = record["similarity"]
     chart = charts.explore(similarity, rule.model_dump())
-    rows = [[str(depth), *_numbers(row)] for depth, row in zip(similarity["depths"], similarity["rows"], strict=True)]
-    head = ["depth", *(f"S {name}" for name in similarity["experts"])]
+    rows = [[str(layer), *_numbers(row)] for layer, row in zip(similarity["layers"], similarity["rows"], strict=True)]
+    head = ["layer", *(f"S {name}" for name in similarity["experts"])]
     where = "options" if record["method"]["name"] == "recall" else "weights"
     command = (
         f"recall merge RUN.yaml --set {where}.temperature=0.5 --set {where}.bandwidth=1.0 --set options.scale=1.5 --set out.path=again"
@@ -149,43 +154,43 @@ def _changes(facts: MergeFacts, prefix: str) -> Iterator[Block]:
     if not tables:
         yield Text(f"How large the changes are and how they agree is not shown: {facts.lacking}.")
     else:
-        says = "Frobenius norm of what was added to the base, over the norm of the base, all merged tensors of a depth together."
-        yield _figure(f"{prefix}delta-sizes", "Size of each change by depth", says, charts.delta_sizes, tables["sizes"])
+        says = "Frobenius norm of what was added to the base, over the norm of the base, all merged tensors of a layer together."
+        yield _figure(f"{prefix}delta-sizes", "Size of each change by layer", says, charts.delta_sizes, tables["sizes"])
         if tables["cosines"]["experts"]:
             says = "Near 0: the experts changed different things. Above 0 they agree, below 0 they pull against each other."
-            yield _figure(f"{prefix}delta-cosines", "Do the changes agree? Cosine by depth", says, charts.delta_cosines, tables["cosines"])
+            yield _figure(f"{prefix}delta-cosines", "Do the changes agree? Cosine by layer", says, charts.delta_cosines, tables["cosines"])
         if tables["missed"]["experts"]:
             says = (
-                "From the experts' cards: the squared distance between what the merge and the expert answer on the expert's typical inputs,"
+                "From the experts' statistics: the squared distance between what the merge and the expert answer on the expert's typical inputs,"
                 " over that between base and expert. 0: the merge answers as the expert; 1: it is as far from it as the base."
             )
             yield _figure(f"{prefix}missed", "What the merge misses of each expert", says, charts.residuals, tables["missed"])
-    condition = record.get("cards", {}).get("condition")
+    condition = record.get("statistics", {}).get("condition")
     if condition:
-        by_depth = _worst_by_depth(condition, record)
-        depths, worst = list(by_depth), list(by_depth.values())
+        by_layer = _worst_by_layer(condition, record)
+        layers, worst = list(by_layer), list(by_layer.values())
         says = (
-            "A bound of the condition number of the systems that were solved, the worst tensor of each depth; in float64, 1e16 loses all."
+            "A bound of the condition number of the systems that were solved, the worst tensor of each layer; in float64, 1e16 loses all."
         )
-        rows = [[str(depth), f"{value:.3g}"] for depth, value in by_depth.items()]
+        rows = [[str(layer), f"{value:.3g}"] for layer, value in by_layer.items()]
         yield Figure(
-            f"{prefix}condition", "Conditioning of the aligned layers", says, charts.conditions(depths, worst), ["depth", "at most"], rows
+            f"{prefix}condition", "Conditioning of the aligned layers", says, charts.conditions(layers, worst), ["layer", "at most"], rows
         )
 
 
 def _figure(name: str, title: str, says: str, draw: Any, table: Mapping[str, Any]) -> Figure:
-    rows = [[str(depth), *_numbers(row)] for depth, row in zip(table["depths"], table["rows"], strict=True)]
-    return Figure(name, title, says, draw(table), ["depth", *table["experts"]], rows)
+    rows = [[str(layer), *_numbers(row)] for layer, row in zip(table["layers"], table["rows"], strict=True)]
+    return Figure(name, title, says, draw(table), ["layer", *table["experts"]], rows)
 
 
-def _worst_by_depth(condition: Mapping[str, float], record: Mapping[str, Any]) -> dict[int, float]:
-    from recall_merge.maths.layers import find_depths
+def _worst_by_layer(condition: Mapping[str, float], record: Mapping[str, Any]) -> dict[int, float]:
+    from recall_merge.maths.layers import find_layers
 
-    blocks = record["weights"]["depths"][-1] - 1
-    depths = find_depths(condition, blocks)
+    blocks = record["weights"]["layers"][-1] - 1
+    layers = find_layers(condition, blocks)
     worst: dict[int, float] = {}
     for name, value in condition.items():
-        worst[depths.of(name)] = max(value, worst.get(depths.of(name), 0.0))
+        worst[layers.of(name)] = max(value, worst.get(layers.of(name), 0.0))
     return dict(sorted(worst.items()))
 
 

@@ -82,12 +82,12 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """A cell of R. `anchor` leads to its items, if it has some."""
+class Job:
+    """A job of R. `anchor` leads to its items, if it has some."""
 
     shown: str
     share: float | None
-    """0 to 1: how strong its colour is; None for an empty cell."""
+    """0 to 1: how strong its colour is; None for an empty job."""
     anchor: str = ""
     new: bool = False
     """The task was learnt at this stage."""
@@ -95,7 +95,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Items:
-    """What changed behind one cell."""
+    """What changed behind one job."""
 
     anchor: str
     title: str
@@ -105,12 +105,12 @@ class Items:
 
 @dataclass(frozen=True)
 class Matrix:
-    """R as a heat map of which each cell opens its items. It is a table, so it can be read aloud and walked by keyboard."""
+    """R as a heat map of which each job opens its items. It is a table, so it can be read aloud and walked by keyboard."""
 
     kind: ClassVar[str] = "matrix"
     caption: str
     columns: Sequence[str]
-    rows: Sequence[tuple[str, Sequence[Cell]]]
+    rows: Sequence[tuple[str, Sequence[Job]]]
     panels: Sequence[Items]
 
 

@@ -12,12 +12,12 @@ from recall_merge.report.theme import LOST, SEQUENTIAL, WON, model_colours
 WIDTH = 860
 
 
-def matrix(cells: Sequence[Mapping[str, Any]], stages: Sequence[str], tasks: Sequence[str]) -> Any:
-    """R as a heat map.    cells: stage and task (their positions), score, shown."""
+def matrix(jobs: Sequence[Mapping[str, Any]], stages: Sequence[str], tasks: Sequence[str]) -> Any:
+    """R as a heat map.    jobs: stage and task (their positions), score, shown."""
     alt = altair()
     x = alt.X("column:O", title=None, axis=alt.Axis(labelAngle=0, labelExpr=f"{_names(tasks)}[datum.value]", orient="top"))
     y = alt.Y("row:O", title="after stage", axis=alt.Axis(labelExpr=f"{_names(stages)}[datum.value]"))
-    base = alt.Chart(alt.Data(values=list(cells))).encode(x=x, y=y)
+    base = alt.Chart(alt.Data(values=list(jobs))).encode(x=x, y=y)
     tiles = base.mark_rect().encode(color=alt.Color("score:Q", scale=alt.Scale(domain=[0, 1], scheme=SEQUENTIAL), title="score"))
     words = base.mark_text().encode(text="shown:N", color=alt.condition("datum.score > 0.6", alt.value("black"), alt.value("white")))
     return alt.layer(tiles, words).properties(width=min(WIDTH, 110 * len(tasks)), height=34 * len(stages))

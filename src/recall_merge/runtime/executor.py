@@ -1,4 +1,4 @@
-"""What an engine is: tasks in, futures out. One implementation is local, the other is Ray."""
+"""What an executor is: tasks in, futures out. One implementation is local, the other is Ray."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ LOCAL, RAY = "local", "ray"
 PATIENCE = 10.0  # seconds after which whoever waits for tasks looks whether a cluster has grown
 
 
-class Engine(Protocol):
-    """Runs tasks, each with its sums on one thread, so that results do not depend on the engine.
+class Executor(Protocol):
+    """Runs tasks, each with its sums on one thread, so that results do not depend on the executor.
 
     A task is a function of a module with arguments that can be pickled. What it raises is what its future raises.
     """
@@ -36,7 +36,7 @@ class Engine(Protocol):
         ...
 
 
-def check_engine(words: str) -> None:
+def check_executor(words: str) -> None:
     """Check `local`, `ray` or `ray://ADDRESS`.
 
     Raises:
@@ -48,25 +48,25 @@ def check_engine(words: str) -> None:
 
         check_installed()
     elif words != LOCAL:
-        raise RunError(f"there is no engine '{words}'", where="--engine", fix="give local, ray, or ray://ADDRESS")
+        raise RunError(f"there is no executor '{words}'", where="--executor", fix="give local, ray, or ray://ADDRESS")
 
 
 @contextmanager
-def open_engine(words: str, workers: int) -> Iterator[Engine]:
-    """The engine of `--engine`; when it is left in the middle, tasks that have not begun are given up.
+def open_executor(words: str, workers: int) -> Iterator[Executor]:
+    """The executor of `--executor`; when it is left in the middle, tasks that have not begun are given up.
 
     Args:
         words: `local`; `ray`, which starts Ray on this machine; `ray://ADDRESS`, a cluster, where this is run on one of its nodes.
         workers: processes, of `local` and of a Ray that is started here; a cluster has as many as it has processors.
     """
-    check_engine(words)
+    check_executor(words)
     if words == LOCAL:
         from recall_merge.runtime.local import local_engine as opened
     else:
         from recall_merge.runtime.ray_cluster import ray_engine
 
-        with ray_engine(words.removeprefix(RAY).removeprefix("://") or None, workers) as engine:
-            yield engine
+        with ray_engine(words.removeprefix(RAY).removeprefix("://") or None, workers) as executor:
+            yield executor
         return
-    with opened(workers) as engine:
-        yield engine
+    with opened(workers) as executor:
+        yield executor

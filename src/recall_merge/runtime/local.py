@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 from typing import Any, TypeVar
 
-from recall_merge.runtime.executor import Engine
+from recall_merge.runtime.executor import Executor
 
 R = TypeVar("R")
 
@@ -46,7 +46,7 @@ class Processes:
 
 
 @contextmanager
-def local_engine(workers: int) -> Iterator[Engine]:
+def local_engine(workers: int) -> Iterator[Executor]:
     """Processes of one thread each: two of them do more on two cores than one with two threads."""
     if workers == 1:
         yield Here()

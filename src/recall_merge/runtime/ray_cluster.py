@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from recall_merge.runtime.errors import EngineError, MissingExtra
-from recall_merge.runtime.executor import Engine
+from recall_merge.runtime.executor import Executor
 
 R = TypeVar("R")
 RETRIES = 3  # of a task whose worker or node was lost; more than that, and it is likely the task that kills them
@@ -26,7 +26,7 @@ QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "
 def check_installed() -> None:
     """Raises: MissingExtra: without Ray."""
     if importlib.util.find_spec("ray") is None:
-        raise MissingExtra("cluster", "`--engine ray`")
+        raise MissingExtra("cluster", "`--executor ray`")
 
 
 class Cluster:
@@ -56,7 +56,7 @@ class Cluster:
                 what = f"'{label}' was given up: {_lines(lost)[-1 if here else 0]}"
                 fix = "install the same recall-merge on every node" if here else "look at the memory of the nodes"
                 fix += "; what is done stays done: run this again"
-                told.set_exception(EngineError(what, where="--engine", fix=fix))
+                told.set_exception(EngineError(what, where="--executor", fix=fix))
                 return
             raised, value = found.result()
             told.set_exception(raised) if raised is not None else told.set_result(value)
@@ -69,7 +69,7 @@ class Cluster:
         largest = int(max((node["Resources"].get(resource, 0) for node in self._ray.nodes() if node["Alive"]), default=0))
         if needed > largest:
             what = f"'{label}' needs up to {needed:,} {unit}; the largest node of the cluster gives {largest:,}"
-            raise EngineError(what, where="--engine", fix=f"add a larger node, or start its `ray start` with a larger {flag}")
+            raise EngineError(what, where="--executor", fix=f"add a larger node, or start its `ray start` with a larger {flag}")
 
     def give_up(self) -> None:
         """End what is at work, and wait until it has ended: it might still be writing."""
@@ -80,7 +80,7 @@ class Cluster:
 
 
 @contextmanager
-def ray_engine(address: str | None, workers: int) -> Iterator[Engine]:
+def ray_engine(address: str | None, workers: int) -> Iterator[Executor]:
     """Ray, started on this machine with so many workers, or the cluster at an address (`auto`: the one that this machine is a node of)."""
     check_installed()
     for name, value in QUIET.items():
@@ -96,12 +96,12 @@ def ray_engine(address: str | None, workers: int) -> Iterator[Engine]:
         ray.init(**told)
     except (ConnectionError, RuntimeError, ValueError) as error:
         fix = "give the address of its head, as `ray start --head` prints it, or `ray://auto` on one of its nodes"
-        raise EngineError(f"there is no cluster: {_lines(error)[0]}", where="--engine", fix=fix) from error
-    engine = Cluster(ray)
+        raise EngineError(f"there is no cluster: {_lines(error)[0]}", where="--executor", fix=fix) from error
+    executor = Cluster(ray)
     try:
-        yield engine
+        yield executor
     except BaseException:
-        engine.give_up()
+        executor.give_up()
         raise
     finally:
         ray.shutdown()

@@ -335,7 +335,7 @@ def _trainer(
 def _write(model: Any, tokenizer: Any, base: Path, result: TrainResult, key: str, settings: TrainSettings) -> None:
     with OutputFolder(result.folder, overwrite=True) as folder:
         model.save_pretrained(folder.path)
-        (folder.path / "README.md").unlink(missing_ok=True)  # peft's card is all placeholders
+        (folder.path / "README.md").unlink(missing_ok=True)  # peft's statistics is all placeholders
         _put_in_order(folder.path / CONFIG)
         if settings.kind == "full":
             tokenizer.save_pretrained(folder.path)

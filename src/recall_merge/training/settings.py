@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from recall_merge.merging.run import Positive, Section
 from recall_merge.models.load import quiet
 from recall_merge.runtime.errors import Faults, MissingExtra, RunError, did_you_mean
+from recall_merge.runtime.sections import Positive, Section
 
 ADAPTER_RATE, FULL_RATE = 8e-4, 2e-5
 ADAPTER_ONLY = ("rank", "alpha", "dropout", "targets")

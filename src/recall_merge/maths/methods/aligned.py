@@ -30,17 +30,17 @@ def aligned(
     ridge: Ridge = 1e-6,
     scale: Scale = 1.0,
 ) -> Tensor:
-    """Least squares over the experts' typical inputs, from their cards: no text and no old data.
+    """Least squares over the experts' typical inputs, from their statistics: no text and no old data.
 
     W = theta_0 + scale * (sum_q w_q delta_q G_q) (sum_q w_q G_q + ridge I)^-1.    base (o, i), k of (o, i), G_q (i, i) -> (o, i)
 
     It minimises sum_q w_q E_q |W x - theta_q x|^2 over W, where E_q runs over the layer's inputs x under expert q: the average where the
-    experts' inputs overlap, each expert's own change where they do not. G_q = E_q[x x^T] comes from expert q's card as a low-rank factor
+    experts' inputs overlap, each expert's own change where they do not. G_q = E_q[x x^T] comes from expert q's statistics as a low-rank factor
     and a diagonal, scaled to a mean diagonal of 1 so that no expert counts for more because its inputs are larger. The ridge is small
     beside all inputs but dead ones: a few inputs may be a thousand times as large as the rest, which then lie far below the mean.
     Departures from RegMean: deltas to the base instead of weights (what no expert uses stays the base's), moments of a few typical
-    samples, cut to a few directions, and scaled. An expert without a card has the identity as its moment. Tensors that are no linear
-    maps, and those of which no card tells, get theta_0 + scale * sum_q w_q delta_q.
+    samples, cut to a few directions, and scaled. An expert without input statistics has the identity as its moment. Tensors that are no linear
+    maps, and those of which no input statistics tells, get theta_0 + scale * sum_q w_q delta_q.
 
     The moments' sum is D + V V^T with D diagonal and V (i, k r): while k r < i it is inverted by Woodbury's identity,
     (D + V V^T)^-1 = D^-1 - D^-1 V (I + V^T D^-1 V)^-1 V^T D^-1, at a cost linear in i; in float64. Of a low-rank delta U L only the few
@@ -85,7 +85,7 @@ def condition(moments: Sequence[Moment | None], weights: Sequence[float], *, kee
 
 
 def _moment(moment: Moment | None, size: int, keep: float) -> Moment:
-    """A card's moment as the solve takes it; the identity without a card."""
+    """input statistics's moment as the solve takes it; the identity without input statistics."""
     return identity(size) if moment is None else moment.shrunk(keep)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from recall_merge.maths.methods import consensus, sparsify
 from recall_merge.maths.methods.options import Scale
 from recall_merge.maths.methods.pieces import in_pieces
-from recall_merge.maths.methods.registry import Draws, Look, method
+from recall_merge.maths.methods.registry import Draws, FindThreshold, method
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ FAMILY = (
 
 
 def build(row: Row) -> Callable[..., Tensor]:
-    """The merge function of one row; its options are those of its parts, and the scale. `bands` are what `look` has found, if it has."""
+    """The merge function of one row; its options are those of its parts, and the scale. `thresholds` are what `look` has found, if it has."""
     trim_options, combine_options = _options(row.trim), _options(row.combine)
     random = row.trim in (sparsify.drop_random, sparsify.drop_by_rank)
 
@@ -117,15 +117,15 @@ def build(row: Row) -> Callable[..., Tensor]:
         weights: Sequence[float],
         *,
         draws: Draws | None = None,
-        bands: Sequence[sparsify.Band] | None = None,
+        thresholds: Sequence[sparsify.TrimThreshold] | None = None,
         scale: float = 1.0,
         **options: Any,
     ) -> Tensor:
         if not base.numel():
             return base.clone()
         chosen = {name: row.defaults.get(name, option.default) for name, option in {**trim_options, **combine_options}.items()} | options
-        trims: list[sparsify.Trim] = [partial(sparsify.between, low=low, high=high) for low, high in bands or []]
-        for expert, delta in enumerate(deltas if bands is None else []):
+        trims: list[sparsify.Trim] = [partial(sparsify.between, low=low, high=high) for low, high in thresholds or []]
+        for expert, delta in enumerate(deltas if thresholds is None else []):
             told = {name: value[expert] if isinstance(value := chosen[name], list) else value for name in trim_options}
             trims.append(row.trim(delta, *([partial(draws.stream, expert)] if draws is not None else []), **told))
         combine = partial(row.combine, **{name: chosen[name] for name in combine_options})
@@ -150,12 +150,14 @@ def _options(part: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 def _signature(merge: Callable[..., Tensor], row: Row, options: dict[str, inspect.Parameter], random: bool) -> inspect.Signature:
-    base, deltas, weights, draws, bands, scale, _ = inspect.signature(merge, eval_str=True).parameters.values()
+    base, deltas, weights, draws, thresholds, scale, _ = inspect.signature(merge, eval_str=True).parameters.values()
     chosen = [option.replace(default=row.defaults.get(option.name, option.default)) for option in options.values()]
     chosen = [_one_an_expert(option) if option.name in PER_EXPERT else option for option in chosen]
     draws = [draws.replace(annotation=Draws, default=inspect.Parameter.empty)] if random else []
-    bands = [bands] if row.trim in sparsify.BANDS else []
-    return inspect.Signature([base, deltas, weights, *draws, *bands, *chosen, scale.replace(annotation=Scale)], return_annotation=Tensor)
+    thresholds = [thresholds] if row.trim in sparsify.THRESHOLDS else []
+    return inspect.Signature(
+        [base, deltas, weights, *draws, *thresholds, *chosen, scale.replace(annotation=Scale)], return_annotation=Tensor
+    )
 
 
 def _one_an_expert(option: inspect.Parameter) -> inspect.Parameter:
@@ -165,18 +167,18 @@ def _one_an_expert(option: inspect.Parameter) -> inspect.Parameter:
     return option.replace(annotation=Annotated[one | list[one], f"{meaning}; one number, or one an expert"])
 
 
-def look(row: Row) -> Look | None:
+def threshold_finder(row: Row) -> FindThreshold | None:
     """How to find, without the whole delta, the band of sizes that a row's trim keeps; None where it needs to know more than that."""
-    if row.trim not in sparsify.BANDS:
+    if row.trim not in sparsify.THRESHOLDS:
         return None
     names = [name for name in _options(row.trim) if name != "rescale"]
 
-    def band(kth: sparsify.Kth, n: int, dtype: torch.dtype, expert: int, options: Mapping[str, Any]) -> sparsify.Band:
+    def threshold(kth: sparsify.Kth, n: int, dtype: torch.dtype, expert: int, options: Mapping[str, Any]) -> sparsify.TrimThreshold:
         told = {name: value[expert] if isinstance(value := options[name], list) else value for name in names}
-        return sparsify.BANDS[row.trim](kth, n, dtype, **told)
+        return sparsify.THRESHOLDS[row.trim](kth, n, dtype, **told)
 
-    return band
+    return threshold
 
 
 for _row in FAMILY:
-    method(_row.name, source=_row.source, look=look(_row))(build(_row))
+    method(_row.name, source=_row.source, find_threshold=threshold_finder(_row))(build(_row))

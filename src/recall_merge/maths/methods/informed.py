@@ -1,4 +1,4 @@
-"""Fisher and RegMean: methods that need statistics of the experts' data, which their cards hold; and LM-Cocktail's weights."""
+"""Fisher and RegMean: methods that need statistics of the experts' data, which their statistics hold; and LM-Cocktail's weights."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def fisher(
 
     theta = theta_0 + scale * sum_q w_q F_q delta_q / sum_q w_q F_q.    base (o, i), k of (o, i), F_q (o, i) -> (o, i)
     With scale 1 this is the paper's sum_q w_q F_q theta_q / sum_q w_q F_q (eq. 4). F_q >= 0 is the diagonal of expert q's Fisher
-    information, E[(d log p(y | x) / d theta)^2] over its samples x and its own predictions y. A card keeps it as a product, as K-FAC does
+    information, E[(d log p(y | x) / d theta)^2] over its samples x and its own predictions y. input statistics keeps it as a product, as K-FAC does
     (Martens and Grosse 2015, arXiv:1503.05671): F_q[o, i] = E[sum g_o^2] E[x_i^2], g the gradient by the map's output. Every F_q is raised
     by `floor` times the largest value of all of them, as the paper raises it by a small constant: where no expert's predictions depend on
-    an entry, it gets the plain weighted mean. So do tensors that are no linear maps, and those that not every expert's card tells of.
+    an entry, it gets the plain weighted mean. So do tensors that are no linear maps, and those that not every expert's statistics tells of.
 
     >>> know = Moment(torch.zeros(2, 0), torch.tensor([3.0, 1.0]), gradient=torch.ones(1))
     >>> other = Moment(torch.zeros(2, 0), torch.tensor([1.0, 1.0]), gradient=torch.ones(1))
@@ -73,10 +73,10 @@ def regmean(
     """The linear map that answers each expert's inputs as that expert does, in the least-squares sense.
 
     W = theta_0 + scale * (sum_q w_q delta_q G_q + rho mean_q delta_q) (sum_q w_q G_q + rho I)^-1.    base (o, i), k of (o, i) -> (o, i)
-    G_q (i, i) = E[x x^T] over the layer's inputs under expert q, from its card, with off-diagonal entries times `offdiagonal`. For
+    G_q (i, i) = E[x x^T] over the layer's inputs under expert q, from its statistics, with off-diagonal entries times `offdiagonal`. For
     rho -> 0 and scale 1 this is the paper's (sum G_q)^-1 sum G_q W_q (eq. 4), transposed, as our W maps from the right: W x.
     rho = `ridge` times the mean diagonal of sum_q w_q G_q: directions that no input has get the weighted mean of the deltas.
-    The moments are a card's, cut to a few directions and a diagonal; the paper's are of full rank. An expert without a card has the
+    The moments are input statistics's, cut to a few directions and a diagonal; the paper's are of full rank. An expert without input statistics has the
     identity as its moment. Tensors that are no linear maps get theta_0 + scale * sum_q w_q delta_q. Solved in float64.
 
     >>> see, hide = Moment(torch.tensor([[1.0], [0.0]]), torch.zeros(2)), Moment(torch.tensor([[0.0], [1.0]]), torch.zeros(2))

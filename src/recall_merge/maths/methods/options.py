@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from annotated_types import Interval
 
-Share = Annotated[float, Interval(gt=0, le=1)]
-Density = Annotated[Share, "share of each delta's entries that stay"]
+NonNegative = Annotated[float, Interval(gt=0, le=1)]
+Density = Annotated[NonNegative, "share of each delta's entries that stay"]
 Scale = Annotated[float, "factor on the merged change, the papers' lambda or alpha"]
 Vectors = Annotated[
     Literal["whole", "rows", "columns"],

@@ -13,14 +13,14 @@ from recall_merge.maths.methods.registry import method
 
 @method("recall", source="RECALL, Wang et al. 2025, arXiv:2510.20479, as reconstructed", elementwise=True, sums=True)
 def recall(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], *, scale: Scale = 1.0) -> Tensor:
-    """Average of the experts, weighted depth by depth by how alike they represent the newest task.
+    """Average of the experts, weighted layer by layer by how alike they represent the newest task.
 
     theta^i = theta_0^i + scale * sum_q w_q^i delta_q^i.    base (*s), deltas k of (*s) -> (*s)
 
     The weights come first, from a few typical samples x of the newest expert's data (m of them, nearest to K-means centroids):
         S_q^i = (1/m) sum_x exp(-|h_q^i(x) - h_N^i(x)|^2 / (2 sigma_i^2)),    w_q^i = exp(S_q^i / tau) / sum_p exp(S_p^i / tau)
     with h_q^i(x) the pooled hidden state of model q after block i. There is no public code of the paper: every choice that it
-    leaves open is an option with a name (see `Representations`), and the scale on the merged delta is 1 as in the paper.
+    leaves open is an option with a name (see `RecallWeights`), and the scale on the merged delta is 1 as in the paper.
     """
     return linear(base, deltas, weights, scale=scale)
 

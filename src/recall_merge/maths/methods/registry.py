@@ -19,15 +19,15 @@ from torch import Tensor
 class MergeFunction(Protocol):
     """base (*s), deltas k of (*s), weights k numbers -> merged (*s); float32 or better throughout.
 
-    delta_q = theta_q - theta_0 is what expert q changed in this tensor, weights[q] its weight at the tensor's depth.
+    delta_q = theta_q - theta_0 is what expert q changed in this tensor, weights[q] its weight at the tensor's layer.
     Keyword-only arguments are the method's options; `draws`, where a method names it, is its source of randomness, and `moments` what the
-    experts' cards say of this tensor's inputs.
+    experts' statistics say of this tensor's inputs.
     """
 
     def __call__(self, base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], **options: Any) -> Tensor: ...
 
 
-Look = Callable[..., Any]
+FindThreshold = Callable[..., Any]
 """(k -> k-th largest size of a delta, n, dtype, expert, options) -> what the method needs to know of that delta as a whole."""
 
 
@@ -42,8 +42,8 @@ class Method:
     """Every element is merged on its own, so a tensor may be merged in pieces."""
     sums: bool = False
     """It adds the deltas up: one that is zero may be left out."""
-    look: Look | None = None
-    """Every element is merged on its own once each delta has been looked at as a whole; the function takes what was found as `bands`."""
+    find_threshold: FindThreshold | None = None
+    """Every element is merged on its own once each delta has been looked at as a whole; the function takes what was found as `thresholds`."""
     experts: tuple[int, int | None] = (1, None)
     """Fewest and most experts that it merges; None = any number."""
     factors: bool = False
@@ -59,7 +59,7 @@ class Method:
 
     def in_spans(self, options: Mapping[str, Any]) -> bool:
         """Whether, with these options, a tensor may be merged span by span, if need be after a look. Sums over a tensor want it whole."""
-        return self.elementwise or (self.look is not None and options["rescale"] == "none")
+        return self.elementwise or (self.find_threshold is not None and options["rescale"] == "none")
 
     @cached_property
     def random(self) -> bool:
@@ -67,7 +67,7 @@ class Method:
 
     @cached_property
     def informed(self) -> bool:
-        """It takes `moments`, one of each expert, for tensors that are linear maps: from the experts' cards."""
+        """It takes `moments`, one of each expert, for tensors that are linear maps: from the experts' statistics."""
         return "moments" in inspect.signature(self.function).parameters
 
     @property
@@ -112,7 +112,7 @@ def _row(name: str) -> Method:
     return recall_merge.maths.methods.METHODS[name]
 
 
-GIVEN = ("draws", "moments", "bands")  # what a method is given besides its options, where it names it
+GIVEN = ("draws", "moments", "thresholds")  # what a method is given besides its options, where it names it
 
 F = TypeVar("F", bound=Callable[..., Tensor])
 
@@ -123,7 +123,7 @@ def method(
     source: str,
     elementwise: bool = False,
     sums: bool = False,
-    look: Look | None = None,
+    find_threshold: FindThreshold | None = None,
     experts: tuple[int, int | None] = (1, None),
     factors: bool = False,
     matrices: bool = False,
@@ -137,7 +137,7 @@ def method(
             raise ValueError(f"method '{name}' is registered twice: {first} and {second}")
         parameters = inspect.signature(function, eval_str=True).parameters.values()
         options = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in GIVEN}
-        METHODS[name] = Method(name, function, source, elementwise, sums, look, experts, factors, matrices, ordered, options)
+        METHODS[name] = Method(name, function, source, elementwise, sums, find_threshold, experts, factors, matrices, ordered, options)
         return function
 
     return register

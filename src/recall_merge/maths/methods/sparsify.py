@@ -22,7 +22,7 @@ from recall_merge.maths.methods.pieces import pieces
 
 Trim = Callable[[Tensor], Tensor]
 """The next piece of a delta -> the same piece with what is dropped set to 0."""
-Band = tuple[float, float | None]
+TrimThreshold = tuple[float, float | None]
 """What stays: sizes above the one, and not above the other."""
 Kth = Callable[[int], float]
 """k -> the k-th largest size of a delta."""
@@ -51,7 +51,7 @@ def keep_largest(delta: Tensor, *, density: Density = 0.2, rescale: Rescale = "n
     return _rescaled(lambda: partial(between, low=low), delta, rescale)
 
 
-def largest(kth: Kth, n: int, dtype: torch.dtype, *, density: float) -> Band:
+def largest(kth: Kth, n: int, dtype: torch.dtype, *, density: float) -> TrimThreshold:
     """The sizes that `keep_largest` keeps of n numbers."""
     return below(kth(_count(density, n)), dtype) if density < 1 else 0.0, None
 
@@ -69,7 +69,7 @@ def keep_middle(delta: Tensor, *, density: Density = 0.1, gamma: Gamma = 0.01, r
     return _rescaled(lambda: partial(between, low=low, high=high), delta, rescale)
 
 
-def middle(kth: Kth, n: int, dtype: torch.dtype, *, density: float, gamma: float) -> Band:
+def middle(kth: Kth, n: int, dtype: torch.dtype, *, density: float, gamma: float) -> TrimThreshold:
     """The sizes that `keep_middle` keeps of n numbers."""
     if density >= 1:
         return 0.0, None
@@ -163,5 +163,5 @@ def _rescaled(begin: Callable[[], Trim], delta: Tensor, rescale: str, *, by_row:
     return lambda piece: again(piece).mul_(factor)
 
 
-BANDS: dict[Callable[..., Trim], Callable[..., Band]] = {keep_largest: largest, keep_middle: middle}
+THRESHOLDS: dict[Callable[..., Trim], Callable[..., TrimThreshold]] = {keep_largest: largest, keep_middle: middle}
 """The trims that need to know no more of a delta than a band of sizes."""

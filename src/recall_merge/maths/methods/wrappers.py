@@ -1,4 +1,4 @@
-"""What goes around any method: scales and weights by depth (LiNeS, the anchor ramp), pruning of deltas before the merge (LwPTV)."""
+"""What goes around any method: scales and weights by layer (LiNeS, the anchor ramp), pruning of deltas before the merge (LwPTV)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from recall_merge.maths.methods.pieces import in_pieces
 
 
 def lines_scales(blocks: int, *, alpha: float, beta: float) -> list[float]:
-    """Scale on the merged delta at every depth 0..L+1: lambda_i = alpha + beta (i - 1) / (L - 1) for block i of L.
+    """Scale on the merged delta at every layer 0..L+1: lambda_i = alpha + beta (i - 1) / (L - 1) for block i of L.
 
-    Depth 0 (embedding) has the first block's scale alpha, depth L + 1 (final norm and head) the last block's alpha + beta; the authors'
+    Layer 0 (embedding) has the first block's scale alpha, layer L + 1 (final norm and head) the last block's alpha + beta; the authors'
     code gives alpha to both. A single block counts as the last. Wang et al. 2024, LiNeS, arXiv:2410.17146, eq. 2.
 
     >>> lines_scales(3, alpha=0.5, beta=1.0)
@@ -27,7 +27,7 @@ def lines_scales(blocks: int, *, alpha: float, beta: float) -> list[float]:
 
 
 def anchor_ramp(blocks: int, experts: int, *, anchor: int = -1, end: float = 1.0) -> Tensor:
-    """Weights at every depth 0..L+1: equal at the bottom, the anchor's rising with depth to `end` at the top.    -> (L + 2, k)
+    """Weights at every layer 0..L+1: equal at the bottom, the anchor's rising with layer to `end` at the top.    -> (L + 2, k)
 
     w_anchor^i = 1/k + (end - 1/k) i / (L + 1), the others share the rest. As reconstructed from the abstract and summaries of Alcover-Couso
     et al. 2024, Layer-wise model merging, arXiv:2409.15813: uniform in the initial layers, biased to the anchor in the final ones. The

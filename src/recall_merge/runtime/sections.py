@@ -1,0 +1,100 @@
+"""Strict settings: sections of YAML files that refuse unknown keys, and their faults in our own words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from recall_merge.runtime.errors import Fault, RunError, did_you_mean, short
+from recall_merge.runtime.safe_yaml import NotYaml, read_yaml
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class Section(BaseModel):
+    """One part of a run: frozen, and strict about its keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def read_mapping(path: Path, kind: str, form: str) -> dict[str, Any]:
+    """The keys of a YAML file that describes some kind of work.
+
+    Args:
+        form: the page that shows what such a file looks like.
+
+    Raises:
+        RunError: if there is no such file, or it holds no mapping.
+    """
+    try:
+        data = read_yaml(path)
+    except FileNotFoundError:
+        raise RunError(f"there is no such {kind}", where=path, fix="give the path of a YAML file") from None
+    except NotYaml as error:
+        raise RunError(f"this is not readable YAML: {error}", where=path, fix=f"see {form} for the form") from error
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise RunError(f"a {kind} is a mapping of keys to values", where=path, fix=f"see {form} for the form")
+    return data
+
+
+def parse(model: type[M], data: Any, *, where: str) -> M:
+    """Validate data, turning every fault of pydantic's into one of ours.
+
+    Raises:
+        RunError: with all of them; an unknown key comes with a suggestion.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise RunError(_fault(model, detail, where) for detail in error.errors()) from None
+
+
+def _fault(model: type[BaseModel], detail: Any, where: str) -> Fault:
+    named = detail["type"] in {"extra_forbidden", "missing"}  # then the last part is a key, whatever it is called
+    last = len(detail["loc"]) - 1
+    place = [part for at, part in enumerate(detail["loc"]) if (named and at == last) or not _is_union_branch(part)]
+    key = ".".join(map(str, place))
+    if detail["type"] == "extra_forbidden":
+        return Fault(f"unknown key '{key}'", where, did_you_mean(str(place[-1]), _known_keys(model, place[:-1])))
+    if detail["type"] == "missing":
+        return Fault(f"'{key}' is missing", where, "add it")
+    return Fault(f"'{key}': {detail['msg'].removeprefix('Value error, ')}", where, f"it is {short(detail['input'])} now")
+
+
+def _is_union_branch(part: Any) -> bool:
+    """pydantic names the branch of a union that it tried; a reader of YAML need not know."""
+    return part in {"uniform", "numbers", "rows", "points", "losses", "representations", "constrained-float", "float"} or (
+        isinstance(part, str) and "[" in part
+    )
+
+
+def _known_keys(model: type[BaseModel], place: list[Any]) -> list[str]:
+    """The keys that are allowed at a place of a model."""
+    for part in place:
+        if part in model.model_fields:
+            model = next(_sections(model.model_fields[part].annotation), model)
+    return list(model.model_fields)
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections named in an annotation, however deep: in a list, a union, an `Annotated`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _sections(inner)
+
+
+def assign(data: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key in nested mappings."""
+    *parents, last = key.split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+        if not isinstance(data, dict):
+            raise RunError(f"--set {key}: '{parent}' is not a mapping", fix="set the key itself")
+    data[last] = value
