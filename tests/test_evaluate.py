@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from recall_merge.evaluation.lm_eval_model import Executor
+from recall_merge.evaluation.lm_eval_model import Engine
 from recall_merge.evaluation.scores import TaskScore, check_lengths, evaluate, window_of
 from recall_merge.evaluation.tasks import SPARE_TOKENS, TaskSpec, check_tasks, define, export_task
 from recall_merge.files.rows import Row, parse_rows
@@ -58,11 +58,11 @@ def loglikelihood(model, tokenizer, prompt: str, text: str) -> float:
     return sum(float(torch.log_softmax(logits[i - 1], -1)[ids[i]]) for i in range(len(start), len(ids)))
 
 
-def executor(model, tokenizer, batch_size: int = 2):
-    from recall_merge.evaluation.lm_eval_model import Executor
+def engine(model, tokenizer, batch_size: int = 2):
+    from recall_merge.evaluation.lm_eval_model import Engine
     from recall_merge.runtime.progress import Silent
 
-    made = Executor(model, tokenizer, batch_size=batch_size, progress=Silent())
+    made = Engine(model, tokenizer, batch_size=batch_size, progress=Silent())
     made.add_bos_token = False
     return made
 
@@ -120,7 +120,7 @@ def test_choices_that_share_a_prompt_answer_as_if_each_ran_alone(bases, family):
     asked = [Asked(context, text) for context, text in texts]
     with at_rest():
         theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, add_bos_token=False).loglikelihood(asked, disable_tqdm=True)
-        ours = executor(model, tokenizer).loglikelihood(asked)
+        ours = engine(model, tokenizer).loglikelihood(asked)
     assert [likelihood for likelihood, _ in ours] == pytest.approx([likelihood for likelihood, _ in theirs], abs=1e-4)
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
     assert ours[1] == ours[-1]
@@ -131,7 +131,7 @@ def test_a_prompt_runs_once_for_all_of_its_choices(model, tokenizer):
     hook = model.register_forward_pre_hook(lambda _, args, kwargs: ran.append(args[0].numel()), with_kwargs=True)
     try:
         with at_rest():
-            executor(model, tokenizer).loglikelihood([Asked("the quick brown fox", choice) for choice in (" is it", " is he", " is the")])
+            engine(model, tokenizer).loglikelihood([Asked("the quick brown fox", choice) for choice in (" is it", " is he", " is the")])
     finally:
         hook.remove()
     [prompt, tails] = ran
@@ -146,7 +146,7 @@ def test_choices_of_one_token_take_one_pass(model, tokenizer):
     try:
         with at_rest():
             asked = [Asked(context, choice) for context in ("is it", "if it", "so") for choice in ("y", "n", "!")]
-            executor(model, tokenizer).loglikelihood(asked)
+            engine(model, tokenizer).loglikelihood(asked)
     finally:
         hook.remove()
     assert sorted(shape[0] for shape in ran) == [1, 2], "two prompts of one length together, the third alone, and nothing more"
@@ -161,7 +161,7 @@ def test_what_is_longer_than_the_window_is_left_to_lm_eval(tokenizer):
     assert [len(tokenizer("".join(one.args))["input_ids"]) for one in asked[1:3]] == [18, 17], "17 and 16 are read"
     with at_rest():
         theirs = HFLM(pretrained=small, tokenizer=tokenizer, batch_size=1, add_bos_token=False).loglikelihood(asked, disable_tqdm=True)
-        ours = executor(small, tokenizer).loglikelihood(asked)
+        ours = engine(small, tokenizer).loglikelihood(asked)
     assert [likelihood for likelihood, _ in ours] == pytest.approx([likelihood for likelihood, _ in theirs], abs=1e-4)
 
 
@@ -241,7 +241,7 @@ def test_bfloat16_choices_do_not_depend_on_the_batch_size_either(tokenizer):
     model = make_model(dtype="bfloat16")
     asked = [Asked(row.plain, choice) for row in CHOICES * 2 for choice in row.choices]
     with at_rest():
-        assert executor(model, tokenizer, 1).loglikelihood(asked) == executor(model, tokenizer, 8).loglikelihood(asked)
+        assert engine(model, tokenizer, 1).loglikelihood(asked) == engine(model, tokenizer, 8).loglikelihood(asked)
 
 
 def test_a_model_and_its_tokenizer_are_left_as_they_were(tokenizer):
@@ -369,8 +369,8 @@ def test_rows_that_the_model_cannot_hold_are_refused(model, tokenizer):
 def test_the_window_is_known_before_there_are_weights(bases, family, tmp_path):
     folder = shutil.copytree(bases(family), tmp_path / family, ignore=shutil.ignore_patterns("*.safetensors"))
     tokenizer = load_tokenizer(folder)
-    executor = Executor(load_model(bases(family)), tokenizer, batch_size=1, progress=Silent())
-    assert window_of(folder, tokenizer) == executor.max_length == 128
+    engine = Engine(load_model(bases(family)), tokenizer, batch_size=1, progress=Silent())
+    assert window_of(folder, tokenizer) == engine.max_length == 128
     long = [replace(row, prompt=(("user", "the dog " * 200),)) for row in CHOICES[1:2]]
     assert [fault.where for fault in check_lengths(folder, [TaskSpec("long", [CHOICES[0], *long])])] == ["task 'long', row 2"]
 
