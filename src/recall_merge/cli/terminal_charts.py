@@ -112,7 +112,7 @@ def strips(title: str, table: Mapping[str, Any], width: int, *, middle: float | 
         found.append(f"  {min(column):.3f} to {max(column):.3f}\n")
     bars = -(-layers // each)
     last = str(table["layers"][-1])
-    return found.append(f"{'layer':<{lead}}{table['depths'][0]}{last:>{max(bars - 1, len(last) + 1)}}")
+    return found.append(f"{'layer':<{lead}}{table['layers'][0]}{last:>{max(bars - 1, len(last) + 1)}}")
 
 
 def tint(share: float, colours: Sequence[str] = VIRIDIS) -> str:

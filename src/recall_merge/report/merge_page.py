@@ -64,7 +64,7 @@ def lede(record: Mapping[str, Any]) -> list[str]:
         strongest = newest.index(max(newest))
         found.append(
             f"The newest, {names[-1]}, weighs {min(newest):.3f} to {max(newest):.3f}, where an even share is {1 / len(names):.3f};"
-            f" it weighs most at layer {strongest} of {weights['depths'][-1]}."
+            f" it weighs most at layer {strongest} of {weights['layers'][-1]}."
         )
     elif len(names) > 1:
         shares = ", ".join(f"{name} {value:.3f}" for name, value in zip(names, weights["rows"][0], strict=True))
