@@ -66,7 +66,7 @@ def world(bases, tmp_path_factory):
 def test_weights_piped_are_plain(world, piped):
     text = printed("weights", str(world / "run.yaml"))
     assert "\x1b" not in text and not set(terminal_charts.BARS) & set(text)
-    assert "w [red]a[/red]" in text and "b·[2J" in text  # brackets are no markup, and a ablation character does not reach a terminal
+    assert "w [red]a[/red]" in text and "b·[2J" in text  # brackets are no markup, and a control character does not reach a terminal
     assert re.search(r"^ 0 to 3 |^ 0 +\d\.\d{4} +\d\.\d{4} +\d\.\d{4}", text, re.MULTILINE)
 
 
@@ -134,7 +134,7 @@ def test_bench_shows_methods_against_tasks_with_their_spread(tmp_path, piped, ca
     assert shown.count("0.250 ± 0.031") == 9
 
 
-def test_strips_of_many_depths_and_long_names_fit(terminal):
+def test_strips_of_many_layers_and_long_names_fit(terminal):
     names = ["x" * 500, "🦊שלום\u202e", "tab\tand\nline"]
     rows = [[0.1 * number + 0.2 + layer / 1000 for number in range(3)] for layer in range(130)]
     table = {"experts": names, "layers": list(range(130)), "rows": rows}

@@ -34,7 +34,7 @@ def watched(console: Any) -> bool:
 
 
 def plain(name: str, columns: int = 64) -> str:
-    """A user's name as one short line, whatever is in it: no ablation character reaches a terminal.
+    """A user's name as one short line, whatever is in it: no control character reaches a terminal.
 
     >>> plain("a\\x1b[31m\\nb"), plain("x" * 50, 5)
     ('a·[31m·b', 'xxxx…')

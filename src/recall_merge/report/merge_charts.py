@@ -77,7 +77,7 @@ def explore(similarity: Mapping[str, Any], merge_weights: Mapping[str, Any]) -> 
     kernel = "pow(datum.similarity, 1 / (bandwidth * bandwidth))" if rbf else "datum.similarity"
     base = alt.Chart(alt.Data(values=points_of(similarity, "similarity")))
     found = (
-        base.transform_calculate(similarity_rows=kernel)
+        base.transform_calculate(alike=kernel)
         .transform_joinaggregate(most="max(alike)", groupby=["layer"])
         .transform_calculate(power="exp((datum.alike - datum.most) / temperature)")
         .transform_joinaggregate(total="sum(power)", groupby=["layer"])
