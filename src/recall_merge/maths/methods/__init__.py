@@ -8,6 +8,8 @@ from recall_merge.maths.methods import joint as joint
 from recall_merge.maths.methods import recall as recall
 from recall_merge.maths.methods import spectral as spectral
 from recall_merge.maths.methods import sphere as sphere
+from recall_merge.maths.methods.aliases import ALIASES as ALIASES
+from recall_merge.maths.methods.aliases import Alias as Alias
 from recall_merge.maths.methods.registry import METHODS as METHODS
 from recall_merge.maths.methods.registry import Draws as Draws
 from recall_merge.maths.methods.registry import Method as Method
