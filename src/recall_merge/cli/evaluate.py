@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -35,11 +36,12 @@ def evaluate(
     Example: recall evaluate merged --tasks french.jsonl,hellaswag --metric french=chrf
     """
     from recall_merge.cli.console import progress
+    from recall_merge.continual.state import current_model, is_workspace
     from recall_merge.evaluation.evaluate import evaluate as recipe
 
     metrics = dict(_metric(word) for word in metric or [])
     scores = recipe(
-        model,
+        current_model(Path(model)) if is_workspace(Path(model)) else model,
         [word for word in tasks.split(",") if word],
         base=base,
         metrics=metrics,

@@ -40,18 +40,22 @@ def learned(folder: Path, found: Learned, *, as_json: bool, quiet: bool) -> None
 
 
 def rolled_back(folder: Path, state: State, *, as_json: bool) -> None:
+    from recall_merge.continual.state import current_model
+
     if as_json:
-        return print_json({"path": str(folder), "head": state.head, "model": str(_model(folder, state))})
-    out().print(f"the model is {_model(folder, state)}, of stage {state.head}; later stages stay where they are", markup=False)
+        return print_json({"path": str(folder), "head": state.head, "model": current_model(folder, state)})
+    out().print(f"the model is {current_model(folder, state)}, of stage {state.head}; later stages stay where they are", markup=False)
     return None
 
 
 def status(folder: Path, found: Status, *, as_json: bool) -> None:
+    from recall_merge.continual.state import current_model
+
     if as_json:
         return _status_json(folder, found)
     console, state = out(), found.state
     console.print(f"base: {state.base.path}", markup=False)
-    console.print(f"model: {_model(folder, state)}", markup=False)
+    console.print(f"model: {current_model(folder, state)}", markup=False)
     console.print(_tree(state))
     for line in found.branches:
         end = line.stages[-1].id
@@ -75,12 +79,13 @@ def status(folder: Path, found: Status, *, as_json: bool) -> None:
 
 
 def _status_json(folder: Path, found: Status) -> None:
+    from recall_merge.continual.state import current_model
     from recall_merge.maths.metrics import FORMULAS
 
     unfinished = None
     if found.unfinished is not None:
         unfinished = {"part": found.unfinished[1], **found.unfinished[0].model_dump(mode="json")}
-    facts: dict[str, Any] = {"path": str(folder), "model": str(_model(folder, found.state)), **found.state.model_dump(mode="json")}
+    facts: dict[str, Any] = {"path": str(folder), "model": current_model(folder, found.state), **found.state.model_dump(mode="json")}
     facts |= {"unfinished": unfinished, "in_use": str(found.holder) if found.holder else None, "missing": list(found.missing)}
     print_json(facts | {"branches": [_branch(line) for line in found.branches], "formulas": FORMULAS})
 
@@ -95,14 +100,6 @@ def _branch(line: Branch) -> dict[str, Any]:
         "R_unseen": line.r_unseen,
         "numbers": line.numbers,
     }
-
-
-def _model(folder: Path, state: State) -> Path:
-    from recall_merge.continual.state import found_path
-
-    if state.head:
-        return folder / state.stages[state.head - 1].merged.path
-    return Path(state.base.path) if state.base.on_hub else found_path(folder, state.base.path)
 
 
 def _tree(state: State) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from recall_merge.continual.state import DataFile, Model, StageSpec, Start, State, Task, stored_path
+from recall_merge.evaluation.tasks import task_word
 from recall_merge.runtime.paths import exists, path_of
 
 
@@ -53,19 +54,6 @@ def draft(folder: Path, state: State | None, request: Request) -> StageSpec:
         unseen=(*inherited, *asked),
         overrides=overrides,
     )
-
-
-def task_word(word: str) -> tuple[str, Path | None]:
-    """The name of a task, and its file unless lm-eval has it: from FILE, NAME=FILE, or the name of one of lm-eval's.
-
-    >>> task_word("data/french.jsonl"), task_word("f=french.jsonl"), task_word("hellaswag")
-    (('french', PosixPath('data/french.jsonl')), ('f', PosixPath('french.jsonl')), ('hellaswag', None))
-    """
-    name, equals, file = word.partition("=")
-    if equals:
-        return name, Path(file)
-    path = Path(word)
-    return (path.stem, path) if path.suffix in {".jsonl", ".json", ".parquet"} or path.is_file() else (word, None)
 
 
 def _unseen(folder: Path, word: str) -> Task:

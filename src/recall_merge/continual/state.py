@@ -128,6 +128,11 @@ class State(Part):
             at = found[-1].parent
         return tuple(reversed(found))
 
+    @property
+    def model(self) -> Model:
+        """The workspace's model now: the merge of the head, or the base."""
+        return self.stages[self.head - 1].merged if self.head else self.base
+
     def changed(self, **changes: Any) -> State:
         return self.model_copy(update=changes)
 
@@ -186,6 +191,12 @@ def _wrong_stages(state: State) -> str:
     if stage_spec is not None and (stage_spec.id != len(state.stages) + 1 or stage_spec.parent != state.head):
         return f"the unfinished stage is {stage_spec.id}, of parent {stage_spec.parent}"
     return "" if 0 <= state.head <= len(state.stages) else f"there is no stage {state.head} to be the head"
+
+
+def current_model(folder: Path, state: State | None = None) -> str:
+    """The workspace's model now, as a path that holds from here, or a hub name."""
+    model = (state or read_state(folder)).model
+    return model.path if model.on_hub else str(folder / model.path)
 
 
 def write_state(folder: Path, state: State) -> None:

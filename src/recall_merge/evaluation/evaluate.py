@@ -7,9 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recall_merge.continual.request import task_word
-from recall_merge.continual.state import found_path, is_workspace, read_state
-from recall_merge.evaluation.tasks import TaskSpec, check_tasks
+from recall_merge.evaluation.tasks import TaskSpec, check_tasks, task_word
 from recall_merge.files.adapter import CONFIG, is_adapter, open_adapter
 from recall_merge.files.checkpoint import open_checkpoint, read_json, weight_files
 from recall_merge.files.experts import AdapterExpert, own_tensors
@@ -46,12 +44,12 @@ def evaluate(
     """The score of a model on each task, in the order of the tasks.
 
     Args:
-        model: a folder or a hub name: a whole model, an adapter, or a workspace, which stands for its model of now.
+        model: a whole model or an adapter: a folder, or a hub name.
         tasks: FILE, NAME=FILE, the name of a task that comes with lm-eval, or paper:NAME for one of the paper's five on the hub.
         base: what an adapter is on; by default what its config names.
         executor: `local`, `ray` or `ray://ADDRESS`, where each task is scored on a worker of its own; all nodes must find the model.
         metrics: task -> metric, where it is not to be the default.
-        card: add the scores to the model's card, in its folder; a workspace's are added to that of its model of now.
+        card: add the scores to the model card in the model's folder.
 
     Raises:
         RecallError: with every fault that can be found before the model is loaded.
@@ -75,8 +73,7 @@ def evaluate(
     loaded, asked = {"device": device, "dtype": dtype}, {"batch_size": batch_size, "limit": limit, "template": template}
     scores = _all_scores(places[0], specs, loaded, asked, executor, progress)
     if card:
-        folder = Path(model).absolute().resolve()
-        add_scores(places[0][0], f"{folder.name}-{places[0][0].name}" if is_workspace(folder) else folder.name, list(map(asdict, scores)))
+        add_scores(places[0][0], Path(model).absolute().resolve().name, list(map(asdict, scores)))
     return scores
 
 
@@ -167,11 +164,6 @@ def load_model(folder: Path, base: Path | None = None, *, device: str | None = N
 
 def _places(model: str, base: str | None) -> tuple[Path, Path | None]:
     """The folder of a model, and of what it is an adapter on."""
-    if is_workspace(Path(model)):
-        state = read_state(Path(model))
-        if state.head:
-            return found_path(Path(model), state.stages[state.head - 1].merged.path), None
-        model = state.base.path if state.base.on_hub else str(found_path(Path(model), state.base.path))
     folder = locate(model).folder
     if not is_adapter(folder):
         if base is not None:

@@ -60,6 +60,19 @@ class Function(str):
         return getattr(scoring, self)
 
 
+def task_word(word: str) -> tuple[str, Path | None]:
+    """The name of a task, and its file unless the task comes with lm-eval. The word is FILE, NAME=FILE, or a name that lm-eval knows.
+
+    >>> task_word("data/french.jsonl"), task_word("f=french.jsonl"), task_word("hellaswag")
+    (('french', PosixPath('data/french.jsonl')), ('f', PosixPath('french.jsonl')), ('hellaswag', None))
+    """
+    name, equals, file = word.partition("=")
+    if equals:
+        return name, Path(file)
+    path = Path(word)
+    return (path.stem, path) if path.suffix in {".jsonl", ".json", ".parquet"} or path.is_file() else (word, None)
+
+
 def check_tasks(tasks: Iterable[TaskSpec]) -> Faults:
     """What is wrong with tasks, as far as they themselves tell: names, metrics, and rows that cannot be scored."""
     faults = Faults()
