@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
 
 # subtle: huggingface_hub reads these when it is imported, so they are set before any test module is
 _HOME = tempfile.TemporaryDirectory(prefix="recall-tests-")
@@ -18,6 +19,8 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 for _name in ("HF_HUB_CACHE", "HF_TOKEN", "HF_ENDPOINT", "HF_DATASETS_CACHE", "TRANSFORMERS_CACHE"):
     os.environ.pop(_name, None)
+
+install_import_hook("recall_merge.maths", "shapes.checked")  # subtle: before any of its modules is imported
 
 collect_ignore = ["mergekit_oracle.py", "fuzz_atheris.py"]  # run by other Pythons, which have mergekit and atheris
 Bases = Callable[[str], Path]
