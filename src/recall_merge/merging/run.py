@@ -1,4 +1,4 @@
-"""A run, typed: what `recall merge` is told. Strict: an unknown key is refused, and models and data have no defaults."""
+"""A run, typed: one YAML file that describes one merge. Unknown keys are refused; models and data have no defaults."""
 
 from __future__ import annotations
 
@@ -21,20 +21,22 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 def _bytes(value: Any) -> Any:
     """'5GB' -> 5000000000; decimal units, as the hub counts."""
     if isinstance(value, bool):
-        return "true or false"  # is no number of bytes, though Python takes it for one
+        return "true or false"  # Python would take a bool for a number
     match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?B?)\s*", str(value), re.IGNORECASE)
     unit = match[2].upper() if match else ""
     return int(float(match[1]) * _UNITS[unit if unit.endswith("B") or not unit else unit + "B"]) if match else value
 
 
 class ExpertEntry(Section):
+    """One fine-tuned model."""
+
     name: str = Field(min_length=1, description="its name, everywhere")
     path: str = Field(
-        min_length=1, max_length=MAX_PATH, description="a folder or hub name: a full checkpoint or an adapter, told from its files"
+        min_length=1, max_length=MAX_PATH, description="folder or hub name: a full checkpoint or an adapter, told from its files"
     )
-    stats: str | None = Field(None, description="folder of its statistics, if that does not lie in its own")
-    same_base: bool = Field(False, description="an adapter was trained on the run's base, although its config names another")
-    is_base: bool = Field(False, description="it is the base itself, meant as one of the models that are merged")
+    stats: str | None = Field(None, description="folder of its input statistics, if they are not in its own folder")
+    same_base: bool = Field(False, description="accept an adapter whose config names another base: it was trained on the run's base")
+    is_base: bool = Field(False, description="the expert is the base itself, listed on purpose as one of the models to merge")
 
 
 class Samples(Section):
@@ -42,65 +44,73 @@ class Samples(Section):
 
     path: str = Field(description="rows of the newest expert's data: .jsonl, .json, .parquet, or a `datasets` name")
     split: str = Field("train", description="split, for a `datasets` name")
-    count: int = Field(20, ge=1, description="typical samples, the paper's m")
-    pool: int = Field(2000, ge=1, description="rows that are embedded at most; the first of a shuffle keyed by the seed")
-    space: Literal["last", "middle", "several"] = Field("last", description="layer whose embedding is clustered")
+    count: int = Field(20, ge=1, description="number of typical samples, the paper's m")
+    pool: int = Field(2000, ge=1, description="maximum rows to embed, drawn by the seed")
+    space: Literal["last", "middle", "several"] = Field("last", description="layers whose hidden states are clustered")
     max_tokens: int = Field(512, ge=1, description="longer rows are cut")
     template: bool = Field(True, description="apply the model's chat template where it has one")
 
 
 class RecallWeights(Section):
-    """How representations become weights: the open choices of RECALL, each at its default (arXiv:2510.20479, as reconstructed)."""
+    """How hidden states become weights: RECALL's open choices, each at its default (arXiv:2510.20479, as reconstructed)."""
 
-    compares: ClassVar[str] = "representations"
+    compares: ClassVar[str] = "hidden states"
 
-    kernel: Literal["rbf", "cka", "cosine"] = Field("rbf", description="similarity of two models' representations")
+    kernel: Literal["rbf", "cka", "cosine"] = Field("rbf", description="similarity of two models' hidden states")
     bandwidth: Literal["median", "dimension"] | Positive = Field("median", description="sigma of the rbf kernel: a rule, or a number")
-    temperature: Positive = Field(1.0, description="tau of the softmax; smaller sharpens")
-    pooling: Literal["mean", "last"] = Field("mean", description="over a sample's tokens: their masked mean, or the last of them")
+    temperature: Positive = Field(1.0, description="tau of the softmax; smaller values sharpen the weights")
+    pooling: Literal["mean", "last"] = Field("mean", description="over a sample's tokens: the masked mean, or the last token")
     base_in_pool: Literal["single", "always", "never"] = Field(
-        "single", description="the base as one of the models: beside a single expert only, or always, or never"
+        "single", description="compare the base too: beside a single expert only, always, or never"
     )
     outside_blocks: Literal["nearest", "uniform", "newest"] = Field("nearest", description="weights of embedding, final norm and head")
     ablation: Literal["none", "uniform", "tilt", "ramp", "permuted"] = Field(
-        "none", description="replace the weights by a ablation, to see if they matter"
+        "none", description="replace the weights by others that ignore the hidden states, to see whether these matter"
     )
     precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of the forward passes; pooling and what follows is float32 or better"
+        "float32", description="of the forward passes; everything after them is float32 or better"
     )
 
 
-class Losses(Section):
-    """How losses become weights, one a model (LM-Cocktail, arXiv:2311.13534): of each expert on the newest one's typical samples."""
+class LossWeights(Section):
+    """How losses become weights, one per model (LM-Cocktail, arXiv:2311.13534)."""
 
     compares: ClassVar[str] = "losses"
 
-    temperature: Positive = Field(5.0, description="of the softmax over the negated losses; smaller sharpens")
+    temperature: Positive = Field(5.0, description="of the softmax over the negated losses; smaller values sharpen the weights")
 
 
-class ByLoss(Section):
-    """Weights from losses."""
+class FromHiddenStates(Section):
+    """Weights per layer, from the similarity of hidden states."""
 
-    by_loss: Losses = Field(description="the options of weights from losses; {} for the defaults")
+    recall: RecallWeights = Field(description="RECALL's options; {} for the defaults")
 
 
-FromSamples = RecallWeights | Losses
-"""Weights that models give, run on typical samples of the newest expert's rows."""
+class FromLosses(Section):
+    """One weight per model, from its loss on the typical samples."""
+
+    losses: LossWeights = Field(description="options of weights from losses; {} for the defaults")
+
+
+SampleWeights = RecallWeights | LossWeights
+"""Rules for weights that need the newest expert's rows: the models are run on its typical samples."""
 
 
 class Out(Section):
-    path: Path | None = Field(None, description="folder of the result; needed by all that writes one")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: tensor by tensor the base's own")
-    shard_size: Annotated[int, BeforeValidator(_bytes), Field(gt=0)] = Field(5 * 10**9, description="bytes a file, at most; '5GB'")
-    overwrite: bool = Field(False, description="replace a model that is there")
-    reload: bool = Field(True, description="load the result and run it once before it is put in its place; needs memory for one model")
+    path: Path | None = Field(None, description="folder of the result")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: each tensor keeps the base's")
+    shard_size: Annotated[int, BeforeValidator(_bytes), Field(gt=0)] = Field(5 * 10**9, description="maximum bytes per file, such as '5GB'")
+    overwrite: bool = Field(False, description="replace a model that is already there")
+    reload: bool = Field(
+        False, description="always load the result and run it once before it is put in its place; needs memory for one model"
+    )
 
 
 class ByLayer(Section):
-    """Weights of one's own for every layer."""
+    """Given weights, layer by layer."""
 
     by_layer: list[list[NonNegative]] | dict[str, list[NonNegative]] = Field(
-        description="one row a layer, 0..L+1, of one number an expert, as in a record; or the name of each expert with one number a layer"
+        description="layers 0..L+1: one row per layer with one number per expert, as in a record; or one list per expert name"
     )
 
 
@@ -108,17 +118,17 @@ class Ramp(Section):
     """Weights that rise or fall from block to block."""
 
     ramp: dict[str, Annotated[list[NonNegative], Field(min_length=2)]] = Field(
-        description="the name of each expert with two numbers or more, spread evenly over the blocks, straight lines between them; "
-        "the embedding has those of the first block, final norm and head those of the last"
+        description="per expert name, two or more numbers spread evenly over the blocks and joined by straight lines; "
+        "the embedding has the first block's, final norm and head the last block's"
     )
 
 
 class LayerScale(Section):
     """A scale on what the merge adds to the base, from block to block (LiNeS, arXiv:2410.17146)."""
 
-    alpha: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(description="scale of the first block, and of the embedding")
+    alpha: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(description="scale of the first block and of the embedding")
     beta: Annotated[float, Field(allow_inf_nan=False)] = Field(
-        description="what the last block has more; final norm and head are scaled as it is"
+        description="added to alpha, linearly, up to the last block; final norm and head are scaled like the last block"
     )
 
 
@@ -131,47 +141,41 @@ class Prune(Section):
     )
 
 
-def _kind_of_weights(value: Any) -> str:
+GIVEN_FORMS = {"by_layer": "<by_layer>", "ramp": "<ramp>"}
+FORMS = {"recall": "<recall>", "losses": "<losses>", **GIVEN_FORMS}
+"""Mappings that describe weights, by their one key; the tags name the branch of the union."""
+
+
+def _form_of(value: Any, forms: Mapping[str, str]) -> str | None:
+    if isinstance(value, str):
+        return "<uniform>"
     if isinstance(value, list):
-        return "numbers"
-    if isinstance(value, ByLayer) or (isinstance(value, Mapping) and "by_layer" in value):
-        return "rows"
-    if isinstance(value, Ramp) or (isinstance(value, Mapping) and "ramp" in value):
-        return "points"
-    if isinstance(value, ByLoss) or (isinstance(value, Mapping) and "by_loss" in value):
-        return "losses"
-    return "uniform" if isinstance(value, str) else "representations"
+        return "<numbers>"
+    return next((tag for key, tag in forms.items() if (key in value if isinstance(value, Mapping) else hasattr(value, key))), None)
 
 
-Weights = Annotated[
-    Annotated[Literal["uniform"], Tag("uniform")]
-    | Annotated[list[NonNegative], Tag("numbers")]
-    | Annotated[RecallWeights, Tag("representations")]
-    | Annotated[ByLayer, Tag("rows")]
-    | Annotated[Ramp, Tag("points")]
-    | Annotated[ByLoss, Tag("losses")],
-    Discriminator(_kind_of_weights),
-]
+def _discriminator(forms: Mapping[str, str]) -> Discriminator:
+    names = ", ".join(f"`{key}`" for key in forms)
+    message = f"weights are `uniform`, one number per expert, or a mapping with one of {names}"
+    return Discriminator(lambda value: _form_of(value, forms), custom_error_type="weights", custom_error_message=message)
+
+
+Given = (
+    Annotated[Literal["uniform"], Tag("<uniform>")]
+    | Annotated[list[NonNegative], Tag("<numbers>")]
+    | Annotated[ByLayer, Tag("<by_layer>")]
+    | Annotated[Ramp, Tag("<ramp>")]
+)
+Weights = Annotated[Given | Annotated[FromHiddenStates, Tag("<recall>")] | Annotated[FromLosses, Tag("<losses>")], _discriminator(FORMS)]
 
 
 class Part(Section):
-    """Some of the tensors, and what is different there: those that every selector given here selects."""
+    """Some of the tensors, and what is different there. A tensor must fit every selector that is given."""
 
-    filter: str | list[str] | None = Field(
-        None, description="whole names of tensors, parts of names, or patterns with *; one of them must fit"
-    )
+    filter: str | list[str] | None = Field(None, description="whole tensor names, parts of names, or patterns with *; one of them must fit")
     kind: Kind | list[Kind] | None = Field(None, description="attention, mlp, norm, embedding, head or other: told from the names")
     layers: list[Annotated[int, Field(ge=0)]] | None = Field(None, description="0 = embedding, 1..L = blocks, L + 1 = final norm and head")
-    weights: (
-        Annotated[
-            Annotated[Literal["uniform"], Tag("uniform")]
-            | Annotated[list[NonNegative], Tag("numbers")]
-            | Annotated[ByLayer, Tag("rows")]
-            | Annotated[Ramp, Tag("points")],
-            Discriminator(_kind_of_weights),
-        ]
-        | None
-    ) = Field(None, description="as the run's own; not from representations")
+    weights: Annotated[Given, _discriminator(GIVEN_FORMS)] | None = Field(None, description="as the run's own, but not from samples")
     options: dict[str, Any] = Field(default_factory=dict, description="options of the method")
 
     @model_validator(mode="after")
@@ -188,26 +192,28 @@ class MergeRun(Section):
 
     base: str = Field(min_length=1, max_length=MAX_PATH, description="folder, or hub name with optional @revision")
     experts: list[ExpertEntry] = Field(min_length=1, description="this order is the order everywhere; the last is the newest")
-    method: str | None = Field(None, description="one of `recall methods`; left out, it is chosen, and the plan's notes say why")
+    method: str | None = Field(None, description="one of `recall methods`; if left out, it is chosen and the plan's notes say why")
     options: dict[str, Any] = Field(default_factory=dict, description="options of the method")
     weights: Weights = Field(
         "uniform",
-        description="uniform, one number an expert, `by_layer`, `ramp`, `by_loss`, or RECALL's options; `method: recall` has its own",
+        description="`uniform`, one number per expert, or one of `by_layer`, `ramp`, `recall`, `losses` with its options",
     )
     parts: list[Part] = Field(
-        default_factory=list, description="tensors with weights or options of their own; the first part that fits and says it, counts"
+        default_factory=list,
+        description="tensors with weights or options of their own; for each setting the first part that fits and gives it counts",
     )
-    scale_by_layer: LayerScale | None = Field(None, description="scale what the merge adds to the base by layer, after any method")
+    scale_by_layer: LayerScale | None = Field(None, description="scale what the merge adds to the base, layer by layer, after any method")
     prune: Prune | None = Field(None, description="prune the experts' deltas, before any method")
     change_limit: Positive | None = Field(
-        30.0, description="an expert that changes a tensor by over so many times the size of the base's numbers is refused; null: never"
+        30.0,
+        description="refuse an expert whose change to a tensor is more than this many times the size of the base's numbers; null: never",
     )
-    samples: Samples | None = Field(None, description="needed where representations are compared")
+    samples: Samples | None = Field(None, description="the newest expert's rows; needed for weights from hidden states or losses")
     vocabulary: Literal["base", "newest", "union"] | None = Field(None, description="whose tokens, where tokenizers differ")
     skip: list[str] = Field(default_factory=list, description="tensors to keep from the base: names, or patterns with *")
     out: Out = Field(default_factory=lambda: Out.model_validate({}))
     seed: int = 0
-    threads: int | None = Field(None, ge=1, description="default: one a core; does not change the result")
+    threads: int | None = Field(None, ge=1, description="default: one per core; does not change the result")
 
     @field_validator("experts")
     @classmethod
@@ -219,7 +225,7 @@ class MergeRun(Section):
 
 
 def load_run(path: Path, overrides: Mapping[str, Any] | None = None) -> MergeRun:
-    """Read a run from YAML; a relative path in it is looked for from its own folder, then from the current one.
+    """Read a run from YAML. Relative paths in it are tried from the file's folder first, then from the current one.
 
     Args:
         overrides: dotted keys of `--set`, e.g. {"options.temperature": 0.5}; they win over the file.
@@ -234,7 +240,7 @@ def load_run(path: Path, overrides: Mapping[str, Any] | None = None) -> MergeRun
 
 
 def _relative_to(folder: Path, data: dict[str, Any]) -> dict[str, Any]:
-    """Paths in a run file are meant from where the file lies; hub names are left alone."""
+    """Resolve the paths in a run file from the folder of the file; hub names stay as they are."""
 
     def resolved(section: Any, *keys: str) -> Any:
         if not isinstance(section, dict):

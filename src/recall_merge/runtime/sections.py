@@ -68,18 +68,17 @@ def _fault(model: type[BaseModel], detail: Any, where: str) -> Fault:
 
 
 def _is_union_branch(part: Any) -> bool:
-    """pydantic names the branch of a union that it tried; a reader of YAML need not know."""
-    return part in {"uniform", "numbers", "rows", "points", "losses", "representations", "constrained-float", "float"} or (
-        isinstance(part, str) and "[" in part
-    )
+    """Whether pydantic added this part to a key to name the branch of a union: a tag such as <recall>, a type, or a function."""
+    return isinstance(part, str) and (part in {"constrained-float", "float"} or part.startswith("<") or "[" in part)
 
 
 def _known_keys(model: type[BaseModel], place: list[Any]) -> list[str]:
-    """The keys that are allowed at a place of a model."""
+    """The keys allowed at a place of a model, in whichever branch of a union it lies."""
+    models = [model]
     for part in place:
-        if part in model.model_fields:
-            model = next(_sections(model.model_fields[part].annotation), model)
-    return list(model.model_fields)
+        fields = [each.model_fields[part] for each in models if part in each.model_fields]
+        models = [section for field in fields for section in _sections(field.annotation)] or models
+    return [key for each in models for key in each.model_fields]
 
 
 def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
