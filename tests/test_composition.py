@@ -8,10 +8,10 @@ import torch
 from recall_merge import MergeRun, RecallError, make_plan, merge
 from recall_merge.continual.settings import check_method, make_settings
 from recall_merge.maths.layers import Layers
-from recall_merge.maths.methods import METHODS
+from recall_merge.maths.methods import ALIASES, METHODS
 from recall_merge.maths.weights import along_blocks
 from recall_merge.merging.merge import reuse
-from recall_merge.merging.rules import OWN_WEIGHTS, choose_method
+from recall_merge.merging.rules import choose_method
 from recall_merge.merging.statistics import make_statistics
 from recall_merge.merging.verify import verify
 from tiny import fine_tuned, load_tensors, lora, make_model, save_model, write_rows
@@ -265,13 +265,13 @@ def test_parts(world, tmp_path):
 
 @pytest.mark.parametrize("method", [name for name, known in METHODS.items() if known.experts[0] <= 2 <= (known.experts[1] or 2)])
 def test_parts_go_with_every_method(world, tmp_path, method):
-    samples = {"samples": {"path": str(world / "rows.jsonl"), "count": 2}} if method in OWN_WEIGHTS else {}
+    samples = {"samples": {"path": str(world / "rows.jsonl"), "count": 2}} if method in ALIASES else {}
     parts = [{"filter": "o_proj", "weights": [1, 1]}]
     merge(a_run(world, tmp_path / "one", method=method, parts=parts, **samples))
-    merge(a_run(world, tmp_path / "two", method=method, **({} if method in OWN_WEIGHTS else {"weights": [1, 1]}), **samples))
+    merge(a_run(world, tmp_path / "two", method=method, **({} if method in ALIASES else {"weights": [1, 1]}), **samples))
     one, two = load_tensors(tmp_path / "one"), load_tensors(tmp_path / "two")
     assert [name for name in one if not torch.equal(one[name], two[name])] == (
-        [] if method not in OWN_WEIGHTS else [n for n in one if "o_proj" in n]
+        [] if method not in ALIASES else [n for n in one if "o_proj" in n]
     )
     if method == "recall":
         linear = merge(a_run(world, tmp_path / "three"))

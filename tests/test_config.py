@@ -6,7 +6,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from recall_merge.merging.run import RecallWeights, load_run
+from recall_merge.merging.run import FromHiddenStates, RecallWeights, load_run
 from recall_merge.runtime.errors import RunError
 from recall_merge.runtime.sections import assign
 
@@ -66,8 +66,8 @@ def test_sizes(run, text, size):
 def test_weights_are_a_word_numbers_or_options(run):
     assert run(weights="uniform").weights == "uniform"
     assert run(weights=[0, 2.5]).weights == [0.0, 2.5]
-    assert run(weights={"kernel": "cka", "bandwidth": 0.5}).weights == RecallWeights(kernel="cka", bandwidth=0.5)
-    assert run(weights={}).weights == RecallWeights()
+    assert run(weights={"recall": {"kernel": "cka", "bandwidth": 0.5}}).weights == FromHiddenStates(recall=RecallWeights(kernel="cka", bandwidth=0.5))
+    assert run(weights={"recall": {}}).weights == FromHiddenStates(recall=RecallWeights())
 
 
 FAULTS = {  # keys -> what is said of them, and how to mend it; (what, fix) more than once where more is wrong
@@ -103,14 +103,14 @@ FAULTS = {  # keys -> what is said of them, and how to mend it; (what, fix) more
     "a word for weights": ({"weights": "equal"}, [("'weights': Input should be 'uniform'", "it is 'equal' now")]),
     "weights below 0": ({"weights": [1, -1]}, [("'weights.1': Input should be greater than or equal to 0", "it is -1 now")]),
     "weights that are no numbers": ({"weights": [float("nan")]}, [("'weights.0': Input should be a finite number", "it is nan now")]),
-    "a temperature of 0": ({"weights": {"temperature": 0}}, [("'weights.temperature': Input should be greater than 0", "it is 0 now")]),
+    "a temperature of 0": ({"weights": {"recall": {"temperature": 0}}}, [("'weights.recall.temperature': Input should be greater than 0", "it is 0 now")]),
     "an endless temperature": (
-        {"weights": {"temperature": float("inf")}},
-        [("'weights.temperature': Input should be a finite number", "inf")],
+        {"weights": {"recall": {"temperature": float("inf")}}},
+        [("'weights.recall.temperature': Input should be a finite number", "inf")],
     ),
     "a kernel of none": (
-        {"weights": {"kernel": "rbff"}},
-        [("'weights.kernel': Input should be 'rbf', 'cka' or 'cosine'", "it is 'rbff' now")],
+        {"weights": {"recall": {"kernel": "rbff"}}},
+        [("'weights.recall.kernel': Input should be 'rbf', 'cka' or 'cosine'", "it is 'rbff' now")],
     ),
     "threads of none": ({"threads": 0}, [("'threads': Input should be greater than or equal to 1", "it is 0 now")]),
     "two at once": (

@@ -6,8 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from recall_merge import MergeRun, RecallError, merge
 from recall_merge.maths.deltas import LowRank, squared
-from recall_merge.merging import plan as planning
-from recall_merge.merging import tensors as merging_tensors
+from recall_merge.merging import spans
 from tiny import fine_tuned, lora, make_model, save_model, write_rows
 
 UP, NORM = "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
@@ -52,8 +51,7 @@ def refused(run):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_an_expert_that_exploded_is_refused_by_name(world, way, monkeypatch):
-    for module in (merging_tensors, planning):
-        monkeypatch.setattr(module, "SPAN", 512)
+    monkeypatch.setattr(spans, "SPAN", 512)
     change(world / "bad", UP, lambda tensor: tensor * 1e4)
     (what,) = refused(a_run(world, **WAYS[way]))
     assert what.startswith(f"expert 'bad' changes '{UP}' out of all proportion: by ")

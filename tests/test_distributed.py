@@ -18,9 +18,9 @@ from recall_merge import MergeRun, merge, verify
 from recall_merge.files.output import MARKER
 from recall_merge.maths.methods import METHODS
 from recall_merge.merging import merge as recipe
-from recall_merge.merging.distributed import ATTEMPT, for_tasks, write_shard
+from recall_merge.merging.distributed import ATTEMPT, plan_for_tasks, write_shard
+from recall_merge.merging.layerwise import compute_weights
 from recall_merge.merging.plan import make_plan
-from recall_merge.merging.weights import compute_weights
 from recall_merge.models.layerwise import _Batch
 from recall_merge.runtime.errors import CheckpointError, RecallError, Unwalkable
 from recall_merge.runtime.executor import Executor
@@ -98,7 +98,7 @@ def test_some_family(family: str, bases: Bases, worker: Worker, rows: Path, tmp_
     found = same(lambda target: a_run(base, experts, rows, target), tmp_path)
     shards = sum(name.endswith(".safetensors") for name in found)
     assert shards > 3
-    assert worker.labels[:3] == ["typical samples by b", "representations of a", "representations of b"]
+    assert worker.labels[:3] == ["typical samples by b", "hidden states of a", "hidden states of b"]
     assert len(worker.labels) == 3 + shards
 
 
@@ -107,10 +107,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "adapters": {"experts": "xy"},
     "both, in one shard": {"experts": "axb", "out": {"shard_size": "5GB"}},
     "given weights": {"experts": "abx", "method": "ties", "weights": [1.0, 2.0, 1.0], "samples": None},
-    "random draws": {"experts": "ab", "method": "dare_ties", "options": {"density": 0.5}, "weights": {}},
-    "a ablation that needs all layers": {"experts": "ab", "method": "linear", "weights": {"ablation": "permuted"}},
+    "random draws": {"experts": "ab", "method": "dare_ties", "options": {"density": 0.5}, "weights": {"recall": {}}},
+    "an ablation that needs all layers": {"experts": "ab", "method": "linear", "weights": {"recall": {"ablation": "permuted"}}},
     "losses": {"experts": "ab", "method": "lm_cocktail"},
-    "skipped": {"experts": "ab", "method": "linear", "skip": ["*layers.1.*"], "weights": {"precision": "bfloat16"}},
+    "skipped": {"experts": "ab", "method": "linear", "skip": ["*layers.1.*"], "weights": {"recall": {"precision": "bfloat16"}}},
 }
 
 
@@ -180,7 +180,7 @@ def test_a_merge_that_fails_apart_leaves_nothing(bases: Bases, worker: Worker, r
 def test_a_machine_that_finds_other_files_says_so(bases: Bases, rows: Path, tmp_path: Path) -> None:
     base = bases("llama")
     experts = {name: fine_tuned(base, tmp_path / name, seed=seed) for seed, name in enumerate("ab")}
-    plan = for_tasks(make_plan(a_run(base, experts, rows, tmp_path / "out", weights=[1.0, 1.0], method="linear")))
+    plan = plan_for_tasks(make_plan(a_run(base, experts, rows, tmp_path / "out", weights=[1.0, 1.0], method="linear")))
     folder = tmp_path / "out.partial"
 
     def refused() -> str:

@@ -8,8 +8,8 @@ import torch
 from recall_merge import MergeRun, merge
 from recall_merge.files.experts import Digest
 from recall_merge.merging.plan import make_plan
-from recall_merge.merging.tensors import merge_tensors
-from recall_merge.merging.weights import compute_weights
+from recall_merge.merging.layerwise import compute_weights, hidden_states_here
+from recall_merge.merging.tensors import TensorCollector, merge_tensors
 from recall_merge.models.layerwise import _Batch
 from recall_merge.runtime.errors import Unwalkable
 from tiny import FAMILIES, fine_tuned, load_tensors, lora, make_model, make_tokenizer, save_model, write_rows
@@ -34,10 +34,12 @@ def a_plan(base, experts, rows, target, **settings):
 
 
 def same(plan):
-    """Merge layer by layer, and compare with whole models weighed first."""
-    assert plan.by_layer
+    """Merge in one pass, and compare with weights that are computed first and tensors that are merged after."""
+    assert plan.single_pass
     merge_weights = compute_weights(plan)
-    wanted = dict(merge_tensors(plan, merge_weights, Digest()))
+    collector = TensorCollector(plan)
+    merge_tensors(plan, merge_weights, plan.specs, collector, Digest())
+    wanted = collector.tensors
     result = merge(plan.run)
     found = load_tensors(plan.target)
     assert torch.equal(result.weights, merge_weights.weights) and torch.equal(result.similarity, merge_weights.similarity)
@@ -58,12 +60,12 @@ WAYS = {
     "one expert": {"experts": "a"},
     "adapters": {"experts": "xy"},
     "both": {"experts": "axb", "threads": 3},
-    "a matrix method": {"experts": "ab", "method": "tsv", "weights": {}},
-    "ties in shards": {"experts": "abx", "method": "ties", "weights": {}, "out": {"shard_size": "9KB"}},
+    "a matrix method": {"experts": "ab", "method": "tsv", "weights": {"recall": {}}},
+    "ties in shards": {"experts": "abx", "method": "ties", "weights": {"recall": {}}, "out": {"shard_size": "9KB"}},
     "skipped": {"experts": "ab", "skip": ["*embed_tokens.weight", "*layers.1.*"]},
-    "uniform": {"experts": "ab", "method": "linear", "weights": {"ablation": "uniform", "outside_blocks": "newest"}},
-    "ends alike": {"experts": "ab", "method": "linear", "weights": {"outside_blocks": "uniform", "kernel": "cka"}},
-    "bfloat16": {"experts": "ab", "method": "linear", "weights": {"precision": "bfloat16", "pooling": "last"}},
+    "uniform": {"experts": "ab", "method": "linear", "weights": {"recall": {"ablation": "uniform", "outside_blocks": "newest"}}},
+    "ends alike": {"experts": "ab", "method": "linear", "weights": {"recall": {"outside_blocks": "uniform", "kernel": "cka"}}},
+    "bfloat16": {"experts": "ab", "method": "linear", "weights": {"recall": {"precision": "bfloat16", "pooling": "last"}}},
 }
 
 
@@ -83,8 +85,8 @@ def test_controls_that_need_all_depths_take_whole_models(bases, rows, tmp_path):
     base = bases("llama")
     experts = {name: fine_tuned(base, tmp_path / name, seed=seed) for seed, name in enumerate("ab")}
     for ablation in ("tilt", "ramp", "permuted"):
-        plan = a_plan(base, experts, rows, tmp_path / ablation, method="linear", weights={"ablation": ablation})
-        assert not plan.by_layer
+        plan = a_plan(base, experts, rows, tmp_path / ablation, method="linear", weights={"recall": {"ablation": ablation}})
+        assert not plan.single_pass
         assert torch.equal(merge(plan.run).weights, compute_weights(plan).weights)
 
 

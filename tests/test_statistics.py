@@ -136,7 +136,7 @@ def test_moments_are_those_of_the_inputs(bases, family):
 
 
 @pytest.mark.parametrize("world", ["llama", "gpt2", "mixtral"], indirect=True)
-def test_merge_by_cards_equals_least_squares_over_the_inputs(world):
+def test_merge_by_statistics_equals_least_squares_over_the_inputs(world):
     made = statistics(world, rank=1000)  # all directions: nothing is lost
     result = merge(a_run(world, options={"ridge": 1e-6}))
     assert set(result.record["statistics"]["experts"]) == {"a", "b"}
@@ -161,7 +161,7 @@ def test_merge_by_cards_equals_least_squares_over_the_inputs(world):
     assert told >= 2
 
 
-def test_a_card_is_small_and_holds_no_text(world):
+def test_statistics_are_small_and_hold_no_text(world):
     stats = statistics(world, rank=2)[0]
     text = (world / "a" / "stats.json").read_text()
     assert not any(word in text for row in ROWS for word in row["prompt"].split() if len(word) > 3)
@@ -172,27 +172,27 @@ def test_a_card_is_small_and_holds_no_text(world):
 # --- what can be wrong ----------------------------------------------------------------------------------------------------------------
 
 
-def test_no_card_is_said(world):
+def test_missing_statistics_are_noted(world):
     make_statistics(a_run(world, "a", samples={"path": str(world / "a.jsonl")}))
     plan = make_plan(a_run(world))
     assert plan.notes == ["expert 'b' has no input statistics: all its inputs count alike"]
     merge(a_run(world))
 
 
-def test_stale_cards_and_damaged_ones_are_refused(world):
+def test_stale_and_damaged_statistics_are_refused(world):
     statistics(world)
     edit_json(world / "a" / "stats.json", expert="0" * 64)
     (world / "b" / "stats.json").write_text("{}")
     with pytest.raises(RecallError) as caught:
         make_plan(a_run(world))
     assert [fault.what for fault in caught.value.faults] == [
-        "the input statistics of expert 'a' was made for another state of it",
+        "the input statistics of expert 'a' were made for another state of it",
         "the input statistics is of a form that this version does not know",
     ]
     assert all("recall stats" in fault.fix for fault in caught.value.faults)
 
 
-def test_a_card_is_of_every_bit_of_a_full_expert(world):
+def test_statistics_belong_to_every_bit_of_a_full_expert(world):
     merged_by_peft(world / "base", world / "a", world / "full")
     run = a_run(world, ["full"], samples={"path": str(world / "a.jsonl")})
     make_statistics(run)
@@ -202,11 +202,11 @@ def test_a_card_is_of_every_bit_of_a_full_expert(world):
         byte = file.read(1)[0]
         file.seek(-3000, 2)
         file.write(bytes([byte ^ 16]))
-    with pytest.raises(RecallError, match="the input statistics of expert 'full' was made for another state of it"):
+    with pytest.raises(RecallError, match="the input statistics of expert 'full' were made for another state of it"):
         make_plan(run)
 
 
-def test_a_card_may_lie_elsewhere(world):
+def test_statistics_may_lie_elsewhere(world):
     run = a_run(world, "a", samples={"path": str(world / "a.jsonl")})
     make_statistics(run, folder=world / "statistics" / "a")
     assert open_statistics(world / "a") is None
@@ -215,5 +215,5 @@ def test_a_card_may_lie_elsewhere(world):
     merged = merge(a_run(world, entries, out={"path": world / "merged"})).path
     assert str(world) not in (merged / "record.json").read_text()
     entries[0]["stats"] = str(world / "nowhere")
-    with pytest.raises(RecallError, match="there is no input statistics in this folder"):
+    with pytest.raises(RecallError, match="this folder has no input statistics"):
         make_plan(a_run(world, entries))

@@ -10,15 +10,13 @@ from recall_merge import MergeRun, RecallError
 from recall_merge.files.experts import Digest, FullExpert
 from recall_merge.files.output import WeightWriter
 from recall_merge.files.safetensors import READ, Spec, Stored
-from recall_merge.maths.methods import METHODS
+from recall_merge.maths.methods import ALIASES, METHODS
 from recall_merge.maths.methods.wrappers import prune_by_saliency
-from recall_merge.merging import plan as planning
-from recall_merge.merging import tensors as merging_tensors
+from recall_merge.merging import spans
+from recall_merge.merging.layerwise import compute_weights
 from recall_merge.merging.plan import make_plan
-from recall_merge.merging.provenance import hashes_of
-from recall_merge.merging.rules import OWN_WEIGHTS
-from recall_merge.merging.tensors import merge_tensors, merge_tensors_into
-from recall_merge.merging.weights import compute_weights
+from recall_merge.merging.record import hashes_of
+from recall_merge.merging.tensors import TensorCollector, merge_tensors
 from tiny import fine_tuned, load_tensors, lora, make_model, save_model
 
 SPAN = 1024  # numbers; the tiny models' largest tensor has three times as many
@@ -41,24 +39,26 @@ def a_plan(models, target, method="linear", adapter=False, **settings):
 
 
 def small_spans(monkeypatch, span=SPAN):
-    monkeypatch.setattr(merging_tensors, "SPAN", span)
-    monkeypatch.setattr(planning, "SPAN", span)
-    monkeypatch.setattr(planning, "WHOLE", span)
+    monkeypatch.setattr(spans, "SPAN", span)
+    monkeypatch.setattr(spans, "TWICE", span)
 
 
 def written(plan, folder):
-    """What `merge_tensors_into` writes, and the hashes of all models."""
+    """What a pass writes, and the hashes of all models."""
     folder.mkdir()
     digest = Digest()
     with WeightWriter(folder, plan.shards) as writer:
-        merge_tensors_into(writer, plan, compute_weights(plan), digest, lambda _: None)
+        merge_tensors(plan, compute_weights(plan), plan.specs, writer, digest)
     return load_tensors(folder), [digest.hexdigest(), *(expert.hashes() for expert in plan.experts)]
 
 
 def whole(plan):
-    digest = Digest()
-    tensors = dict(merge_tensors(plan, compute_weights(plan), digest))
-    return tensors, [digest.hexdigest(), *(expert.hashes() for expert in plan.experts)]
+    """The same from tensors that are merged whole, in memory."""
+    digest, collector = Digest(), TensorCollector(plan)
+    with pytest.MonkeyPatch.context() as patch:
+        small_spans(patch, 1 << 22)
+        merge_tensors(plan, compute_weights(plan), plan.specs, collector, digest)
+    return collector.tensors, [digest.hexdigest(), *(expert.hashes() for expert in plan.experts)]
 
 
 VARIANTS = {
@@ -74,7 +74,7 @@ VARIANTS = {
 
 # Those with weights that want data are `linear`.
 @pytest.mark.parametrize(
-    "method", [name for name, row in METHODS.items() if (row.elementwise or row.find_threshold) and name not in OWN_WEIGHTS]
+    "method", [name for name, row in METHODS.items() if (row.elementwise or row.find_threshold) and name not in ALIASES]
 )
 def test_spans_give_the_bytes_of_whole_tensors(models, tmp_path, monkeypatch, method):
     small_spans(monkeypatch)

@@ -81,7 +81,7 @@ def test_a_disk_that_is_full_is_said_by_the_command(tortured, tmp_path, monkeypa
     def full(folder):
         raise OSError(28, "No space left on device", str(folder))
 
-    monkeypatch.setattr("recall_merge.merging.merge.check_result", lambda plan, folder, other: full(folder))
+    monkeypatch.setattr("recall_merge.merging.merge.validate_output", lambda plan, folder: full(folder))
     with pytest.raises(RecallError) as error:
         merge_here(world, tmp_path / "out")
     assert "the result cannot be written: No space left on device" in str(error.value) and "make room" in str(error.value)

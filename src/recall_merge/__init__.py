@@ -7,16 +7,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from recall_merge.merging.layerwise import compute_weights as compute_weights
     from recall_merge.merging.merge import MergeResult as MergeResult
-    from recall_merge.merging.merge import merge as merge
     from recall_merge.merging.plan import Plan as Plan
     from recall_merge.merging.plan import make_plan as make_plan
     from recall_merge.merging.run import MergeRun as MergeRun
     from recall_merge.merging.run import load_run as load_run
     from recall_merge.merging.verify import verify as verify
     from recall_merge.merging.weights import MergeWeights as MergeWeights
-    from recall_merge.merging.weights import compute_weights as compute_weights
     from recall_merge.runtime.errors import RecallError as RecallError
+    from recall_merge.runtime.progress import Progress
 
 _HOMES = {
     "MergeResult": "merging.merge",
@@ -26,9 +26,8 @@ _HOMES = {
     "MergeWeights": "merging.weights",
     "load_run": "merging.run",
     "make_plan": "merging.plan",
-    "merge": "merging.merge",
     "verify": "merging.verify",
-    "compute_weights": "merging.weights",
+    "compute_weights": "merging.layerwise",
 }
 __all__ = [
     "MergeResult",
@@ -42,6 +41,14 @@ __all__ = [
     "merge",
     "verify",
 ]
+
+
+def merge(run: "MergeRun", *, executor: str = "local", progress: "Progress | None" = None) -> "MergeResult":
+    """Merge as the run says, with a picture of the weights in the model card: `recall_merge.merging.merge.merge`."""
+    from recall_merge.merging.merge import merge as merge_run
+    from recall_merge.report.merge_charts import draw_weights
+
+    return merge_run(run, executor=executor, progress=progress, draw=draw_weights)
 
 
 def __getattr__(name: str) -> Any:

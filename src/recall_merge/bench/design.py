@@ -14,8 +14,8 @@ from recall_merge.evaluation.tasks import TaskSpec, check_tasks
 from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.files.hub import locate
 from recall_merge.files.rows import Row, read_rows
-from recall_merge.merging.rules import OWN_WEIGHTS, rules_of
-from recall_merge.merging.run import ByLayer, ByLoss, MergeRun, RecallWeights, Samples
+from recall_merge.merging.rules import make_rules, method_named
+from recall_merge.merging.run import ByLayer, FromHiddenStates, FromLosses, MergeRun, Samples
 from recall_merge.runtime.errors import DataError, Faults, RunError, did_you_mean
 from recall_merge.runtime.sections import parse
 from recall_merge.training.settings import check_arguments
@@ -112,13 +112,13 @@ def _check_lengths(scenario: Scenario, base: Base, train: Mapping[str, Sequence[
 
 
 def _check_methods(scenario: Scenario, faults: Faults) -> None:
-    from recall_merge.maths.methods import METHODS
+    from recall_merge.maths.methods import ALIASES, METHODS
 
     with faults.collect():
         parse(Samples, {**scenario.samples, "path": "rows"}, where="samples")
     for entry in scenario.methods:
-        if not entry.is_baseline and entry.method not in METHODS:
-            fix = did_you_mean(entry.method, [*METHODS, *BASELINES])
+        if not entry.is_baseline and method_named(entry.method) is None:
+            fix = did_you_mean(entry.method, [*METHODS, *ALIASES, *BASELINES])
             faults.add(f"there is neither a method nor a baseline '{entry.method}'", where="methods", fix=fix)
             continue
         with faults.collect():
@@ -131,7 +131,7 @@ def _check_methods(scenario: Scenario, faults: Faults) -> None:
             faults.add("a merge has no training of its own: it shares the experts", where=f"methods, {entry.name}", fix="leave it out")
         for number in sorted(_numbers_merged(scenario)):
             with faults.collect():
-                rules_of(_stand_in(entry, number))
+                make_rules(_stand_in(entry, number))
 
 
 def _numbers_merged(scenario: Scenario) -> set[int]:
@@ -318,7 +318,9 @@ class _Maker:
         return Merged(label, self.base, tuple(experts), {**run, "samples": samples}, self.train[experts[-1][0]], statistics)
 
     def _has_samples(self, entry: MethodEntry) -> bool:
-        return entry.method in OWN_WEIGHTS or isinstance(entry.weights, RecallWeights | ByLoss)
+        from recall_merge.maths.methods import ALIASES
+
+        return entry.method in ALIASES or isinstance(entry.weights, FromHiddenStates | FromLosses)
 
     def _order_counts(self, entry: MethodEntry) -> bool:
         """Whether a merge of the same experts depends on their order: by the method, by its weights, or by the newest one's samples."""

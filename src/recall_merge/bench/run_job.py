@@ -77,7 +77,7 @@ def _write(job: Merged, store: Store, progress: Progress | None) -> None:
     from recall_merge.merging.merge import merge
 
     run = _run(job, store)
-    out = run.out.model_copy(update={"path": store.place(job), "overwrite": True, "reload": False})
+    out = run.out.model_copy(update={"path": store.place(job), "overwrite": True})
     merge(run.model_copy(update={"out": out}), progress=progress)
 
 
@@ -112,14 +112,12 @@ def _load(model: Model, store: Store, dtype: str, progress: Progress | None) -> 
 
 def _merged_tensors(merged: Merged, store: Store, progress: Progress | None) -> dict[str, Any]:
     """The tensors of a merge."""
-    from recall_merge.files.experts import Digest
+    from recall_merge.merging.merge import merge_in_memory
     from recall_merge.merging.plan import make_plan
-    from recall_merge.merging.tensors import merge_tensors
-    from recall_merge.merging.weights import compute_weights
 
     plan = make_plan(_run(merged, store), writes=False)
     start = time.monotonic()
-    tensors = dict(merge_tensors(plan, compute_weights(plan, progress), Digest()))
+    tensors, _ = merge_in_memory(plan, progress)
     store.note_merge(merged, time.monotonic() - start)
     return tensors
 

@@ -59,9 +59,10 @@ def merge(
     from recall_merge.cli import show
     from recall_merge.cli.console import progress
     from recall_merge.merging.merge import merge as recipe
+    from recall_merge.report.merge_charts import draw_weights
 
     told = gather(run, base=base, experts=expert, method=method, samples=samples, out=out, overwrite=overwrite, sets=sets)
-    show.merged(recipe(told, executor=executor, progress=progress(quiet or as_json), once=True), as_json=as_json, quiet=quiet)
+    show.merged(recipe(told, executor=executor, progress=progress(quiet or as_json), draw=draw_weights), as_json=as_json, quiet=quiet)
 
 
 @app.command()
@@ -81,12 +82,12 @@ def plan(
     Example: recall plan run.yaml
     """
     from recall_merge.cli import show
-    from recall_merge.merging.estimate import estimate
+    from recall_merge.merging.cost import estimate_time
     from recall_merge.merging.plan import make_plan
 
     told = gather(run, base=base, experts=expert, method=method, samples=samples, out=out, overwrite=overwrite, sets=sets)
     made = make_plan(told, download=False)
-    show.planned(made, estimate(made), as_json=as_json)
+    show.planned(made, estimate_time(made), as_json=as_json)
 
 
 @app.command()
@@ -107,8 +108,8 @@ def weights(
     """
     from recall_merge.cli import show
     from recall_merge.cli.console import progress
+    from recall_merge.merging.layerwise import compute_weights
     from recall_merge.merging.plan import make_plan
-    from recall_merge.merging.weights import compute_weights
 
     told = gather(run, base=base, experts=expert, method=method, samples=samples, sets=sets)
     show.weighed(compute_weights(make_plan(told, writes=False), progress(quiet or as_json)), picture=picture, as_json=as_json, quiet=quiet)

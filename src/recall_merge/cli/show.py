@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from recall_merge.cli import terminal_charts
 from recall_merge.cli.console import err, out
-from recall_merge.merging.run import FromSamples, Losses
+from recall_merge.merging.run import LossWeights, RecallWeights
 from recall_merge.runtime.errors import RunError, did_you_mean
 
 if TYPE_CHECKING:
     from recall_merge.demo.demo import DemoResult
     from recall_merge.files.statistics import InputStatistics
-    from recall_merge.merging.estimate import Estimate
+    from recall_merge.merging.cost import Estimate
     from recall_merge.merging.merge import MergeResult
     from recall_merge.merging.plan import Plan
     from recall_merge.merging.weights import MergeWeights
@@ -54,24 +54,26 @@ def weighed(merge_weights: MergeWeights, *, picture: Path | None, as_json: bool,
 
 
 def planned(plan: Plan, estimate: Estimate, *, as_json: bool) -> None:
+    from recall_merge.merging.cost import passes, peak_memory
+
     facts: dict[str, Any] = {
         "base": plan.run.base,
         "experts": {expert.name: str(plan.located[expert.name].folder) for expert in plan.experts},
-        "method": plan.method.name,
+        "method": plan.name,
         "options": dict(plan.options),
         "weights": _rule(plan.weights),
         "blocks": plan.base.layers.blocks,
         "tensors": len(plan.specs),
         "shards": len(plan.shards),
-        "passes": plan.passes,
+        "passes": passes(plan),
         "bytes_to_download": plan.bytes_to_download,
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
-        "memory": plan.memory,
+        "memory": peak_memory(plan),
         "seconds": round(estimate.seconds, 1),
         "notes": plan.notes,
     }
-    if isinstance(plan.weights, FromSamples):
+    if isinstance(plan.weights, RecallWeights | LossWeights):
         facts["weights_options"] = plan.weights.model_dump()
     if as_json:
         return print_json(facts)
@@ -88,8 +90,8 @@ def planned(plan: Plan, estimate: Estimate, *, as_json: bool) -> None:
 
 
 def methods(name: str | None, *, as_json: bool) -> None:
-    from recall_merge.maths.methods import METHODS
-    from recall_merge.merging.rules import OWN_WEIGHTS
+    from recall_merge.maths.methods import ALIASES, METHODS
+    from recall_merge.merging.rules import WEIGHT_OPTIONS
 
     if name is None:
         if as_json:
@@ -105,7 +107,7 @@ def methods(name: str | None, *, as_json: bool) -> None:
         raise RunError(f"there is no method '{name}'", fix=did_you_mean(name, METHODS))
     method = METHODS[name]
     options = {key: str(parameter.default) for key, parameter in method.options.items()}
-    fields = OWN_WEIGHTS[name].model_fields if name in OWN_WEIGHTS else {}
+    fields = WEIGHT_OPTIONS[ALIASES[name].weights].model_fields if name in ALIASES else {}
     described = {key: (str(field.default), field.description or "") for key, field in fields.items()}
     if as_json:
         return print_json({"name": name, "source": method.source, "doc": method.doc, "options": options, "weights": described})
@@ -226,8 +228,8 @@ def _weights_table(merge_weights: MergeWeights) -> Any:
 
 
 def _rule(given: Any) -> Any:
-    if isinstance(given, FromSamples):
-        return "losses" if isinstance(given, Losses) else "representations"
+    if isinstance(given, RecallWeights | LossWeights):
+        return given.compares
     return {f"layer {layer}": list(row) for layer, row in enumerate(given)} if isinstance(given[0], tuple) else list(given)
 
 

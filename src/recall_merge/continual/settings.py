@@ -129,7 +129,7 @@ def check_method(settings: Settings, experts: int | None = None) -> None:
         RunError: with every fault.
     """
     from recall_merge.maths.methods import METHODS
-    from recall_merge.merging.rules import rules_of
+    from recall_merge.merging.rules import make_rules
 
     given: Any = settings.weights.by_layer if isinstance(settings.weights, ByLayer) else settings.weights
     row = given[0] if isinstance(given, list) and given and isinstance(given[0], list) else given
@@ -138,7 +138,7 @@ def check_method(settings: Settings, experts: int | None = None) -> None:
         experts = len(row) if isinstance(row, list | dict) else fewest
     names = list(row) if isinstance(row, dict) and len(row) == experts else [str(number) for number in range(experts)]
     entries = [{"name": name, "path": name} for name in names]
-    rules_of(settings.run(base="base", experts=entries, rows="rows", out="out"))
+    make_rules(settings.run(base="base", experts=entries, rows="rows", out="out"))
 
 
 def _copy(data: Any) -> Any:

@@ -1,8 +1,8 @@
-"""A merge as tasks for the machines of a cluster: one for what each model represents, one for each shard of the result.
+"""A merge as tasks for the machines of a cluster: one for the hidden states of each model, one for each shard of the result.
 
-A task is given the plan as it was made, and what it reads and writes lies in files that all machines see: of models, only pooled
-states travel. A shard is written under a name of the attempt, and takes its place when it is whole, so that a machine that is lost in the
-middle leaves nothing that could be taken for a part of the result, and the attempt that follows needs to know nothing of it.
+The tasks are parts of the same pass. Each gets the plan as it was made and reads and writes files that all machines see; of the models,
+only pooled hidden states travel. A shard is written under a temporary name and renamed when it is whole, so a machine that is lost in the
+middle leaves nothing that looks like a part of the result, and the next attempt starts clean.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +21,14 @@ from recall_merge.files.durable import sync
 from recall_merge.files.experts import Digest, FullExpert
 from recall_merge.files.output import MARKER, WeightWriter
 from recall_merge.files.safetensors import READ
+from recall_merge.merging.cost import forward_memory, merge_memory, whole_model_memory
+from recall_merge.merging.forward import hidden_states_at, tokens_of, whole_hidden_states_at
+from recall_merge.merging.layerwise import Visit, compute_weights, run_pass, whole_note
 from recall_merge.merging.plan import Plan
-from recall_merge.merging.run import Losses, RecallWeights
-from recall_merge.merging.samples import check_finite, expert_tokenizer, represent, typical_texts
-from recall_merge.merging.tensors import merge_tensors_into
-from recall_merge.merging.weights import MergeWeights, compare, compute_weights, pool_of, represent_whole, whole_note
+from recall_merge.merging.run import LossWeights, RecallWeights
+from recall_merge.merging.samples import choose_samples
+from recall_merge.merging.tensors import merge_tensors
+from recall_merge.merging.weights import MergeWeights, given_weights
 from recall_merge.runtime.errors import OutputError, Unwalkable
 from recall_merge.runtime.executor import PATIENCE, Executor
 from recall_merge.runtime.progress import Progress, Silent
@@ -32,118 +36,12 @@ from recall_merge.runtime.progress import Progress, Silent
 if TYPE_CHECKING:
     from torch import Tensor
 
-ATTEMPT = ".attempt-"  # before the name of a folder in which a shard is being written, and the number of the process that writes it
-
-
-def compute_weights_distributed(plan: Plan, executor: Executor, progress: Progress) -> MergeWeights:
-    """What `compute_weights` gives, with a task for the typical samples and then one for each model of the pool. Errors are its.
-
-    Losses are one task in all: they take a small part of the time, and whole models.
-    """
-    rule, plan = plan.weights, for_tasks(plan)
-    if isinstance(rule, Losses):
-        return _all(plan, executor, [Task("losses", compute_weights, (plan,), plan.memory_to_run)])[0]
-    if not isinstance(rule, RecallWeights):
-        return compute_weights(plan, progress)
-    newest = plan.experts[-1].name
-    with progress.stage(f"choosing typical samples with {newest}", 1, "tasks") as advance:
-        first = Task(f"typical samples by {newest}", typical_texts, (plan, rule, Silent()), plan.memory_to_walk)
-        ((texts, samples, notes),) = _all(plan, executor, [first], lambda _: advance(1))
-    pool = pool_of(plan, rule)
-
-    def states(*, whole: bool) -> Tensor:
-        import torch
-
-        memory = plan.memory_to_run if whole else plan.memory_to_walk
-        tasks = [
-            Task(f"representations of {model.name}", representations_of, (plan, place, texts, whole), memory)
-            for place, model in enumerate(pool)
-        ]
-        with progress.stage("representations", len(tasks), "models") as advance:
-            return torch.stack(_all(plan, executor, tasks, lambda _: advance(1)), dim=1)
-
-    try:
-        found = states(whole=False)
-    except Unwalkable as error:
-        notes = [*notes, *([whole_note(error)] if plan.by_layer else [])]
-        found = states(whole=True)
-    return compare(plan, rule, found, samples, notes)
-
-
-def merge_distributed(
-    plan: Plan, merge_weights: MergeWeights, executor: Executor, folder: Path, digest: Digest, progress: Progress
-) -> dict[str, str]:
-    """Write the weights files of the result and their index, a task a shard; returns the files' hashes.
-
-    Args:
-        folder: where all machines find it.
-        digest: is told of every tensor of the base, as the full experts' own are of theirs.
-
-    Raises:
-        CheckpointError: if a model holds NaN or infinity, or a machine finds other files than were planned for.
-        ResultError: if the merge overflows.
-        OutputError: if a machine does not find the folder.
-    """
-    WeightWriter(folder, plan.shards)  # which begins with the index
-    plan = for_tasks(plan)
-    tasks = [
-        Task(shard.file, write_shard, (plan, merge_weights, folder, place), plan.memory_to_merge) for place, shard in enumerate(plan.shards)
-    ]
-    with progress.stage(f"merging by {plan.method.name}", plan.bytes_written, "bytes") as advance:
-        done = _all(plan, executor, tasks, lambda place: advance(plan.shards[place].nbytes))
-    for left in folder.glob(f"{ATTEMPT}*"):
-        shutil.rmtree(left)
-    for shard in done:
-        for own, lines in zip(_digests(plan, digest), shard.lines, strict=True):
-            own.lines.update(lines)
-    return {shard.file: found.hash for shard, found in zip(plan.shards, done, strict=True)}
-
-
-@dataclass(frozen=True)
-class ShardDone:
-    """What comes back of a shard that was written: its hash, and the lines of the digests of the base and of each full expert."""
-
-    hash: str
-    lines: tuple[dict[str, str], ...]
-
-
-def write_shard(plan: Plan, merge_weights: MergeWeights, folder: Path, place: int) -> ShardDone:
-    """Merge the tensors of one shard into its file, wherever this runs."""
-    _check_place(plan, folder)
-    shard, digest = plan.shards[place], Digest()
-    attempt = Path(tempfile.mkdtemp(prefix=f"{ATTEMPT}{os.getpid()}-", dir=folder))
-    with WeightWriter(attempt, [shard]) as writer:
-        merge_tensors_into(writer, plan, merge_weights, digest, lambda _: None, shard.specs)
-    sync(attempt / shard.file)
-    (attempt / shard.file).replace(folder / shard.file)
-    attempt.rmdir()
-    return ShardDone(writer.hashes[shard.file], tuple(own.lines for own in _digests(plan, digest)))
-
-
-def representations_of(plan: Plan, place: int, texts: list[str], whole: bool) -> Tensor:
-    """What one model of the pool represents of the typical samples, block by block or as a whole.    -> (L + 1, m, d), float32"""
-    from recall_merge.models.hidden_states import tokenize
-
-    plan.inputs.check_elsewhere()
-    rule = plan.weights
-    assert isinstance(rule, RecallWeights)
-    expert = pool_of(plan, rule)[place]
-    if whole:
-        return represent_whole(plan, rule, expert, texts, Silent())
-    tokens = tokenize(texts, expert_tokenizer(plan, expert), max_tokens=plan.samples.max_tokens)
-    states = represent(plan, expert, rule, tokens, range(plan.base.layers.blocks + 1), lambda _: None)
-    check_finite(plan, states, expert)
-    return states
-
-
-def for_tasks(plan: Plan) -> Plan:
-    """The plan of one task of several at a time: on as many threads as the run says, or one. What it makes does not depend on that."""
-    return replace(plan, run=plan.run.model_copy(update={"threads": plan.run.threads or 1}))
+ATTEMPT = ".attempt-"  # prefix of a folder in which a shard is being written; the number of its process follows
 
 
 @dataclass(frozen=True)
 class Task:
-    """A function of a module with its arguments, what it is for people, and the bytes of memory that it takes at most."""
+    """A module's function with its arguments, a label for people, and the maximum bytes of memory that it takes."""
 
     label: str
     function: Callable[..., Any]
@@ -151,40 +49,141 @@ class Task:
     memory: int
 
 
-def _all(plan: Plan, executor: Executor, tasks: Sequence[Task], done: Callable[[int], None] = lambda _: None) -> list[Any]:
-    """What the tasks return, in their order; no more of them are in flight than the executor has places.
+@dataclass(frozen=True)
+class ShardDone:
+    """What comes back from a written shard: its hash, and the digest lines of the base and of each full expert."""
+
+    hash: str
+    lines: tuple[dict[str, str], ...]
+
+
+def compute_weights_distributed(plan: Plan, executor: Executor, progress: Progress) -> MergeWeights:
+    """`compute_weights`, with one task for the typical samples and one for each model's hidden states. It raises the same errors.
+
+    Losses are a single task: they take a small part of the time, and whole models.
+    """
+    rule, plan = plan.weights, plan_for_tasks(plan)
+    if isinstance(rule, LossWeights):
+        return run_tasks(plan, executor, [Task("losses", compute_weights, (plan,), whole_model_memory(plan))])[0]
+    if not isinstance(rule, RecallWeights):
+        return given_weights(plan)
+    newest = plan.experts[-1].name
+    with progress.stage(f"choosing typical samples with {newest}", 1, "tasks") as advance:
+        choose = Task(f"typical samples by {newest}", choose_samples, (plan, rule, Silent()), forward_memory(plan))
+        (samples,) = run_tasks(plan, executor, [choose], lambda _: advance(1))
+    return run_pass(plan, samples, hidden_states=partial(_hidden_states_by_tasks, executor, progress))
+
+
+def merge_distributed(
+    plan: Plan, weights: MergeWeights, executor: Executor, folder: Path, digest: Digest, progress: Progress
+) -> dict[str, str]:
+    """Write the result's weight files and their index, one task per shard.    -> the files' hashes
 
     Args:
-        done: is told the place of each task when it is done.
+        folder: where all machines find it.
+        digest: takes in every tensor of the base, as the full experts' own digests take in theirs.
+
+    Raises:
+        CheckpointError: if a model holds NaN or infinity, or a machine finds other files than were planned for.
+        ResultError: if the merge overflows.
+        OutputError: if a machine does not find the folder.
     """
-    found: dict[int, Any] = {}
+    WeightWriter(folder, plan.shards)  # writes the index
+    plan = plan_for_tasks(plan)
+    tasks = [Task(shard.file, write_shard, (plan, weights, folder, i), merge_memory(plan)) for i, shard in enumerate(plan.shards)]
+    with progress.stage(f"merging by {plan.name}", plan.bytes_written, "bytes") as advance:
+        shards: list[ShardDone] = run_tasks(plan, executor, tasks, lambda i: advance(plan.shards[i].nbytes))
+    for leftover in folder.glob(f"{ATTEMPT}*"):
+        shutil.rmtree(leftover)
+    for shard in shards:
+        for own, lines in zip(_digests(plan, digest), shard.lines, strict=True):
+            own.lines.update(lines)
+    return {planned.file: shard.hash for planned, shard in zip(plan.shards, shards, strict=True)}
+
+
+def write_shard(plan: Plan, weights: MergeWeights, folder: Path, number: int) -> ShardDone:
+    """Merge the tensors of one shard into its file, on whichever machine this runs."""
+    plan.inputs.check_elsewhere()
+    if not (folder / MARKER).exists():
+        fix = "give `out` a path that means the same folder on every machine: on a shared file system"
+        raise OutputError("a machine of the cluster does not find the folder that the result is written to", where=folder, fix=fix)
+    shard, digest = plan.shards[number], Digest()
+    attempt = Path(tempfile.mkdtemp(prefix=f"{ATTEMPT}{os.getpid()}-", dir=folder))
+    with WeightWriter(attempt, [shard]) as writer:
+        merge_tensors(plan, weights, shard.specs, writer, digest)
+    sync(attempt / shard.file)
+    (attempt / shard.file).replace(folder / shard.file)
+    attempt.rmdir()
+    return ShardDone(writer.hashes[shard.file], tuple(own.lines for own in _digests(plan, digest)))
+
+
+def hidden_states_of(plan: Plan, number: int, texts: Sequence[str], whole: bool) -> Tensor:
+    """One compared model's hidden states of the typical samples at all layers, block by block or whole.    -> (L + 1, m, d), float32"""
+    plan.inputs.check_elsewhere()
+    rule, expert = plan.weights, plan.compared[number]
+    assert isinstance(rule, RecallWeights)
+    read = whole_hidden_states_at if whole else hidden_states_at
+    return read(plan, expert, rule, tokens_of(plan, expert, texts), range(plan.base.layers.blocks + 1))
+
+
+def plan_for_tasks(plan: Plan) -> Plan:
+    """The plan for one of several tasks at a time: as many threads as the run gives, or one. The result does not depend on that."""
+    return replace(plan, run=plan.run.model_copy(update={"threads": plan.run.threads or 1}))
+
+
+def run_tasks(plan: Plan, executor: Executor, tasks: Sequence[Task], done: Callable[[int], None] = lambda _: None) -> list[Any]:
+    """The results of the tasks, in their order; no more of them are in flight than the executor has slots.
+
+    Args:
+        done: is called with the number of each task that is done.
+    """
+    results: dict[int, Any] = {}
     running: dict[Future[Any], int] = {}
     begun = 0
-    while len(found) < len(tasks):
+    while len(results) < len(tasks):
         while begun < len(tasks) and len(running) < executor.slots:
             task = tasks[begun]
             running[executor.submit(task.label, _counted, task.function, task.arguments, memory=task.memory, threads=plan.threads)] = begun
             begun += 1
         for future in wait(running, timeout=PATIENCE, return_when=FIRST_COMPLETED).done:
-            place = running.pop(future)
-            found[place], read = future.result()
+            number = running.pop(future)
+            results[number], read = future.result()
             READ.add(read)
-            done(place)
-    return [found[place] for place in range(len(tasks))]
+            done(number)
+    return [results[number] for number in range(len(tasks))]
+
+
+def _hidden_states_by_tasks(
+    executor: Executor, progress: Progress, plan: Plan, rule: RecallWeights, texts: Sequence[str], visit: Visit, *, hold: bool
+) -> list[str]:
+    """A source of hidden states for `run_pass`: one task per model, which give all layers at once."""
+    import torch
+
+    def states(*, whole: bool) -> Tensor:
+        memory = whole_model_memory(plan) if whole else forward_memory(plan)
+        tasks = [
+            Task(f"hidden states of {model.name}", hidden_states_of, (plan, number, texts, whole), memory)
+            for number, model in enumerate(plan.compared)
+        ]
+        with progress.stage("hidden states", len(tasks), "models") as advance:
+            return torch.stack(run_tasks(plan, executor, tasks, lambda _: advance(1)), dim=1)
+
+    notes: list[str] = []
+    try:
+        by_layer = states(whole=False)
+    except Unwalkable as error:
+        notes = [whole_note(error)]
+        by_layer = states(whole=True)
+    for layer, reached in enumerate(by_layer):
+        visit(layer, plan, reached)
+    return notes
 
 
 def _counted(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, int]:
-    """What a function returns, and how many bytes of tensors it has read."""
+    """What a function returns, and how many bytes of tensors it read."""
     before = READ.total
     return function(*arguments), READ.total - before
 
 
 def _digests(plan: Plan, base: Digest) -> list[Digest]:
     return [base, *(expert.digest for expert in plan.experts if isinstance(expert, FullExpert))]
-
-
-def _check_place(plan: Plan, folder: Path) -> None:
-    plan.inputs.check_elsewhere()
-    if not (folder / MARKER).exists():
-        fix = "give `out` a path that means the same folder on every machine: on a shared file system"
-        raise OutputError("a machine of the cluster does not find the folder that the result is written to", where=folder, fix=fix)

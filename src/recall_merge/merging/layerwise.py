@@ -1,88 +1,161 @@
-"""One pass over all models, layer by layer: read a block of each, run it, compare, weigh, merge, write, and let it go.
+"""The one pass over all models, layer by layer: hidden states, similarity, weights and, where a result is wanted, the merge.
 
-The weights of a layer need only the representations up to there. So with weights from representations every model is read once, and in
-memory is one block of each, beside the samples' hidden states. The result is that of `compute_weights` and `merge_tensors`, to the bit.
+The weights of a layer need only the hidden states up to it. So every model is read once, and memory holds one layer of each beside the
+samples' hidden states. `recall weights` is the same pass without the merge; a cluster runs its parts as tasks. Only architectures that
+cannot be run block by block are run as whole models, through the same interface.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from recall_merge.files.checkpoint import Checkpoint, HeldCheckpoint
-from recall_merge.files.experts import Digest, FullExpert
-from recall_merge.files.output import WeightWriter
+from recall_merge.files.experts import FullExpert
+from recall_merge.merging.forward import Tokens, check_finite, layer_parameters, start_forward, tokens_of, whole_hidden_states_at
+from recall_merge.merging.losses import weights_from_losses
 from recall_merge.merging.plan import Plan
-from recall_merge.merging.run import RecallWeights
-from recall_merge.merging.samples import TypicalSample, check_finite, expert_tokenizer, parameters, walk
-from recall_merge.merging.tensors import merge_tensors_into
-from recall_merge.merging.weights import MergeWeights, pool_of, weights_from_similarity
+from recall_merge.merging.run import LossWeights, RecallWeights
+from recall_merge.merging.samples import choose_samples
+from recall_merge.merging.weights import MergeWeights, TypicalSamples, given_weights, weights_from_similarity
+from recall_merge.runtime.errors import Unwalkable
 from recall_merge.runtime.parallel import in_order
+from recall_merge.runtime.progress import Progress, Silent
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from recall_merge.models.layerwise import LayerwiseForward
 
-Typical = tuple[list[str], tuple[TypicalSample, ...], list[str]]
+Visit = Callable[[int, Plan, "Tensor"], None]
+"""Takes a layer, the plan (with the bytes of that layer in memory, where they are held), and hidden states (models, samples, width)."""
+Merge = Callable[[Plan, MergeWeights, Sequence[str]], None]
+"""Merges and writes the tensors named, by the weights known so far."""
 
 
-def merge_layerwise(writer: WeightWriter, plan: Plan, typical: Typical, digest: Digest, advance: Callable[[int], None]) -> MergeWeights:
-    """Weigh, merge and write all tensors; returns by which weights.
+class HiddenStates(Protocol):
+    """A source of hidden states: visits layers 0..L in order and returns notes for the reader of the result."""
 
-    Args:
-        typical: what `typical_texts` gives.
-        digest: is told of every tensor of the base.
-        advance: is told the bytes of tensors when they are written.
+    def __call__(self, plan: Plan, rule: RecallWeights, texts: Sequence[str], visit: Visit, *, hold: bool) -> Sequence[str]: ...
+
+
+def compute_weights(plan: Plan, progress: Progress | None = None) -> MergeWeights:
+    """The merge weights of a plan: given by the run, or from hidden states or losses.
 
     Raises:
-        CheckpointError: if a model cannot be run, or holds or gives numbers that are not finite; `Unwalkable` if it cannot be run so.
+        DataError: if no row has any text.
+        CheckpointError: if a model cannot be run, or gives numbers that are not finite.
+    """
+    progress = progress or Silent()
+    start = prepare(plan, progress)
+    return start if isinstance(start, MergeWeights) else run_pass(plan, start, progress=progress)
+
+
+def prepare(plan: Plan, progress: Progress) -> MergeWeights | TypicalSamples:
+    """What must be known before tensors are merged: all weights, or only the typical samples where weights follow layer by layer."""
+    rule = plan.weights
+    if isinstance(rule, LossWeights):
+        return weights_from_losses(plan, rule, choose_samples(plan, RecallWeights.model_validate({}), progress), progress)
+    if not isinstance(rule, RecallWeights):
+        return given_weights(plan)
+    samples = choose_samples(plan, rule, progress)
+    return samples if plan.single_pass else run_pass(plan, samples, progress=progress)
+
+
+def run_pass(
+    plan: Plan,
+    samples: TypicalSamples,
+    *,
+    merge: Merge | None = None,
+    hidden_states: HiddenStates | None = None,
+    progress: Progress | None = None,
+) -> MergeWeights:
+    """Compare all models layer by layer; with `merge`, merge each layer as soon as its weights are known.
+
+    Args:
+        hidden_states: where they come from; None = from this process, one layer in memory at a time.
+        progress: hears of layers, unless `merge` reports its own.
+
+    Raises:
+        CheckpointError: if a model cannot be run, or holds or gives numbers that are not finite.
         ResultError: if the merge overflows.
     """
     import torch
 
     from recall_merge.maths.similarity import similarity
-    from recall_merge.models.hidden_states import tokenize
+
+    rule = plan.weights
+    assert isinstance(rule, RecallWeights)
+    rows: list[Tensor] = []  # (n,) for each layer so far
+    source = hidden_states or hidden_states_here
+
+    def weights() -> MergeWeights:
+        return weights_from_similarity(plan, rule, torch.stack(rows), samples)
+
+    def visit(layer: int, held: Plan, states: Tensor) -> None:
+        rows.append(similarity(states, kernel=rule.kernel, bandwidth=rule.bandwidth))
+        if merge is not None:
+            merge(held, weights(), plan.names_of_layer(layer))
+        else:
+            advance(1)
+
+    layers = plan.base.layers
+    with (Silent() if merge or progress is None else progress).stage("comparing hidden states", layers.blocks + 1, "layers") as advance:
+        notes = source(plan, rule, samples.texts, visit, hold=merge is not None)
+    if merge is not None:
+        merge(plan, weights(), plan.names_of_layer(layers.last))
+    return replace(weights(), notes=(*samples.notes, *notes))
+
+
+def hidden_states_here(plan: Plan, rule: RecallWeights, texts: Sequence[str], visit: Visit, *, hold: bool) -> list[str]:
+    """Hidden states of all compared models, block by block; whole models from the layer on where an architecture does not allow that.
+
+    Args:
+        hold: keep the bytes of a layer in memory while it is visited, for the merge.
+    """
+    tokens = [tokens_of(plan, expert, texts) for expert in plan.compared]
+    visited = 0
+    try:
+        with ExitStack() as stack:
+            pairs = zip(plan.compared, tokens, strict=True)
+            forwards = [stack.enter_context(start_forward(plan, expert, rule, ids)) for expert, ids in pairs]
+            for layer in range(plan.base.layers.blocks + 1):
+                _visit_layer(plan, rule, forwards, tokens, layer, visit, hold=hold)
+                visited += 1
+    except Unwalkable as error:
+        import torch
+
+        left = range(visited, plan.base.layers.blocks + 1)
+        pairs = zip(plan.compared, tokens, strict=True)
+        states = torch.stack([whole_hidden_states_at(plan, expert, rule, ids, left) for expert, ids in pairs], dim=1)
+        for layer, reached in zip(left, states, strict=True):
+            visit(layer, plan, reached)
+        return [whole_note(error)]
+    return []
+
+
+def _visit_layer(
+    plan: Plan, rule: RecallWeights, forwards: Sequence[LayerwiseForward], tokens: Sequence[Tokens], layer: int, visit: Visit, *, hold: bool
+) -> None:
+    """One layer of all models. A function of its own, so that nothing holds its blocks when the next ones are read."""
+    import torch
+
     from recall_merge.models.layerwise import step
 
-    rule, layers = plan.weights, plan.base.layers
-    assert isinstance(rule, RecallWeights)
-    texts, samples, notes = typical
-    pool = pool_of(plan, rule)
-    tokens = [tokenize(texts, expert_tokenizer(plan, expert), max_tokens=plan.samples.max_tokens) for expert in pool]
-    similarity_rows = torch.empty(0, len(pool), dtype=torch.float64)
-
-    def merge_layer_by(layer: int, plan: Plan) -> MergeWeights:
-        merge_weights = weights_from_similarity(plan, rule, similarity_rows, samples, notes)
-        merge_tensors_into(writer, plan, merge_weights, digest, advance, [name for name in plan.specs if layers.of(name) == layer])
-        return merge_weights
-
-    def merge_layer(layer: int) -> None:
-        """A function of its own, so that nothing holds its blocks any more when the next ones are read."""
-        nonlocal similarity_rows
-        held = hold(plan, layer)
-        experts = pool_of(held, rule)
-        own = [partial(parameters, held, expert, rule, layer, ids) for expert, ids in zip(experts, tokens, strict=True)]
-        states = step(walks, own)
-        for expert, reached in zip(experts, states, strict=True):
-            check_finite(plan, reached, expert)
-        here = similarity(torch.stack(states), kernel=rule.kernel, bandwidth=rule.bandwidth)
-        similarity_rows = torch.cat([similarity_rows, here.unsqueeze(0)])
-        merge_layer_by(layer, held)
-
-    with ExitStack() as stack:
-        walks: list[LayerwiseForward] = [
-            stack.enter_context(walk(plan, expert, rule, ids)) for expert, ids in zip(pool, tokens, strict=True)
-        ]
-        for layer in range(layers.blocks + 1):
-            merge_layer(layer)
-    return merge_layer_by(layers.last, plan)
+    held = _with_layer_in_memory(plan, layer) if hold else plan
+    pairs = zip(held.compared, tokens, strict=True)
+    states = step(forwards, [partial(layer_parameters, held, expert, rule, layer, ids) for expert, ids in pairs])
+    for expert, reached in zip(plan.compared, states, strict=True):
+        check_finite(plan, expert, reached)
+    visit(layer, held, torch.stack(states))
 
 
-def hold(plan: Plan, layer: int) -> Plan:
-    """The plan, its checkpoints' tensors of one layer in memory; but not the tables of tokens, of which texts need a few rows only."""
-    names = [name for name in plan.specs if plan.base.layers.of(name) == layer and name not in plan.base.token_tensors]
+def _with_layer_in_memory(plan: Plan, layer: int) -> Plan:
+    """The plan, with its checkpoints' tensors of one layer in memory, except token tensors, of which texts need a few rows only."""
+    names = [name for name in plan.names_of_layer(layer) if name not in plan.base.token_tensors]
 
     def held(checkpoint: Checkpoint, wanted: list[str]) -> HeldCheckpoint:
         return HeldCheckpoint.of(checkpoint, dict(zip(wanted, in_order(checkpoint.read, wanted, plan.threads), strict=True)))
@@ -92,3 +165,8 @@ def hold(plan: Plan, layer: int) -> Plan:
         replace(expert, checkpoint=held(expert.checkpoint, merged)) if isinstance(expert, FullExpert) else expert for expert in plan.experts
     ]
     return replace(plan, base=held(plan.base, names), experts=tuple(experts))
+
+
+def whole_note(error: Unwalkable) -> str:
+    """The note that whole models were run, and why."""
+    return f"whole models were run, not block by block: {error.faults[0].what}"

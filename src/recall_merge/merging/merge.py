@@ -5,9 +5,9 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,22 +19,31 @@ from recall_merge.files.output import OutputFolder, WeightWriter
 from recall_merge.files.record import RECORD, verify_files, write_record
 from recall_merge.files.safetensors import READ
 from recall_merge.merging.distributed import compute_weights_distributed, merge_distributed
-from recall_merge.merging.layerwise import merge_layerwise
+from recall_merge.merging.layerwise import prepare, run_pass
 from recall_merge.merging.plan import Plan, make_plan
-from recall_merge.merging.provenance import hash_models, hashes_of, made_apart, made_from, made_of, public_name, weights_from_record
-from recall_merge.merging.run import MergeRun, RecallWeights
-from recall_merge.merging.samples import typical_texts
-from recall_merge.merging.tensors import conditions, merge_tensors_into
-from recall_merge.merging.validate_output import Reader, check_result, reader
-from recall_merge.merging.weights import MergeWeights, compute_weights, whole_note
-from recall_merge.models.lean import import_clustering
+from recall_merge.merging.record import (
+    hash_models,
+    hashes_of,
+    inputs_for_record,
+    overrides_for_record,
+    public_name,
+    weights_for_record,
+    weights_from_record,
+)
+from recall_merge.merging.run import MergeRun
+from recall_merge.merging.tensors import TensorCollector, Writer, condition_numbers, merge_tensors
+from recall_merge.merging.validate_output import validate_output
+from recall_merge.merging.weights import MergeWeights
 from recall_merge.runtime import memory
-from recall_merge.runtime.errors import MissingExtra, ResultError, Unwalkable
+from recall_merge.runtime.errors import MissingExtra, ResultError
 from recall_merge.runtime.executor import LOCAL, check_executor, open_executor
 from recall_merge.runtime.progress import Progress, Silent
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Draw = Callable[[Mapping[str, Any] | None, Mapping[str, Any], Path], object]
+"""Draws similarity (if any) and weights, in the form of the record, into a file."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +52,8 @@ class MergeResult:
 
     Attributes:
         path: the folder of the result.
-        weighting: similarity and weights by layer, and the typical samples.
-        record: what `record.json` says.
+        merge_weights: similarity and weights by layer, and the typical samples.
+        record: the content of `record.json`.
         notes: what a reader should know.
     """
 
@@ -55,12 +64,12 @@ class MergeResult:
 
     @property
     def models(self) -> tuple[str, ...]:
-        """Names of the columns of `similarity` and `weights`, the newest last."""
+        """The columns of `similarity` and `weights`, newest last."""
         return self.merge_weights.models
 
     @property
     def similarity(self) -> Tensor | None:
-        """(L + 1, models), layers 0..L; None where weights were given."""
+        """(L + 1, models), layers 0..L; None where weights do not come from hidden states."""
         return self.merge_weights.similarity
 
     @property
@@ -69,91 +78,90 @@ class MergeResult:
         return self.merge_weights.weights
 
 
-def merge(run: MergeRun, *, executor: str = LOCAL, progress: Progress | None = None, once: bool = False) -> MergeResult:
+def merge(run: MergeRun, *, executor: str = LOCAL, progress: Progress | None = None, draw: Draw | None = None) -> MergeResult:
     """Merge as the run says.
 
     Args:
         executor: `local`, `ray` or `ray://ADDRESS`; on a cluster, models, samples and the result must lie where every machine finds them.
-        once: this process merges nothing else, so what the check of the result imports may be imported by another one meanwhile.
+        draw: draws the picture of the model card.
 
     Raises:
-        RecallError: with every fault of the run and its files, before any work starts; or with what went wrong later. Nothing is
-            left of a merge that fails, and what stood in the output's place stands as it was.
+        RecallError: with every fault of the run and its files, before any work starts; or with what went wrong later. A merge that
+            fails leaves nothing behind, and what stood in the output's place stays as it was.
     """
     check_executor(executor)
     memory.one_heap()
-    with memory.few_searches(), reader(run) if once else nullcontext() as other:
-        plan = make_plan(run)
-        if once and run.samples is not None:
-            import_clustering()
-        return apply(plan, other, executor=executor, progress=progress)
+    return apply(make_plan(run), executor=executor, progress=progress, draw=draw)
 
 
-def apply(plan: Plan, other: Reader | None = None, *, executor: str = LOCAL, progress: Progress | None = None) -> MergeResult:
-    """Carry out a plan: weights, the pass over the parameters, everything beside them, checks; then the folder takes its place."""
-    if other is not None:
-        other.prepare(plan.base.folder)
-    memory.give_back()  # what making the plan has taken, such as reading tokenizers
+def apply(plan: Plan, *, executor: str = LOCAL, progress: Progress | None = None, draw: Draw | None = None) -> MergeResult:
+    """Carry out a plan: weights, the pass over the parameters, all files beside them, checks; then the folder takes its place."""
+    memory.give_back()  # what making the plan took, such as reading tokenizers
     progress, timings, before = progress or Silent(), Timings(), READ.total
     with OutputFolder(plan.target, overwrite=plan.run.out.overwrite) as out:
         digest = Digest()
-        write = _write if executor == LOCAL else partial(_write_apart, executor)
-        merge_weights, hashes = write(plan, out.path, digest, timings, progress)
+        write = _write_here if executor == LOCAL else partial(_write_distributed, executor)
+        weights, hashes = write(plan, out.path, digest, timings, progress)
         dtype = None if plan.run.out.dtype == "auto" else plan.run.out.dtype
         write_companions(out.path, plan.base.folder, [expert.folder for expert in plan.experts], plan.vocabulary, dtype)
         with timings.of("check"), progress.stage("checking the result", 1, "steps") as advance:
-            check_result(plan, out.path, other)
+            validate_output(plan, out.path)
             advance(1)
         record = {
-            **made_from(plan),
+            **inputs_for_record(plan),
             "models": hashes_of(plan, digest),
-            **made_of(merge_weights),
-            **({"parts": made_apart(plan)} if plan.own else {}),
-            **({"statistics": _statistics(plan, merge_weights)} if plan.method.informed else {}),
-            "notes": [*plan.notes, *merge_weights.notes],
+            **weights_for_record(weights),
+            **({"parts": overrides_for_record(plan)} if plan.overrides else {}),
+            **({"statistics": _statistics(plan, weights)} if plan.method.informed else {}),
+            "notes": [*plan.notes, *weights.notes],
             "bytes": {"read": READ.total - before, "written": plan.bytes_written},
             "peak_memory": peak_memory(),
             "seconds": dict(timings.seconds),
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         plan.inputs.check()
-        _draw(record, out.path)
-        sources = list(dict.fromkeys(place.repo for place in plan.located.values() if place.repo))
+        if draw is not None:
+            _draw(draw, record, out.path)
+        sources = list(dict.fromkeys(model.repo for model in plan.located.values() if model.repo))
         write_model_card(out.path, base=public_name(plan, "base"), base_folder=plan.base.folder, sources=sources, record=record)
         write_record(out.path, {**record, "files": hashes})
         out.commit()
-    return MergeResult(plan.target, merge_weights, record, (*plan.notes, *merge_weights.notes))
+    return MergeResult(plan.target, weights, record, (*plan.notes, *weights.notes))
 
 
-def _write(plan: Plan, folder: Path, digest: Digest, timings: Timings, progress: Progress) -> tuple[MergeWeights, dict[str, str]]:
-    """The weights files of the result, from weights that are known or layer by layer; returns the weights, and the files' hashes."""
-    rule, label = plan.weights, f"merging by {plan.method.name}"
+def merge_in_memory(plan: Plan, progress: Progress | None = None) -> tuple[dict[str, Tensor], MergeWeights]:
+    """The result's tensors, by the same pass, without writing them."""
+    collector = TensorCollector(plan)
+    weights = merge_into(collector, plan, Digest(), Timings(), progress or Silent())
+    return collector.tensors, weights
+
+
+def merge_into(writer: Writer, plan: Plan, digest: Digest, timings: Timings, progress: Progress) -> MergeWeights:
+    """Merge all tensors into a writer: by weights that are known before, or layer by layer as they become known."""
     with timings.of("weights"):
-        ready = (
-            typical_texts(plan, rule, progress) if isinstance(rule, RecallWeights) and plan.by_layer else compute_weights(plan, progress)
-        )
-    with timings.of("merge"):
-        if not isinstance(ready, MergeWeights):
-            try:
-                with progress.stage(label, plan.bytes_written, "bytes") as advance, WeightWriter(folder, plan.shards) as writer:
-                    return merge_layerwise(writer, plan, ready, digest, advance), writer.hashes
-            except Unwalkable as error:
-                merge_weights = compute_weights(plan, progress)
-                ready = replace(merge_weights, notes=(*merge_weights.notes, whole_note(error)))
-        with progress.stage(label, plan.bytes_written, "bytes") as advance, WeightWriter(folder, plan.shards) as writer:
-            merge_tensors_into(writer, plan, ready, digest, advance)
-            return ready, writer.hashes
+        start = prepare(plan, progress)
+    with timings.of("merge"), progress.stage(f"merging by {plan.name}", plan.bytes_written, "bytes") as advance:
+        if isinstance(start, MergeWeights):
+            merge_tensors(plan, start, plan.specs, writer, digest, advance)
+            return start
+        return run_pass(plan, start, merge=lambda held, weights, names: merge_tensors(held, weights, names, writer, digest, advance))
 
 
-def _write_apart(
+def _write_here(plan: Plan, folder: Path, digest: Digest, timings: Timings, progress: Progress) -> tuple[MergeWeights, dict[str, str]]:
+    """The weight files of the result.    -> the weights, and the files' hashes"""
+    with WeightWriter(folder, plan.shards) as writer:
+        return merge_into(writer, plan, digest, timings, progress), writer.hashes
+
+
+def _write_distributed(
     executor: str, plan: Plan, folder: Path, digest: Digest, timings: Timings, progress: Progress
 ) -> tuple[MergeWeights, dict[str, str]]:
-    """The same, by tasks on an executor. It is closed before the folder is, so that of a merge that fails nobody writes on."""
+    """The same by tasks. The executor closes before the folder does, so that nobody goes on writing for a merge that failed."""
     with open_executor(executor, plan.threads) as workers:
         with timings.of("weights"):
-            merge_weights = compute_weights_distributed(plan, workers, progress)
+            weights = compute_weights_distributed(plan, workers, progress)
         with timings.of("merge"):
-            return merge_weights, merge_distributed(plan, merge_weights, workers, folder, digest, progress)
+            return weights, merge_distributed(plan, weights, workers, folder, digest, progress)
 
 
 def reuse(run: MergeRun) -> MergeResult | None:
@@ -168,37 +176,35 @@ def reuse(run: MergeRun) -> MergeResult | None:
         record = verify_files(plan.target)
     except ResultError:
         return None
-    wanted = made_from(plan)
+    wanted = inputs_for_record(plan)
     wanted["run"]["out"]["overwrite"] = record.get("run", {}).get("out", {}).get("overwrite")  # how it got there does not matter
     if any(record.get(key) != value for key, value in wanted.items()) or record.get("models") != hash_models(plan):
         return None
     return MergeResult(plan.target, weights_from_record(record), record, tuple(record["notes"]))
 
 
-def _draw(record: Mapping[str, Any], folder: Path) -> None:
-    """The picture of the model card, where layers differ; without the `report` extra the input statistics has its tables alone."""
-    from recall_merge.report.merge_charts import draw_weights
-
+def _draw(draw: Draw, record: Mapping[str, Any], folder: Path) -> None:
+    """The picture of the model card, where layers differ; without the `report` extra the card has its tables alone."""
     weights = record["weights"]["rows"]
     if "similarity" in record or any(row != weights[0] for row in weights):
         with suppress(MissingExtra):
-            draw_weights(record.get("similarity"), record["weights"], folder / PICTURE)
+            draw(record.get("similarity"), record["weights"], folder / PICTURE)
 
 
 def peak_memory() -> int:
-    """Bytes that this process has held at most since it began, whatever it did before the merge."""
+    """Maximum bytes that this process has held since it began, whatever it did before the merge."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
-def _statistics(plan: Plan, merge_weights: MergeWeights) -> dict[str, Any]:
-    """What the statistics were, and how well the systems that they make are conditioned (a bound for each tensor)."""
-    facts = {
-        e.name: {key: stats.facts[key] for key in ("samples", "tokens", "rank")}
-        for e, stats in zip(plan.experts, plan.statistics, strict=True)
+def _statistics(plan: Plan, weights: MergeWeights) -> dict[str, Any]:
+    """What the input statistics were made from, and a bound of the condition number of each system that they make."""
+    experts = {
+        expert.name: {key: stats.facts[key] for key in ("samples", "tokens", "rank")}
+        for expert, stats in zip(plan.experts, plan.statistics, strict=True)
         if stats
     }
-    return {"experts": facts, "condition": conditions(plan, merge_weights)}
+    return {"experts": experts, "condition": condition_numbers(plan, weights)}
 
 
 class Timings:

@@ -15,8 +15,8 @@ from recall_merge.files.experts import Digest, hash_file
 from recall_merge.files.hub import Located, locate
 from recall_merge.files.names import named_like
 from recall_merge.files.record import RECORD
-from recall_merge.merging.plan import skipped
-from recall_merge.merging.provenance import weights_from_record
+from recall_merge.merging.record import weights_from_record
+from recall_merge.merging.run import skipped
 from recall_merge.merging.verify import verify
 from recall_merge.merging.weights import MergeWeights
 from recall_merge.runtime.errors import Fault, Faults, ResultError

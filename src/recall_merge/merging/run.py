@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -222,6 +223,15 @@ class MergeRun(Section):
             if [other.name for other in experts].count(entry.name) > 1 or entry.name == "base":
                 raise ValueError(f"the name '{entry.name}' is taken twice" if entry.name != "base" else "'base' names the base")
         return experts
+
+
+def skipped(name: str, patterns: Iterable[str]) -> bool:
+    """Whether `skip` names a tensor, by its whole name or by a pattern with *.
+
+    >>> skipped("model.norm.weight", ["*.norm.weight"])
+    True
+    """
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def load_run(path: Path, overrides: Mapping[str, Any] | None = None) -> MergeRun:

@@ -1,4 +1,4 @@
-"""An expert's statistics: run it on the typical samples of its own rows, keep what its linear maps read and how much it mattered, and no text."""
+"""Input statistics of an expert: run it on the typical samples of its own rows, and keep what its linear layers read. No text is kept."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 from recall_merge.files.experts import Expert, hash_expert
 from recall_merge.files.names import Names
 from recall_merge.files.statistics import InputStatistics, open_statistics, parts_of, write_statistics
+from recall_merge.merging.forward import expert_tokenizer, load_expert
 from recall_merge.merging.plan import Plan, make_plan
 from recall_merge.merging.run import MergeRun, RecallWeights
-from recall_merge.merging.samples import TypicalSample, build_expert, expert_tokenizer, labelled, typical_texts
+from recall_merge.merging.samples import choose_samples, encode_samples
+from recall_merge.merging.weights import TypicalSample
 from recall_merge.runtime.errors import CheckpointError
 from recall_merge.runtime.progress import Progress, Silent
 
@@ -19,22 +21,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RANK = 24
-RULE = RecallWeights.model_validate({})
+RULE = RecallWeights.model_validate({})  # typical samples are chosen as RECALL chooses them
 
 
 def make_statistics(run: MergeRun, *, rank: int = RANK, folder: Path | None = None, progress: Progress | None = None) -> InputStatistics:
-    """Make the input statistics of a run's newest expert from the run's samples, and write it into the expert's folder.
+    """Make the input statistics of a run's newest expert from the run's samples, and write them into the expert's folder.
 
     Args:
-        rank: directions kept of each moment.
-        folder: where to write it instead.
+        rank: directions to keep of each second moment.
+        folder: another folder to write to.
 
     Raises:
         RecallError: with every fault of the run; or if the folder cannot be written to.
     """
     plan, progress = make_plan(run, writes=False), progress or Silent()
     expert = plan.experts[-1]
-    _, samples, _ = typical_texts(plan, RULE, progress)
+    samples = choose_samples(plan, RULE, progress).rows
     parts, tensors = _moments(plan, expert, samples, rank, progress)
     facts = {
         "expert": hash_expert(expert),
@@ -49,35 +51,35 @@ def make_statistics(run: MergeRun, *, rank: int = RANK, folder: Path | None = No
         target.mkdir(parents=True, exist_ok=True)
         write_statistics(target, parts, tensors, facts)
     except OSError as error:
-        fix = "give another folder with --out, and name it under `statistics:` of the expert"
+        fix = "give another folder with --out, and name it under `stats:` of the expert"
         raise CheckpointError(f"the input statistics cannot be written: {error.strerror}", where=target, fix=fix) from error
-    stats = open_statistics(target)
-    assert stats is not None
-    return stats
+    statistics = open_statistics(target)
+    assert statistics is not None
+    return statistics
 
 
 def _moments(
     plan: Plan, expert: Expert, samples: Sequence[TypicalSample], rank: int, progress: Progress
 ) -> tuple[dict[str, Tensor], dict[str, tuple[str, int]]]:
-    """The numbers of input statistics by name, and of each tensor that it tells of the group and the axis of its inputs."""
+    """The numbers by name, and for each tensor of the base its group of inputs and the axis along which they run."""
     from recall_merge.maths.moments import compress
     from recall_merge.models.input_moments import input_moments
 
-    rows = labelled(plan, samples, expert_tokenizer(plan, expert))
-    with progress.stage(f"statistics of {expert.name}", sum(len(row.input_ids) for row in rows), "tokens") as advance:
-        found = input_moments(build_expert(plan, expert, RULE), rows, seed=plan.run.seed, progress=advance)
+    rows = encode_samples(plan, samples, expert_tokenizer(plan, expert))
+    with progress.stage(f"input statistics of {expert.name}", sum(len(row.input_ids) for row in rows), "tokens") as advance:
+        groups = input_moments(load_expert(plan, expert, RULE), rows, seed=plan.run.seed, progress=advance)
     names = Names(plan.base)
     parts: dict[str, Tensor] = {}
     tensors: dict[str, tuple[str, int]] = {}
-    for number, inputs in enumerate(found):
+    for number, inputs in enumerate(groups):
         stored = {module: names.find(f"{module}.weight") for module in inputs.modules}
-        told = {name: module for module, name in stored.items() if name is not None and name not in plan.base.token_tensors}
-        if not told or not inputs.tokens:  # a head is no map to align; of a map that nothing reached there is nothing to tell
+        maps = {name: module for module, name in stored.items() if name is not None and name not in plan.base.token_tensors}
+        if not maps or not inputs.tokens:  # a head is no map to align, and a map that no token reached has no inputs
             continue
         group = f"{number:04d}"
-        kept = compress(inputs.moment, rank)
-        parts |= dict(zip(parts_of(group), (kept.factor, kept.rest), strict=True))
-        for name, module in told.items():
+        compressed = compress(inputs.moment, rank)
+        parts |= dict(zip(parts_of(group), (compressed.factor, compressed.rest), strict=True))
+        for name, module in maps.items():
             parts[f"{name}.gradient"] = inputs.gradients[inputs.modules.index(module)]
-        tensors |= dict.fromkeys(told, (group, inputs.axis))
+        tensors |= dict.fromkeys(maps, (group, inputs.axis))
     return parts, tensors

@@ -1,26 +1,21 @@
-"""The pass over the parameters: read every number of every model once, merge it, and hand it on in the order of the plan.
+"""The pass over the parameters: read every number of every model once, merge it, and write it in the order of the plan.
 
-Where a method looks at one number at a time, the unit of work is a span of a few hundred thousand numbers, whatever tensor they are of: all
-that is held of them fits the processor's cache, and the memory that a merge takes does not depend on the model. Where it wants to know
-something of a delta as a whole first (which sizes are the largest), a look at the delta, span by span too, goes before. Other methods are
-given whole tensors. Which it is makes no difference to the result.
+Arithmetic runs in float32 or better, in the order of the experts, and is rounded once. The bytes of the result depend neither on the
+number of threads nor on how tensors are divided into spans.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import partial
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from recall_merge.files.experts import Digest, FullExpert, widen
-from recall_merge.files.output import WeightWriter
 from recall_merge.merging.delta_size import DeltaSizes
 from recall_merge.merging.nonfinite import is_finite, refuse_nonfinite
-from recall_merge.merging.plan import SPAN, Plan
+from recall_merge.merging.plan import Plan
+from recall_merge.merging.spans import Piece, ThresholdSearch, Unit, units
 from recall_merge.merging.weights import MergeWeights
 from recall_merge.runtime import memory
 from recall_merge.runtime.errors import CheckpointError, ResultError
@@ -32,41 +27,50 @@ if TYPE_CHECKING:
     from recall_merge.maths.deltas import Delta
 
 
-def merge_tensors(
-    plan: Plan, merge_weights: MergeWeights, digest: Digest, advance: Callable[[int], None] = lambda _: None
-) -> Iterator[tuple[str, Tensor]]:
-    """The result's tensors in the plan's order and dtypes; arithmetic in float32 or better.
+class Writer(Protocol):
+    """Takes the numbers of the result in the order of the plan."""
 
-    What an expert leaves alone is not touched: where no expert changes a tensor, the base's own numbers are the result, whatever the
-    method (each promises that zero deltas give back the base).
+    def add_piece(self, name: str, piece: Tensor) -> None: ...
+
+
+class TensorCollector:
+    """A writer that keeps the result in memory, in `tensors`."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._specs = plan.specs
+        self._pieces: list[Tensor] = []
+
+    def add_piece(self, name: str, piece: Tensor) -> None:
+        import torch
+
+        self._pieces.append(piece.reshape(-1))
+        spec = self._specs[name]
+        if sum(each.numel() for each in self._pieces) == spec.numel:
+            whole = self._pieces[0] if len(self._pieces) == 1 else torch.cat(self._pieces)
+            self.tensors[name], self._pieces = whole.view(spec.shape), []
+
+
+def merge_tensors(
+    plan: Plan,
+    weights: MergeWeights,
+    names: Iterable[str],
+    writer: Writer,
+    digest: Digest,
+    advance: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Merge the tensors named and hand them to the writer, in the plan's order and dtypes.
+
+    A tensor that no expert changes keeps the base's own numbers, whatever the method: each method promises as much of zero deltas.
 
     Args:
-        digest: is told of every tensor of the base.
-        advance: is told the bytes of each tensor when it is done.
+        digest: takes in every tensor of the base, as the full experts' own digests take in theirs.
+        advance: is called with the bytes that were written.
 
     Raises:
         CheckpointError: if a model holds NaN or infinity, or an expert changes a tensor out of all proportion; all such are named.
         ResultError: if the merge overflows.
     """
-
-    def one(name: str) -> tuple[str, Tensor]:
-        return name, merge_tensor(plan, merge_weights, name, digest, sizes)
-
-    with _explained(plan) as sizes:
-        for name, merged in in_order(one, plan.specs, plan.threads):
-            yield name, merged
-            advance(plan.specs[name].nbytes)
-
-
-def merge_tensors_into(
-    writer: WeightWriter,
-    plan: Plan,
-    merge_weights: MergeWeights,
-    digest: Digest,
-    advance: Callable[[int], None],
-    names: Iterable[str] | None = None,
-) -> None:
-    """Write what `merge_tensors` gives (of the tensors named, if any are), span by span where the method allows it. Arguments and errors are its."""
     memory.one_heap()
     digests = [digest, *(expert.digest for expert in plan.experts if isinstance(expert, FullExpert))]
     failures: list[BaseException] = []
@@ -74,170 +78,110 @@ def merge_tensors_into(
 
     def work(unit: Unit | ThresholdSearch) -> list[tuple[str, Tensor]]:
         if isinstance(unit, ThresholdSearch):
-            unit.take(plan)
+            unit.run(plan)
             return []
-        try:  # small tensors are Python's work, which threads do in turns: to leave a turn in the middle makes it twice as long
+        try:  # small tensors are Python's work, which threads can only do in turns: switching inside a turn makes it twice as long
             with turn if len(unit) > 1 else nullcontext():
-                return [
-                    (part.name, merge_tensor(plan, merge_weights, part.name, digest, sizes, part.span, part.thresholds)) for part in unit
-                ]
+                return [(piece.name, _merge_piece(plan, weights, piece, digest, sizes)) for piece in unit]
         except BaseException as error:
             failures.append(error)
-            for waited_for in digests:
-                waited_for.stop()
-            raise failures[0] from None  # the others stopped because of it
+            for waiting in digests:
+                waiting.stop()
+            raise failures[0] from None  # the other threads stopped because of the first one
 
     with _explained(plan) as sizes:
-        for unit in in_order(work, _units(plan, plan.specs if names is None else names), plan.threads):
+        for unit in in_order(work, units(plan, names), plan.threads):
             for name, merged in unit:
                 writer.add_piece(name, merged)
             advance(sum(merged.nbytes for _, merged in unit))
 
 
-@dataclass(frozen=True)
-class ThresholdSearch:
-    """What a method needs to know of one expert's delta before its spans can be merged. They wait for it."""
-
-    name: str
-    expert: int
-    found: Future[Any] = field(default_factory=Future)
-
-    def take(self, plan: Plan) -> None:
-        try:
-            self.found.set_result(_find_threshold(plan, self.name, self.expert))
-        except BaseException as error:
-            self.found.set_exception(error)
+def weights_of(plan: Plan, weights: MergeWeights, name: str) -> list[float]:
+    """The experts' weights for one tensor: its own, or those of its layer."""
+    override = plan.overrides.get(name)
+    if override is not None and override.weights is not None:
+        return list(override.weights)
+    return weights.of_experts(plan.base.layers.of(name))
 
 
-@dataclass(frozen=True)
-class Part:
-    """A tensor, or a span of it, with the looks that go before."""
+def condition_numbers(plan: Plan, weights: MergeWeights) -> dict[str, float]:
+    """A bound of the condition number of the system that the merge solves, for each tensor with input statistics."""
+    from recall_merge.maths.methods.aligned import condition
 
-    name: str
-    span: range | None = None
-    searches: tuple[ThresholdSearch, ...] = ()
-
-    @property
-    def thresholds(self) -> list[Any] | None:
-        return [search.found.result() for search in self.searches] or None
-
-
-Unit = list[Part]
-"""Tensors, or a span of one, that are worked on together."""
+    numbers: dict[str, float] = {}
+    for name in plan.specs:
+        moments = [moment and moment[0] for moment in _moments(plan, name)]
+        if any(moment is not None for moment in moments):
+            options = {key: value for key, value in plan.options_of(name).items() if key in ("keep", "ridge")}
+            numbers[name] = condition(moments, weights_of(plan, weights, name), **options)
+    return numbers
 
 
-def _units(plan: Plan, names: Iterable[str]) -> Iterator[Unit | ThresholdSearch]:
-    """Tensors in the order of writing: the large ones in spans, if the method allows it, the small ones together."""
-    unit: Unit = []
-    held = 0
-    for name in names:
-        spec = plan.specs[name]
-        if unit and held + spec.numel > SPAN:
-            yield unit
-            unit, held = [], 0
-        if plan.in_spans(name):
-            searches = tuple(ThresholdSearch(name, q) for q in range(len(plan.experts)) if plan.needs_thresholds(name))
-            yield from searches
-            for start in range(0, spec.numel, SPAN):
-                yield [Part(name, range(start, min(start + SPAN, spec.numel)), searches)]
-        else:
-            unit.append(Part(name))
-            held += spec.numel
-    if unit:
-        yield unit
-
-
-def _find_threshold(plan: Plan, name: str, q: int) -> Any:
-    """What the method finds when it looks at expert q's whole delta, by reading it span by span, a few times over."""
-    import torch
-
-    from recall_merge.maths.methods.order import kth_largest_size
-
-    expert, spec = plan.experts[q], plan.base.tensors[name].spec
-    dtype = torch.promote_types(spec.torch_dtype, torch.float32)
-    assert plan.method.find_threshold is not None
-
-    def read(span: range) -> Tensor:
-        base = widen(plan.base.read(name, span))
-        return expert.read_delta(name, base, span) if isinstance(expert, FullExpert) else base.new_zeros(base.shape)
-
-    kth = partial(kth_largest_size, read, spec.numel, span=SPAN)
-    return plan.method.find_threshold(kth, spec.numel, dtype, q, plan.options_of(name))
-
-
-def merge_tensor(
-    plan: Plan,
-    merge_weights: MergeWeights,
-    name: str,
-    digest: Digest,
-    sizes: DeltaSizes,
-    span: range | None = None,
-    thresholds: list[Any] | None = None,
-) -> Tensor:
-    """One tensor of the result; or of its numbers in their order those of a span, where method and experts allow it, with what a look at
-    the deltas has found, where the method wants one."""
+def _merge_piece(plan: Plan, weights: MergeWeights, piece: Piece, digest: Digest, sizes: DeltaSizes) -> Tensor:
+    """One tensor of the result, or a span of one."""
+    name, span = piece.name, piece.span
     stored = plan.base.read(name, span)
     if span:
         digest.add_piece(name, plan.base.tensors[name].spec, span.start, stored)
     else:
         digest.add(name, stored)
-    spec = plan.specs[name]
+    dtype = plan.specs[name].torch_dtype
     if not plan.merges(name) and not plan.aligns(name):
-        return stored.to(spec.torch_dtype)
-    weights = plan.weights_of(name, merge_weights)
-    base, deltas = _deltas(plan, name, widen(stored), weights, span)
+        return stored.to(dtype)
+    tensor_weights = weights_of(plan, weights, name)
+    base, deltas = _deltas(plan, name, widen(stored), tensor_weights, span)
     sizes.add(name, base, deltas)
-    merged = (
-        base if all(delta is None for delta in deltas) else _scaled(plan, name, base, _merge(plan, name, base, deltas, weights, thresholds))
-    )
-    merged = merged.to(spec.torch_dtype)
+    if all(delta is None for delta in deltas):
+        merged = base.to(dtype)
+    else:
+        merged = _scaled(plan, name, base, _apply_method(plan, name, base, deltas, tensor_weights, piece.thresholds)).to(dtype)
     if not is_finite(merged):
         raise _NonFinite(name)
     return merged
 
 
-@contextmanager
-def _explained(plan: Plan) -> Iterator[DeltaSizes]:
-    """Measure what is merged; say of numbers that are not finite, or too large, where they come from."""
-    sizes = DeltaSizes(plan)
-    try:
-        yield sizes
-    except _NonFinite as found:
-        refuse_nonfinite(plan)
-        sizes.check()
-        raise ResultError(
-            f"the merge overflows {plan.specs[found.tensor].dtype} in '{found.tensor}'", fix="lower `scale`, or give `out.dtype: float32`"
-        ) from None
-    sizes.check()
+def _deltas(plan: Plan, name: str, base: Tensor, weights: Sequence[float], span: range | None) -> tuple[Tensor, list[Delta | None]]:
+    """The base and what each expert adds to it, both in the rows of the result."""
+    if plan.vocabulary is not None and plan.aligns(name):
+        own = [expert.own(name, base) for expert in plan.experts]
+        base = plan.vocabulary.align_base(base)
+        return base, list(plan.vocabulary.align_deltas(base, own, weights))
+    return base, [expert.delta(name, base, span) for expert in plan.experts]
 
 
-def _merge(plan: Plan, name: str, base: Tensor, deltas: list[Delta | None], weights: list[float], thresholds: list[Any] | None) -> Tensor:
-    """Apply the method. Tables of tokens are no linear maps: methods that are made for those leave them to `linear`."""
+def _apply_method(
+    plan: Plan, name: str, base: Tensor, deltas: list[Delta | None], weights: list[float], thresholds: list[Any] | None
+) -> Tensor:
+    """Call the method with what it needs. Token tensors are no linear maps: methods for matrices leave them to `linear`."""
     from recall_merge.maths.methods import METHODS, Draws
 
-    method, given = plan.method, plan.options_of(name)
+    method, options = plan.method, plan.options_of(name)
     if method.matrices and name in plan.base.token_tensors:
-        method, given = METHODS["linear"], {key: value for key, value in given.items() if key == "scale"}
-    if method.sums and plan.run.prune is None:  # pruning compares each with the mean of all
+        method, options = METHODS["linear"], {key: value for key, value in options.items() if key == "scale"}
+    if method.sums and plan.run.prune is None:  # pruning compares each delta with the mean of all
         weights = [weight for weight, delta in zip(weights, deltas, strict=True) if delta is not None]
         deltas = [delta for delta in deltas if delta is not None]
-    ready = _pruned(plan, [_ready(delta, base, method.factors and plan.run.prune is None) for delta in deltas])
+    ready = _pruned(plan, [_as_taken(delta, base, method.factors and plan.run.prune is None) for delta in deltas])
     if method.random:
-        given["draws"] = Draws(plan.run.seed, name, tuple(expert.name for expert in plan.experts))
+        options["draws"] = Draws(plan.run.seed, name, tuple(expert.name for expert in plan.experts))
     if thresholds is not None:
-        given["thresholds"] = thresholds
+        options["thresholds"] = thresholds
     if not method.informed:
-        return method.function(base, ready, weights, **given)
-    known = [None if stats is None else stats.moment(name) for stats in plan.statistics]
-    moments = [None if found is None else found[0] for found in known]
-    if any(found is not None and found[1] == 0 for found in known):  # stored as (i, o): the mathematics wants (o, i)
-        turned = [_transposed(delta) for delta in ready]
-        return method.function(base.mT.contiguous(), turned, weights, moments=moments, **given).mT.contiguous()
-    return method.function(base, ready, weights, moments=moments, **given)
+        return method.function(base, ready, weights, **options)
+    moments = _moments(plan, name)
+    options["moments"] = [moment and moment[0] for moment in moments]
+    if any(moment is not None and moment[1] == 0 for moment in moments):  # stored as (i, o): the mathematics wants (o, i)
+        return method.function(base.mT.contiguous(), [_transposed(delta) for delta in ready], weights, **options).mT.contiguous()
+    return method.function(base, ready, weights, **options)
+
+
+def _moments(plan: Plan, name: str) -> list[Any]:
+    """Per expert, the second moment of a tensor's inputs and the axis along which they run; None where it has no statistics of it."""
+    return [None if stats is None else stats.moment(name) for stats in plan.statistics]
 
 
 def _pruned(plan: Plan, deltas: list[Delta]) -> list[Delta]:
-    """The deltas without what the run prunes of them; then they are dense."""
+    """The deltas, dense, without the entries that the run prunes."""
     from recall_merge.maths.deltas import dense
     from recall_merge.maths.methods.wrappers import prune_by_saliency
 
@@ -247,7 +191,7 @@ def _pruned(plan: Plan, deltas: list[Delta]) -> list[Delta]:
 
 
 def _scaled(plan: Plan, name: str, base: Tensor, merged: Tensor) -> Tensor:
-    """What the merge adds to the base, times the scale of its layer where the run has one."""
+    """Scale what the merge adds to the base, where the run has a scale per layer."""
     from recall_merge.maths.methods.wrappers import lines_scales
 
     if plan.run.scale_by_layer is None:
@@ -256,23 +200,8 @@ def _scaled(plan: Plan, name: str, base: Tensor, merged: Tensor) -> Tensor:
     return base + lines_scales(layers.blocks, alpha=scale.alpha, beta=scale.beta)[layers.of(name)] * (merged - base)
 
 
-def _transposed(delta: Delta) -> Delta:
-    from recall_merge.maths.deltas import LowRank
-
-    return LowRank(delta.down.mT, delta.up.mT) if isinstance(delta, LowRank) else delta.mT.contiguous()
-
-
-def _deltas(plan: Plan, name: str, base: Tensor, weights: list[float], span: range | None) -> tuple[Tensor, list[Delta | None]]:
-    """What each expert adds to the base, both in the rows of the result."""
-    if plan.vocabulary is not None and plan.aligns(name):
-        own = [expert.own(name, base) for expert in plan.experts]
-        base = plan.vocabulary.align_base(base)
-        return base, list(plan.vocabulary.align_deltas(base, own, weights))
-    return base, [expert.delta(name, base, span) for expert in plan.experts]
-
-
-def _ready(delta: Delta | None, base: Tensor, factors: bool) -> Delta:
-    """A delta in the form that the method takes."""
+def _as_taken(delta: Delta | None, base: Tensor, factors: bool) -> Delta:
+    """A delta in the form that the method takes: low-rank factors, or a dense tensor."""
     from recall_merge.maths.deltas import dense
 
     if delta is None:
@@ -280,18 +209,24 @@ def _ready(delta: Delta | None, base: Tensor, factors: bool) -> Delta:
     return delta if factors else dense(delta)
 
 
-def conditions(plan: Plan, merge_weights: MergeWeights) -> dict[str, float]:
-    """Of each tensor that the experts' statistics tell of, a bound of the condition number of the system that the merge solves."""
-    from recall_merge.maths.methods.aligned import condition
+def _transposed(delta: Delta) -> Delta:
+    from recall_merge.maths.deltas import LowRank
 
-    found: dict[str, float] = {}
-    for name in plan.specs:
-        known = [None if stats is None else stats.moment(name) for stats in plan.statistics]
-        if any(known):
-            moments = [None if one is None else one[0] for one in known]
-            options = {key: value for key, value in plan.options_of(name).items() if key in ("keep", "ridge")}
-            found[name] = condition(moments, plan.weights_of(name, merge_weights), **options)
-    return found
+    return LowRank(delta.down.mT, delta.up.mT) if isinstance(delta, LowRank) else delta.mT.contiguous()
+
+
+@contextmanager
+def _explained(plan: Plan) -> Iterator[DeltaSizes]:
+    """Measure the deltas, and name the models that cause numbers that are not finite or out of all proportion."""
+    sizes = DeltaSizes(plan)
+    try:
+        yield sizes
+    except _NonFinite as error:
+        refuse_nonfinite(plan)
+        sizes.check()
+        what = f"the merge overflows {plan.specs[error.tensor].dtype} in '{error.tensor}'"
+        raise ResultError(what, fix="lower `scale`, or give `out.dtype: float32`") from None
+    sizes.check()
 
 
 class _NonFinite(CheckpointError):

@@ -20,7 +20,7 @@ from recall_merge.files.experts import AdapterExpert, Expert, FullExpert, widen
 from recall_merge.files.names import named_like
 from recall_merge.files.record import RECORD
 from recall_merge.files.statistics import InputStatistics, open_statistics
-from recall_merge.merging.plan import skipped
+from recall_merge.merging.run import skipped
 from recall_merge.runtime.errors import CheckpointError
 from recall_merge.runtime.progress import Progress
 

@@ -88,10 +88,10 @@ def about(record: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def representations_of(record: Mapping[str, Any]) -> RecallWeights | None:
     """How the weights came from representations; None where they were given."""
-    from recall_merge.merging.rules import rules_of
+    from recall_merge.merging.rules import make_rules
 
     try:
-        rule = rules_of(parse(MergeRun, dict(record["run"]), where="record.json")).weights
+        rule = make_rules(parse(MergeRun, dict(record["run"]), where="record.json")).weights
     except RecallError:  # a record of a version that knew other options
         return None
     return rule if isinstance(rule, RecallWeights) else None

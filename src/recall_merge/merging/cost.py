@@ -1,0 +1,135 @@
+"""What a plan will cost: memory from its tensors' sizes, and time from a probe of this machine. Both are estimates, and called so."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass
+
+from recall_merge.files.safetensors import Stored
+from recall_merge.merging.plan import Plan
+from recall_merge.merging.run import LossWeights, RecallWeights
+from recall_merge.merging.spans import SPAN, TWICE, in_spans
+
+CHARACTERS_PER_TOKEN = 4  # of English prose under byte-level tokenizers
+PROBE = 1 << 24  # bytes that are read and hashed; enough to get past the first page faults
+
+
+def passes(plan: Plan) -> str:
+    """How often the models are read, and why."""
+    if not isinstance(plan.weights, RecallWeights | LossWeights):
+        return "one pass over all models" + (f", tensors of more than {TWICE:,} numbers twice" if plan.method.find_threshold else "")
+    newest = f"'{plan.experts[-1].name}' once for the typical samples"
+    if plan.single_pass:
+        return f"{newest}, then one pass over all models, layer by layer"
+    if isinstance(plan.weights, LossWeights):
+        return f"{newest}, all models whole for their losses, then one pass over all models"
+    return f"{newest}, all models layer by layer for the weights (the ablation needs all layers), then one pass over all models"
+
+
+def peak_memory(plan: Plan) -> int:
+    """Maximum bytes that a merge holds, beside the interpreter's own.
+
+    In a single pass, the merge also holds one layer of base and experts, the blocks that run, and the samples' hidden states.
+    """
+    if plan.single_pass:
+        return merge_memory(plan) + _block(plan) * (len(plan.experts) + 2) + _states(plan, len(plan.compared))
+    weights = isinstance(plan.weights, RecallWeights | LossWeights)
+    return max(merge_memory(plan), weights_memory(plan)) if weights else merge_memory(plan)
+
+
+def weights_memory(plan: Plan) -> int:
+    """Maximum bytes that the weights alone take: the blocks that run, as read and as bound, or a whole model for its loss."""
+    if isinstance(plan.weights, LossWeights):
+        return whole_model_memory(plan)
+    return 2 * min(plan.threads, len(plan.compared)) * _block(plan) + _states(plan, len(plan.compared))
+
+
+def forward_memory(plan: Plan) -> int:
+    """Bytes of one model's forward pass block by block: a block as it is read and as it runs, and the hidden states."""
+    return 2 * _block(plan) + _states(plan, 1)
+
+
+def whole_model_memory(plan: Plan) -> int:
+    """Bytes of one model's forward pass as a whole: the model, twice for a moment while it is built."""
+    return 2 * _width(plan) * sum(spec.numel for spec in plan.specs.values())
+
+
+def merge_memory(plan: Plan) -> int:
+    """Bytes of the pass over the parameters: per thread one tensor, or one span, of base, experts and result in float32, and finished
+    ones that wait for their turn to be written."""
+    sizes = [SPAN if in_spans(plan, name) else spec.numel for name, spec in plan.specs.items()]
+    tensors = len(plan.experts) + 3 + (len(plan.experts) + 1 if plan.run.prune is not None else 0)
+    return 4 * (tensors + 1) * sum(sorted(sizes)[-plan.threads :])
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds for the pass over the parameters, and for the forward passes."""
+
+    passes: float
+    forward: float
+
+    @property
+    def seconds(self) -> float:
+        return self.passes + self.forward
+
+
+def estimate_time(plan: Plan) -> Estimate:
+    """Time a read, a hash and a matrix product, and scale them to the plan's bytes and floating-point operations.
+
+    A forward pass takes 2 operations per parameter and token (Kaplan et al. 2020, arXiv:2001.08361, section 2.1).
+    """
+    largest = max(plan.base.tensors.values(), key=lambda stored: stored.spec.nbytes)
+    per_byte = _seconds_per_byte(largest) / plan.threads
+    merging = per_byte * (plan.bytes_read + plan.bytes_written)
+    if not isinstance(plan.weights, RecallWeights | LossWeights):
+        return Estimate(merging, 0.0)
+    lengths = [len(row.plain) + len(row.completion) for row in plan.rows]
+    mean = sum(lengths) / len(lengths) / CHARACTERS_PER_TOKEN
+    tokens = mean * (min(len(lengths), plan.samples.pool) + plan.samples.count * len(plan.experts))
+    operations = 2 * tokens * sum(spec.numel for spec in plan.specs.values())
+    reading = per_byte * (plan.experts[-1].nbytes + (0 if plan.single_pass else plan.bytes_read))
+    return Estimate(merging, reading + operations / (_operations_per_second() * plan.threads))
+
+
+def _width(plan: Plan) -> int:
+    """Bytes per number in a forward pass."""
+    return 2 if isinstance(plan.weights, RecallWeights) and plan.weights.precision == "bfloat16" else 4
+
+
+def _block(plan: Plan) -> int:
+    """Bytes of the largest layer in float32, without token tensors, which are never held."""
+    layers = plan.base.layers
+    sizes = [0] * (layers.last + 1)
+    for name, spec in plan.specs.items():
+        if name not in plan.base.token_tensors:
+            sizes[layers.of(name)] += 4 * spec.numel
+    return max(sizes)
+
+
+def _states(plan: Plan, models: int) -> int:
+    """Bytes of the hidden states at a layer, with a few times as many at work in a block; lengths are guessed from the rows' characters."""
+    limit = plan.samples.max_tokens
+    lengths = sorted(min(limit, len(row.plain + row.completion) // CHARACTERS_PER_TOKEN + 1) for row in plan.rows)
+    tokens = max(sum(lengths[-plan.samples.pool :]), sum(lengths[-plan.samples.count :]) * models)
+    return 4 * _width(plan) * tokens * plan.base.tensors[plan.base.embedding].spec.shape[-1]
+
+
+def _seconds_per_byte(stored: Stored) -> float:
+    buffer = bytearray(min(PROBE, stored.spec.nbytes))
+    start = time.perf_counter()
+    stored.fill(memoryview(buffer))
+    hashlib.sha256(buffer).digest()
+    return (time.perf_counter() - start) / len(buffer)
+
+
+def _operations_per_second() -> float:
+    import torch
+
+    n = 1024
+    matrix = torch.ones(n, n)
+    _ = matrix @ matrix  # the first product also pays for setting up
+    start = time.perf_counter()
+    _ = matrix @ matrix
+    return 2 * n**3 / (time.perf_counter() - start) / torch.get_num_threads() / 2  # models reach about half of the peak

@@ -1,0 +1,126 @@
+"""An expert's forward pass as the merge needs it: block by block with one layer of it in memory, or as a whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from recall_merge.files.experts import Expert, own_rows, own_tensor, own_tensors
+from recall_merge.files.vocabulary import read_vocabulary
+from recall_merge.merging.nonfinite import refuse_nonfinite
+from recall_merge.merging.plan import Plan
+from recall_merge.merging.run import RecallWeights
+from recall_merge.runtime.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from recall_merge.models.layerwise import LayerwiseForward
+
+Tokens = Sequence[Sequence[int]]
+
+
+def expert_tokenizer(plan: Plan, expert: Expert) -> Any:
+    """The base's tokenizer, which all models share; where vocabularies differ, the expert's own."""
+    from recall_merge.models.load import load_tokenizer
+
+    own = plan.vocabulary is not None and read_vocabulary(expert.folder) is not None
+    return load_tokenizer(expert.folder if own else plan.base.folder)
+
+
+def tokens_of(plan: Plan, expert: Expert, texts: Sequence[str]) -> list[list[int]]:
+    """Texts as the token ids that an expert reads."""
+    from recall_merge.models.hidden_states import tokenize
+
+    return tokenize(texts, expert_tokenizer(plan, expert), max_tokens=plan.samples.max_tokens)
+
+
+def start_forward(plan: Plan, expert: Expert, rule: RecallWeights, tokens: Tokens) -> LayerwiseForward:
+    """A forward pass over texts that waits before each block for that block's parameters."""
+    from recall_merge.models.layerwise import LayerwiseForward
+
+    spec = expert.spec(plan.base.embedding)
+    rows = plan.base.vocabulary_size if spec is None else spec.shape[0]
+    return LayerwiseForward(
+        plan.base.folder,
+        tokens,
+        plan.base.layers,
+        dtype=rule.precision,
+        vocabulary_size=rows,
+        pooling=rule.pooling,
+        threads=plan.threads,
+    )
+
+
+def layer_parameters(plan: Plan, expert: Expert, rule: RecallWeights, layer: int, tokens: Tokens) -> dict[str, Tensor]:
+    """An expert's parameters at one layer. Token tensors hold only the rows that the texts need, where they can be read by rows."""
+    import torch
+
+    rows = sorted({token for ids in tokens for token in ids}) if layer == 0 else []
+    parameters = {}
+    for name in plan.base.tensors:
+        if plan.base.layers.of(name) != layer:
+            continue
+        if name in plan.base.token_tensors and expert.comes_in_pieces(name):
+            parameters[name] = own_rows(expert, plan.base, name, rows, plan.merges, dtype=getattr(torch, rule.precision))
+        else:
+            parameters[name] = own_tensor(expert, plan.base, name, plan.merges)
+    return parameters
+
+
+def hidden_states_at(
+    plan: Plan, expert: Expert, rule: RecallWeights, tokens: Tokens, layers: Iterable[int], advance: Callable[[int], None] = lambda _: None
+) -> Tensor:
+    """An expert's pooled hidden states of texts at some layers, in rising order, block by block.    -> (layers, m, d), float32
+
+    Raises:
+        Unwalkable: if the architecture cannot be run so.
+    """
+    import torch
+
+    wanted = list(layers)
+    states = []
+    with start_forward(plan, expert, rule, tokens) as forward:
+        for layer in range(wanted[-1] + 1):
+            reached = forward.step(layer_parameters(plan, expert, rule, layer, tokens))
+            if layer in wanted:
+                states.append(reached)
+            advance(1)
+    return _checked(plan, expert, torch.stack(states))
+
+
+def whole_hidden_states_at(plan: Plan, expert: Expert, rule: RecallWeights, tokens: Tokens, layers: Iterable[int]) -> Tensor:
+    """The same from a whole model, for architectures that cannot be run block by block."""
+    from recall_merge.models.hidden_states import representations
+
+    model = load_expert(plan, expert, rule)
+    return _checked(
+        plan,
+        expert,
+        representations(model, tokens, plan.base.layers, at=list(layers), pooling=rule.pooling, threads=plan.threads),
+    )
+
+
+def load_expert(plan: Plan, expert: Expert, rule: RecallWeights) -> Any:
+    """An expert as a whole transformers model."""
+    from recall_merge.models.load import build_model
+
+    tensors = own_tensors(expert, plan.base, plan.merges)
+    return build_model(plan.base.folder, tensors, dtype=rule.precision, vocabulary_size=len(tensors[plan.base.embedding]))
+
+
+def _checked(plan: Plan, expert: Expert, states: Tensor) -> Tensor:
+    check_finite(plan, expert, states)
+    return states
+
+
+def check_finite(plan: Plan, expert: Expert, states: Tensor) -> None:
+    """Refuse hidden states that are not finite, and name the model and the tensor that cause them.
+
+    Raises:
+        CheckpointError: if there are any.
+    """
+    if not states.isfinite().all():
+        refuse_nonfinite(plan)
+        fix = "its weights are finite, so the forward pass overflows: check the training that made it"
+        raise CheckpointError(f"expert '{expert.name}' has hidden states that are not finite", where=expert.folder, fix=fix)

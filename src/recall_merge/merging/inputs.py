@@ -1,0 +1,115 @@
+"""The models of a run, opened and checked against the base; weights are not read, except to tell one state of a model from another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from recall_merge.files.adapter import CONFIG, Adapter, is_adapter, open_adapter
+from recall_merge.files.checkpoint import Checkpoint, open_checkpoint
+from recall_merge.files.experts import AdapterExpert, BaseExpert, Expert, FullExpert, check_checkpoint, hash_expert
+from recall_merge.files.hashing import Watch, same_weights, watch
+from recall_merge.files.hub import Located, Reference, cached_folder, locate, meaning
+from recall_merge.files.names import named_like
+from recall_merge.files.statistics import InputStatistics, open_statistics
+from recall_merge.merging.run import ExpertEntry, MergeRun, skipped
+from recall_merge.runtime.errors import CheckpointError, Faults
+
+
+def locate_models(run: MergeRun, download: bool) -> tuple[dict[str, Located], Faults, Watch]:
+    """Where the models are, the faults of those that cannot be found, and the present state of all files that will be read."""
+    faults, located = Faults(), {}
+    for name, reference in {"base": run.base, **{entry.name: entry.path for entry in run.experts}}.items():
+        with faults.collect():
+            located[name] = locate(reference, weights=download)
+    others = [entry.stats for entry in run.experts] + [run.samples.path if run.samples is not None else None]
+    return located, faults, watch([*(model.folder for model in located.values()), *(Path(path) for path in others if path is not None)])
+
+
+def open_base(located: Located) -> Checkpoint:
+    if is_adapter(located.folder):
+        raise CheckpointError("the base is an adapter", where=located.folder, fix="give the model that the adapter was trained on")
+    return open_checkpoint(located.folder, located.remote)
+
+
+def open_expert(entry: ExpertEntry, located: Located, base: Checkpoint, run: MergeRun) -> Expert:
+    """An expert that fits the base.
+
+    Raises:
+        CheckpointError: with every difference.
+    """
+    if is_adapter(located.folder):
+        adapter = open_adapter(located.folder, base, located.remote)
+        check_adapter_base(entry.name, adapter, base, run.base, entry.same_base)
+        return AdapterExpert(entry.name, adapter)
+    checkpoint = named_like(open_checkpoint(located.folder, located.remote), base)
+    check_checkpoint(entry.name, checkpoint, base, lambda tensor: skipped(tensor, run.skip), is_base=entry.is_base)
+    return BaseExpert(checkpoint, entry.name) if entry.is_base else FullExpert(entry.name, checkpoint)
+
+
+def check_adapter_base(expert: str, adapter: Adapter, base: Checkpoint, base_reference: str, same_base: bool) -> None:
+    """Check that an adapter was trained on the run's base: its config names it, or names a local model with the same weights.
+
+    Args:
+        expert: the expert's name.
+        base_reference: the base as the run names it, a folder or a hub name.
+        same_base: the user vouches for it.
+
+    Raises:
+        CheckpointError: if the config names no model, another model, or one that is not here to be compared.
+    """
+    if same_base:
+        return
+    named, revision = adapter.config.get("base_model_name_or_path"), adapter.config.get("revision")
+    where, fix = adapter.folder / CONFIG, "set `same_base: true` on the expert if it is the same model under another name"
+    if not isinstance(named, str) or not named:
+        raise CheckpointError(f"the adapter '{expert}' does not say which model it was trained on", where=where, fix=fix)
+    theirs, ours = meaning(named, revision), meaning(base_reference)
+    if theirs is not None and ours is not None and (theirs == ours or (isinstance(theirs, Reference) and theirs.covers(ours))):
+        return
+    folder = cached_folder(theirs) if isinstance(theirs, Reference) else theirs
+    if folder is not None:
+        with suppress(CheckpointError):  # a folder that is no model we could merge is not the base either
+            if same_weights(open_checkpoint(folder), base):
+                return
+    what = f"the adapter '{expert}' was trained on '{named}', the run's base is '{base_reference}'"
+    raise CheckpointError(what + ("" if folder else ", and the former is not here to be compared"), where=where, fix=fix)
+
+
+def check_distinct(run: MergeRun, located: Mapping[str, Located], faults: Faults) -> None:
+    """No two experts may be the same folder."""
+    owners: dict[Path, str] = {}
+    for entry in run.experts:
+        if entry.name not in located:
+            continue
+        folder = located[entry.name].folder.resolve()
+        if folder in owners:
+            faults.add(f"experts '{owners[folder]}' and '{entry.name}' are the same folder", where=folder, fix="list each expert once")
+        owners.setdefault(folder, entry.name)
+
+
+def read_statistics(
+    run: MergeRun, experts: Sequence[Expert], base: Checkpoint, located: Mapping[str, Located], faults: Faults
+) -> tuple[InputStatistics | None, ...]:
+    """The input statistics of each expert; None where it has none.
+
+    Statistics of another state of an expert would mislead, so they are refused. Of a model whose weights are still on the hub
+    that cannot be told yet.
+    """
+    fix = "make them again with `recall stats`"
+    statistics: list[InputStatistics | None] = []
+    for expert, entry in zip(experts, run.experts, strict=True):
+        stats = None
+        with faults.collect():
+            stats = open_statistics(Path(entry.stats) if entry.stats else expert.folder)
+            if stats is None and entry.stats:
+                raise CheckpointError("this folder has no input statistics", where=entry.stats, fix="make them with `recall stats`")
+            if stats is not None and not located[entry.name].remote and stats.facts["expert"] != hash_expert(expert):
+                what = f"the input statistics of expert '{expert.name}' were made for another state of it"
+                raise CheckpointError(what, where=stats.folder, fix=fix)
+            if stats is not None and (misfits := stats.misfits(base.specs)):
+                what = f"the input statistics of expert '{expert.name}' do not fit the inputs of '{misfits[0]}'"
+                raise CheckpointError(what, where=stats.folder, fix=fix)
+        statistics.append(stats)
+    return tuple(statistics)
