@@ -66,7 +66,9 @@ def test_sizes(run, text, size):
 def test_weights_are_a_word_numbers_or_options(run):
     assert run(weights="uniform").weights == "uniform"
     assert run(weights=[0, 2.5]).weights == [0.0, 2.5]
-    assert run(weights={"recall": {"kernel": "cka", "bandwidth": 0.5}}).weights == FromHiddenStates(recall=RecallWeights(kernel="cka", bandwidth=0.5))
+    assert run(weights={"recall": {"kernel": "cka", "bandwidth": 0.5}}).weights == FromHiddenStates(
+        recall=RecallWeights(kernel="cka", bandwidth=0.5)
+    )
     assert run(weights={"recall": {}}).weights == FromHiddenStates(recall=RecallWeights())
 
 
@@ -103,7 +105,10 @@ FAULTS = {  # keys -> what is said of them, and how to mend it; (what, fix) more
     "a word for weights": ({"weights": "equal"}, [("'weights': Input should be 'uniform'", "it is 'equal' now")]),
     "weights below 0": ({"weights": [1, -1]}, [("'weights.1': Input should be greater than or equal to 0", "it is -1 now")]),
     "weights that are no numbers": ({"weights": [float("nan")]}, [("'weights.0': Input should be a finite number", "it is nan now")]),
-    "a temperature of 0": ({"weights": {"recall": {"temperature": 0}}}, [("'weights.recall.temperature': Input should be greater than 0", "it is 0 now")]),
+    "a temperature of 0": (
+        {"weights": {"recall": {"temperature": 0}}},
+        [("'weights.recall.temperature': Input should be greater than 0", "it is 0 now")],
+    ),
     "an endless temperature": (
         {"weights": {"recall": {"temperature": float("inf")}}},
         [("'weights.recall.temperature': Input should be a finite number", "inf")],

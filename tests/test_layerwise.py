@@ -7,8 +7,8 @@ import torch
 
 from recall_merge import MergeRun, merge
 from recall_merge.files.experts import Digest
+from recall_merge.merging.layerwise import compute_weights
 from recall_merge.merging.plan import make_plan
-from recall_merge.merging.layerwise import compute_weights, hidden_states_here
 from recall_merge.merging.tensors import TensorCollector, merge_tensors
 from recall_merge.models.layerwise import _Batch
 from recall_merge.runtime.errors import Unwalkable
