@@ -23,7 +23,7 @@ def passes(plan: Plan) -> str:
     if plan.single_pass:
         return f"{newest}, then one pass over all models, layer by layer"
     if isinstance(plan.weights, LossWeights):
-        return f"{newest}, all models whole for their losses, then one pass over all models"
+        return f"{newest}, all models layer by layer for their losses, then one pass over all models"
     return f"{newest}, all models layer by layer for the weights (the ablation needs all layers), then one pass over all models"
 
 
@@ -39,9 +39,10 @@ def peak_memory(plan: Plan) -> int:
 
 
 def weights_memory(plan: Plan) -> int:
-    """Maximum bytes that the weights alone take: the blocks that run, as read and as bound, or a whole model for its loss."""
-    if isinstance(plan.weights, LossWeights):
-        return whole_model_memory(plan)
+    """Maximum bytes that the weights alone take: the blocks that run, as read and as bound, and for losses the head."""
+    if isinstance(plan.weights, LossWeights):  # a tied head needs the whole table of tokens
+        table = 4 * plan.specs[plan.base.embedding].numel if plan.base.is_tied else 0
+        return 2 * _block(plan) + table + _states(plan, 1)
     return 2 * min(plan.threads, len(plan.compared)) * _block(plan) + _states(plan, len(plan.compared))
 
 

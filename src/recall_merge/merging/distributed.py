@@ -21,7 +21,7 @@ from recall_merge.files.durable import sync
 from recall_merge.files.experts import Digest, FullExpert
 from recall_merge.files.output import MARKER, WeightWriter
 from recall_merge.files.safetensors import READ
-from recall_merge.merging.cost import forward_memory, merge_memory, whole_model_memory
+from recall_merge.merging.cost import forward_memory, merge_memory, weights_memory, whole_model_memory
 from recall_merge.merging.forward import hidden_states_at, tokens_of, whole_hidden_states_at
 from recall_merge.merging.layerwise import Visit, compute_weights, run_pass, whole_note
 from recall_merge.merging.plan import Plan
@@ -60,11 +60,11 @@ class ShardDone:
 def compute_weights_distributed(plan: Plan, executor: Executor, progress: Progress) -> MergeWeights:
     """`compute_weights`, with one task for the typical samples and one for each model's hidden states. It raises the same errors.
 
-    Losses are a single task: they take a small part of the time, and whole models.
+    Losses are a single task: they take a small part of the time.
     """
     rule, plan = plan.weights, plan_for_tasks(plan)
     if isinstance(rule, LossWeights):
-        return run_tasks(plan, executor, [Task("losses", compute_weights, (plan,), whole_model_memory(plan))])[0]
+        return run_tasks(plan, executor, [Task("losses", compute_weights, (plan,), weights_memory(plan))])[0]
     if not isinstance(rule, RecallWeights):
         return given_weights(plan)
     newest = plan.experts[-1].name

@@ -35,7 +35,7 @@ def tokens_of(plan: Plan, expert: Expert, texts: Sequence[str]) -> list[list[int
     return tokenize(texts, expert_tokenizer(plan, expert), max_tokens=plan.samples.max_tokens)
 
 
-def start_forward(plan: Plan, expert: Expert, rule: RecallWeights, tokens: Tokens) -> LayerwiseForward:
+def start_forward(plan: Plan, expert: Expert, rule: RecallWeights, tokens: Tokens, *, one_by_one: bool = False) -> LayerwiseForward:
     """A forward pass over texts that waits before each block for that block's parameters."""
     from recall_merge.models.layerwise import LayerwiseForward
 
@@ -49,19 +49,20 @@ def start_forward(plan: Plan, expert: Expert, rule: RecallWeights, tokens: Token
         vocabulary_size=rows,
         pooling=rule.pooling,
         threads=plan.threads,
+        one_by_one=one_by_one,
     )
 
 
 def layer_parameters(plan: Plan, expert: Expert, rule: RecallWeights, layer: int, tokens: Tokens) -> dict[str, Tensor]:
-    """An expert's parameters at one layer. Token tensors hold only the rows that the texts need, where they can be read by rows."""
+    """An expert's parameters at one layer. The embedding holds only the rows that the texts need, where it can be read by rows."""
     import torch
 
-    rows = sorted({token for ids in tokens for token in ids}) if layer == 0 else []
+    rows = sorted({token for ids in tokens for token in ids})
     parameters = {}
     for name in plan.base.tensors:
         if plan.base.layers.of(name) != layer:
             continue
-        if name in plan.base.token_tensors and expert.comes_in_pieces(name):
+        if layer == 0 and name in plan.base.token_tensors and expert.comes_in_pieces(name):
             parameters[name] = own_rows(expert, plan.base, name, rows, plan.merges, dtype=getattr(torch, rule.precision))
         else:
             parameters[name] = own_tensor(expert, plan.base, name, plan.merges)

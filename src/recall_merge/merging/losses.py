@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from recall_merge.merging.forward import expert_tokenizer, load_expert
+from recall_merge.files.experts import Expert, own_tensor
+from recall_merge.merging.forward import expert_tokenizer, layer_parameters, load_expert, start_forward
 from recall_merge.merging.plan import Plan
 from recall_merge.merging.run import LossWeights, RecallWeights
 from recall_merge.merging.samples import encode_samples
 from recall_merge.merging.weights import MergeWeights, TypicalSamples
-from recall_merge.runtime.errors import CheckpointError
+from recall_merge.runtime.errors import CheckpointError, Unwalkable
 from recall_merge.runtime.progress import Progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from recall_merge.training.fine_tuning import EncodedRow
+
+PRECISION = RecallWeights.model_validate({})  # forward passes in float32
 
 
 def weights_from_losses(plan: Plan, rule: LossWeights, samples: TypicalSamples, progress: Progress) -> MergeWeights:
@@ -27,11 +37,39 @@ def weights_from_losses(plan: Plan, rule: LossWeights, samples: TypicalSamples, 
     losses: dict[str, float] = {}
     for expert in plan.experts:
         rows = encode_samples(plan, samples.rows, expert_tokenizer(plan, expert))
-        with progress.stage(f"loss of {expert.name}", sum(len(row.input_ids) for row in rows), "tokens") as advance:
-            model = load_expert(plan, expert, RecallWeights.model_validate({}))
-            losses[expert.name] = mean_loss(model, rows, progress=advance)
+        with progress.stage(f"loss of {expert.name}", plan.base.layers.last + 1, "layers") as advance:
+            try:
+                losses[expert.name] = _layerwise_loss(plan, expert, rows, advance)
+            except Unwalkable:
+                losses[expert.name] = mean_loss(load_expert(plan, expert, PRECISION), rows)
         if not math.isfinite(losses[expert.name]):
             raise CheckpointError(f"the loss of expert '{expert.name}' is not finite", where=expert.folder, fix="look at its training")
     row = torch.tensor(cocktail_weights([*losses.values()], temperature=rule.temperature), dtype=torch.float64)
     weights = row.repeat(plan.base.layers.last + 1, 1)
     return MergeWeights(tuple(losses), weights, samples=samples.rows, notes=samples.notes, losses=losses)
+
+
+def _layerwise_loss(plan: Plan, expert: Expert, rows: Sequence[EncodedRow], advance: Callable[[int], None]) -> float:
+    """`mean_loss` of an expert with one of its layers in memory at a time."""
+    import torch
+
+    from recall_merge.models.losses import row_loss
+
+    layers, tokens = plan.base.layers, [row.input_ids for row in rows]
+    losses = [0.0] * len(rows)
+
+    def reduce(logits: Tensor, batch: list[int]) -> Tensor:
+        (row,) = batch
+        losses[row] = row_loss(logits[0], rows[row])
+        return torch.empty(0)
+
+    with start_forward(plan, expert, PRECISION, tokens, one_by_one=True) as forward:
+        for layer in range(layers.blocks + 1):
+            forward.step(layer_parameters(plan, expert, PRECISION, layer, tokens))
+            advance(1)
+        head = layer_parameters(plan, expert, PRECISION, layers.last, tokens)
+        if plan.base.is_tied:  # the whole table, of which the first layer has only the rows of the tokens
+            head[plan.base.embedding] = own_tensor(expert, plan.base, plan.base.embedding, plan.merges)
+        forward.finish(head, reduce)
+        advance(1)
+    return sum(losses) / len(losses)

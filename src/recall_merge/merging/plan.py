@@ -163,16 +163,8 @@ def make_plan(run: MergeRun, *, writes: bool = True, download: bool = True) -> P
         faults.raise_any()
     assert base is not None and rules is not None
 
-    weights: GivenWeights | SampleWeights | None = None
-    overrides: dict[str, Override] = {}
+    weights, overrides = _weights_and_overrides(rules, base, faults)
     vocabulary, vocabulary_notes = None, []
-    with faults.collect():
-        if isinstance(rules.weights, RecallWeights | LossWeights):
-            weights = rules.weights
-        else:
-            weights = weights_per_layer(rules.weights, base.layers, "weights")
-    with faults.collect():
-        overrides = overrides_of_tensors(rules.parts, list(base.tensors), base.layers)
     with faults.collect():
         tokens = {expert.name: _tokens_of(expert, base) for expert in experts}
         vocabulary, vocabulary_notes = plan_vocabulary((base.folder, base.vocabulary_size), tokens, run.vocabulary)
@@ -227,6 +219,22 @@ def _read_rows(run: MergeRun, rules: Rules | None, faults: Faults) -> list[Row]:
         what = f"`samples` are missing: {rules.weights.compares} are compared on the newest expert's data"
         faults.add(what, fix="add `samples: {path: rows.jsonl}`")
     return []
+
+
+def _weights_and_overrides(
+    rules: Rules, base: Checkpoint, faults: Faults
+) -> tuple[GivenWeights | SampleWeights | None, dict[str, Override]]:
+    """The rules' weights and parts, for the layers and tensors of the base; None where they do not fit it."""
+    weights: GivenWeights | SampleWeights | None = None
+    overrides: dict[str, Override] = {}
+    with faults.collect():
+        if isinstance(rules.weights, RecallWeights | LossWeights):
+            weights = rules.weights
+        else:
+            weights = weights_per_layer(rules.weights, base.layers, "weights")
+    with faults.collect():
+        overrides = overrides_of_tensors(rules.parts, list(base.tensors), base.layers)
+    return weights, overrides
 
 
 def _check_output(run: MergeRun, located: Mapping[str, Located]) -> None:

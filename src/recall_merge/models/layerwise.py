@@ -34,6 +34,7 @@ class LayerwiseForward:
         tokens: m lists of token ids.
         dtype: of the parameters, 'float32' or 'bfloat16'.
         vocabulary_size: rows of the token tensors, where they are not those of the config.
+        one_by_one: run every text on its own, without padding.
         threads: batches that run at a time. The numbers do not depend on it, and are those of `hidden.representations`.
     """
 
@@ -47,6 +48,7 @@ class LayerwiseForward:
         vocabulary_size: int | None = None,
         pooling: Pooling = "mean",
         threads: int = 1,
+        one_by_one: bool = False,
     ) -> None:
         memory.one_heap()
         self.layer = 0
@@ -54,7 +56,8 @@ class LayerwiseForward:
         self._model = _without_numbers(folder, dtype, vocabulary_size)
         self._blocks = find_blocks(self._model, layers)
         self._loader = _Loader(self._model, folder, getattr(torch, dtype))
-        self._batches = [_Batch(self._model, rows, [tokens[row] for row in rows], pooling) for rows in make_batches([*map(len, tokens)])]
+        batches = [[row] for row in range(len(tokens))] if one_by_one else make_batches([*map(len, tokens)])
+        self._batches = [_Batch(self._model, rows, [tokens[row] for row in rows], pooling) for rows in batches]
         # where the next block begins the input of the last one is given up, which at its end is still held
         self._hooks = [self._blocks[0].register_forward_pre_hook(_before_first, with_kwargs=True)]
         self._hooks += [block.register_forward_hook(_after) for block in self._blocks]
@@ -71,6 +74,25 @@ class LayerwiseForward:
             CheckpointError: if transformers does not take these parameters.
         """
         return step([self], [lambda: tensors])[0]
+
+    def finish(self, tensors: Mapping[str, Tensor], reduce: Callable[[Tensor, list[int]], Tensor]) -> list[Tensor]:
+        """Run from the last block to the logits.
+
+        Args:
+            tensors: the parameters of final norm and head; of a tied head, the embedding.
+            reduce: logits (b, t, vocabulary) and the rows of a batch -> what to keep of them.
+
+        Returns:
+            What is kept of each batch.
+
+        Raises:
+            CheckpointError: if transformers does not take these parameters.
+        """
+        self._loader.bind(tensors)
+        self._model.tie_weights()
+        for batch in self._batches:
+            batch.reduce = reduce
+        return list(in_order(lambda batch: batch.go_on(), self._batches, self._threads))
 
     def __enter__(self) -> LayerwiseForward:
         return self
@@ -133,6 +155,7 @@ class _Batch:
         self._pooling: Pooling = pooling
         self._ids, self._mask, self._lengths = padded(tokens)
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
+        self.reduce: Callable[[Tensor, list[int]], Tensor] | None = None  # of the logits, where the pass goes on to them
         self._state: Tensor | None = None
         self._error: BaseException | None = None
         self._ending = False
@@ -173,7 +196,9 @@ class _Batch:
         self._go.acquire()
         try:
             with torch.inference_mode():
-                self._model(input_ids=self._ids, attention_mask=self._mask, use_cache=False)
+                logits = self._model(input_ids=self._ids, attention_mask=self._mask, use_cache=False).logits
+                assert self.reduce is not None
+                self._state = self.reduce(logits, self.rows)
         except _Ended:
             return
         except (NotImplementedError, RuntimeError) as error:

@@ -1,23 +1,25 @@
-"""How well a model says the completions of rows: its mean negative log-likelihood."""
+"""The loss of a model on the completions of rows: the mean negative log-likelihood."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 if TYPE_CHECKING:
     from recall_merge.training.fine_tuning import EncodedRow
 
 
+def row_loss(logits: Tensor, row: EncodedRow) -> float:
+    """Mean negative log-likelihood, in nats, of the row's labelled tokens.    logits (t, vocabulary)"""
+    return float(cross_entropy(logits[:-1].float(), torch.tensor(row.labels[1:]), ignore_index=-100))
+
+
 @torch.inference_mode()
-def mean_loss(model: Any, rows: Sequence[EncodedRow], *, progress: Callable[[int], None] = lambda _: None) -> float:
-    """Mean over rows of the mean negative log-likelihood, in nats, of a row's tokens that have a label. Row by row, so never padded."""
-    losses = []
-    for row in rows:
-        logits = model(input_ids=torch.tensor([row.input_ids]), use_cache=False).logits[0, :-1].float()
-        losses.append(float(cross_entropy(logits, torch.tensor(row.labels[1:]), ignore_index=-100)))
-        progress(len(row.input_ids))
+def mean_loss(model: Any, rows: Sequence[EncodedRow]) -> float:
+    """Mean of `row_loss` over rows, each run on its own, so none is padded."""
+    losses = [row_loss(model(input_ids=torch.tensor([row.input_ids]), use_cache=False).logits[0], row) for row in rows]
     return sum(losses) / len(losses)
