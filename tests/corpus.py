@@ -152,7 +152,7 @@ RECORD: dict[str, Any] = {
     "files": {name: blake3(data or b"").hexdigest() for name, data in MODEL.items()},
 }
 STATE: dict[str, Any] = {
-    "format": 1,
+    "format": 2,
     "base": {"path": "../base", "fingerprint": ""},
     "settings": {},
     "stages": [],

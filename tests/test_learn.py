@@ -228,7 +228,7 @@ def test_every_expert_leaves_a_card_so_a_later_stage_may_merge_by_cards(ws, data
     assert set(record["statistics"]["experts"]) == {"a", "b"}
     assert not [note for note in record["notes"] if "has no input statistics" in note]
     shutil.rmtree(folder / "statistics" / "2-b")
-    refused(folder, lambda: teach(folder, data, "c", method="aligned"), "the input statistics of 'b' is missing")
+    refused(folder, lambda: teach(folder, data, "c", method="aligned"), "the input statistics of 'b' are missing")
     assert teach(folder, data, "c", sets={"stats_rank": 0}).stage.stats is None
 
 
@@ -236,7 +236,7 @@ def test_an_old_merge_may_be_deleted_to_make_room(ws, data):
     folder = ws("linear")
     shutil.rmtree(folder / "merges" / "1")
     learned = teach(folder, data, "b")
-    assert learned.notes[0] == "the merge of stage 1 is not there, so it was not scored on what is new"
+    assert learned.notes[0] == "the merge of stage 1 is missing, so it was not scored on the new tasks"
     assert status(folder).branches[0].r[1] == [learned.state.stages[0].scores.merged["a"], None]
 
 

@@ -64,7 +64,7 @@ def words(error) -> list[str]:
 def test_a_new_workspace_says_all_that_it_will_do(llama, tmp_path):
     state = init(tmp_path / "ws", str(llama), {"training.epochs": 3, "method": "ties", "options.density": 0.3})
     kept = json.loads((tmp_path / "ws" / "workspace.json").read_text())
-    assert kept["format"] == 1
+    assert kept["format"] == 2
     assert kept["base"]["path"] == str(llama.resolve())
     assert kept["settings"]["training"]["epochs"] == 3
     assert kept["settings"]["training"]["rank"] == 16  # defaults too: another version's would change what the workspace does
@@ -158,10 +158,19 @@ def test_a_folder_that_is_no_workspace(tmp_path, command):
 
 @pytest.mark.parametrize("command", [status, learn, lambda folder: rollback(folder, 0)])
 def test_a_workspace_of_a_newer_version_is_left_alone(ws, command):
-    before = tree(broken(ws, format=2, something="new"))
-    with pytest.raises(WorkspaceError, match="newer version of recall-merge: its format is 2, this version knows 1") as error:
+    before = tree(broken(ws, format=3, something="new"))
+    with pytest.raises(WorkspaceError, match="newer version of recall-merge: its format is 3, this version knows 2") as error:
         command(ws)
     assert "pip install --upgrade recall-merge" in str(error.value)
+    assert tree(ws) == before
+
+
+@pytest.mark.parametrize("command", [status, learn, lambda folder: rollback(folder, 0)])
+def test_a_workspace_of_an_older_version_is_refused(ws, command):
+    before = tree(broken(ws, format=1, cards={}))
+    with pytest.raises(WorkspaceError, match="older version of recall-merge: its format is 1, this version knows 2") as error:
+        command(ws)
+    assert "learn its tasks again" in str(error.value)
     assert tree(ws) == before
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recall_merge.continual.items import Change, Words, change_of, pairs_of, panel, rows_of
-from recall_merge.continual.scores import Kept, read_scores
+from recall_merge.continual.scores import StageScores, read_scores
 from recall_merge.continual.state import Stage, State, found_path, read_journal
 from recall_merge.continual.workspace import Branch, Status
 from recall_merge.files.checkpoint import read_json
@@ -35,7 +35,7 @@ NAMES = {
 class Line:
     """A branch with the scores behind its numbers: by row of R (0 is the base) and task."""
 
-    def __init__(self, folder: Path, branch: Branch, kept: Mapping[int, Kept]) -> None:
+    def __init__(self, folder: Path, branch: Branch, kept: Mapping[int, StageScores]) -> None:
         self.branch, self.folder = branch, folder
         self.tasks = (*branch.tasks, *branch.unseen)
         self.scores: dict[tuple[int, str], dict[str, Any]] = {}

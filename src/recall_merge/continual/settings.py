@@ -66,7 +66,7 @@ class Settings(MergeRun):
             where="settings of the workspace",
         )
 
-    def of_so_many(self, experts: int) -> Settings:
+    def for_experts(self, experts: int) -> Settings:
         """The settings of a merge of so many experts: a single one is taken as it is where the method merges two or more."""
         from recall_merge.maths.methods import METHODS
 

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +17,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from recall_merge.files.durable import append_line, write_whole
-from recall_merge.files.experts import hash_file
 from recall_merge.files.lock import lock
-from recall_merge.runtime.errors import CheckpointError, Fault, WorkspaceError
+from recall_merge.runtime.errors import Fault, WorkspaceError
 
 STATE, JOURNAL, LOCK = "workspace.json", "journal.jsonl", "lock"
-FORMAT = 1
+FORMAT = 2
 MAX_STATE = 64_000_000  # bytes
 NAME = re.compile(r"\w[\w.-]{0,63}")  # of a task; folders are called after it
 Start = Literal["base", "last"]
@@ -109,7 +108,7 @@ class Stage(StageSpec):
 class State(Part):
     """All that is known of a workspace."""
 
-    format: Literal[1] = FORMAT
+    format: Literal[2] = FORMAT
     base: Model
     settings: dict[str, Any]
     stages: tuple[Stage, ...] = ()
@@ -166,6 +165,9 @@ def read_state(folder: Path) -> State:
     if isinstance(found, int) and found > FORMAT:
         what = f"this workspace was written by a newer version of recall-merge: its format is {found}, this version knows {FORMAT}"
         raise WorkspaceError(what, where=path, fix="pip install --upgrade recall-merge")
+    if isinstance(found, int) and 0 < found < FORMAT:
+        what = f"this workspace was written by an older version of recall-merge: its format is {found}, this version knows {FORMAT}"
+        raise WorkspaceError(what, where=path, fix="use the version that wrote it, or learn its tasks again in a new workspace")
     try:
         state = State.model_validate_json(text)
     except ValidationError as error:
@@ -253,33 +255,3 @@ def stored_path(folder: Path, path: Path) -> str:
 def found_path(folder: Path, path: str) -> Path:
     """Where a path of the state is."""
     return folder.absolute().resolve() / path
-
-
-def fingerprint(folder: Path) -> str:
-    """What tells a model from others: an adapter's weights and settings, or a checkpoint's weights and config.
-
-    Where an adapter's base lies is left out, so that folders can be moved; and so is the order of names, which PEFT leaves to chance.
-
-    Raises:
-        CheckpointError: if there is no sound model.
-    """
-    from recall_merge.files.adapter import CONFIG, WEIGHTS, is_adapter
-    from recall_merge.files.checkpoint import open_checkpoint, read_json
-    from recall_merge.files.hashing import content_of
-
-    if not folder.is_dir():
-        raise CheckpointError("there is no such model folder", where=folder, fix="check the path")
-    if is_adapter(folder):
-        settings = {key: sorted(value, key=str) if isinstance(value, list) else value for key, value in read_json(folder / CONFIG).items()}
-        settings.pop("base_model_name_or_path", None)
-        if not (folder / WEIGHTS).is_file():
-            raise CheckpointError(f"there is no {WEIGHTS}", where=folder, fix="copy the whole adapter folder")
-        return key_of({"settings": settings, "weights": hash_file(folder / WEIGHTS)})
-    return content_of(open_checkpoint(folder))
-
-
-def key_of(facts: Mapping[str, Any]) -> str:
-    """SHA-256 of facts: two pieces of work with the same key give the same result."""
-    import hashlib
-
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recall_merge.continual.keys import fingerprint
 from recall_merge.continual.state import (
     JOURNAL,
     LOCK,
@@ -16,7 +17,6 @@ from recall_merge.continual.state import (
     Stage,
     StageSpec,
     State,
-    fingerprint,
     found_path,
     is_workspace,
     note,

@@ -146,7 +146,7 @@ def _open(name: str, path: Path, base: Checkpoint) -> Expert:
 
 def _key(folder: Path, models: Models) -> str:
     """What the answer depends on, told without reading weights: the record, and what tells each model from others."""
-    from recall_merge.continual.state import fingerprint
+    from recall_merge.continual.keys import fingerprint
 
     parts = [(folder / RECORD).read_text("utf-8"), *(fingerprint(path) for path in (models.base, *models.experts.values()))]
     parts += [(path / "stats.json").read_text("utf-8") for path in models.statistics.values()]
