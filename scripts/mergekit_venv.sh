@@ -1,7 +1,7 @@
 #!/bin/sh
-# The peer in a virtual environment of its own (.venv-mergekit, git-ignored), for `make bench` and the tests marked `mergekit`:
+# mergekit in a virtual environment of its own (.venv-mergekit, ignored by git), for `make bench` and the tests marked `mergekit`:
 #     scripts/mergekit_venv.sh && pytest -m mergekit tests/test_references.py
-# Ours and theirs need different versions of the same libraries, and theirs (LGPL) is only ever run, never imported or copied.
+# It needs other versions of the same libraries than we do. mergekit is LGPL: we only run it, and never import or copy it.
 set -eu
 cd "$(dirname "$0")/.."
 "${PYTHON:-python3}" -m venv .venv-mergekit

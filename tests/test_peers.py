@@ -72,7 +72,7 @@ def test_b12_half_precision_is_rounded_once(tmp_path):
     assert wrong / total < 0.01  # what float32 leaves at ties; sums in bfloat16 miss half of all
 
 
-def test_b14_the_last_depths_weights_are_those_of_final_norm_and_head(world):
+def test_b14_the_last_layers_weights_are_those_of_final_norm_and_head(world):
     rows = [[1.0, 0.0]] * 3 + [[0.0, 1.0]]
     found, a, b = merged(world, ["a", "b"], weights={"by_layer": rows}), load_tensors(world / "a"), load_tensors(world / "b")
     for name, tensor in found.items():
