@@ -66,7 +66,7 @@ def test_all_experts_are_told_and_of_each_the_worst(world):
             change(world / "bad", f"model.layers.{block}.mlp.{part}.weight", lambda tensor: tensor * 1e3)
     found = refused(a_run(world))
     assert [what.split()[1] for what in found] == ["'good'", "'bad'", "'bad'", "'bad'"]
-    assert NORM in found[1] and "so it does 4 more" in found[1]
+    assert NORM in found[1] and "4 more tensors likewise" in found[1]
 
 
 @pytest.mark.parametrize("config", [{"r": 2, "target_modules": ["q_proj"]}, {"r": 2, "target_modules": ["q_proj"], "use_dora": True}])

@@ -124,7 +124,7 @@ def test_every_way(way: str, worker: Worker, rows: Path, tmp_path: Path) -> None
     same(lambda target: a_run(base, experts, rows, target, **settings), tmp_path)
 
 
-def test_what_cannot_be_walked_takes_whole_models_and_says_so(
+def test_what_cannot_run_block_by_block_takes_whole_models_and_says_so(
     bases: Bases, worker: Worker, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unwalkable(batch: _Batch) -> None:

@@ -81,7 +81,7 @@ def test_every_way(way, dtype, rows, tmp_path):
     same(a_plan(base, experts, rows, tmp_path / "out", **settings, out=out))
 
 
-def test_controls_that_need_all_depths_take_whole_models(bases, rows, tmp_path):
+def test_ablations_that_need_all_layers_take_a_pass_of_their_own(bases, rows, tmp_path):
     base = bases("llama")
     experts = {name: fine_tuned(base, tmp_path / name, seed=seed) for seed, name in enumerate("ab")}
     for ablation in ("tilt", "ramp", "permuted"):
@@ -104,7 +104,7 @@ def test_every_model_is_read_once_and_the_newest_once_more(rows, tmp_path):
     assert record["bytes"]["written"] == plan.base.nbytes
 
 
-def test_what_cannot_be_walked_takes_whole_models_and_says_so(bases, rows, tmp_path, monkeypatch):
+def test_what_cannot_run_block_by_block_takes_whole_models_and_says_so(bases, rows, tmp_path, monkeypatch):
     def unwalkable(batch):
         raise Unwalkable("its forward pass needs numbers that it does not have", fix="none")
 

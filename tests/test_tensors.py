@@ -115,8 +115,8 @@ def test_no_read_is_longer_than_a_span(models, tmp_path, monkeypatch):
     assert sum(lengths) == 3 * sum(spec.numel for spec in plan.specs.values())  # each number of base and experts once
 
 
-def test_looks_hold_no_tensor_whole(models, tmp_path, monkeypatch):
-    """Large tensors are read by spans, also where a method wants to know something of each delta as a whole."""
+def test_threshold_searches_hold_no_tensor_whole(models, tmp_path, monkeypatch):
+    """Large tensors are read by spans, also where a method needs a threshold of each whole delta."""
     lengths = []
     read = Stored.read
 

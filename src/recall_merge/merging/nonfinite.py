@@ -1,4 +1,4 @@
-"""Numbers that are not finite: found in whichever model holds them, all of them at once, and refused."""
+"""NaN and infinity: found in whichever model holds them, all at once, and refused."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether every number is finite. A sum is finite only if all its terms are; the reverse is checked where the sum overflows."""
+    """Whether every number is finite. A finite sum proves it; where a sum overflows, each number is checked."""
     return not tensor.is_floating_point() or bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 def refuse_nonfinite(plan: Plan) -> None:
-    """Read all models once more and report every tensor that holds NaN or infinity, with its owner.
+    """Read all models again, and name every tensor that holds NaN or infinity.
 
     Raises:
         CheckpointError: if there is any.
@@ -26,7 +26,7 @@ def refuse_nonfinite(plan: Plan) -> None:
     from recall_merge.maths.deltas import dense
 
     faults = Faults()
-    fix = "the training that made it went wrong there: take an earlier checkpoint, or `skip` the tensor to keep the base's"
+    fix = "its training went wrong: take an earlier checkpoint, or `skip` the tensor to keep the base's"
     for name in filter(plan.merges, plan.specs):
         base = widen(plan.base.read(name))
         if not is_finite(base):

@@ -1,4 +1,4 @@
-"""A result opened again with what its record says: its models, where they are named or given, and what it took of each expert."""
+"""A result, opened again with its record: where its models are, and how much of each expert's delta it holds."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class _Part(BaseModel):
-    """What is read of a record, which holds more; its kinds are checked, since anybody may have written it."""
+class _Section(BaseModel):
+    """The keys of a record that are read here. Their types are checked: a record may come from anybody."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
 
-class _Entry(_Part):
+class _Entry(_Section):
     name: str
     path: str
 
 
-class _Run(_Part):
+class _Run(_Section):
     base: str
     experts: list[_Entry]
     skip: list[str]
     vocabulary: str | None
 
 
-class _Method(_Part):
+class _Method(_Section):
     name: str
     options: dict[str, Any]
 
 
-class _Sample(_Part):
+class _Sample(_Section):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     row: int
@@ -56,7 +56,7 @@ class _Sample(_Part):
     cluster: int
 
 
-class _Table(_Part):
+class _Table(_Section):
     experts: list[str]
     rows: list[list[float]]
 
@@ -67,7 +67,7 @@ class _Table(_Part):
         return self
 
 
-class _Told(_Part):
+class _Record(_Section):
     run: _Run
     method: _Method
     models: dict[str, dict[str, str]]
@@ -76,7 +76,7 @@ class _Told(_Part):
     similarity: _Table | None = None
 
     @model_validator(mode="after")
-    def _every_model(self) -> _Told:
+    def _every_model(self) -> _Record:
         if missing := {"base", *(entry.name for entry in self.run.experts)} - set(self.models):
             raise ValueError(f"there are no hashes of '{min(missing)}'")
         return self
@@ -96,7 +96,7 @@ class Result:
 
     @property
     def experts(self) -> list[str]:
-        """Their names, in their order."""
+        """The experts' names, in the order of the run."""
         return [entry["name"] for entry in self.run["experts"]]
 
     @property
@@ -111,7 +111,7 @@ class Result:
         return CONFIG in self.record["models"][expert]
 
     def named(self, model: str) -> str:
-        """What the record calls a model: a hub name with its commit, or the mere name of a folder."""
+        """The record's name of a model: a hub name with its commit, or the bare name of a folder."""
         paths = {"base": self.run["base"], **{entry["name"]: entry["path"] for entry in self.run["experts"]}}
         return paths[model]
 
@@ -124,21 +124,21 @@ def open_result(folder: Path) -> Result:
     """
     record = verify(folder)
     try:
-        told = _Told.model_validate(record)
+        checked = _Record.model_validate(record)
     except ValidationError as error:
         what = [(".".join(map(str, detail["loc"])), detail["msg"]) for detail in error.errors()]
         fix = "give the folder of a result of `recall merge`, as it was made"
         raise ResultError(Fault(f"the record is damaged: {key}: {message}", str(folder / RECORD), fix) for key, message in what) from None
-    if missing := {entry.name for entry in told.run.experts} - set(told.weights.experts):
+    if missing := {entry.name for entry in checked.run.experts} - set(checked.weights.experts):
         what = f"the record is damaged: it has no weights of '{min(missing)}'"
         raise ResultError(what, where=folder / RECORD, fix="give the folder of a result of `recall merge`, as it was made")
     return Result(folder, record, open_checkpoint(folder))
 
 
 def coefficients(result: Result) -> Tensor | None:
-    """What of each expert's delta is in the result, if it is a weighted sum: theta = theta_0 + sum_q c_q delta_q.    -> (L + 2, k)
+    """The coefficients c of a result that is a weighted sum: theta = theta_0 + sum_q c_q delta_q.    -> (L + 2, k)
 
-    Scale, weights and the scale of each layer in one number. None where the method, or pruning, makes it another thing than a sum,
+    Weights, the method's scale and the layers' scale, in one number each. None where the method or pruning makes more than a sum,
     and where some tensors have weights or options of their own.
     """
     import torch
@@ -159,50 +159,50 @@ def coefficients(result: Result) -> Tensor | None:
 
 
 def find_models(result: Result, names: Sequence[str], given: Mapping[str, str], *, fetch: bool = True) -> dict[str, Located | str]:
-    """Where models of a result are: where the user says, on the hub at the commit of the record, or in the current folder.
+    """Find models of a result: where the user says, on the hub at the commit of the record, or in the current folder.
 
     Args:
         names: 'base', or experts.
         given: name -> folder or hub name, from the user.
-        fetch: fetch models of the hub, too; otherwise their names with their commits are returned, which tell their bytes already.
+        fetch: download hub models; otherwise return their names with their commits, which identify their bytes already.
 
     Raises:
         ResultError: with all models that are unknown or cannot be found.
     """
-    faults, found = Faults(), {}
+    faults, models = Faults(), {}
     for name in given:
         if name not in ("base", *result.experts):
             faults.add(f"the result has no expert '{name}'", where=result.folder, fix=f"its experts are {', '.join(result.experts)}")
     for name in names:
         reference = given.get(name, result.named(name))
         if name not in given and "@" in reference and not fetch:
-            found[name] = reference
+            models[name] = reference
         elif name in given or "@" in reference or Path(reference).is_dir():
             with faults.collect():
-                found[name] = locate(reference)
+                models[name] = locate(reference)
         else:
             what = f"the record knows {_words(name)} only by the name of its folder, '{reference}', which is not here"
             faults.add(what, where=result.folder, fix="give --base FOLDER" if name == "base" else f"give --expert {name}=FOLDER")
     faults.raise_any(ResultError)
-    return found
+    return models
 
 
 def check_model(result: Result, name: str, folder: Path) -> None:
-    """Read a model of the result whole, and compare it with what the result was made from.
+    """Read a whole model, and compare it with the one that the result was made from.
 
     Raises:
-        ResultError: if it is another, or has changed.
+        ResultError: if it is another model, or has changed.
     """
     wanted = result.record["models"][name]
     if is_adapter(folder):
-        found = {file: hash_file(folder / file) for file in (CONFIG, WEIGHTS) if (folder / file).is_file()}
+        hashes = {file: hash_file(folder / file) for file in (CONFIG, WEIGHTS) if (folder / file).is_file()}
     else:
         digest, model = Digest(), named_like(open_checkpoint(folder), result.checkpoint)
         for tensor in model.tensors:
             if name == "base" or (tensor in result.checkpoint.tensors and result.merges(tensor)):
                 digest.add(tensor, model.read(tensor))
-        found = {"tensors": digest.hexdigest()}
-    if found != wanted:
+        hashes = {"tensors": digest.hexdigest()}
+    if hashes != wanted:
         what = f"this is not {_words(name)} that the result was made from, or it has changed"
         raise ResultError(what, where=folder, fix="give the model of the record, or merge again")
 

@@ -1,4 +1,4 @@
-"""Does a result still match its record?"""
+"""Whether a result still matches its record."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from recall_merge.runtime.errors import ResultError
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Hash every file of a result, or of an expert that was trained here, and read its headers. Every byte is read each time.
+    """Hash every file of a result, or of an expert that `recall learn` trained, and read its headers. Every byte is read.
 
     Returns:
         The record.
 
     Raises:
         ResultError: with every file that is missing, changed or new.
-        CheckpointError: if the folder no longer is a sound checkpoint.
+        CheckpointError: if the folder is no sound checkpoint any more.
     """
     if not folder.is_dir():
         raise ResultError("there is no such folder", where=folder, fix="give the folder of a result of `recall merge`")
