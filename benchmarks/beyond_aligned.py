@@ -37,7 +37,7 @@ from recall_merge.merging.tensors import merge_tensors
 from recall_merge.merging.weights import compute_weights
 from recall_merge.models.load import build_model, load_tokenizer
 from recall_merge.models.losses import mean_loss
-from recall_merge.training.fine_tuning import EncodedRow, encode_rows
+from recall_merge.models.tokens import EncodedRow, encode_rows
 
 ASKED = 16  # rows of each task
 KEEP, RIDGE = 0.9, 1e-6  # aligned's own defaults
@@ -236,7 +236,7 @@ def main() -> None:
     tokenizer = load_tokenizer(design.base.folder)
 
     def asked(file: str, skip: int) -> list[EncodedRow]:
-        return encode_rows(read_rows(scenario.data / file)[skip : skip + ASKED], tokenizer, settings)
+        return encode_rows(read_rows(scenario.data / file)[skip : skip + ASKED], tokenizer, **settings.encoding)
 
     tasks = {task.name: asked(task.train, design.train_rows[task.name]) for task in scenario.tasks}
     others = {task.name: asked(task.test, scenario.rows.test or 0) for task in scenario.unseen}
@@ -250,7 +250,7 @@ def main() -> None:
         plan, statistics = plan_of(design, store, seed)
         trained = {stats.model.key: stats.model.rows for stats in statistics}
         rows = [
-            encode_rows([trained[made.model.key][row] for row in stats.facts["rows"]], tokenizer, settings)
+            encode_rows([trained[made.model.key][row] for row in stats.facts["rows"]], tokenizer, **settings.encoding)
             for made, stats in zip(statistics, plan.statistics, strict=True)
             if stats is not None
         ]

@@ -23,8 +23,7 @@ from recall_merge.merging.plan import Plan, make_plan
 from recall_merge.merging.run import MergeRun, RecallWeights, load_run
 from recall_merge.merging.samples import expert_tokenizer, represent, typical_texts
 from recall_merge.merging.weights import compute_weights
-from recall_merge.models.hidden_states import tokenize
-from recall_merge.models.tokens import render
+from recall_merge.models.tokens import render, tokenize
 from recall_merge.runtime.progress import Silent
 
 WAYS = {

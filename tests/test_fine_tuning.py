@@ -12,9 +12,9 @@ from transformers import TrainerCallback
 
 from recall_merge.files.record import verify_files
 from recall_merge.files.rows import parse_rows
-from recall_merge.models.tokens import render
+from recall_merge.models.tokens import encode_rows
 from recall_merge.runtime.errors import CheckpointError, DataError, OutputError, RunError
-from recall_merge.training.fine_tuning import _discard, _open_work, encode_rows, train
+from recall_merge.training.fine_tuning import _discard, _open_work, train
 from recall_merge.training.settings import TrainSettings, check_arguments, hushed
 from recall_merge.training.trainer import LikeLengths
 from tiny import edit_json, fine_tuned, load_model, load_tensors, lora, make_model, make_tokenizer, save_model
@@ -41,7 +41,7 @@ class StopAt(TrainerCallback):
     def __init__(self, step):
         self.step = step
 
-    def on_step_end(self, args, state, ablation, **kwargs):
+    def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             raise KeyboardInterrupt
 
@@ -51,43 +51,10 @@ def same(first, second):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_only_the_completion_is_learnt(base):
-    tokenizer = make_tokenizer(template=True)
-    row = encode_rows(ROWS[:1], tokenizer, TrainSettings())[0]
-    learnt = [token for token in row.labels if token != -100]
-    assert tokenizer.decode(learnt) == "yes</s>\n"
-    assert row.labels == [-100] * (len(row.input_ids) - len(learnt)) + learnt
-    assert (
-        tokenizer.decode(row.input_ids) == "".join(render(ROWS[0], tokenizer)) == "<s>user\nis the dog good?</s>\n<s>assistant\nyes</s>\n"
-    )
-
-
-def test_a_tokenizer_that_adds_special_tokens_does_not_double_them():
-    from tokenizers.processors import TemplateProcessing
-
-    tokenizer = make_tokenizer(template=True)
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
-    assert tokenizer("dog")["input_ids"][0] == tokenizer.bos_token_id
-    plain = encode_rows(ROWS[:1], make_tokenizer(template=True), TrainSettings())
-    assert encode_rows(ROWS[:1], tokenizer, TrainSettings()) == plain
-
-
-def test_text_without_a_prompt_is_learnt_whole_and_so_is_everything_when_asked():
-    tokenizer = make_tokenizer()
-    text = parse_rows([{"text": "the lazy dog"}], where="rows")
-    row = encode_rows(text, tokenizer, TrainSettings())[0]
-    assert row.labels == row.input_ids
-    asked = TrainSettings(arguments={"completion_only_loss": False})
-    row = encode_rows(ROWS[:1], tokenizer, asked)[0]
-    assert row.labels == row.input_ids
-
-
-def test_a_row_that_max_length_leaves_nothing_of_is_refused():
-    long = parse_rows([{"prompt": "the " * 50, "completion": "dog"}], where="rows")
-    with pytest.raises(DataError, match="no token of the completion is left within `max_length`\n  where: row 9"):
-        encode_rows(
-            [*ROWS, *[row.__class__(8, row.prompt, row.completion) for row in long]], make_tokenizer(), TrainSettings(max_length=30)
-        )
+def test_the_settings_of_the_encoding():
+    assert TrainSettings().encoding == {"template": True, "max_length": None, "label_prompt": False}
+    settings = TrainSettings(template=False, max_length=9, arguments={"completion_only_loss": False})
+    assert settings.encoding == {"template": False, "max_length": 9, "label_prompt": True}
 
 
 def test_the_loss_is_that_of_trl(base, tmp_path):
@@ -98,7 +65,7 @@ def test_the_loss_is_that_of_trl(base, tmp_path):
 
     from recall_merge.training.trainer import Trainer
 
-    rows = encode_rows(ROWS, make_tokenizer(template=True), SMALL)
+    rows = encode_rows(ROWS, make_tokenizer(template=True), **SMALL.encoding)
     data = Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
     losses = {}
     for kind in (SFTTrainer, Trainer):
@@ -126,7 +93,7 @@ def test_an_expert_learns_and_is_a_plain_peft_adapter_on_its_base(base, expert):
     assert {"r": 2, "lora_alpha": 4}.items() <= config.items()
     with hushed():
         model = PeftModel.from_pretrained(load_model(base), expert.folder).eval()
-    row = encode_rows(ROWS, make_tokenizer(template=True), SMALL)[0]
+    row = encode_rows(ROWS, make_tokenizer(template=True), **SMALL.encoding)[0]
     before, after = (
         float(m(torch.tensor([row.input_ids]), labels=torch.tensor([row.labels])).loss.detach()) for m in (load_model(base), model)
     )

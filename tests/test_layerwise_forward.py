@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from recall_merge.files.checkpoint import open_checkpoint
-from recall_merge.models.hidden_states import representations
+from recall_merge.models.hidden_states import pooled_hidden_states
 from recall_merge.models.layerwise import LayerwiseForward, _Batch, step
 from recall_merge.models.load import build_model
 from recall_merge.runtime.errors import CheckpointError
@@ -38,14 +38,14 @@ def test_the_numbers_of_the_whole_model(family, dtype, bases, monkeypatch):
     monkeypatch.setattr(hidden.make_batches, "__defaults__", (24,))  # several batches
     base = open_checkpoint(bases(family))
     model = build_model(base.folder, {name: base.read(name) for name in base.tensors}, dtype=dtype)
-    wanted = representations(model, TOKENS, base.layers)
+    wanted = pooled_hidden_states(model, TOKENS, base.layers)
     for threads in (1, 2):
         with LayerwiseForward(base.folder, TOKENS, base.layers, dtype=dtype, threads=threads) as walk:
             found = steps(walk, base, base.layers.blocks)
         assert torch.equal(torch.stack(found), wanted)
     with LayerwiseForward(base.folder, TOKENS, base.layers, dtype=dtype, pooling="last") as walk:
         found = steps(walk, base, 1)[1:]
-    assert torch.equal(torch.stack(found), representations(model, TOKENS, base.layers, at=[1], pooling="last"))
+    assert torch.equal(torch.stack(found), pooled_hidden_states(model, TOKENS, base.layers, at=[1], pooling="last"))
 
 
 def test_no_more_than_a_block_is_there(llama):

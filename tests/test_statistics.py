@@ -13,7 +13,7 @@ from recall_merge.maths.methods.informed import regmean
 from recall_merge.maths.moments import Moment, compress, identity
 from recall_merge.merging.statistics import make_statistics
 from recall_merge.models.input_moments import input_moments
-from recall_merge.training.fine_tuning import EncodedRow
+from recall_merge.models.tokens import EncodedRow
 from tiny import edit_json, load_model, load_tensors, lora, merged_by_peft, write_rows
 
 ROWS = [{"prompt": f"is the {word} {verb}?", "completion": " yes"} for word in ("fox", "dog", "film") for verb in ("quick", "lazy", "good")]

@@ -10,6 +10,7 @@ from recall_merge.files.vocabulary import read_vocabulary
 from recall_merge.merging.nonfinite import refuse_nonfinite
 from recall_merge.merging.plan import Plan
 from recall_merge.merging.run import RecallWeights
+from recall_merge.models.tokens import tokenize
 from recall_merge.runtime.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ def expert_tokenizer(plan: Plan, expert: Expert) -> Any:
 
 def tokens_of(plan: Plan, expert: Expert, texts: Sequence[str]) -> list[list[int]]:
     """Texts as the token ids that an expert reads."""
-    from recall_merge.models.hidden_states import tokenize
-
     return tokenize(texts, expert_tokenizer(plan, expert), max_tokens=plan.samples.max_tokens)
 
 
@@ -92,13 +91,13 @@ def hidden_states_at(
 
 def whole_hidden_states_at(plan: Plan, expert: Expert, rule: RecallWeights, tokens: Tokens, layers: Iterable[int]) -> Tensor:
     """The same from a whole model, for architectures that cannot be run block by block."""
-    from recall_merge.models.hidden_states import representations
+    from recall_merge.models.hidden_states import pooled_hidden_states
 
     model = load_expert(plan, expert, rule)
     return _checked(
         plan,
         expert,
-        representations(model, tokens, plan.base.layers, at=list(layers), pooling=rule.pooling, threads=plan.threads),
+        pooled_hidden_states(model, tokens, plan.base.layers, at=list(layers), pooling=rule.pooling, threads=plan.threads),
     )
 
 

@@ -18,7 +18,7 @@ from recall_merge.runtime.progress import Progress
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from recall_merge.training.fine_tuning import EncodedRow
+    from recall_merge.models.tokens import EncodedRow
 
 PRECISION = RecallWeights.model_validate({})  # forward passes in float32
 

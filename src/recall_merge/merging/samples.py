@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from recall_merge.merging.forward import expert_tokenizer, hidden_states_at, whole_hidden_states_at
 from recall_merge.merging.plan import Plan
 from recall_merge.merging.run import RecallWeights
 from recall_merge.merging.weights import TypicalSample, TypicalSamples
+from recall_merge.models.tokens import EncodedRow, encode_rows, render, tokenize
 from recall_merge.runtime.errors import DataError, Unwalkable
 from recall_merge.runtime.progress import Progress
-
-if TYPE_CHECKING:
-    from recall_merge.training.fine_tuning import EncodedRow
 
 
 def choose_samples(plan: Plan, rule: RecallWeights, progress: Progress) -> TypicalSamples:
@@ -25,7 +23,6 @@ def choose_samples(plan: Plan, rule: RecallWeights, progress: Progress) -> Typic
         CheckpointError: if the expert cannot be run.
     """
     from recall_merge.maths.samples import typical_samples
-    from recall_merge.models.hidden_states import tokenize
 
     newest, wanted = plan.experts[-1], plan.samples
     tokenizer = expert_tokenizer(plan, newest)
@@ -59,20 +56,15 @@ def choose_samples(plan: Plan, rule: RecallWeights, progress: Progress) -> Typic
 
 def encode_samples(plan: Plan, samples: Sequence[TypicalSample], tokenizer: Any) -> list[EncodedRow]:
     """Typical samples as tokens, cut like the pool's, with labels on the completion, or on all tokens where the cut leaves none of it."""
-    from recall_merge.training.fine_tuning import EncodedRow, encode_rows
-    from recall_merge.training.settings import TrainSettings
-
     by_index = {row.index: row for row in plan.rows}
     limit = plan.samples.max_tokens
-    encoded = encode_rows([by_index[sample.row] for sample in samples], tokenizer, TrainSettings(template=plan.samples.template))
+    encoded = encode_rows([by_index[sample.row] for sample in samples], tokenizer, template=plan.samples.template)
     cut = [EncodedRow(row.input_ids[:limit], row.labels[:limit]) for row in encoded]
     return [row if any(label != -100 for label in row.labels[1:]) else EncodedRow(row.input_ids, row.input_ids) for row in cut]
 
 
 def _distinct_texts(plan: Plan, tokenizer: Any) -> dict[str, int]:
     """Each different text, as the model reads it, with its first row."""
-    from recall_merge.models.tokens import render
-
     first_row: dict[str, int] = {}
     for row in plan.rows:
         text = "".join(render(row, tokenizer, template=plan.samples.template))

@@ -1,4 +1,4 @@
-"""Representations: the pooled hidden states of a model on given texts, at every layer, in one forward pass."""
+"""The pooled hidden states of a model on given texts, at every layer, in one forward pass."""
 
 from __future__ import annotations
 
@@ -17,14 +17,7 @@ Pooling = Literal["mean", "last"]
 BATCH_TOKENS = 512  # padded tokens a batch: large enough for the matrix products, and twice as many take twice the memory
 
 
-def tokenize(texts: Sequence[str], tokenizer: Any, *, max_tokens: int) -> list[list[int]]:
-    """Token ids of texts that are rendered whole; no special tokens are added, what is over `max_tokens` is cut."""
-    if not texts:
-        return []
-    return [ids[:max_tokens] for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
-
-
-def representations(
+def pooled_hidden_states(
     model: nn.Module,
     tokens: Sequence[Sequence[int]],
     layers: Layers,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 if TYPE_CHECKING:
-    from recall_merge.training.fine_tuning import EncodedRow
+    from recall_merge.models.tokens import EncodedRow
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class LayerwiseForward:
         dtype: of the parameters, 'float32' or 'bfloat16'.
         vocabulary_size: rows of the token tensors, where they are not those of the config.
         one_by_one: run every text on its own, without padding.
-        threads: batches that run at a time. The numbers do not depend on it, and are those of `hidden.representations`.
+        threads: batches that run at a time. The numbers do not depend on it, and are those of `pooled_hidden_states`.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class LayerwiseForward:
         self._hooks += [self._blocks[-1].register_forward_hook(_pause)]
 
     def step(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Representations at the next layer, from 0 on.    -> (m, d), float32
+        """Pooled hidden states at the next layer, from 0 on.    -> (m, d), float32
 
         Args:
             tensors: the parameters of that layer, under the names of the files.

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 if TYPE_CHECKING:
-    from recall_merge.training.fine_tuning import EncodedRow
+    from recall_merge.models.tokens import EncodedRow
 
 
 def row_loss(logits: Tensor, row: EncodedRow) -> float:

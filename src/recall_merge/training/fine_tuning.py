@@ -20,8 +20,8 @@ from recall_merge.files.output import OutputFolder
 from recall_merge.files.record import RECORD, verify_files, versions, write_record
 from recall_merge.files.rows import Row, numbered
 from recall_merge.models.load import build_model, load_tokenizer
-from recall_merge.models.tokens import render
-from recall_merge.runtime.errors import CheckpointError, DataError, Fault, Faults, OutputError, ResultError, RunError
+from recall_merge.models.tokens import EncodedRow, encode_rows
+from recall_merge.runtime.errors import CheckpointError, DataError, Faults, OutputError, ResultError, RunError
 from recall_merge.runtime.progress import Progress, Silent
 from recall_merge.training.settings import TrainSettings, check_arguments, hushed
 
@@ -50,14 +50,6 @@ class TrainResult:
     """The step that an earlier, stopped training had reached."""
     reused: bool = False
     """An expert of the same base, rows and settings was there, whole."""
-
-
-@dataclass(frozen=True)
-class EncodedRow:
-    """A row as tokens. Labels are the tokens of the completion, and -100 before it."""
-
-    input_ids: list[int]
-    labels: list[int]
 
 
 def train(
@@ -94,7 +86,7 @@ def train(
     settings = settings or TrainSettings()
     arguments = check_arguments(settings)
     tokenizer = load_tokenizer(base)
-    encoded = encode_rows(rows, tokenizer, settings)
+    encoded = encode_rows(rows, tokenizer, **settings.encoding)
     key = _key(base, encoded, settings, init_from)
     work = out.with_name(out.name + WORK)
     if (found := find_trained(out, key)) is not None:
@@ -136,32 +128,6 @@ def find_trained(out: Path, key: str) -> TrainResult | None:
     return TrainResult(out, trained["steps"], tuple(trained["losses"]), trained["tokens"], seconds=0.0, reused=True)
 
 
-def encode_rows(rows: Sequence[Row], tokenizer: Any, settings: TrainSettings) -> list[EncodedRow]:
-    """Rows as tokens, rendered as for scoring; special tokens come from the rendering alone, so none is doubled.
-
-    Raises:
-        DataError: with every row that has nothing to learn from.
-    """
-    encoded: list[EncodedRow] = []
-    faults: list[Fault] = []
-    whole = settings.arguments.get("completion_only_loss") is False
-    for row in rows:
-        rendered = render(row, tokenizer, template=settings.template)
-        prompt, ids = tokenizer([rendered.prompt, rendered.prompt + rendered.completion], add_special_tokens=False)["input_ids"]
-        # subtle: a token may reach over the end of the prompt; what is learnt then begins with that token
-        begin = 0 if whole else next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), min(len(prompt), len(ids)))
-        ids = ids[: settings.max_length]
-        if len(ids) <= max(begin, 1):
-            what = "no token of the completion is left within `max_length`" if settings.max_length else "the row has no text to learn"
-            faults.append(Fault(what, f"row {row.index + 1}", "raise `max_length`, or leave the row out" if settings.max_length else ""))
-        encoded.append(EncodedRow(ids, [-100] * begin + ids[begin:]))
-    if not rows:
-        faults.append(Fault("there are no rows to train on"))
-    if faults:
-        raise DataError(faults)
-    return encoded
-
-
 def check_rows(base: Path, rows: Sequence[Row], settings: TrainSettings, window: int) -> None:
     """Check that every row can be learnt, and that the model can read it whole.
 
@@ -172,7 +138,7 @@ def check_rows(base: Path, rows: Sequence[Row], settings: TrainSettings, window:
         DataError: with every row that has nothing to learn from, and those that are too long.
         CheckpointError: if the base has no usable tokenizer.
     """
-    encoded = encode_rows(rows, load_tokenizer(base), settings)
+    encoded = encode_rows(rows, load_tokenizer(base), **settings.encoding)
     if long := [row.index for row, tokens in zip(rows, encoded, strict=True) if len(tokens.input_ids) > window]:
         what = f"{len(long)} of {len(rows)} training rows are longer than the {window} tokens that the model can read"
         raise DataError(what, where=numbered(long), fix="leave them out, or have them cut: `max_length` of the training")

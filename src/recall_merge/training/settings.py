@@ -76,6 +76,15 @@ class TrainSettings(Section):
     seed: int = 0
     arguments: dict[str, Any] = Field(default_factory=dict, description="any argument of trl's SFTConfig that no other setting covers")
 
+    @property
+    def encoding(self) -> dict[str, Any]:
+        """Arguments of `encode_rows`."""
+        return {
+            "template": self.template,
+            "max_length": self.max_length,
+            "label_prompt": self.arguments.get("completion_only_loss") is False,
+        }
+
     @model_validator(mode="after")
     def _adapter_settings_need_an_adapter(self) -> TrainSettings:
         given = [name for name in ADAPTER_ONLY if getattr(self, name) != type(self).model_fields[name].default]
