@@ -659,7 +659,8 @@ def of_workspace() -> Iterator[tuple[str, bytes | None]]:
     yield "missing", None
     yield from broken_json(encoded(STATE)).items()
     for what, change in {
-        "a newer form": {"format": 2},
+        "a newer form": {"format": 3},
+        "an older form": {"format": 1},
         "no form": {"format": None},
         "a form of text": {"format": "1"},
         "a head that is not there": {"head": 3},

@@ -17,6 +17,7 @@ from recall_merge.files.rows import Row
 from recall_merge.merging.merge import MergeResult, merge, reuse
 from recall_merge.merging.run import MergeRun
 from recall_merge.merging.statistics import RANK, make_statistics
+from recall_merge.report.merge_charts import draw_weights
 from recall_merge.runtime.progress import Progress
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def merge_models(run: MergeRun, *, progress: Progress | None = None) -> MergeRes
     Raises:
         RecallError: with every fault of the run and its files, before any work starts; or with what went wrong later.
     """
-    return reuse(run) or merge(run, progress=progress)
+    return reuse(run) or merge(run, progress=progress, draw=draw_weights)
 
 
 def scores_key(models: Mapping[str, Any], tasks: Mapping[str, Any], asked: Mapping[str, Any]) -> str:

@@ -55,12 +55,14 @@ class MergeResult:
         merge_weights: similarity and weights by layer, and the typical samples.
         record: the content of `record.json`.
         notes: what a reader should know.
+        reused: an earlier merge had made it.
     """
 
     path: Path
     merge_weights: MergeWeights
     record: dict[str, Any]
     notes: tuple[str, ...]
+    reused: bool = False
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -180,7 +182,7 @@ def reuse(run: MergeRun) -> MergeResult | None:
     wanted["run"]["out"]["overwrite"] = record.get("run", {}).get("out", {}).get("overwrite")  # how it got there does not matter
     if any(record.get(key) != value for key, value in wanted.items()) or record.get("models") != hash_models(plan):
         return None
-    return MergeResult(plan.target, weights_from_record(record), record, tuple(record["notes"]))
+    return MergeResult(plan.target, weights_from_record(record), record, tuple(record["notes"]), reused=True)
 
 
 def _draw(draw: Draw, record: Mapping[str, Any], folder: Path) -> None:
