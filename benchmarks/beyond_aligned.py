@@ -29,7 +29,7 @@ from recall_merge.bench.scenario import load_scenario
 from recall_merge.files.experts import Digest, own_tensors, widen
 from recall_merge.files.rows import read_rows
 from recall_merge.maths.deltas import LowRank
-from recall_merge.maths.methods.aligned import aligned
+from recall_merge.maths.methods.informed import aligned
 from recall_merge.maths.methods.spectral import tsv
 from recall_merge.maths.moments import Moment
 from recall_merge.merging.plan import Plan, make_plan
@@ -109,7 +109,7 @@ def from_deltas(floor: float) -> Callable[[Tensor, list[LowRank], list[Moment]],
             values, vectors = torch.linalg.eigh(delta.up.double().mT @ delta.up.double())
             factor = delta.down.double().mT @ (vectors * values.clamp(min=0).sqrt())  # (i, r), factor factor^T = delta^T delta
             moments.append(Moment(factor, torch.full((base.shape[1],), floor * float(factor.square().sum()) / base.shape[1])))
-        return aligned(base, deltas, [1 / len(deltas)] * len(deltas), moments=moments, keep=1.0)
+        return aligned(base, deltas, [1 / len(deltas)] * len(deltas), moments=moments, offdiagonal=1.0)
 
     return merge
 

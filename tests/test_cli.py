@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from recall_merge.cli.app import app, main
-from recall_merge.maths.methods import METHODS
+from recall_merge.maths.methods import ALIASES, METHODS
 from recall_merge.runtime.errors import RecallError
 from tiny import fine_tuned, write_rows
 
@@ -111,7 +111,7 @@ def test_json_is_json_and_nothing_else(here):
     assert [sample["cluster"] for sample in weights["samples"]] and sum(s["cluster"] for s in weights["samples"]) == len(ROWS)
     plan = json.loads(recall("plan", "run.yaml", "--json", "--overwrite").stdout)
     assert plan["weights"] == "hidden states"
-    assert set(json.loads(recall("methods", "--json").stdout)) == set(METHODS)
+    assert set(json.loads(recall("methods", "--json").stdout)) == set(METHODS) | set(ALIASES)
     assert json.loads(recall("verify", "merged", "--json").stdout)["matches"] is True
 
 

@@ -87,7 +87,7 @@ def largest(delta, scores, count):
     return torch.zeros_like(delta).flatten().index_copy(0, kept, delta.flatten()[kept]).reshape(delta.shape)
 
 
-@pytest.mark.parametrize("saliency", ["apart", "size"])
+@pytest.mark.parametrize("saliency", ["deviation", "magnitude"])
 def test_pruning_comes_before_the_method(world, tmp_path, saliency):
     experts = [{"name": name, "path": str(world / name)} for name in "abc"]
     prune = {"density": 0.25, "saliency": saliency}
@@ -95,7 +95,7 @@ def test_pruning_comes_before_the_method(world, tmp_path, saliency):
     base, *others = (load_tensors(world / name) for name in ("base", *"abc"))
     for name, tensor in load_tensors(tmp_path / "out").items():
         deltas = [other[name] - base[name] for other in others]
-        middle = sum(deltas) / 3 if saliency == "apart" else torch.zeros_like(deltas[0])
+        middle = sum(deltas) / 3 if saliency == "deviation" else torch.zeros_like(deltas[0])
         kept = [largest(delta, delta - middle, int(0.25 * delta.numel())) for delta in deltas]
         wanted = base[name] + 2 * (0.25 * kept[0] + 0.5 * kept[1] + 0.25 * kept[2])
         torch.testing.assert_close(tensor, wanted, rtol=0, atol=1e-6, msg=name)
@@ -105,7 +105,7 @@ def test_pruning_makes_factors_dense(world, tmp_path):
     base = world / "base"
     one = lora(base, tmp_path / "one", seed=1, r=2, target_modules=["q_proj"])
     experts = [{"name": "one", "path": str(one), "same_base": True}]
-    merge(a_run(world, tmp_path / "out", experts=experts, method="aligned", prune={"density": 0.5, "saliency": "size"}))
+    merge(a_run(world, tmp_path / "out", experts=experts, method="aligned", prune={"density": 0.5, "saliency": "magnitude"}))
     before, after = load_tensors(base), load_tensors(tmp_path / "out")
     for name in before:
         share = float((before[name] != after[name]).float().mean())
@@ -263,22 +263,22 @@ def test_parts(world, tmp_path):
     assert reuse(a_run(world, tmp_path / "out", weights=[3, 7], parts=PARTS[:1])) is None
 
 
-@pytest.mark.parametrize("method", [name for name, known in METHODS.items() if known.experts[0] <= 2 <= (known.experts[1] or 2)])
+TAKE_TWO = [method.name for method in METHODS.values() if method.experts[0] <= 2 <= (method.experts[1] or 2)]
+
+
+@pytest.mark.parametrize("method", [*TAKE_TWO, *ALIASES])
 def test_parts_go_with_every_method(world, tmp_path, method):
     samples = {"samples": {"path": str(world / "rows.jsonl"), "count": 2}} if method in ALIASES else {}
     parts = [{"filter": "o_proj", "weights": [1, 1]}]
     merge(a_run(world, tmp_path / "one", method=method, parts=parts, **samples))
     merge(a_run(world, tmp_path / "two", method=method, **({} if method in ALIASES else {"weights": [1, 1]}), **samples))
     one, two = load_tensors(tmp_path / "one"), load_tensors(tmp_path / "two")
-    assert [name for name in one if not torch.equal(one[name], two[name])] == (
-        [] if method not in ALIASES else [n for n in one if "o_proj" in n]
-    )
+    differ = [name for name in one if not torch.equal(one[name], two[name])]
+    assert differ == ([name for name in one if "o_proj" in name] if method in ALIASES else [])
     if method == "recall":
-        linear = merge(a_run(world, tmp_path / "three"))
-        assert linear.path == tmp_path / "three"
-        assert torch.equal(
-            load_tensors(tmp_path / "three")["model.layers.0.self_attn.o_proj.weight"], one["model.layers.0.self_attn.o_proj.weight"]
-        )
+        merge(a_run(world, tmp_path / "three"))
+        uniform, name = load_tensors(tmp_path / "three"), "model.layers.0.self_attn.o_proj.weight"
+        assert torch.equal(uniform[name], one[name])
 
 
 def test_an_option_of_each_expert(world, tmp_path):

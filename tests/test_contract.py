@@ -18,8 +18,6 @@ NAMES = ("french", "sentiment", "law")
 # options. None: its formula does not say so (why is in the comment). A new method has to take its place here.
 ONE: dict[str, dict[str, Any] | None] = {
     "linear": {},
-    "recall": {},
-    "lm_cocktail": {},
     "fisher": {},
     "regmean": {},
     "aligned": {"ridge": 1e-9},
@@ -52,7 +50,7 @@ ALIKE: dict[str, dict[str, Any] | None] = ONE | {
 }
 # Options beside the defaults with which the promises are checked too.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "aligned": [{"keep": 1.0, "ridge": 0.1}],
+    "aligned": [{"offdiagonal": 1.0, "ridge": 0.1}],
     "regmean": [{"offdiagonal": 1.0, "ridge": 0.1}],
     "ties": [{"elect": "unweighted", "mean": "count"}, {"elect": "count", "mean": "none"}, {"rescale": "l1"}, {"density": 1.0}],
     "dare_linear": [{"rescale": "l1"}, {"rescale": "none", "density": 0.9}],

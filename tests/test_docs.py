@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from recall_merge.bench.scenario import Scenario
 from recall_merge.cli.app import app
-from recall_merge.maths.methods import METHODS
+from recall_merge.maths.methods import ALIASES, METHODS
 from recall_merge.merging.run import MergeRun, load_run
 from tiny import fine_tuned, write_rows
 
@@ -149,7 +149,7 @@ def test_run_files_are_sound():
     for file in files:
         first, run = file.read_text("utf-8").splitlines()[0], load_run(file)
         assert first == f"# recall merge configs/{file.relative_to(ROOT / 'configs')}"
-        assert run.method in METHODS
+        assert run.method in METHODS | ALIASES
 
 
 def test_run_page_tells_every_key():

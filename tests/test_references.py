@@ -230,8 +230,6 @@ def test_numpy_agrees(name, options, reference, weights):
 
 def test_every_method_has_a_numpy_reference():
     others = {
-        "recall",
-        "lm_cocktail",
         "wise_ft",
         "aligned",
         "fisher",
@@ -248,7 +246,7 @@ def test_numpy_agrees_on_aligned():
     g = torch.stack([moment.dense() for moment in moments]).double().numpy()
     g = g * (0.7 + 0.3 * np.eye(40)) / np.diagonal(g, axis1=1, axis2=2).mean(1)[:, None, None]
     expected = (w * d @ g).sum(0) @ np.linalg.inv((w * g).sum(0) + 0.01 * np.eye(40))
-    found = ours("aligned", base, deltas, [0.5, 0.3, 0.2], moments=moments, keep=0.7, ridge=0.01, scale=2.0)
+    found = ours("aligned", base, deltas, [0.5, 0.3, 0.2], moments=moments, offdiagonal=0.7, ridge=0.01, scale=2.0)
     np.testing.assert_allclose(found.numpy(), base.double().numpy() + 2 * expected, rtol=1e-4, atol=1e-5)
 
 
@@ -414,14 +412,15 @@ DIFFERENT = {
 }  # fmt: skip
 
 
-class Given:
+class GivenDraws(Draws):
     """Draws whose numbers are given."""
 
     def __init__(self, numbers: list[Tensor]) -> None:
-        self.numbers = numbers
+        super().__init__(seed=0, tensor="w", experts=NAMES[: len(numbers)])
+        self.__dict__["numbers"] = numbers
 
     def stream(self, expert: int):
-        return lambda shape: self.numbers[expert].reshape(tuple(shape))
+        return lambda shape: self.__dict__["numbers"][expert].reshape(tuple(shape))
 
 
 def same_inputs(case: Same, precision: str) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -520,7 +519,7 @@ def test_mergekit_differs_where_we_mean_to(mergekit, name):
     found, errors = mergekit
     case = DIFFERENT[name]
     deltas = [torch.tensor(delta) for delta in case.deltas]
-    draws: dict[str, Any] = {"draws": Given([torch.tensor(row) for row in case.numbers])} if case.numbers else {}
+    draws: dict[str, Any] = {"draws": GivenDraws([torch.tensor(row) for row in case.numbers])} if case.numbers else {}
     weights = [1 / len(deltas)] * len(deltas)
     merged = METHODS[case.method].function(torch.zeros_like(deltas[0]), deltas, weights, **case.options, **draws)
     torch.testing.assert_close(merged, torch.tensor(case.ours), rtol=1e-4, atol=1e-9)

@@ -8,8 +8,7 @@ import torch
 
 from recall_merge import MergeRun, RecallError, make_plan, merge
 from recall_merge.files.statistics import open_statistics
-from recall_merge.maths.methods.aligned import aligned, condition
-from recall_merge.maths.methods.informed import regmean
+from recall_merge.maths.methods.informed import aligned, condition, regmean
 from recall_merge.maths.moments import Moment, compress, identity
 from recall_merge.merging.statistics import make_statistics
 from recall_merge.models.input_moments import input_moments
@@ -74,7 +73,7 @@ def test_aligned_is_regmean_on_scaled_moments_solved_another_way():
     generator = torch.Generator().manual_seed(7)
     base, deltas = torch.randn(5, 12, generator=generator), [torch.randn(5, 12, generator=generator) for _ in full]
     weights = [0.2, 0.3, 0.5]
-    found = aligned(base, deltas, weights, moments=[compress(one, 12) for one in full], keep=0.9, ridge=1e-9)
+    found = aligned(base, deltas, weights, moments=[compress(one, 12) for one in full], offdiagonal=0.9, ridge=1e-9)
     scaled = [compress(one / one.diagonal().mean(), 12) for one in full]
     wanted = regmean(base, deltas, weights, moments=scaled, offdiagonal=0.9, ridge=1e-9)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)

@@ -6,7 +6,7 @@ import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recall_merge.bench.jobs import Anchor, Base, Merged, Model, Question, Scores, StatisticsJob, Trained
 from recall_merge.bench.scenario import BASELINES, EwcOptions, Kind, MethodEntry, ReplayOptions, Scenario
@@ -19,6 +19,9 @@ from recall_merge.merging.run import ByLayer, FromHiddenStates, FromLosses, Merg
 from recall_merge.runtime.errors import DataError, Faults, RunError, did_you_mean
 from recall_merge.runtime.sections import parse
 from recall_merge.training.settings import check_arguments
+
+if TYPE_CHECKING:
+    from recall_merge.maths.methods import Method
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,12 @@ def _stand_in(entry: MethodEntry, number: int) -> MergeRun:
     """A run of an entry's method over so many experts, to have its options checked before there are any."""
     experts = [{"name": f"expert {i}", "path": "."} for i in range(number)]
     return parse(MergeRun, {**_run_of(entry), "base": ".", "experts": experts}, where=f"methods, {entry.name}")
+
+
+def _method_of(entry: MethodEntry) -> Method:
+    method = method_named(entry.method)
+    assert method is not None  # the scenario was checked
+    return method
 
 
 def _run_of(entry: MethodEntry) -> dict[str, Any]:
@@ -303,12 +312,10 @@ class _Maker:
         return Merged(f"{model.label}, written out", model.base, (("adapter", model),), {"method": "linear", "out": {"dtype": "float32"}})
 
     def _merge(self, entry: MethodEntry, experts: list[tuple[str, Model]], seed: int, label: str) -> Merged:
-        from recall_merge.maths.methods import METHODS
-
         run = {**_run_of(entry), "seed": seed, "out": {"dtype": "float32"}}
         samples = {**self.scenario.samples, "template": self.scenario.template}
         statistics: tuple[tuple[str, StatisticsJob], ...] = ()
-        if METHODS[entry.method].informed:
+        if _method_of(entry).informed:
             trained = [(name, model) for name, model in experts if isinstance(model, Trained)]
             statistics = tuple(
                 (name, StatisticsJob(f"the input statistics of {name}, seed {seed}", model, samples)) for name, model in trained
@@ -324,9 +331,7 @@ class _Maker:
 
     def _order_counts(self, entry: MethodEntry) -> bool:
         """Whether a merge of the same experts depends on their order: by the method, by its weights, or by the newest one's samples."""
-        from recall_merge.maths.methods import METHODS
-
-        return METHODS[entry.method].ordered or self._has_samples(entry) or isinstance(entry.weights, list | ByLayer)
+        return _method_of(entry).ordered or self._has_samples(entry) or isinstance(entry.weights, list | ByLayer)
 
     def _scores(self, label: str, model: Model, tasks: Sequence[str]) -> Scores:
         return Scores(label, model, tuple(self.questions[task] for task in tasks))

@@ -93,26 +93,29 @@ def methods(name: str | None, *, as_json: bool) -> None:
     from recall_merge.maths.methods import ALIASES, METHODS
     from recall_merge.merging.rules import WEIGHT_OPTIONS
 
+    entries = {**ALIASES, **METHODS}
     if name is None:
         if as_json:
-            return print_json({m.name: {"source": m.source, "summary": m.doc.splitlines()[0]} for m in METHODS.values()})
+            return print_json({entry.name: {"source": entry.source, "summary": entry.doc.splitlines()[0]} for entry in entries.values()})
         from rich.table import Table
 
         table = Table("method", "what it does", "source", box=None)
-        for method in METHODS.values():
-            table.add_row(method.name, method.doc.splitlines()[0], method.source)
+        for entry in entries.values():
+            table.add_row(entry.name, entry.doc.splitlines()[0], entry.source)
         out().print(table)
         return None
-    if name not in METHODS:
-        raise RunError(f"there is no method '{name}'", fix=did_you_mean(name, METHODS))
-    method = METHODS[name]
+    if name not in entries:
+        raise RunError(f"there is no method '{name}'", fix=did_you_mean(name, entries))
+    entry = entries[name]
+    method = METHODS[ALIASES[name].method] if name in ALIASES else METHODS[name]
+    doc = entry.doc + method.options_doc if name in ALIASES else method.doc
     options = {key: str(parameter.default) for key, parameter in method.options.items()}
     fields = WEIGHT_OPTIONS[ALIASES[name].weights].model_fields if name in ALIASES else {}
     described = {key: (str(field.default), field.description or "") for key, field in fields.items()}
     if as_json:
-        return print_json({"name": name, "source": method.source, "doc": method.doc, "options": options, "weights": described})
+        return print_json({"name": name, "source": entry.source, "doc": doc, "options": options, "weights": described})
     console = out()
-    console.print(f"{method.name}\n\n{method.doc}\n\nsource: {method.source}", markup=False)
+    console.print(f"{name}\n\n{doc}\n\nsource: {entry.source}", markup=False)
     if described:
         console.print("\nOptions of its weights:")
         for key, (default, meaning) in described.items():

@@ -198,7 +198,7 @@ def _factors(plan: AdapterPlan, name: str) -> LowRank:
     """The factors of one linear map, in the base's orientation."""
     from recall_merge.maths.deltas import LowRank
     from recall_merge.maths.low_rank import truncated
-    from recall_merge.maths.methods.factors import combined
+    from recall_merge.maths.singular_vectors import combined
 
     rank = plan.ranks[name]
     if plan.parts is not None:

@@ -32,16 +32,16 @@ class Moment:
         """G itself, (i, i)."""
         return self.factor @ self.factor.mT + torch.diag(self.rest)
 
-    def shrunk(self, keep: float) -> Moment:
-        """keep * G + (1 - keep) * diag(G): the off-diagonal entries times `keep`, in float64 and scaled to a mean diagonal of 1.
+    def shrunk(self, offdiagonal: float, *, unit: bool = True) -> Moment:
+        """G with its off-diagonal entries times `offdiagonal`, in float64 and, as `unit`, scaled to a mean diagonal of 1.
 
-        A moment of inputs that are all zero has no directions: it becomes the identity.
+        A moment of inputs that are all 0 cannot be scaled: as `unit` it becomes the identity.
         """
         factor, rest = self.factor.double(), self.rest.double()
-        mean = float(self.diagonal.double().mean())
+        mean = float(self.diagonal.double().mean()) if unit else 1.0
         if mean == 0:
             return identity(len(rest))
-        return Moment(factor * (keep / mean) ** 0.5, (rest + (1 - keep) * factor.square().sum(1)) / mean)
+        return Moment(factor * (offdiagonal / mean) ** 0.5, (rest + (1 - offdiagonal) * factor.square().sum(1)) / mean)
 
 
 def identity(size: int) -> Moment:

@@ -31,7 +31,7 @@ def weights_from_losses(plan: Plan, rule: LossWeights, samples: TypicalSamples, 
     """
     import torch
 
-    from recall_merge.maths.methods.informed import cocktail_weights
+    from recall_merge.maths.weights import softmax_weights
     from recall_merge.models.losses import mean_loss
 
     losses: dict[str, float] = {}
@@ -44,7 +44,7 @@ def weights_from_losses(plan: Plan, rule: LossWeights, samples: TypicalSamples, 
                 losses[expert.name] = mean_loss(load_expert(plan, expert, PRECISION), rows)
         if not math.isfinite(losses[expert.name]):
             raise CheckpointError(f"the loss of expert '{expert.name}' is not finite", where=expert.folder, fix="look at its training")
-    row = torch.tensor(cocktail_weights([*losses.values()], temperature=rule.temperature), dtype=torch.float64)
+    row = softmax_weights(-torch.tensor([[*losses.values()]], dtype=torch.float64), temperature=rule.temperature)
     weights = row.repeat(plan.base.layers.last + 1, 1)
     return MergeWeights(tuple(losses), weights, samples=samples.rows, notes=samples.notes, losses=losses)
 

@@ -134,11 +134,11 @@ class LayerScale(Section):
 
 
 class Prune(Section):
-    """Redundant entries of each expert's deltas are set to 0 before the method (LwPTV, arXiv:2506.09093, as reconstructed)."""
+    """Redundant entries of each expert's deltas are set to 0 before the method after the idea of LwPTV (arXiv:2506.09093)."""
 
     density: Annotated[float, Field(gt=0, le=1)] = Field(0.5, description="share of a tensor's entries that stay")
-    saliency: Literal["apart", "size"] = Field(
-        "apart", description="what stays: entries far from the mean of the experts' deltas, or large ones"
+    saliency: Literal["deviation", "magnitude"] = Field(
+        "deviation", description="what stays: entries far from the mean of the experts' deltas, or large ones (our own scores)"
     )
 
 

@@ -96,7 +96,7 @@ def _find_threshold(plan: Plan, name: str, q: int) -> Any:
     """The threshold of expert q's whole delta, found by reading it span by span, a few times over."""
     import torch
 
-    from recall_merge.maths.methods.order import kth_largest_size
+    from recall_merge.maths.order_statistics import kth_largest_size
 
     expert, spec = plan.experts[q], plan.base.tensors[name].spec
     dtype = torch.promote_types(spec.torch_dtype, torch.float32)

@@ -106,13 +106,13 @@ def weights_of(plan: Plan, weights: MergeWeights, name: str) -> list[float]:
 
 def condition_numbers(plan: Plan, weights: MergeWeights) -> dict[str, float]:
     """A bound of the condition number of the system that the merge solves, for each tensor with input statistics."""
-    from recall_merge.maths.methods.aligned import condition
+    from recall_merge.maths.methods.informed import condition
 
     numbers: dict[str, float] = {}
     for name in plan.specs:
         moments = [moment and moment[0] for moment in _moments(plan, name)]
         if any(moment is not None for moment in moments):
-            options = {key: value for key, value in plan.options_of(name).items() if key in ("keep", "ridge")}
+            options = {key: value for key, value in plan.options_of(name).items() if key in ("offdiagonal", "ridge")}
             numbers[name] = condition(moments, weights_of(plan, weights, name), **options)
     return numbers
 
@@ -183,7 +183,7 @@ def _moments(plan: Plan, name: str) -> list[Any]:
 def _pruned(plan: Plan, deltas: list[Delta]) -> list[Delta]:
     """The deltas, dense, without the entries that the run prunes."""
     from recall_merge.maths.deltas import dense
-    from recall_merge.maths.methods.wrappers import prune_by_saliency
+    from recall_merge.maths.pruning import prune_by_saliency
 
     if plan.run.prune is None:
         return deltas
@@ -192,7 +192,7 @@ def _pruned(plan: Plan, deltas: list[Delta]) -> list[Delta]:
 
 def _scaled(plan: Plan, name: str, base: Tensor, merged: Tensor) -> Tensor:
     """Scale what the merge adds to the base, where the run has a scale per layer."""
-    from recall_merge.maths.methods.wrappers import lines_scales
+    from recall_merge.maths.lines import lines_scales
 
     if plan.run.scale_by_layer is None:
         return merged

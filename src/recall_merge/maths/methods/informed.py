@@ -1,4 +1,8 @@
-"""Fisher and RegMean: methods that need statistics of the experts' data, which their statistics hold; and LM-Cocktail's weights."""
+"""Methods that use the experts' input statistics: Fisher averaging, RegMean, and our own `aligned`.
+
+The moment G_q = E_q[x x^T] describes the inputs x of a linear map under expert q. Its statistics hold it as a low-rank factor and a
+diagonal. Tensors that are no linear maps, and those without any statistics, get the weighted average, theta_0 + scale * sum_q w_q delta_q.
+"""
 
 from __future__ import annotations
 
@@ -7,38 +11,41 @@ from typing import Annotated
 
 import torch
 from annotated_types import Interval
+from jaxtyping import Float
 from torch import Tensor
 
-from recall_merge.maths.deltas import Delta, LowRank, dense
+from recall_merge.maths.deltas import Delta, dense
+from recall_merge.maths.least_squares import condition_bound, least_squares
 from recall_merge.maths.methods.averages import linear
-from recall_merge.maths.methods.consensus import weighted_sum
 from recall_merge.maths.methods.options import Scale
 from recall_merge.maths.methods.registry import method
 from recall_merge.maths.moments import Moment, identity
 
 Floor = Annotated[float, Interval(ge=0), "added to every information, as a share of the largest one of all experts"]
-OffDiagonal = Annotated[float, Interval(ge=0, le=1), "off-diagonal entries of the moments are multiplied by this, the paper's alpha"]
-Ridge = Annotated[float, Interval(gt=0), "added to the sum of moments, as a share of its mean diagonal"]
+OffDiagonal = Annotated[
+    float, Interval(ge=0, le=1), "off-diagonal entries of the moments are multiplied by this, RegMean's alpha; 0 uses their diagonals alone"
+]
+Ridge = Annotated[float, Interval(gt=0), "added to the diagonal of the moments' weighted mean, as a share of that diagonal's mean"]
 
 
 @method("fisher", source="Matena and Raffel 2022, Fisher-weighted averaging, arXiv:2111.09832", matrices=True)
 def fisher(
-    base: Tensor,
-    deltas: Sequence[Tensor],
+    base: Float[Tensor, "*s"],
+    deltas: Sequence[Float[Tensor, "*s"]],
     weights: Sequence[float],
     *,
     moments: Sequence[Moment | None] = (),
     floor: Floor = 1e-6,
     scale: Scale = 1.0,
-) -> Tensor:
-    """Average of the experts, entry by entry by how much each expert's predictions depend on the entry.
+) -> Float[Tensor, "*s"]:
+    """Average of the experts, each entry weighted by how much each expert's predictions depend on it.
 
-    theta = theta_0 + scale * sum_q w_q F_q delta_q / sum_q w_q F_q.    base (o, i), k of (o, i), F_q (o, i) -> (o, i)
+    theta = theta_0 + scale * (sum_q w_q) * sum_q w_q F_q delta_q / sum_q w_q F_q.    base (o, i), k of (o, i), F_q (o, i)
     With scale 1 this is the paper's sum_q w_q F_q theta_q / sum_q w_q F_q (eq. 4). F_q >= 0 is the diagonal of expert q's Fisher
-    information, E[(d log p(y | x) / d theta)^2] over its samples x and its own predictions y. input statistics keeps it as a product, as K-FAC does
-    (Martens and Grosse 2015, arXiv:1503.05671): F_q[o, i] = E[sum g_o^2] E[x_i^2], g the gradient by the map's output. Every F_q is raised
-    by `floor` times the largest value of all of them, as the paper raises it by a small constant: where no expert's predictions depend on
-    an entry, it gets the plain weighted mean. So do tensors that are no linear maps, and those that not every expert's statistics tells of.
+    information, E[(d log p(y | x) / d theta)^2] over its samples x and its own predictions y. The input statistics hold it as a product,
+    as K-FAC does (Martens and Grosse 2015, arXiv:1503.05671): F_q[o, i] = E[sum g_o^2] E[x_i^2], g the gradient by the map's output.
+    Every F_q is raised by `floor` times the largest value of all of them, as the paper raises it by a small constant: an entry on which
+    no expert's predictions depend gets the weighted mean. So does a tensor for which an expert has no statistics.
 
     >>> know = Moment(torch.zeros(2, 0), torch.tensor([3.0, 1.0]), gradient=torch.ones(1))
     >>> other = Moment(torch.zeros(2, 0), torch.tensor([1.0, 1.0]), gradient=torch.ones(1))
@@ -49,19 +56,19 @@ def fisher(
     if base.ndim != 2 or len(gradients) < len(deltas) or not any(weights):
         return linear(base, deltas, weights, scale=scale)
     inputs = [moment.diagonal for moment in moments if moment is not None]
-    largest = max(float(outputs.max() * reads.max()) for outputs, reads in zip(gradients, inputs, strict=True))
-    least = floor * largest or 1.0  # nothing is known of any entry: the plain mean
-    above, below = torch.zeros_like(base), torch.zeros_like(base)
-    for delta, weight, outputs, reads in zip(deltas, weights, gradients, inputs, strict=True):
-        share = torch.outer(outputs, reads).to(base.dtype).add_(least if floor or not largest else 0.0).mul_(weight)
-        above.addcmul_(delta, share)
-        below.add_(share)
-    return base + above.div_(below.clamp_(min=torch.finfo(base.dtype).tiny)).mul_(scale * sum(weights))
+    largest = max(float(gradient.max() * x2.max()) for gradient, x2 in zip(gradients, inputs, strict=True))
+    least = floor * largest or 1.0  # nothing is known of any entry: the weighted mean
+    total, divisor = torch.zeros_like(base), torch.zeros_like(base)
+    for delta, weight, gradient, x2 in zip(deltas, weights, gradients, inputs, strict=True):
+        information = torch.outer(gradient, x2).to(base.dtype).add_(least if floor or not largest else 0.0).mul_(weight)
+        total.addcmul_(delta, information)
+        divisor.add_(information)
+    return base + total.div_(divisor.clamp_(min=torch.finfo(base.dtype).tiny)).mul_(scale * sum(weights))
 
 
 @method("regmean", source="Jin et al. 2023, Dataless knowledge fusion, arXiv:2212.09849", factors=True, matrices=True)
 def regmean(
-    base: Tensor,
+    base: Float[Tensor, "*s"],
     deltas: Sequence[Delta],
     weights: Sequence[float],
     *,
@@ -69,15 +76,13 @@ def regmean(
     offdiagonal: OffDiagonal = 0.9,
     ridge: Ridge = 1e-6,
     scale: Scale = 1.0,
-) -> Tensor:
+) -> Float[Tensor, "*s"]:
     """The linear map that answers each expert's inputs as that expert does, in the least-squares sense.
 
-    W = theta_0 + scale * (sum_q w_q delta_q G_q + rho mean_q delta_q) (sum_q w_q G_q + rho I)^-1.    base (o, i), k of (o, i) -> (o, i)
-    G_q (i, i) = E[x x^T] over the layer's inputs under expert q, from its statistics, with off-diagonal entries times `offdiagonal`. For
-    rho -> 0 and scale 1 this is the paper's (sum G_q)^-1 sum G_q W_q (eq. 4), transposed, as our W maps from the right: W x.
+    W = theta_0 + scale * (sum_q w_q delta_q (G_q + rho I)) (sum_q w_q (G_q + rho I))^-1.    base (o, i), k of (o, i), G_q (i, i)
+    For rho -> 0 and scale 1 this is the paper's (sum G_q)^-1 sum G_q W_q (eq. 4), transposed, as our W maps from the right: W x.
     rho = `ridge` times the mean diagonal of sum_q w_q G_q: directions that no input has get the weighted mean of the deltas.
-    The moments are input statistics's, cut to a few directions and a diagonal; the paper's are of full rank. An expert without input statistics has the
-    identity as its moment. Tensors that are no linear maps get theta_0 + scale * sum_q w_q delta_q. Solved in float64.
+    The paper's moments are of full rank, ours a few directions and a diagonal. An expert without input statistics has the identity.
 
     >>> see, hide = Moment(torch.tensor([[1.0], [0.0]]), torch.zeros(2)), Moment(torch.tensor([[0.0], [1.0]]), torch.zeros(2))
     >>> one, two = torch.tensor([[1.0, 5.0]]), torch.tensor([[5.0, 2.0]])
@@ -86,31 +91,55 @@ def regmean(
     """
     if base.ndim != 2 or all(moment is None for moment in moments) or not any(weights):
         return linear(base, [dense(delta) for delta in deltas], weights, scale=scale)
-    width = base.shape[1]
-    seen, moment = torch.zeros(base.shape, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
-    for delta, weight, own in zip(deltas, weights, moments, strict=True):
-        known = identity(width) if own is None else own
-        shrunk = known.factor.double() @ known.factor.double().mT * offdiagonal
-        shrunk.diagonal().copy_(known.diagonal)
-        if isinstance(delta, LowRank):
-            seen.addmm_(delta.up.double(), delta.down.double() @ shrunk, alpha=weight)
-        else:
-            seen.addmm_(delta.double(), shrunk, alpha=weight)
-        moment.add_(shrunk, alpha=weight)
-    total = sum(weights)
-    rho = ridge * float(moment.diagonal().mean()) or 1.0  # without any input: the weighted mean
-    mean = weighted_sum([dense(delta).double() for delta in deltas], [weight / total for weight in weights])
-    moment.diagonal().add_(rho)
-    change = torch.linalg.solve(moment, seen.add_(mean, alpha=rho), left=False)
-    return base + change.mul_(scale * total).to(base.dtype)
+    total, shares = sum(weights), _shares(weights)
+    shrunk = [identity(base.shape[1]) if moment is None else moment.shrunk(offdiagonal, unit=False) for moment in moments]
+    rho = ridge * sum(share * float(moment.diagonal.mean()) for moment, share in zip(shrunk, shares, strict=True))
+    raised = [Moment(moment.factor, moment.rest + (rho or 1.0)) for moment in shrunk]  # without any input: the weighted mean
+    return base + least_squares(deltas, raised, shares).mul_(scale * total).to(base.dtype)
 
 
-def cocktail_weights(losses: Sequence[float], *, temperature: float = 5.0) -> list[float]:
-    """w_q = exp(-loss_q / T) / sum_p exp(-loss_p / T): one weight a model, from its mean loss on a few labelled rows of the new task.
+@method("aligned", source="this project, after RegMean, Jin et al. 2023, arXiv:2212.09849", factors=True, matrices=True)
+def aligned(
+    base: Float[Tensor, "*s"],
+    deltas: Sequence[Delta],
+    weights: Sequence[float],
+    *,
+    moments: Sequence[Moment | None] = (),
+    offdiagonal: OffDiagonal = 0.9,
+    ridge: Ridge = 1e-6,
+    scale: Scale = 1.0,
+) -> Float[Tensor, "*s"]:
+    """RegMean around the base: least squares over the experts' typical inputs, none of which counts for more because it is larger.
 
-    Xiao et al. 2023, LM-Cocktail, arXiv:2311.13534, T = 5.
+    W = theta_0 + scale * (sum_q w_q delta_q G_q) (sum_q w_q G_q + ridge I)^-1.    base (o, i), k of (o, i), G_q (i, i)
+    It minimises sum_q w_q E_q|W x - theta_q x|^2 + ridge |W - theta_0|^2: the average where the experts' inputs overlap, each expert's
+    own change where they do not, the base's weights where there are no inputs. Three departures from `regmean`: each G_q is scaled to a
+    mean diagonal of 1; the ridge pulls towards the base, not towards the mean of the experts; and the samples are a few typical ones.
+    The ridge is small beside all inputs but dead ones: a few inputs may be a thousand times as large as the rest, which then lie far
+    below the mean. An expert without input statistics, or whose inputs are all 0, has the identity.
 
-    >>> cocktail_weights([2.0, 2.0])
-    [0.5, 0.5]
+    >>> see, hide = Moment(torch.tensor([[1.0], [0.0]]), torch.zeros(2)), Moment(torch.tensor([[0.0], [1.0]]), torch.zeros(2))
+    >>> one, two = torch.tensor([[1.0, 5.0]]), torch.tensor([[5.0, 2.0]])
+    >>> aligned(torch.zeros(1, 2), [one, two], [0.5, 0.5], moments=[see, hide], offdiagonal=1.0, ridge=1e-9)  # each where it has inputs
+    tensor([[1., 2.]])
     """
-    return torch.softmax(-torch.tensor(losses, dtype=torch.float64) / temperature, dim=0).tolist()
+    if base.ndim != 2 or all(moment is None for moment in moments) or not any(weights):
+        return linear(base, [dense(delta) for delta in deltas], weights, scale=scale)
+    units = _units(moments, offdiagonal)
+    return base + least_squares(deltas, units, _shares(weights), ridge=ridge).mul_(scale * sum(weights)).to(base.dtype)
+
+
+def condition(moments: Sequence[Moment | None], weights: Sequence[float], *, offdiagonal: float = 0.9, ridge: float = 1e-6) -> float:
+    """An upper bound of the condition number of the system that `aligned` solves for one tensor; at least one moment is known."""
+    return condition_bound(_units(moments, offdiagonal), _shares(weights), ridge=ridge)
+
+
+def _units(moments: Sequence[Moment | None], offdiagonal: float) -> list[Moment]:
+    """Moments with a mean diagonal of 1; the identity for an expert without input statistics."""
+    size = next(len(moment.rest) for moment in moments if moment is not None)
+    return [identity(size) if moment is None else moment.shrunk(offdiagonal) for moment in moments]
+
+
+def _shares(weights: Sequence[float]) -> list[float]:
+    total = sum(weights) or 1.0
+    return [weight / total for weight in weights]

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
-from recall_merge.maths.methods.consensus import agreeing, weighted_sum
-from recall_merge.maths.methods.options import NonNegative, Scale
-from recall_merge.maths.methods.order import below, kth_largest
-from recall_merge.maths.methods.pieces import in_pieces, pieces, rows
+from recall_merge.maths.consensus import agreeing, weighted_sum
+from recall_merge.maths.methods.options import Fraction, Scale
 from recall_merge.maths.methods.registry import method
-from recall_merge.maths.methods.sphere import gram
+from recall_merge.maths.methods.spheres import gram
+from recall_merge.maths.order_statistics import below, kth_largest
+from recall_merge.maths.pieces import in_pieces, pieces, rows
 
 Filters = Annotated[Literal["whole", "rows"], "what has an angle of its own: the whole tensor, or each row (along its last axis)"]
-Selected = Annotated[NonNegative, "share of the entries that vary between experts which is merged, those of largest variance"]
-Competing = Annotated[NonNegative, "share of each delta's entries that stay, those of the highest score"]
+Selected = Annotated[Fraction, "share of the entries that vary between experts which is merged, those of largest variance"]
+Competing = Annotated[Fraction, "share of each delta's entries that stay, those of the highest score"]
 
 
 @method("model_stock", source="Jang et al. 2024, Model Stock, arXiv:2403.19522")

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from recall_merge.maths.deltas import Delta, LowRank, dense
 from recall_merge.maths.methods.averages import linear
-from recall_merge.maths.methods.factors import Singular, combined, norm, orthonormal, singular
 from recall_merge.maths.methods.options import Scale
 from recall_merge.maths.methods.registry import method
+from recall_merge.maths.singular_vectors import Singular, combined, norm, orthonormal, singular
 
 Rank = Annotated[int, Interval(ge=0), "singular vectors kept of each expert; 0: min(o, i) / k of an (o, i) matrix, or all if it has fewer"]
 Common = Annotated[

@@ -1,4 +1,8 @@
-"""Order statistics by selection: the k-th largest of many numbers, exact, in about one pass over them and without a sort."""
+"""Order statistics by selection: the k-th largest of many numbers, exactly, without a sort.
+
+It buys time: about one pass over the numbers. And memory: `kth_largest_size` reads numbers span by span, so a delta of any size
+needs the memory of a span.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +10,31 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from recall_merge.maths.methods.pieces import PIECE
+from recall_merge.maths.pieces import PIECE
 
 _SMALL = 1 << 18  # below this a plain selection on a copy is as fast
 _SAMPLE = 1 << 15
-_RUN = 256  # neighbours that are sampled together where numbers come from a file
+_RUN = 256  # neighbours that are sampled together when numbers come from a file
 
 
-def kth_largest(values: Tensor, k: int, *, size: bool = False) -> float:
-    """The k-th largest entry (1 = the largest), or with `size` the k-th largest absolute value.    values (*s), 1 <= k <= entries
+def kth_largest(values: Float[Tensor, "*s"], k: int, *, size: bool = False) -> float:
+    """The k-th largest entry, or with `size` the k-th largest absolute value; 1 <= k <= number of entries.
 
-    Floyd and Rivest 1975, "Expected time bounds for selection": a sample brackets the answer, one pass counts what lies
-    above the bracket and gathers what lies in it, and the answer is selected among those few. Where the bracket misses (the count
-    tells), all entries are searched, so the result never depends on the sample.
+    Floyd and Rivest 1975, "Expected time bounds for selection": a sample brackets the answer, one pass counts what lies above the
+    bracket and gathers what lies in it, and the answer is selected among those few. If the count shows that the bracket missed, all
+    entries are searched, so the result never depends on the sample.
 
     >>> kth_largest(torch.tensor([3.0, -5.0, 1.0]), 2, size=True)
     3.0
     """
     numbers = values.detach().reshape(-1).numpy()
     if len(numbers) > _SMALL:
-        found = _bracketed(numbers, k, size)
-        if found is not None:
-            return found
+        answer = _bracketed(numbers, k, size)
+        if answer is not None:
+            return answer
     return _select(np.abs(numbers) if size else numbers, k)
 
 
@@ -38,7 +43,7 @@ def _select(numbers: np.ndarray, k: int) -> float:
 
 
 def _bracketed(numbers: np.ndarray, k: int, size: bool) -> float | None:
-    """The answer by way of a sample, or None where the sample's bracket does not hold it."""
+    """The answer by way of a sample, or None if the sample's bracket does not hold it."""
     sample = numbers[:: (len(numbers) // _SAMPLE) | 1]
     sample = np.sort(np.abs(sample) if size else sample)
     share = k / len(numbers)
@@ -58,10 +63,10 @@ def _bracketed(numbers: np.ndarray, k: int, size: bool) -> float | None:
 
 
 def kth_largest_size(read: Callable[[range], Tensor], count: int, k: int, *, span: int) -> float:
-    """The k-th largest absolute value of `count` numbers that are nowhere whole: `read` gives any span of them, again and again.
+    """The k-th largest absolute value of `count` numbers of which `read` returns any span, as often as needed.
 
-    As `kth_largest`, with a sample of short runs, whose bracket is wider because neighbours are alike, and wider again each time that it
-    misses. Held are a span and what lies strictly inside of the bracket: numbers that are all the same take no memory.
+    As `kth_largest`, with a sample of short runs. Neighbours are alike, so its bracket is wider, and wider again each time it misses.
+    Memory holds one span and what lies strictly inside the bracket: equal numbers take none.
 
     >>> kth_largest_size(lambda span: torch.tensor([3.0, -5.0, 1.0])[span.start : span.stop], 3, 2, span=2)
     3.0
@@ -87,11 +92,11 @@ def kth_largest_size(read: Callable[[range], Tensor], count: int, k: int, *, spa
         gathered = np.concatenate(inside)
         if 0 < k - above <= len(gathered):
             return _select(gathered, k - above)
-        if len(gathered) < k - above and (k <= reach or low < 0):  # the low end itself; or not all are numbers, which is refused later
+        if len(gathered) < k - above and (k <= reach or low < 0):  # the low end itself; or NaN among them, refused later
             return max(0.0, float(low))
         spread *= 4
 
 
 def below(threshold: float, dtype: torch.dtype) -> float:
-    """The number just below a positive threshold in a tensor's own precision, so that `> below(t)` means `>= t`."""
+    """The number just below a positive threshold in a given precision, so that `> below(t)` means `>= t`."""
     return float(torch.nextafter(torch.tensor(threshold, dtype=dtype), torch.zeros((), dtype=dtype)))

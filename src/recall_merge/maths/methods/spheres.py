@@ -14,8 +14,8 @@ from annotated_types import Interval
 from torch import Tensor
 
 from recall_merge.maths.methods.options import Sphere, Vectors
-from recall_merge.maths.methods.pieces import in_pieces, pieces, rows
 from recall_merge.maths.methods.registry import method
+from recall_merge.maths.pieces import in_pieces, pieces, rows
 
 Above = Annotated[float, Interval(ge=0, le=1), "vectors with a cosine of more than this, in size, are interpolated on the straight line"]
 

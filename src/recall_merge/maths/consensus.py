@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-Elect = Annotated[
-    Literal["weighted", "unweighted", "count"],
-    "what elects an entry's sign: the sum of weighted deltas (as mergekit), of deltas (as peft), or the number of deltas of either sign",
-]
-Mean = Annotated[
-    Literal["weights", "count", "none"],
-    "the sum of agreeing weighted deltas is divided by their weights (as mergekit), by the share of deltas that agree (as peft), or not",
-]
+Elect = Literal["weighted", "unweighted", "count"]
+Mean = Literal["weights", "count", "none"]
 
 
-def weighted_sum(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """sum_q w_q delta_q.    k of (*s) -> (*s)
+def weighted_sum(deltas: Sequence[Float[Tensor, "*s"]], weights: Sequence[float]) -> Float[Tensor, "*s"]:
+    """sum_q w_q delta_q.
 
     >>> weighted_sum([torch.ones(2), 3 * torch.ones(2)], [0.5, 0.5])
     tensor([2., 2.])
@@ -30,9 +25,13 @@ def weighted_sum(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return total
 
 
-def agreeing(deltas: Sequence[Tensor], weights: Sequence[float], *, elect: Elect = "weighted", mean: Mean = "weights") -> Tensor:
-    """sum_{q in A} w_q delta_q / sum_{q in A} w_q, A = {q : sign(delta_q) = s}, s the elected sign, entry by entry.    k of (*s) -> (*s)
+def agreeing(
+    deltas: Sequence[Float[Tensor, "*s"]], weights: Sequence[float], *, elect: Elect = "weighted", mean: Mean = "weights"
+) -> Float[Tensor, "*s"]:
+    """sum_{q in A} w_q delta_q / sum_{q in A} w_q, A = {q : sign(delta_q) = s}, s the elected sign, entry by entry.
 
+    The sign s is, by `elect`, that of sum_q w_q delta_q (weighted), of sum_q delta_q (unweighted), or of sum_q sign(delta_q) (count).
+    The divisor is, by `mean`, as above (weights), the share of the experts that agree (count), or 1 (none).
     An even vote elects +. A delta of 0 agrees with nobody, and where nobody agrees the result is 0. Experts of weight 0 have no vote.
 
     >>> agreeing([torch.tensor([1.0, 1.0]), torch.tensor([3.0, -3.0])], [0.5, 0.5])
@@ -49,7 +48,7 @@ def agreeing(deltas: Sequence[Tensor], weights: Sequence[float], *, elect: Elect
     sign = votes.sign_().add_(0.5).sign_()  # subtle: +1 for an even vote too
     total, divisor = torch.zeros_like(sign), torch.zeros_like(sign)
     for delta, weight in voters:
-        size = (delta * sign).clamp_min_(0)  # |delta| of those that agree, else 0
+        size = (delta * sign).clamp_min_(0)  # |delta| where it agrees, else 0
         total.add_(size, alpha=weight)
         if mean != "none":
             divisor.add_(size.sign_(), alpha=weight if mean == "weights" else 1 / len(deltas))

@@ -1,0 +1,250 @@
+"""Trim each delta, then combine: TIES, DARE, Breadcrumbs and DELLA.
+
+Throughout, v_q is the trimmed delta_q, and A = {q : sign(v_q) = s} are the experts that agree, entry by entry, with the elected sign
+s = sign(sum_q w_q v_q), + for an even vote. How to trim in little time and memory is the business of `maths/trimming.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Annotated, Any
+
+import torch
+from annotated_types import Interval
+from jaxtyping import Float
+from torch import Tensor
+
+from recall_merge.maths import consensus, trimming
+from recall_merge.maths.consensus import agreeing, weighted_sum
+from recall_merge.maths.draws import Draws
+from recall_merge.maths.methods.options import Fraction, Scale
+from recall_merge.maths.methods.registry import method
+from recall_merge.maths.trimming import Kth, TrimThreshold, add_trimmed, drop_by_rank, drop_random, keep_largest, keep_middle, per_expert
+
+BelowOne = Annotated[float, Interval(ge=0, lt=1)]
+Density = Annotated[Fraction | list[Fraction], "share of each delta's entries that stay; one number, or one per expert"]
+Gamma = Annotated[
+    BelowOne | list[BelowOne], "share of each delta's entries that are outliers, the largest, and dropped; one number, or one per expert"
+]
+Epsilon = Annotated[
+    BelowOne | list[BelowOne],
+    "a row's largest entry stays with probability density + epsilon, its smallest with density - epsilon; one number, or one per expert",
+]
+Rescale = Annotated[
+    trimming.Rescale, "multiply what stays: none, by nothing; l1, so that the sum of sizes is as before, over the tensor (as mergekit)"
+]
+RescaleRandom = Annotated[
+    trimming.RescaleRandom,
+    "multiply what stays: share, by 1 / the probability of staying (as DARE and DELLA); l1, so that the sum of sizes is as before, over "
+    "the tensor (as mergekit); none, by nothing",
+]
+Elect = Annotated[
+    consensus.Elect,
+    "what elects an entry's sign: the sum of weighted deltas (as mergekit), of deltas (as peft), or the number of deltas of either sign",
+]
+Mean = Annotated[
+    consensus.Mean,
+    "the sum of agreeing weighted deltas is divided by their weights (as mergekit), by the share of deltas that agree (as peft), or not",
+]
+
+
+def find_largest(kth: Kth, n: int, dtype: torch.dtype, expert: int, options: Mapping[str, Any]) -> TrimThreshold:
+    """What `keep_largest` must know of an expert's delta before spans of it can be merged."""
+    return trimming.threshold_of_largest(kth, n, dtype, trimming.value_for(options["density"], expert))
+
+
+def find_middle(kth: Kth, n: int, dtype: torch.dtype, expert: int, options: Mapping[str, Any]) -> TrimThreshold:
+    """What `keep_middle` must know of an expert's delta before spans of it can be merged."""
+    density, gamma = (trimming.value_for(options[name], expert) for name in ("density", "gamma"))
+    return trimming.threshold_of_middle(kth, n, dtype, density, gamma)
+
+
+@method("ties", source="Yadav et al. 2023, TIES-Merging, arXiv:2306.01708", find_threshold=find_largest)
+def ties(
+    base: Float[Tensor, "*s"],
+    deltas: Sequence[Float[Tensor, "*s"]],
+    weights: Sequence[float],
+    *,
+    thresholds: list[TrimThreshold] | None = None,
+    density: Density = 0.2,
+    rescale: Rescale = "none",
+    elect: Elect = "weighted",
+    mean: Mean = "weights",
+    scale: Scale = 1.0,
+) -> Float[Tensor, "*s"]:
+    """Trim, elect a sign, merge those that agree.
+
+    theta = theta_0 + scale * sum_{q in A} w_q v_q / sum_{q in A} w_q, entry by entry; theta_0 where nobody agrees.
+    v_q: delta_q with only the int(density * n) largest of the tensor's n entries; entries that tie with the last of them stay too.
+    A = {q : sign(v_q) = s},  s = sign(sum_q w_q v_q), + where that sum is 0.
+    The sign is elected after weighting and the sum divided by the agreeing weights, as in mergekit 0.1.5; `elect` and `mean` offer peft's
+    convention. So only ratios of weights matter, and a base in the pool has no say.
+
+    >>> ties(torch.zeros(3), [torch.tensor([4.0, -3.0, 1.0]), torch.tensor([1.0, 5.0, -2.0])], [0.5, 0.5], density=0.7)
+    tensor([ 4.,  5., -2.])
+    """
+    trims = [
+        keep_largest(delta, density=share, rescale=rescale, threshold=threshold)
+        for delta, share, threshold in per_expert(deltas, density, thresholds)
+    ]
+    return add_trimmed(base, deltas, trims, partial(agreeing, weights=weights, elect=elect, mean=mean), scale)
+
+
+@method("dare_linear", source="Yu et al. 2024, Language models are super Mario, arXiv:2311.03099")
+def dare_linear(
+    base: Float[Tensor, "*s"],
+    deltas: Sequence[Float[Tensor, "*s"]],
+    weights: Sequence[float],
+    *,
+    draws: Draws,
+    density: Density = 0.5,
+    rescale: RescaleRandom = "share",
+    scale: Scale = 1.0,
+) -> Float[Tensor, "*s"]:
+    """Drop entries at random, rescale the rest, average.
+
+    theta = theta_0 + scale * sum_q w_q v_q,  v_q = m_q delta_q / density,  m_q ~ Bernoulli(density), entry by entry.
+    The random numbers depend on seed, expert and tensor name alone. The weights sum to 1, so this is a mean of trimmed deltas; the
+    paper's plain sum is scale = k.
+    """
+    trims = [
+        drop_random(delta, stream, density=share, rescale=rescale) for delta, stream, share in per_expert(deltas, draws.streams, density)
+    ]
+    return add_trimmed(base, deltas, trims, partial(weighted_sum, weights=weights), scale, by_row=True)
+
+
+@method("dare_ties", source="Yu et al. 2024, Language models are super Mario, arXiv:2311.03099, with the election of arXiv:2306.01708")
+def dare_ties(
+    base: Float[Tensor, "*s"],
+    deltas: Sequence[Float[Tensor, "*s"]],
+    weights: Sequence[float],
+    *,
+    draws: Draws,
+    density: Density = 0.5,
+    rescale: RescaleRandom = "share",
+    elect: Elect = "weighted",
+    mean: Mean = "none",
+    scale: Scale = 1.0,
+) -> Float[Tensor, "*s"]:
+    """Drop entries at random, rescale the rest, sum those that agree on a sign.
+
+    theta = theta_0 + scale * sum_{q in A} w_q v_q,  v_q = m_q delta_q / density,  m_q ~ Bernoulli(density), entry by entry.
+    A = {q : sign(v_q) = s},  s = sign(sum_q w_q v_q), + where that sum is 0.
+    The random numbers depend on seed, expert and tensor name alone. Signs are elected after weighting and the sum is not divided
+    (mean: none), as in mergekit 0.1.5: rescaling makes up for what is dropped, and dividing by the agreeing weights would do so twice.
+    """
+    trims = [
+        drop_random(delta, stream, density=share, rescale=rescale) for delta, stream, share in per_expert(deltas, draws.streams, density)
+    ]
+    return add_trimmed(base, deltas, trims, partial(agreeing, weights=weights, elect=elect, mean=mean), scale, by_row=True)
+
+
+@method("breadcrumbs", source="Davari and Belilovsky 2024, Model Breadcrumbs, arXiv:2312.06795", find_threshold=find_middle)
+def breadcrumbs(
+    base: Float[Tensor, "*s"],
+    deltas: Sequence[Float[Tensor, "*s"]],
+    weights: Sequence[float],
+    *,
+    thresholds: list[TrimThreshold] | None = None,
+    density: Density = 0.1,
+    gamma: Gamma = 0.01,
+    rescale: Rescale = "none",
+    scale: Scale = 1.0,
+) -> Float[Tensor, "*s"]:
+    """Drop outliers and small entries, average.
+
+    theta = theta_0 + scale * sum_q w_q v_q, with v_q the middle of delta_q: of the tensor's n entries the int(gamma * n) largest
+    (outliers) go, then the smallest, until int(density * n) are left; entries that tie with one that stays stay too.
+    The weights sum to 1, so this is a mean of trimmed deltas; the paper's plain sum is scale = k.
+    """
+    trims = [
+        keep_middle(delta, density=share, gamma=outliers, rescale=rescale, threshold=threshold)
+        for delta, share, outliers, threshold in per_expert(deltas, density, gamma, thresholds)
+    ]
+    return add_trimmed(base, deltas, trims, partial(weighted_sum, weights=weights), scale)
+
+
+@method(
+    "breadcrumbs_ties",
+    source="Davari and Belilovsky 2024, Model Breadcrumbs, arXiv:2312.06795, with the election of arXiv:2306.01708",
+    find_threshold=find_middle,
+)
+def breadcrumbs_ties(
+    base: Float[Tensor, "*s"],
+    deltas: Sequence[Float[Tensor, "*s"]],
+    weights: Sequence[float],
+    *,
+    thresholds: list[TrimThreshold] | None = None,
+    density: Density = 0.1,
+    gamma: Gamma = 0.01,
+    rescale: Rescale = "none",
+    elect: Elect = "weighted",
+    mean: Mean = "none",
+    scale: Scale = 1.0,
+) -> Float[Tensor, "*s"]:
+    """Drop outliers and small entries, sum those that agree on a sign.
+
+    theta = theta_0 + scale * sum_{q in A} w_q v_q, entry by entry, with v_q the middle of delta_q, as in `breadcrumbs`.
+    A = {q : sign(v_q) = s},  s = sign(sum_q w_q v_q), + where that sum is 0.
+    Signs are elected after weighting and the sum is not divided (mean: none), as in mergekit 0.1.5: where all agree, this is the mean of
+    the trimmed deltas.
+    """
+    trims = [
+        keep_middle(delta, density=share, gamma=outliers, rescale=rescale, threshold=threshold)
+        for delta, share, outliers, threshold in per_expert(deltas, density, gamma, thresholds)
+    ]
+    return add_trimmed(base, deltas, trims, partial(agreeing, weights=weights, elect=elect, mean=mean), scale)
+
+
+@method("della", source="Deep et al. 2024, DELLA-Merging, arXiv:2406.11617")
+def della(
+    base: Float[Tensor, "*s"],
+    deltas: Sequence[Float[Tensor, "*s"]],
+    weights: Sequence[float],
+    *,
+    draws: Draws,
+    density: Density = 0.5,
+    epsilon: Epsilon = 0.15,
+    rescale: RescaleRandom = "share",
+    elect: Elect = "weighted",
+    mean: Mean = "weights",
+    scale: Scale = 1.0,
+) -> Float[Tensor, "*s"]:
+    """Drop small entries more often than large ones, rescale, merge those that agree on a sign.
+
+    theta = theta_0 + scale * sum_{q in A} w_q v_q / sum_{q in A} w_q, entry by entry; theta_0 where nobody agrees.
+    v_q = m_q delta_q / p_q,  m_q ~ Bernoulli(p_q),  p_q = density + epsilon (2 r / (n - 1) - 1), r = 0 .. n - 1 an entry's rank by size
+    among the n of its row. Rows run along the last axis; a vector is one row. epsilon is half the width of the range, as in mergekit.
+    A = {q : sign(v_q) = s},  s = sign(sum_q w_q v_q), + where that sum is 0.
+    Elected after weighting and divided by the agreeing weights, as in mergekit 0.1.5; `elect` and `mean` offer peft's convention.
+    """
+    trims = [
+        drop_by_rank(delta, stream, density=share, epsilon=spread, rescale=rescale)
+        for delta, stream, share, spread in per_expert(deltas, draws.streams, density, epsilon)
+    ]
+    return add_trimmed(base, deltas, trims, partial(agreeing, weights=weights, elect=elect, mean=mean), scale, by_row=True)
+
+
+@method("della_linear", source="Deep et al. 2024, DELLA-Merging, arXiv:2406.11617, without the election")
+def della_linear(
+    base: Float[Tensor, "*s"],
+    deltas: Sequence[Float[Tensor, "*s"]],
+    weights: Sequence[float],
+    *,
+    draws: Draws,
+    density: Density = 0.5,
+    epsilon: Epsilon = 0.15,
+    rescale: RescaleRandom = "share",
+    scale: Scale = 1.0,
+) -> Float[Tensor, "*s"]:
+    """Drop small entries more often than large ones, rescale, average.
+
+    theta = theta_0 + scale * sum_q w_q v_q, with v_q the randomly trimmed delta_q of `della`.
+    The weights sum to 1, so this is a mean of trimmed deltas; the paper's plain sum is scale = k.
+    """
+    trims = [
+        drop_by_rank(delta, stream, density=share, epsilon=spread, rescale=rescale)
+        for delta, stream, share, spread in per_expert(deltas, draws.streams, density, epsilon)
+    ]
+    return add_trimmed(base, deltas, trims, partial(weighted_sum, weights=weights), scale, by_row=True)
