@@ -9,7 +9,6 @@ from functools import partial
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 Stream = Callable[[Sequence[int]], Tensor]
@@ -40,6 +39,6 @@ class Draws:
         generator = np.random.Generator(np.random.Philox(key=key))
         return lambda shape: torch.from_numpy(generator.random(tuple(shape), dtype=np.float32))
 
-    def uniform(self, expert: int, shape: Sequence[int]) -> Float[Tensor, ...]:
+    def uniform(self, expert: int, shape: Sequence[int]) -> Tensor:
         """The first numbers of an expert's stream."""
         return self.stream(expert)(shape)

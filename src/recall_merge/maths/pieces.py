@@ -22,7 +22,7 @@ def rows(tensor: Float[Tensor, "*s"]) -> Float[Tensor, "r n"]:
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1]) if tensor.ndim > 1 else tensor.reshape(1, -1)
 
 
-def pieces(*tensors: Float[Tensor, "*s"], by_row: bool = False) -> Iterator[tuple[Float[Tensor, ...], ...]]:
+def pieces(*tensors: Float[Tensor, "*s"], by_row: bool = False) -> Iterator[tuple[Tensor, ...]]:
     """Matching pieces of tensors of one shape, in order: flat, or some whole rows at a time.
 
     >>> [piece.tolist() for (piece,) in pieces(torch.ones(1, 2))]
