@@ -76,7 +76,7 @@ def test_commands(here, arguments, printed):
         (["merge", "run.yaml", "--set", "options.temprature=2"], "no option 'temprature'", "did you mean 'temperature'"),
         (["merge", "run.yaml", "--set", "metod=linear"], "unknown key 'metod'", "did you mean 'method'"),
         (["merge", "run.yaml", "--set", "seed"], "not of the form KEY=VALUE", "--set"),
-        (["plan", "--base", "base", "-e", "a"], "--expert a: no '=' in it", "NAME=PATH"),
+        (["plan", "--base", "base", "-e", "a"], "--expert a: there is no '=' in it", "NAME=PATH"),
         (["plan", *FLAGS], "does not say where the result goes", "--out"),
         (["methods", "lineer"], "there is no method 'lineer'", "did you mean 'linear'"),
         (["verify", "base"], "there is no record.json", "result of `recall merge`"),
@@ -136,7 +136,7 @@ def test_the_installed_command_runs_in_a_process_of_its_own(here):
 
 
 def test_command_workspace_and_library_keep_as_many_directions():
-    from recall_merge.cli.app import stats
+    from recall_merge.cli.merge import stats
     from recall_merge.continual.settings import Settings
     from recall_merge.merging.statistics import RANK
 

@@ -29,8 +29,9 @@ def merged(folder, base, experts, **settings):
     return folder / "merged"
 
 
-def places(experts):
-    return {name: str(path) for name, path in experts.items()}
+def places(base, experts=None):
+    """Where the models of a result are, by name."""
+    return {name: str(path) for name, path in {"base": base, **(experts or {})}.items()}
 
 
 @pytest.fixture(params=["llama", "llama-tied", "gpt2"])
@@ -57,7 +58,7 @@ def relative(found, wanted):
 
 def test_exact_adapter_of_whole_checkpoints(full, tmp_path):
     family, result, base = full
-    made = export_adapter(result, base=str(base))
+    made = export_adapter(result, models=places(base))
     assert made.path == tmp_path / "merged-adapter"
     again = load_tensors(merged_by_peft(base, made.path, tmp_path / "again"))
     assert relative(again, load_tensors(result)) < 1e-6
@@ -70,7 +71,7 @@ def test_peft_loads_it_without_a_warning(full):
     from peft import PeftModel
 
     _, result, base = full
-    made = export_adapter(result, base=str(base), rank=2)
+    made = export_adapter(result, models=places(base), rank=2)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         model = PeftModel.from_pretrained(load_model(base), made.path)
@@ -82,14 +83,14 @@ def test_peft_loads_it_without_a_warning(full):
 
 def test_our_own_merge_reads_the_adapter(full, tmp_path):
     _, result, base = full
-    made = export_adapter(result, base=str(base), out=tmp_path / "adapter")
+    made = export_adapter(result, models=places(base), out=tmp_path / "adapter")
     again = merged(tmp_path / "again", base, {"back": made.path})
     assert relative(load_tensors(again), load_tensors(result)) < 1e-6
 
 
 def test_error_of_a_lower_rank_is_that_of_a_plain_svd(full, tmp_path):
     family, result, base = full
-    made = export_adapter(result, base=str(base), rank=4, out=tmp_path / "adapter")
+    made = export_adapter(result, models=places(base), rank=4, out=tmp_path / "adapter")
     ours, theirs = load_tensors(result), load_tensors(base)
     missed, sizes = np.zeros(4), np.zeros(4)
     for name in ours:
@@ -111,7 +112,7 @@ def test_error_of_a_lower_rank_is_that_of_a_plain_svd(full, tmp_path):
 def test_adapters_are_put_side_by_side(adapters, tmp_path):
     base, experts = adapters
     result = merged(tmp_path, base, experts, weights=[1, 2], options={"scale": 1.5})
-    made = export_adapter(result, base=str(base), experts=places(experts))
+    made = export_adapter(result, models=places(base, experts))
     assert set(made.ranks.values()) == {2, 5}  # what one expert changed, and what both did
     assert made.whole == ()
     assert made.error < 1e-5  # the result's own rounding to float32, beside its small deltas
@@ -124,7 +125,7 @@ def test_factors_are_exact_where_the_result_is_rounded(adapters, tmp_path):
     base, experts = adapters
     result = merged(tmp_path, base, experts, out={"path": tmp_path / "merged", "dtype": "bfloat16"})
     exact = merged(tmp_path / "exact", base, experts)
-    made = export_adapter(result, base=str(base), experts=places(experts))
+    made = export_adapter(result, models=places(base, experts))
     assert relative(load_tensors(merged_by_peft(base, made.path, tmp_path / "again")), load_tensors(exact)) < 1e-6
     assert made.error > 1e-3
     assert any("rounded to bfloat16" in note for note in made.notes)
@@ -135,14 +136,14 @@ def test_weights_by_depth_reach_the_factors(adapters, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", ROWS)
     settings = {"method": "recall", "options": {"temperature": 0.05, "base_in_pool": "always"}, "samples": {"path": str(rows), "count": 3}}
     result = merged(tmp_path, base, experts, **settings)
-    made = export_adapter(result, base=str(base), experts=places(experts))
+    made = export_adapter(result, models=places(base, experts))
     assert relative(load_tensors(merged_by_peft(base, made.path, tmp_path / "again")), load_tensors(result)) < 1e-6
 
 
 def test_a_scale_by_depth_reaches_the_factors(adapters, tmp_path):
     base, experts = adapters
     result = merged(tmp_path, base, experts, scale_by_layer={"alpha": 0.5, "beta": 1})
-    made = export_adapter(result, base=str(base), experts=places(experts))
+    made = export_adapter(result, models=places(base, experts))
     assert set(made.ranks.values()) == {2, 5}
     assert relative(load_tensors(merged_by_peft(base, made.path, tmp_path / "again")), load_tensors(result)) < 1e-6
 
@@ -150,11 +151,11 @@ def test_a_scale_by_depth_reaches_the_factors(adapters, tmp_path):
 def test_what_is_pruned_has_no_factors(adapters, tmp_path):
     base, experts = adapters
     result = merged(tmp_path, base, experts, prune={"density": 0.5, "saliency": "magnitude"})
-    made = export_adapter(result, base=str(base))
+    made = export_adapter(result, models=places(base))
     assert set(made.ranks.values()) == {32}
     assert relative(load_tensors(merged_by_peft(base, made.path, tmp_path / "again")), load_tensors(result)) < 1e-6
     with pytest.raises(RecallError, match="not pruned"):
-        export_mergekit(result, base=str(base), experts=places(experts))
+        export_mergekit(result, models=places(base, experts))
 
 
 def test_expert_with_more_than_factors(tmp_path):
@@ -162,7 +163,7 @@ def test_expert_with_more_than_factors(tmp_path):
     one = lora(base, tmp_path / "a", seed=1, r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], use_dora=True)
     experts = {"a": one, "b": lora(base, tmp_path / "b", seed=2, r=3, target_modules=["q_proj", "k_proj"])}
     result = merged(tmp_path, base, experts)
-    made = export_adapter(result, base=str(base), experts=places(experts))
+    made = export_adapter(result, models=places(base, experts))
     ranks = {name.split(".")[-2]: rank for name, rank in made.ranks.items()}
     assert ranks == {"q_proj": 32, "k_proj": 3, "lm_head": 32}
     assert relative(load_tensors(merged_by_peft(base, made.path, tmp_path / "again")), load_tensors(result)) < 1e-6
@@ -176,11 +177,11 @@ def test_faults_of_an_adapter(tmp_path, monkeypatch):
         export_adapter(result)
     assert [fault.fix for fault in caught.value.faults] == ["give --base FOLDER", "give --expert a=FOLDER"]
     with pytest.raises(RecallError, match="no expert 'c'"):
-        export_adapter(result, base=str(base), experts={"c": "a"})
+        export_adapter(result, models=places(base, {"c": "a"}))
     other = fine_tuned(base, tmp_path / "other", seed=9)
     changed = lora(base, tmp_path / "changed", seed=2, r=2, target_modules=["q_proj"])
     with pytest.raises(RecallError) as caught:
-        export_adapter(result, base=str(other), experts={"a": str(changed)})
+        export_adapter(result, models=places(other, {"a": changed}))
     assert [fault.what.split(" that ")[0] for fault in caught.value.faults] == ["this is not the base", "this is not the expert 'a'"]
     monkeypatch.chdir(tmp_path)  # where folders of these names are
     export_adapter(result)
@@ -196,14 +197,14 @@ def test_a_tensor_without_a_place_is_refused(tmp_path):
     base = save_model(make_model("mixtral"), tmp_path / "base")
     result = merged(tmp_path, base, {"a": fine_tuned(base, tmp_path / "a", seed=1)})
     with pytest.raises(RecallError, match="no place for it"):
-        export_adapter(result, base=str(base))
+        export_adapter(result, models=places(base))
 
 
 def test_run_file(tmp_path):
     base = save_model(make_model("llama"), tmp_path / "base")
     experts = {"a": fine_tuned(base, tmp_path / "a", seed=1), "b": lora(base, tmp_path / "b", seed=2, r=2, target_modules=["q_proj"])}
     result = merged(tmp_path, base, experts, weights=[1, 3], options={"scale": 1.5}, skip=["*.up_proj.weight"])
-    made = export_mergekit(result, base=str(base), experts=places(experts))
+    made = export_mergekit(result, models=places(base, experts))
     assert made.path == tmp_path / "merged.mergekit.yaml"
     run = yaml.safe_load(made.path.read_text())
     assert [model["model"] for model in run["models"]] == [str(base), str(tmp_path / "a"), f"{base}+{tmp_path / 'b'}"]
@@ -220,7 +221,7 @@ def test_faults_of_a_run_file(tmp_path):
     result = merged(tmp_path, base, experts, method="ties")
     (tmp_path / "there.yaml").touch()
     with pytest.raises(RecallError) as caught:
-        export_mergekit(result, base=str(base), experts={"a": str(experts["b"])}, out=tmp_path / "there.yaml")
+        export_mergekit(result, models=places(base, {"a": experts["b"]}), out=tmp_path / "there.yaml")
     told = "\n".join(fault.what for fault in caught.value.faults)
     assert "made by `ties`" in told
     assert "such a file already" in told
@@ -233,7 +234,7 @@ def test_command(adapters, tmp_path):
     words = ["--base", str(base), *(word for name, path in experts.items() for word in ("-e", f"{name}={path}"))]
     ran = CliRunner().invoke(app, ["export", str(result), "--to", "adapter", *words])
     assert ran.exit_code == 0, ran.output
-    assert "linear maps of rank 2 to 5" in ran.stdout
+    assert "linear layers of rank 2 to 5" in ran.stdout
     assert "relative error" in ran.stdout
     ran = CliRunner().invoke(app, ["export", str(result), "--to", "adapter", "--rank", "1", *words, "-o", str(tmp_path / "x"), "--json"])
     assert 0 < json.loads(ran.stdout)["error"] < 1
@@ -241,7 +242,7 @@ def test_command(adapters, tmp_path):
     assert ran.exit_code == 0, ran.output
     assert "mergekit-yaml merged.mergekit.yaml FOLDER --lora-merge-dtype float32" in ran.stdout
     ran = CliRunner().invoke(app, ["export", str(result), "--to", "mergekit", "--rank", "1"])
-    assert "--rank is an adapter's" in str(ran.exception)
+    assert "--rank is only for adapters" in str(ran.exception)
 
 
 @pytest.mark.slow
@@ -260,7 +261,7 @@ def test_mergekit_gives_the_same(family, kind, tmp_path):
     options = {"temperature": 0.05, "outside_blocks": "newest", "base_in_pool": "always" if kind == "base in pool" else "single"}
     settings = {"method": "recall", "samples": {"path": str(rows), "count": 3}, "options": options}
     result = merged(tmp_path, base, experts, skip=["*.0.*c_proj*" if family == "gpt2" else "*.0.*o_proj*"], **settings)
-    made = export_mergekit(result, base=str(base), experts=places(experts))
+    made = export_mergekit(result, models=places(base, experts))
     weights = [model["parameters"]["weight"] for model in yaml.safe_load(made.text)["models"]]
     shares = [entry["value"] for entries in weights for entry in entries if "filter" not in entry]
     assert any(isinstance(share, list) and len(set(share)) > 1 for share in shares)

@@ -220,7 +220,7 @@ def test_an_exported_run_gives_the_same_merge(world, tmp_path, monkeypatch):
     rows = {"a": [1, 1, 2, 0, 1, 1, 3], "lora": [0, 1, 1, 1, 1, 1, 1], "b": [1, 2, 1, 1, 1, 5, 1]}
     run = {"base": str(places / "base"), "experts": experts, "method": "linear", "options": {"scale": 0.8}, "weights": {"by_layer": rows}}
     first = merge(MergeRun.model_validate(run | {"skip": ["*.0.*o_proj*"], "out": {"path": tmp_path / "first"}}))
-    made = export_mergekit(first.path, base=str(places / "base"), experts={n: str(places / n) for n in ("a", "lora", "b")})
+    made = export_mergekit(first.path, models={n: str(places / n) for n in ("base", "a", "lora", "b")})
     ours(made.path, tmp_path / "again")
     one, two = load_tensors(first.path), load_tensors(tmp_path / "again")
     assert one.keys() == two.keys()

@@ -11,13 +11,12 @@ from typer.testing import CliRunner
 from browser import browser, chromium, messages, requests, show
 from recall_merge import MergeRun, merge
 from recall_merge.cli.app import app
-from recall_merge.cli.report_writer import report
+from recall_merge.cli.report import write as report
 from recall_merge.continual.workspace import rollback
 from recall_merge.maths.weights import softmax_weights
 from recall_merge.report import merge_charts, workspace_charts
 from recall_merge.report.anatomy import Models, anatomy
-from recall_merge.report.page import Figure, Item, Items, Matrix, Page, Section, Table, Text, json_in_html, render
-from recall_merge.report.page import Job as PageCell
+from recall_merge.report.page import Cell, Figure, Item, Items, Matrix, Page, Section, Table, Text, json_in_html, render
 from recall_merge.runtime.errors import DataError, OutputError, ResultError, RunError
 from recall_merge.runtime.progress import Silent
 from tiny import fine_tuned, lora, write_rows
@@ -94,10 +93,10 @@ def pages(workspace, merged, bases, tmp_path_factory):
     """The three kinds of report."""
     folder = tmp_path_factory.mktemp("pages")
     experts = {name: str(merged / f"expert{number}") for number, name in enumerate((*HOSTILE[:4], HOSTILE[5]))}
-    told = {"base": str(bases("llama")), "experts": experts, "samples": merged / "rows.jsonl"}
+    given = {"models": {"base": str(bases("llama")), **experts}, "samples": merged / "rows.jsonl"}
     return {
         "workspace": report(workspace, out=folder / "workspace", text=True),
-        "merge": report(merged / "out", out=folder / "merge", text=True, **told),
+        "merge": report(merged / "out", out=folder / "merge", text=True, **given),
         "bench": report(write_bench(folder / "bench"), out=folder / "bench-report"),
     }
 
@@ -232,7 +231,7 @@ def test_words_of_users_are_shown_and_never_run(tmp_path, driver):
     matrix = Matrix(
         HOSTILE[0],
         HOSTILE,
-        [(text, [PageCell("0.5", 0.5, "items-1")] * 6) for text in HOSTILE],
+        [(text, [Cell("0.5", 0.5, "items-1")] * 6) for text in HOSTILE],
         [Items("items-1", HOSTILE[0], HOSTILE[1], items)],
     )
     blocks = [*figures, matrix, Table(HOSTILE[0], HOSTILE, [HOSTILE]), *map(Text, HOSTILE)]
@@ -338,15 +337,15 @@ def test_a_merge_that_is_the_expert_misses_nothing_of_it(workspace, tmp_path):
 def test_what_is_in_the_way_is_told_and_left(workspace, merged, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years")
-    with pytest.raises(OutputError, match="no report"):
+    with pytest.raises(OutputError, match="something other than a report"):
         report(workspace, out=tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years"
-    with pytest.raises(OutputError, match="over what it tells of"):
+    with pytest.raises(OutputError, match="overwrite the folder that it describes"):
         report(workspace, out=workspace.parent)
-    with pytest.raises(RunError, match="nothing here to report of"):
+    with pytest.raises(RunError, match="nothing here that a report can show"):
         report(tmp_path / "mine")
-    with pytest.raises(RunError, match="knows its models"):
-        report(workspace, base="x", out=tmp_path / "r")
+    with pytest.raises(RunError, match="already names its models"):
+        report(workspace, models={"base": "x"}, out=tmp_path / "r")
     other = write_rows(tmp_path / "other.jsonl", ROWS[:2])
     with pytest.raises(ResultError, match="not the rows"):
         report(merged / "out", text=True, samples=other, out=tmp_path / "r")

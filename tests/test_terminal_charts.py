@@ -141,13 +141,13 @@ def test_strips_of_many_layers_and_long_names_fit(terminal):
     console = Console(force_terminal=True, width=80, record=True, file=StringIO(), color_system="truecolor")
     console.print(terminal_charts.strips("weights", table, 80, middle=1 / 3), soft_wrap=True)
     shown = console.export_text()
-    assert fits(shown) and "a bar is 4 layers" in shown and "\u202e" not in shown and "tab·and·line" in shown
+    assert fits(shown) and "each bar is 4 layers" in shown and "\u202e" not in shown and "tab·and·line" in shown
     assert "0.200 to 0.329" in shown
 
 
 def test_where_bars_cannot_be_shown_they_are_not():
     ascii_only = SimpleNamespace(is_terminal=True, options=SimpleNamespace(ascii_only=True))
-    assert not terminal_charts.watched(ascii_only)
+    assert not terminal_charts.is_watched(ascii_only)
 
 
 def test_ink_can_be_read_on_every_colour():

@@ -10,7 +10,7 @@ import pytest
 import torture
 from disturbed import MERGED, MERGES, WALKED, World, merge_here, weights
 from recall_merge import MergeRun, RecallError, merge
-from recall_merge.cli.report_writer import report
+from recall_merge.cli.report import write as report
 from recall_merge.files.output import MARKER, OutputFolder
 from recall_merge.merging.verify import verify
 from tiny import fine_tuned
@@ -121,7 +121,7 @@ def test_a_token_and_places_of_this_machine_are_in_nothing_that_is_written(tortu
     out = tmp_path / "out"
     merge_here(tortured[1], out)
     models = {name: str(tortured[1].folder / name) for name in tortured[1].experts}
-    report(out, out=tmp_path / "report", base=str(tortured[1].folder / "base"), experts=models)
+    report(out, out=tmp_path / "report", models={"base": str(tortured[1].folder / "base"), **models})
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert {"record.json", "README.md"} < {file.name for file in files} and any(file.suffix == ".html" for file in files)
     for file in files:

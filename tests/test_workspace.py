@@ -406,7 +406,7 @@ def test_status_shows_lineage_and_r(ws, data, monkeypatch):
     tree_lines = [line for line in lines if "fine-tuned from" in line]
     assert ["<- now" in line for line in tree_lines] == [False, False, True]
     assert [re.search(r"\d \w", line)[0] for line in tree_lines] == ["1 a", "2 b", "3 c"]  # type: ignore[index]
-    first, second = (result.output.index(f"R, the line to stage {number}") for number in (3, 2))
+    first, second = (result.output.index(f"R, the branch to stage {number}") for number in (3, 2))
     assert first < second
     scores = read_state(ws).stages[2].scores
     row = next(line.split() for line in lines if line.startswith(" 3 c"))
@@ -427,7 +427,7 @@ def test_init_and_rollback_commands(ws, llama, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = recall("init", "new", "--base", llama, "--method", "ties", "--set", "training.epochs=1")
     assert result.exit_code == 0, result.output
-    assert "a workspace in new" in result.output
+    assert "made a workspace in new" in result.output
     assert json.loads(recall("status", "new", "--json").output)["settings"]["training"]["epochs"] == 1
     assert "0 base" in recall("status", "new").output
     assert "the model is ws/merges/1, of stage 1" in recall("rollback", "ws", "--to", 1).output
@@ -445,10 +445,10 @@ def test_an_unfinished_stage_and_a_running_command_are_shown(ws):
     write_state(ws, state.changed(unfinished=stage_spec))
     append_line(ws / "journal.jsonl", json.dumps({"stage": 3, "part": "merge", "event": "begun"}))
     shown = recall("status", ws).output
-    assert f"unfinished: stage 3 (c), in part 'merge'; `recall learn {ws}` goes on, `recall rollback {ws} --to 2` gives it up" in shown
+    assert f"unfinished: stage 3 (c), in part 'merge'; `recall learn {ws}` continues it, `recall rollback {ws} --to 2` gives it up" in shown
     assert json.loads(recall("status", ws, "--json").output)["unfinished"]["part"] == "merge"
     with opened(ws, "recall learn ws"):
-        assert f"at work: process {os.getpid()}, `recall learn ws`, since" in recall("status", ws).output
+        assert f"in progress: process {os.getpid()}, `recall learn ws`, since" in recall("status", ws).output
 
 
 def test_evaluate_any_model_on_any_tasks(ws, data, llama, monkeypatch):

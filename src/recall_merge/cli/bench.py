@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from recall_merge.cli import terminal_charts
-from recall_merge.cli.options import AsJson, EngineName, Quiet, Sets, settings_of
+from recall_merge.cli.options import AsJson, ExecutorName, Quiet, Sets, settings_of
 
 if TYPE_CHECKING:
     from recall_merge.bench.bench import JobDone
@@ -25,7 +25,7 @@ def bench(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the jobs and the results.", show_default=False)] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Say what there is to do and about how long it takes; do nothing.")] = False,
     summary: Annotated[bool, typer.Option("--summary", help="Write the results of what is done so far; do nothing else.")] = False,
-    executor: EngineName = "local",
+    executor: ExecutorName = "local",
     sets: Sets = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -56,8 +56,7 @@ def bench(
 def _planned(scenario: Scenario, *, as_json: bool) -> None:
     from recall_merge.bench.bench import make_agenda, seconds_left, store_of
     from recall_merge.bench.design import make_design
-    from recall_merge.cli.console import out
-    from recall_merge.cli.show import print_json
+    from recall_merge.cli.console import out, print_json
 
     design, store = make_design(scenario), store_of(scenario)
     agenda = make_agenda(design, store)
@@ -74,8 +73,7 @@ def _planned(scenario: Scenario, *, as_json: bool) -> None:
 
 def _show(summary: Summary, *, as_json: bool) -> None:
     from recall_merge.bench.markdown import SHORT, shown
-    from recall_merge.cli.console import err, out
-    from recall_merge.cli.show import print_json
+    from recall_merge.cli.console import err, out, print_json
 
     if as_json:
         return print_json(summary.to_json())

@@ -1,20 +1,21 @@
-"""What commands share: the two consoles, progress bars, and how errors end a command."""
+"""What all commands share to print: the two consoles, tables, JSON, notes, errors and progress bars."""
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from recall_merge.runtime.errors import RecallError
 from recall_merge.runtime.progress import Advance, Progress, Silent
 
-WIDE = 10_000  # columns where nobody watches: no table is cut for the next program in the pipe
+WIDE = 10_000  # columns where nobody watches, so that no table is cut for the next program in the pipe
 
 
 def out() -> Any:
-    """Where results are printed. What is in brackets is a user's, and no markup."""
+    """The console for results. Brackets are a user's text, not markup."""
     from rich.console import Console
 
     console = Console(highlight=False, soft_wrap=True, markup=False)
@@ -24,14 +25,43 @@ def out() -> Any:
 
 
 def err() -> Any:
-    """Where everything else is printed."""
+    """The console for everything else."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+
+
+def table(*head: str, **options: Any) -> Any:
+    """An empty table without borders."""
+    from rich.table import Table
+
+    return Table(*head, box=None, **options)
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))  # noqa: T201
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    for note in notes:
+        err().print(f"note: {note}")
+
+
+def print_error(error: RecallError) -> None:
+    """Print every fault of an error, numbered if there are several."""
+    for number, fault in enumerate(error.faults, start=1):
+        lead = f"{number}. " if len(error.faults) > 1 else ""
+        err().print(f"{lead}error: ", style="bold red", end="")
+        err().print(str(fault))
+
+
+def progress(quiet: bool = False) -> Progress:
+    """Progress bars; none if stderr is not a terminal, or `quiet` is set."""
+    return Bars() if sys.stderr.isatty() and not quiet else Silent()
 
 
 class Bars:
-    """Progress as bars on stderr, with the amount done and the time left. Stages may overlap: each has a bar."""
+    """Progress bars on stderr, with the amount done and the time left. Stages may overlap; each has its own bar."""
 
     def __init__(self) -> None:
         from rich import progress
@@ -52,12 +82,12 @@ class Bars:
             self._open -= 1
             if not self._open:
                 self._bars.stop()
-                for done in self._bars.task_ids:  # the bars stay on the terminal; the next ones begin below them
-                    self._bars.remove_task(done)
+                for finished in self._bars.task_ids:  # finished bars stay on the terminal; the next ones start below them
+                    self._bars.remove_task(finished)
 
 
 def _amount() -> Any:
-    """How much is done of how much, in the stage's own unit."""
+    """The column "so much of so much", in the stage's own unit."""
     from rich.filesize import decimal
     from rich.progress import ProgressColumn
     from rich.text import Text
@@ -69,17 +99,3 @@ def _amount() -> Any:
             return Text(words, style="progress.download")
 
     return Amount()
-
-
-def progress(quiet: bool = False) -> Progress:
-    """Bars if somebody watches, silence if stderr is no terminal or quiet was asked for."""
-    return Bars() if sys.stderr.isatty() and not quiet else Silent()
-
-
-def report(error: RecallError) -> None:
-    """Print every fault of an error, numbered where there is more than one."""
-    console = err()
-    for number, fault in enumerate(error.faults, start=1):
-        lead = f"{number}. " if len(error.faults) > 1 else ""
-        console.print(f"[bold red]{lead}error:[/] ", end="")
-        console.print(str(fault), markup=False)

@@ -1,34 +1,46 @@
-"""From words of the command line to a run: a file, flags, and `--set`."""
+"""The options that commands share, and how a run is read from a file, flags and `--set`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from recall_merge.runtime.errors import Faults, RunError
+from recall_merge.runtime.safe_yaml import NotYaml, parse_yaml
+from recall_merge.runtime.sections import assign, parse
+
+if TYPE_CHECKING:
+    from recall_merge.merging.run import MergeRun
 
 RunFile = Annotated[
-    Path | None, typer.Argument(metavar="[RUN.yaml]", help="The run, or a run file of mergekit; or give it by flags.", show_default=False)
+    Path | None, typer.Argument(metavar="[RUN.yaml]", help="A run file, or one of mergekit; or use the options.", show_default=False)
 ]
 Base = Annotated[str | None, typer.Option(help="Base: a folder, or a hub name with optional @revision.", show_default=False)]
-ExpertFlags = Annotated[
-    list[str] | None, typer.Option("--expert", "-e", metavar="NAME=PATH", help="An expert; repeat, newest last.", show_default=False)
+Experts = Annotated[
+    list[str] | None,
+    typer.Option("--expert", "-e", metavar="NAME=PATH", help="An expert; repeat, newest last.", show_default=False),
 ]
 MethodName = Annotated[str | None, typer.Option("--method", "-m", help="One of `recall methods`.", show_default=False)]
 SamplesPath = Annotated[str | None, typer.Option("--samples", "-s", help="Rows of the newest expert's data.", show_default=False)]
 Target = Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the result.", show_default=False)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing result as a whole.")]
 Sets = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the run, e.g. options.temperature=0.5.", show_default=False),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the run, e.g. seed=1; repeat.", show_default=False),
 ]
-EngineName = Annotated[str, typer.Option(help="Where the work is done: local, ray, or ray://ADDRESS.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result for machines.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")]
+ExecutorName = Annotated[str, typer.Option(help="Where the work runs: local, ray, or ray://ADDRESS.")]
+ResultBase = Annotated[str | None, typer.Option(help="The result's base, if it is not where the record says.", show_default=False)]
+ResultExperts = Annotated[
+    list[str] | None,
+    typer.Option("--expert", "-e", metavar="NAME=PATH", help="The same for an expert; repeat.", show_default=False),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress and no notes.")]
 
 
-def gather(
+def read_run(
     file: Path | None,
     *,
     base: str | None = None,
@@ -38,63 +50,51 @@ def gather(
     out: Path | None = None,
     overwrite: bool = False,
     sets: list[str] | None = None,
-) -> Any:
-    """The run that a command was given.
+) -> MergeRun:
+    """The run that a command is given by a file, by options, or by both; options override the file.
 
     Raises:
-        RunError: with every fault of file and flags.
+        RunError: with every fault of file and options.
     """
     from recall_merge.merging.run import MergeRun
-    from recall_merge.runtime.sections import parse
 
+    flags = {"base": base, "method": method, "samples.path": samples, "out.path": out, "out.overwrite": overwrite or None}
+    keys: dict[str, Any] = {key: value for key, value in flags.items() if value is not None}
     faults = Faults()
-    given: dict[str, Any] = {}
-    if base is not None:
-        given["base"] = base
-    if experts:
-        entries = [entry.partition("=") for entry in experts]
-        for name, equals, _ in entries:
-            if not equals:
-                faults.add(f"--expert {name}: no '=' in it", fix="write --expert NAME=PATH")
-        given["experts"] = [{"name": name, "path": path} for name, _, path in entries]
-    given |= {key: value for key, value in {"method": method, "samples.path": samples, "out.path": out}.items() if value is not None}
-    if overwrite:
-        given["out.overwrite"] = True
     with faults.collect():
-        given |= settings_of(sets)
+        if experts:
+            keys["experts"] = [{"name": name, "path": path} for name, path in pairs("--expert", "NAME=PATH", experts)]
+    with faults.collect():
+        keys |= settings_of(sets)
     faults.raise_any(RunError)
     if file is not None:
         from recall_merge.interop.mergekit_run import load_any_run
 
-        return load_any_run(file, given)
-    if not given:
+        return load_any_run(file, keys)
+    if not keys:
         raise RunError("no run was given", fix="give a RUN.yaml, or --base, --expert, --method and --out")
     data: dict[str, Any] = {}
-    from recall_merge.runtime.sections import assign
-
-    for key, value in given.items():
+    for key, value in keys.items():
         assign(data, key, value)
     return parse(MergeRun, data, where="the command line")
 
 
 def settings_of(words: list[str] | None) -> dict[str, Any]:
-    """The settings of `--set`, by their dotted keys.
+    """The values of `--set`, by dotted key.
 
     Raises:
-        RunError: with every word that is none.
+        RunError: with every word that is not KEY=VALUE.
     """
-    faults, found = Faults(), {}
+    faults, settings = Faults(), {}
     for word in words or []:
         with faults.collect():
             key, value = _setting(word)
-            found[key] = value
+            settings[key] = value
     faults.raise_any(RunError)
-    return found
+    return settings
 
 
 def _setting(word: str) -> tuple[str, Any]:
-    from recall_merge.runtime.safe_yaml import NotYaml, parse_yaml
-
     key, equals, text = word.partition("=")
     if not equals or not key:
         raise RunError(f"--set {word}: not of the form KEY=VALUE", fix="write e.g. --set options.temperature=0.5")
@@ -102,3 +102,24 @@ def _setting(word: str) -> tuple[str, Any]:
         return key, parse_yaml(text)
     except NotYaml as error:
         raise RunError(f"--set {word}: the value is not YAML", fix="put text with special characters in quotes") from error
+
+
+def models_of(base: str | None, experts: list[str] | None) -> dict[str, str]:
+    """Where the models of a result are, by name: 'base', and the experts that were given."""
+    return ({} if base is None else {"base": base}) | dict(pairs("--expert", "NAME=PATH", experts))
+
+
+def pairs(option: str, form: str, words: list[str] | None) -> list[tuple[str, str]]:
+    """The values of a repeated option of the form NAME=VALUE.
+
+    Raises:
+        RunError: with every word that has no '='.
+    """
+    faults, found = Faults(), []
+    for word in words or []:
+        name, equals, value = word.partition("=")
+        if not equals:
+            faults.add(f"{option} {word}: there is no '=' in it", fix=f"write {option} {form}")
+        found.append((name, value))
+    faults.raise_any(RunError)
+    return found

@@ -1,14 +1,22 @@
-"""The commands of a workspace: init, learn, status, rollback."""
+"""The commands of a workspace: init, learn, status, rollback; with the lineage as a tree, R as a table, and the metrics' formulas."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from recall_merge.cli import terminal_charts
+from recall_merge.cli.console import out, print_json, print_notes, progress, table
 from recall_merge.cli.options import AsJson, MethodName, Quiet, Sets, settings_of
 from recall_merge.runtime.errors import RunError
+
+if TYPE_CHECKING:
+    from recall_merge.continual.request import Request
+    from recall_merge.continual.state import State
+    from recall_merge.continual.workspace import Branch, Status
 
 Workspace = Annotated[Path, typer.Argument(help="The folder of the workspace.", show_default=False)]
 
@@ -24,78 +32,215 @@ def init(
 
     Example: recall init ws --base HuggingFaceTB/SmolLM2-135M-Instruct --set training.epochs=3
     """
-    from recall_merge.cli import show_workspace
-    from recall_merge.continual.workspace import init as recipe
+    from recall_merge.continual.workspace import init
 
-    state = recipe(workspace, base, ({"method": method} if method is not None else {}) | settings_of(sets))
-    show_workspace.made(workspace, state, as_json=as_json)
+    state = init(workspace, base, ({"method": method} if method is not None else {}) | settings_of(sets))
+    if as_json:
+        return print_json({"path": str(workspace), **state.model_dump(mode="json")})
+    return out().print(f"made a workspace in {workspace}; its base is {state.base.path}")
 
 
 def learn(
     workspace: Workspace,
-    task: Annotated[str | None, typer.Option(help="Name of the new task; without it, a stopped stage goes on.", show_default=False)] = None,
+    task: Annotated[str | None, typer.Option(help="Name of the new task; none to continue a stopped stage.", show_default=False)] = None,
     train: Annotated[Path | None, typer.Option(help="Rows to train on.", show_default=False)] = None,
     test: Annotated[Path | None, typer.Option(help="Rows to score on, at this stage and all later ones.", show_default=False)] = None,
-    metric: Annotated[str | None, typer.Option(help="acc for rows with choices, else exact_match, by default.", show_default=False)] = None,
-    start: Annotated[str, typer.Option("--from", help="What to fine-tune: the base, or the last merge (last).")] = "base",
+    metric: Annotated[
+        str | None, typer.Option(help="Metric; by default acc for rows with choices, else exact_match.", show_default=False)
+    ] = None,
+    start: Annotated[str, typer.Option("--from", help="What to fine-tune: base, or last for the last merge.")] = "base",
     expert: Annotated[str | None, typer.Option(help="An expert trained elsewhere: folder or hub name.", show_default=False)] = None,
-    same_base: Annotated[bool, typer.Option("--same-base", help="That adapter is on this base, whatever its config says.")] = False,
+    same_base: Annotated[bool, typer.Option("--same-base", help="That adapter fits this base, whatever its config says.")] = False,
     unseen: Annotated[
-        str | None, typer.Option(metavar="A,B,..", help="Tasks to score from now on: FILE, NAME=FILE, or lm-eval's.", show_default=False)
+        str | None, typer.Option(metavar="A,B,..", help="Tasks to score but not train: FILE, NAME=FILE, or lm-eval's.", show_default=False)
     ] = None,
     method: MethodName = None,
     sets: Sets = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Learn a task: fine-tune, merge, score all tasks so far. Stopped, the same command goes on where it was.
+    """Learn a task: fine-tune, merge, score all tasks so far. If it was stopped, the same command continues.
 
     Example: recall learn ws --task french --train french.jsonl --test french-test.jsonl
     """
-    from recall_merge.cli import show_workspace
-    from recall_merge.cli.console import progress
-    from recall_merge.continual.request import Request
-    from recall_merge.continual.stages import learn as recipe
+    from recall_merge.continual.stages import learn
+    from recall_merge.continual.workspace import branch
 
-    request = None
-    if start not in {"base", "last"}:
-        raise RunError(f"--from {start}: there are base and last", fix="write --from base, or --from last")
-    if task is not None and test is not None:
-        words = [word for word in (unseen or "").split(",") if word]
-        request = Request(
-            task, test, train, metric, "last" if start == "last" else "base", expert, same_base, words, method, settings_of(sets)
-        )
-    elif any(option not in (None, False, []) for option in (task, train, test, metric, expert, unseen, method, sets)) or start != "base":
-        missing = " and ".join(name for name, value in (("--task", task), ("--test", test)) if value is None)
-        raise RunError(f"a new task needs {missing}", fix="give both; without any option, learn goes on with a stage that was stopped")
-    learned = recipe(workspace, request, progress=progress(quiet or as_json))
-    show_workspace.learned(workspace, learned, as_json=as_json, quiet=quiet)
+    request = _request(task, test, train, metric, start, expert, same_base, unseen, method, sets)
+    learned = learn(workspace, request, progress=progress(quiet or as_json))
+    stage, line = learned.stage, branch(learned.state, learned.stage.id)
+    model = workspace / stage.merged.path
+    if as_json:
+        facts = {"path": str(workspace), "model": str(model), "stage": stage.model_dump(mode="json")}
+        return print_json({**facts, **_branch_json(line), "notes": list(learned.notes)})
+    out().print(_changes(line))
+    if not quiet:
+        _print_metrics(line)
+        print_notes(learned.notes)
+    return out().print(f"stage {stage.id} learnt {stage.task.name}; the model is {model}")
 
 
 def status(workspace: Workspace, as_json: AsJson = False) -> None:
-    """Show lineage, scores after every stage (R), and what is kept and forgotten.
+    """Show the lineage, the scores after every stage (R), and what was kept and forgotten.
 
     Example: recall status ws
     """
-    from recall_merge.cli import show_workspace
-    from recall_merge.continual.workspace import status as recipe
+    from recall_merge.continual.workspace import status
 
-    show_workspace.status(workspace, recipe(workspace), as_json=as_json)
+    now = status(workspace)
+    if as_json:
+        print_json(_status_json(workspace, now))
+    else:
+        _print_status(workspace, now)
 
 
 def rollback(
     workspace: Workspace,
-    to: Annotated[int, typer.Option(help="A stage's number; 0 is the base.", show_default=False)],
+    to: Annotated[int, typer.Option(help="The number of a stage; 0 is the base.", show_default=False)],
     as_json: AsJson = False,
 ) -> None:
-    """Go back to an earlier merge. Nothing is deleted; learning again begins a branch there. An unfinished stage is given up.
+    """Go back to an earlier merge. Nothing is deleted; the next stage starts a branch there. An unfinished stage is given up.
 
     Example: recall rollback ws --to 1
     """
-    from recall_merge.cli import show_workspace
-    from recall_merge.continual.workspace import rollback as recipe
+    from recall_merge.continual.state import current_model
+    from recall_merge.continual.workspace import rollback
 
-    show_workspace.rolled_back(workspace, recipe(workspace, to), as_json=as_json)
+    state = rollback(workspace, to)
+    model = current_model(workspace, state)
+    if as_json:
+        return print_json({"path": str(workspace), "head": state.head, "model": model})
+    return out().print(f"the model is {model}, of stage {state.head}; later stages are kept")
 
 
-COMMANDS = (init, learn, status, rollback)
+def _request(
+    task: str | None,
+    test: Path | None,
+    train: Path | None,
+    metric: str | None,
+    start: str,
+    expert: str | None,
+    same_base: bool,
+    unseen: str | None,
+    method: str | None,
+    sets: list[str] | None,
+) -> Request | None:
+    """What is to be learnt; None to continue a stopped stage."""
+    from recall_merge.continual.request import Request
+
+    if start not in {"base", "last"}:
+        raise RunError(f"--from {start}: it must be base or last", fix="write --from base, or --from last")
+    if task is not None and test is not None:
+        tasks = [word for word in (unseen or "").split(",") if word]
+        return Request(
+            task, test, train, metric, "last" if start == "last" else "base", expert, same_base, tasks, method, settings_of(sets)
+        )
+    if any((task, train, test, metric, expert, unseen, method, sets)) or start != "base":
+        missing = " and ".join(name for name, value in (("--task", task), ("--test", test)) if value is None)
+        raise RunError(f"a new task needs {missing}", fix="give both; without any option, learn continues a stopped stage")
+    return None
+
+
+def _status_json(folder: Path, now: Status) -> dict[str, Any]:
+    from recall_merge.continual.state import current_model
+    from recall_merge.maths.metrics import FORMULAS
+
+    unfinished = None
+    if now.unfinished is not None:
+        unfinished = {"part": now.unfinished[1], **now.unfinished[0].model_dump(mode="json")}
+    return {
+        "path": str(folder),
+        "model": current_model(folder, now.state),
+        **now.state.model_dump(mode="json"),
+        "unfinished": unfinished,
+        "in_use": str(now.holder) if now.holder else None,
+        "missing": list(now.missing),
+        "branches": [_branch_json(line) for line in now.branches],
+        "formulas": FORMULAS,
+    }
+
+
+def _branch_json(line: Branch) -> dict[str, Any]:
+    return {
+        "line": [stage.id for stage in line.stages],
+        "tasks": list(line.tasks),
+        "R": line.r,
+        "experts": line.experts,
+        "unseen": list(line.unseen),
+        "R_unseen": line.r_unseen,
+        "numbers": line.numbers,
+    }
+
+
+def _print_status(folder: Path, now: Status) -> None:
+    from recall_merge.continual.state import current_model
+
+    console, state = out(), now.state
+    console.print(f"base: {state.base.path}\nmodel: {current_model(folder, state)}")
+    console.print(_tree(state))
+    for line in now.branches:
+        end = line.stages[-1].id
+        console.print(f"\nR, the branch to stage {end}" + (" (now)" if end == state.head else ""))
+        for part in _matrix(line, console):
+            console.print(part)
+        _print_metrics(line)
+    if now.unfinished is not None:
+        stage, part = now.unfinished
+        how = f"`recall learn {folder}` continues it, `recall rollback {folder} --to {state.head}` gives it up"
+        how = f"in progress: {now.holder}" if now.holder else how
+        console.print(f"\nunfinished: stage {stage.id} ({stage.task.name}), in part '{part}'; {how}")
+    elif now.holder is not None:
+        console.print(f"\nin use by {now.holder}")
+    for missing in now.missing:
+        console.print(missing)
+
+
+def _tree(state: State) -> Any:
+    from rich.text import Text
+    from rich.tree import Tree
+
+    def label(number: int, words: str) -> Text:
+        return Text(f"{number} {words}" + ("  <- now" if number == state.head else ""), style="bold" if number == state.head else "")
+
+    nodes = {0: Tree(label(0, "base"))}
+    for stage in state.stages:
+        how = "expert given" if stage.given else f"fine-tuned from {'the base' if stage.start == 'base' else f'stage {stage.parent}'}"
+        nodes[stage.id] = nodes[stage.parent].add(label(stage.id, f"{stage.task.name}  ({how}, {stage.created})"))
+    return nodes[0]
+
+
+def _matrix(line: Branch, console: Any) -> Iterator[Any]:
+    """R and the experts' own scores; on a terminal as a heat map, with a line of bars per task from the base to now."""
+    head = ["after stage", *line.tasks, *(f"{name} (unseen)" for name in line.unseen)]
+    names = ["0 base", *(f"{stage.id} {task}" for stage, task in zip(line.stages, line.tasks, strict=True))]
+    stages = [(name, (*row, *unseen)) for name, row, unseen in zip(names, line.r, line.r_unseen, strict=True)]
+    own = ("own expert", (*line.experts, *(None for _ in line.unseen)))
+    rows = [(name, [terminal_charts.Cell(_number(score), score) for score in scores]) for name, scores in (*stages, own)]
+    trends = [terminal_charts.spark(scores) for scores in zip(*(scores for _, scores in stages), strict=True)]
+    below = ("base to now", trends) if terminal_charts.is_watched(console) else None
+    return terminal_charts.heat(head, rows, console.width, below=below)
+
+
+def _changes(line: Branch) -> Any:
+    """What the last stage did to each task."""
+    rows = table("task", "base", "before", "now", "change", "its expert")
+    names = (*line.tasks, *(f"{name} (unseen)" for name in line.unseen))
+    columns = zip(*((*row, *unseen) for row, unseen in zip(line.r, line.r_unseen, strict=True)), strict=True)
+    experts = (*line.experts, *(None for _ in line.unseen))
+    for name, scores, expert in zip(names, columns, experts, strict=True):
+        base, before, now = scores[0], scores[-2], scores[-1]
+        change = "-" if before is None or now is None else f"{now - before:+.3f}"
+        rows.add_row(name, _number(base), _number(before), _number(now), change, _number(expert))
+    return rows
+
+
+def _print_metrics(line: Branch) -> None:
+    from recall_merge.maths.metrics import FORMULAS
+
+    for name, value in line.numbers.items():
+        if value is not None:  # backward transfer, for example, is not defined for a single task
+            out().print(f"{name.replace('_', ' ')}: {value:.3f}   ({FORMULAS[name]})")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

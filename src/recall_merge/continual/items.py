@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from recall_merge.files.experts import hash_file
 from recall_merge.files.rows import Row, read_rows
 from recall_merge.report.page import Item, Items
+from recall_merge.report.words import Words
 
 if TYPE_CHECKING:
     from recall_merge.continual.state import Task
@@ -17,28 +18,6 @@ if TYPE_CHECKING:
 Score = Mapping[str, Any]  # as a stage's file keeps it, with its items
 LEAST = 0.1  # of a point that an item must have won or lost to be listed; right and wrong are a whole point apart
 LISTED = 30  # items of each direction and job, at most
-CHARACTERS = 2000  # of one text; the rest is counted
-BUDGET = 1_500_000  # characters of all texts of a page
-
-
-class Words:
-    """The words of rows and answers, where they were asked for, cut to what a page can hold."""
-
-    def __init__(self, wanted: bool) -> None:
-        self.wanted = wanted
-        self.spent_out = False
-        self._left = BUDGET
-
-    def cut(self, text: str) -> str:
-        """A text as the page shows it; empty where words are not wanted, or no more fit."""
-        if not self.wanted or not text:
-            return ""
-        shown = text if len(text) <= CHARACTERS else f"{text[:CHARACTERS]} … and {len(text) - CHARACTERS:,} more characters"
-        if len(shown) > self._left:
-            self.spent_out = True
-            return ""
-        self._left -= len(shown)
-        return shown
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recall_merge.continual.items import Change, Words, change_of, pairs_of, panel, rows_of
+from recall_merge.continual.items import Change, change_of, pairs_of, panel, rows_of
 from recall_merge.continual.scores import StageScores, read_scores
 from recall_merge.continual.state import Stage, State, found_path, read_journal
 from recall_merge.continual.workspace import Branch, Status
@@ -15,7 +15,8 @@ from recall_merge.files.checkpoint import read_json
 from recall_merge.files.record import RECORD
 from recall_merge.report import workspace_charts as charts
 from recall_merge.report.merge_page import MergeFacts, about, lede, merge_sections
-from recall_merge.report.page import Block, Code, Figure, Job, Matrix, Page, Section, Text, Tree
+from recall_merge.report.page import Block, Cell, Code, Figure, Matrix, Page, Section, Text, Tree
+from recall_merge.report.words import Words
 
 if TYPE_CHECKING:
     from recall_merge.maths.metrics import Interval
@@ -208,7 +209,7 @@ def _matrix(line: Line, words: Words) -> Matrix:
                 title = f"{task}, after stage {name}, against {line.rows[earlier]}"
                 panels.append(panel(anchor, title, line.scores[earlier, task], score, texts[task], words))
             new = number > 0 and task == line.branch.stages[number - 1].task.name
-            jobs.append(Job("" if score is None else _score(score), None if score is None else _share(score), anchor, new))
+            jobs.append(Cell("" if score is None else _score(score), None if score is None else _share(score), anchor, new))
         rows.append((name, jobs))
     caption = (
         "R: the score of each task after each stage, ± standard error over items. Choose a score to see the items that changed;"
@@ -216,7 +217,7 @@ def _matrix(line: Line, words: Words) -> Matrix:
     )
     columns = [f"{task} ({_metric(line, task)})" + (" unseen" if task in line.branch.unseen else "") for task in line.tasks]
     experts = [line.experts.get(task) for task in line.tasks]
-    jobs = [Job("" if e is None else _score(e), None if e is None else _share(e)) for e in experts]
+    jobs = [Cell("" if e is None else _score(e), None if e is None else _share(e)) for e in experts]
     return Matrix(caption, columns, [*rows, ("own expert", jobs)], panels)
 
 

@@ -33,8 +33,7 @@ class ExportedRun:
 def export_mergekit(
     folder: Path,
     *,
-    base: str | None = None,
-    experts: Mapping[str, str] | None = None,
+    models: Mapping[str, str] | None = None,
     out: Path | None = None,
     progress: Progress | None = None,
 ) -> ExportedRun:
@@ -44,7 +43,7 @@ def export_mergekit(
     of mergekit's models wherever the c_q of some layer do not sum to 1. Adapters are named as base+adapter.
 
     Args:
-        base, experts: where the models are, if the record does not tell; each is compared with the record, unless it names a commit.
+        models: where 'base' and experts are, if the record does not say; each is compared with the record, unless it names a commit.
         out: the file; RESULT.mergekit.yaml beside the result by default.
 
     Raises:
@@ -66,7 +65,7 @@ def export_mergekit(
         faults.add("there is such a file already", where=target, fix="choose another with --out")
     found: dict[str, Located | str] = {}
     with faults.collect():
-        found = find_models(result, ["base", *result.experts], _given(base, experts), fetch=False)
+        found = find_models(result, ["base", *result.experts], models or {}, fetch=False)
     with faults.collect():
         _compare(result, {name: place for name, place in found.items() if isinstance(place, Located)}, progress or Silent())
     faults.raise_any(ResultError)
@@ -93,8 +92,7 @@ def export_adapter(
     folder: Path,
     *,
     rank: int | None = None,
-    base: str | None = None,
-    experts: Mapping[str, str] | None = None,
+    models: Mapping[str, str] | None = None,
     out: Path | None = None,
     progress: Progress | None = None,
 ) -> ExportedAdapter:
@@ -106,7 +104,7 @@ def export_adapter(
 
     Args:
         rank: at most, of every linear map; exact by default.
-        base, experts: where the models are, if the record does not tell. Experts are needed for exact factors of adapters alone.
+        models: where 'base' and experts are, if the record does not say. Experts are needed only for exact factors of adapters.
         out: the folder; RESULT-adapter beside the result by default.
 
     Raises:
@@ -118,7 +116,7 @@ def export_adapter(
     parts = coefficients(result) if rank is None and all(map(result.is_adapter, result.experts)) else None
     if result.run["vocabulary"] is not None:
         parts = None  # rows of experts are not those of the result
-    found = find_models(result, ["base", *(result.experts if parts is not None else [])], _given(base, experts))
+    found = find_models(result, ["base", *(result.experts if parts is not None else [])], models or {})
     places = {name: place for name, place in found.items() if isinstance(place, Located)}
     _compare(result, places, progress)
     opened = open_checkpoint(places["base"].folder)
@@ -135,10 +133,6 @@ def _compare(result: Result, places: Mapping[str, Located], progress: Progress) 
                 check_model(result, name, place.folder)
             advance(1)
     faults.raise_any(ResultError)
-
-
-def _given(base: str | None, experts: Mapping[str, str] | None) -> dict[str, str]:
-    return {**({"base": base} if base is not None else {}), **(experts or {})}
 
 
 def _reference(place: Located | str) -> str:

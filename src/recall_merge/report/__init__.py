@@ -1,1 +1,1 @@
-"""Pictures and pages of results. Nothing here computes what it shows."""
+"""Pages and pictures of results."""

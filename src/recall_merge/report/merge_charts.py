@@ -1,6 +1,6 @@
-"""The charts of a merge's report: what is similar where, which model rules which layer, how large the changes are and how they agree.
+"""The charts of a merge: similarity and merge weights by layer, the sizes of the deltas, and how the deltas agree.
 
-Tables come in the form of `record.json`: `{"experts": [..], "layers": [..], "rows": [[a number an expert], ..]}`.
+Tables have the form of `record.json`: `{"experts": [..], "layers": [..], "rows": [[one number per expert], ..]}`.
 """
 
 from __future__ import annotations
@@ -9,15 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recall_merge.report.pictures import altair, save_chart
-from recall_merge.report.theme import DIVERGING, MODELS, SEQUENTIAL, model_colours
+from recall_merge.report.pictures import altair, chart_of, save_chart
+from recall_merge.report.theme import DIVERGING, MODELS, SEQUENTIAL, WIDTH, model_colours
 
-WIDTH = 860
 Points = list[dict[str, Any]]
 
 
 def points_of(table: Mapping[str, Any], name: str) -> Points:
-    """A table as one record a number."""
+    """A table as one point per number."""
     return [
         {"layer": layer, "model": model, name: value}
         for layer, row in zip(table["layers"], table["rows"], strict=True)
@@ -27,7 +26,7 @@ def points_of(table: Mapping[str, Any], name: str) -> Points:
 
 
 def draw_weights(similarity: Mapping[str, Any] | None, weights: Mapping[str, Any], path: Path, *, title: str = "") -> Path:
-    """Save similarity and weights by layer, in the tables' form of `record.json`.
+    """Save a picture of similarity and merge weights by layer.
 
     Raises:
         MissingExtra: without the `report` extra.
@@ -38,35 +37,36 @@ def draw_weights(similarity: Mapping[str, Any] | None, weights: Mapping[str, Any
 
 
 def similarity_and_weights(similarity: Mapping[str, Any] | None, weights: Mapping[str, Any]) -> Any:
-    """Heat maps of both, and the weights as lines: a layer pointed at in the first is marked in all, a model of the legend stands out."""
+    """Heat maps of both, and the weights as lines. Pointing at a layer of the first map marks it in all; the legend highlights a model."""
     alt = altair()
-    layer = alt.selection_point(name="at_layer", fields=["layer"], on="pointerover", clear="pointerout", empty=False)
-    who = alt.selection_point(name="who", fields=["model"], bind="legend")
+    at_layer = alt.selection_point(name="at_layer", fields=["layer"], on="pointerover", clear="pointerout", empty=False)
+    chosen = alt.selection_point(name="chosen", fields=["model"], bind="legend")
     even = 1 / len(weights["experts"])
     parts = []
     if similarity:
         colour = alt.Color("similarity:Q", scale=alt.Scale(scheme=SEQUENTIAL), title="similarity to the newest")
-        parts.append(_heat(alt, points_of(similarity, "similarity"), similarity, "similarity", colour, layer, last=weights["layers"][-1]))
+        parts.append(_heat(alt, similarity, "similarity", colour, at_layer, last=weights["layers"][-1]))
     spread = max(abs(value - even) for row in weights["rows"] for value in row) or 0.1
     scale = alt.Scale(scheme=DIVERGING, domain=[even - spread, even + spread], domainMid=even)
-    colour = alt.Color("weight:Q", scale=scale, title=f"weight (middle: {even:.3f}, even)", legend=alt.Legend(format=".3f"))
+    colour = alt.Color("weight:Q", scale=scale, title=f"weight (even share: {even:.3f})", legend=alt.Legend(format=".3f"))
     if any(row != weights["rows"][0] for row in weights["rows"]) or not parts:
-        parts.append(_heat(alt, points_of(weights, "weight"), weights, "weight", colour, layer, last=weights["layers"][-1]))
-    values = points_of(weights, "weight")
-    base = alt.Chart(alt.Data(values=values))
-    lines = _lines(alt, base, weights, "weight", "weight", who).add_params(who)
-    rule = base.mark_rule(aria=False).encode(x="layer:Q", opacity=alt.condition(layer, alt.value(0.3), alt.value(0)))
-    lines = alt.layer(lines, rule)
-    parts[0] = parts[0].add_params(layer)
-    parts.append(lines.properties(width=WIDTH, height=220))
+        parts.append(_heat(alt, weights, "weight", colour, at_layer, last=weights["layers"][-1]))
+    base = chart_of(points_of(weights, "weight"))
+    lines = _lines(alt, base, weights, "weight", "weight", chosen).add_params(chosen)
+    rule = base.mark_rule(aria=False).encode(x="layer:Q", opacity=alt.condition(at_layer, alt.value(0.3), alt.value(0)))
+    parts[0] = parts[0].add_params(at_layer)
+    parts.append(alt.layer(lines, rule).properties(width=WIDTH, height=220))
     return alt.vconcat(*parts, spacing=14).resolve_scale(color="independent", shape="independent", strokeDash="independent")
 
 
 def explore(similarity: Mapping[str, Any], merge_weights: Mapping[str, Any]) -> Any:
-    """Weights from the stored similarity, for a temperature, a bandwidth and a scale that the reader sets.
+    """Merge weights from the stored similarity, for a temperature, a bandwidth and a scale that the reader sets.
 
-    w_q = softmax_q(S_q^(1 / c^2) / tau), drawn times lambda. S^(1/c^2) is the rbf similarity at c times the bandwidth, exactly so where
-    all samples of a layer lie equally far; for other kernels there is no bandwidth and no slider.
+    w_q = softmax_q(S_q^(1 / c^2) / tau), drawn times lambda. S^(1/c^2) is the rbf similarity at c times the bandwidth, exactly if all
+    samples of a layer are equally far apart. Other kernels have no bandwidth, and no slider for it.
+
+    Args:
+        merge_weights: the options of RECALL's weights.
     """
     alt = altair()
     temperature = float(merge_weights.get("temperature", 1.0))
@@ -75,50 +75,48 @@ def explore(similarity: Mapping[str, Any], merge_weights: Mapping[str, Any]) -> 
     scale = alt.param(name="lambda", value=1, bind=alt.binding_range(min=0, max=3, step=0.05, name="lambda"))
     rbf = merge_weights.get("kernel", "rbf") == "rbf"
     kernel = "pow(datum.similarity, 1 / (bandwidth * bandwidth))" if rbf else "datum.similarity"
-    base = alt.Chart(alt.Data(values=points_of(similarity, "similarity")))
-    found = (
-        base.transform_calculate(alike=kernel)
+    drawn = (
+        chart_of(points_of(similarity, "similarity"))
+        .transform_calculate(alike=kernel)
         .transform_joinaggregate(most="max(alike)", groupby=["layer"])
         .transform_calculate(power="exp((datum.alike - datum.most) / temperature)")
         .transform_joinaggregate(total="sum(power)", groupby=["layer"])
         .transform_calculate(weight="lambda * datum.power / datum.total")
     )
-    lines = _lines(alt, found, similarity, "weight", "lambda x weight", None)
+    lines = _lines(alt, drawn, similarity, "weight", "lambda x weight", None)
     return lines.add_params(tau, *([width] if rbf else []), scale).properties(width=WIDTH, height=240)
 
 
 def delta_sizes(sizes: Mapping[str, Any]) -> Any:
-    """How far each expert, and the merge, are from the base at every layer, as a share of the base's own size."""
+    """How far each expert and the merge are from the base at every layer, relative to the base's own size."""
     alt = altair()
-    base = alt.Chart(alt.Data(values=[point for point in points_of(sizes, "size") if point["size"] > 0]))
+    base = chart_of([point for point in points_of(sizes, "size") if point["size"] > 0])
     lines = _lines(alt, base, sizes, "size", "|delta| / |base|, log", None, last_is_merge=True)
     y = alt.Y("size:Q", title="|delta| / |base| (log)", scale=alt.Scale(type="log"), axis=alt.Axis(tickCount=5, format="~g"))
     return lines.encode(y=y).properties(width=WIDTH, height=240)
 
 
 def delta_cosines(cosines: Mapping[str, Any]) -> Any:
-    """Cosine between two experts' deltas at every layer; 0, the middle of the colours, is changes that do not meet."""
+    """Cosine between two experts' deltas at every layer. 0, the middle of the colours: they are at right angles."""
     alt = altair()
-    points = points_of(cosines, "cosine")
-    most = max((abs(point["cosine"]) for point in points), default=0.0) or 1.0
-    scale = alt.Scale(scheme=DIVERGING, domain=[-most, most], domainMid=0)
+    largest = max((abs(point["cosine"]) for point in points_of(cosines, "cosine")), default=0.0) or 1.0
+    scale = alt.Scale(scheme=DIVERGING, domain=[-largest, largest], domainMid=0)
     colour = alt.Color("cosine:Q", scale=scale, title="cosine; 0 = at right angles", legend=alt.Legend(format=".2f"))
-    return _heat(alt, points, cosines, "cosine", colour, None, last=cosines["layers"][-1]).properties(width=WIDTH)
+    return _heat(alt, cosines, "cosine", colour, None, last=cosines["layers"][-1]).properties(width=WIDTH)
 
 
 def residuals(missed: Mapping[str, Any]) -> Any:
-    """What of each expert's change is missed on its own typical inputs: 0 = all is kept, 1 = nothing."""
+    """How much of each expert's delta is missed on its own typical inputs: 0 = nothing, 1 = all."""
     alt = altair()
-    base = alt.Chart(alt.Data(values=points_of(missed, "missed")))
-    return _lines(alt, base, missed, "missed", "share missed", None).properties(width=WIDTH, height=220)
+    return _lines(alt, chart_of(points_of(missed, "missed")), missed, "missed", "share missed", None).properties(width=WIDTH, height=220)
 
 
 def conditions(layers: Sequence[int], worst: Sequence[float]) -> Any:
-    """The bound of the condition number of the systems solved at each layer, the worst of its tensors."""
+    """The bound on the condition number of the systems solved at each layer: the worst of its tensors."""
     alt = altair()
     values = [{"layer": layer, "condition": value} for layer, value in zip(layers, worst, strict=True)]
     return (
-        alt.Chart(alt.Data(values=values))
+        chart_of(values)
         .mark_line(color=MODELS[0], point=alt.OverlayMarkDef(size=34, filled=True, color=MODELS[0]))
         .encode(
             x=alt.X("layer:Q", title="layer", axis=_axis(alt), scale=alt.Scale(nice=False)),
@@ -129,12 +127,11 @@ def conditions(layers: Sequence[int], worst: Sequence[float]) -> Any:
     )
 
 
-def _heat(alt: Any, points: Points, table: Mapping[str, Any], name: str, colour: Any, layer: Any, *, last: int) -> Any:
-    """Layer to the right, models down; a job a number."""
-    for point in points:
-        point |= {"from": point["layer"] - 0.5, "to": point["layer"] + 0.5}
+def _heat(alt: Any, table: Mapping[str, Any], name: str, colour: Any, at_layer: Any, *, last: int) -> Any:
+    """Layers to the right, models down; one tile per number."""
+    points = [point | {"from": point["layer"] - 0.5, "to": point["layer"] + 0.5} for point in points_of(table, name)]
     chart = (
-        alt.Chart(alt.Data(values=points))
+        chart_of(points)
         .mark_rect()
         .encode(
             x=alt.X("from:Q", title="layer (0 = embedding)", scale=alt.Scale(domain=[-0.5, last + 0.5], nice=False), axis=_axis(alt)),
@@ -145,13 +142,13 @@ def _heat(alt: Any, points: Points, table: Mapping[str, Any], name: str, colour:
         )
         .properties(width=WIDTH, height=max(40, 26 * len(table["experts"])))
     )
-    if layer is None:
+    if at_layer is None:
         return chart
-    return chart.encode(strokeWidth=alt.condition(layer, alt.value(2), alt.value(0)), stroke=alt.value("#d8358c"))
+    return chart.encode(strokeWidth=alt.condition(at_layer, alt.value(2), alt.value(0)), stroke=alt.value("#d8358c"))
 
 
-def _lines(alt: Any, base: Any, table: Mapping[str, Any], name: str, title: str, who: Any, *, last_is_merge: bool = False) -> Any:
-    """A line a model over layer, told by colour, shape and dash."""
+def _lines(alt: Any, base: Any, table: Mapping[str, Any], name: str, title: str, chosen: Any, *, last_is_merge: bool = False) -> Any:
+    """One line per model over the layers, distinguished by colour, shape and dash."""
     order, ends = list(table["experts"]), [table["layers"][0] - 0.5, table["layers"][-1] + 0.5]  # as in the maps
     colours = model_colours(order)
     dashes = [[1, 0]] * len(order)
@@ -165,7 +162,7 @@ def _lines(alt: Any, base: Any, table: Mapping[str, Any], name: str, title: str,
         strokeDash=alt.StrokeDash("model:N", scale=alt.Scale(domain=order, range=dashes), title="model"),
         tooltip=[alt.Tooltip("model:N"), alt.Tooltip("layer:Q"), alt.Tooltip(f"{name}:Q", format=".4f")],
     )
-    return marks if who is None else marks.encode(opacity=alt.condition(who, alt.value(1), alt.value(0.15)))
+    return marks if chosen is None else marks.encode(opacity=alt.condition(chosen, alt.value(1), alt.value(0.15)))
 
 
 def _axis(alt: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The page of one merge: what is similar where, which model rules which layer, how large the changes are, and what it cost."""
+"""The page of one merge: similarity and merge weights, what the deltas have in common, the typical samples, and the cost."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from recall_merge.maths.layers import find_layers
 from recall_merge.merging.run import MergeRun, RecallWeights
 from recall_merge.report import merge_charts as charts
 from recall_merge.report.page import Block, Code, Figure, Page, Section, Table, Text
@@ -13,9 +14,9 @@ from recall_merge.runtime.errors import RecallError
 from recall_merge.runtime.sections import parse
 
 PARTS = {
-    "weights": "samples, representations, weights",
-    "merge": "the pass over the parameters",
-    "check": "loading and checking the result",
+    "weights": "samples, hidden states, weights",
+    "merge": "merging the parameters",
+    "check": "checking the result",
 }
 
 
@@ -24,10 +25,10 @@ class MergeFacts:
     """What a merge's page shows.
 
     Attributes:
-        record: the result's.
-        tables: of `anatomy`; empty where its models were not found, and `lacking` says what to give then.
-        texts: typical samples by their rows, where words were asked for.
-        nbytes: the result's weights.
+        nbytes: size of the result's weights.
+        tables: of `anatomy`; empty if a model was not found.
+        lacking: which model was not found, and how to give it.
+        texts: of the typical samples, by row, if they were asked for.
     """
 
     record: Mapping[str, Any]
@@ -44,42 +45,42 @@ def merge_page(facts: MergeFacts, title: str) -> Page:
 
 
 def merge_sections(facts: MergeFacts, prefix: str = "") -> Iterator[Section]:
-    """The parts of a page that speak of one merge. `prefix` keeps names of several merges on a page apart."""
+    """The sections of one merge. `prefix` distinguishes the names of several merges on a page."""
     record = facts.record
-    yield Section(f"{prefix}layer", "What is similar where, and who rules which layer", [_weights_figure(record, prefix)])
+    yield Section(f"{prefix}layers", "Similarity and merge weights by layer", [_weights_figure(record, prefix)])
     if explored := _explore(record, prefix):
-        yield Section(f"{prefix}explore", "Explore: other weights from the same similarity", explored)
-    yield Section(f"{prefix}changes", "What the experts changed, and what the merge kept", list(_changes(facts, prefix)))
+        yield Section(f"{prefix}explore", "Explore other weights from the same similarity", explored)
+    yield Section(f"{prefix}changes", "What the experts changed, and what the merge keeps", list(_changes(facts, prefix)))
     if record["samples"]:
         yield Section(f"{prefix}samples", "Typical samples", [_samples(facts)])
     yield Section(f"{prefix}cost", "What it cost", [_cost(facts)])
 
 
 def lede(record: Mapping[str, Any]) -> list[str]:
-    """What a reader should take away, in sentences made from the numbers."""
+    """The main findings, as sentences made from the numbers."""
     weights, names = record["weights"], record["weights"]["experts"]
-    found = [f"{_listed([e['name'] for e in record['run']['experts']])} on one base, merged by {record['method']['name']}."]
+    experts = _listed([entry["name"] for entry in record["run"]["experts"]])
+    sentences = [f"{experts} on one base, merged by {record['method']['name']}."]
     newest = [row[-1] for row in weights["rows"]]
     if len(names) > 1 and max(newest) - min(newest) > 5e-4:
         strongest = newest.index(max(newest))
-        found.append(
-            f"The newest, {names[-1]}, weighs {min(newest):.3f} to {max(newest):.3f}, where an even share is {1 / len(names):.3f};"
-            f" it weighs most at layer {strongest} of {weights['layers'][-1]}."
+        sentences.append(
+            f"The weight of the newest expert, {names[-1]}, lies between {min(newest):.3f} and {max(newest):.3f}; an even share is"
+            f" {1 / len(names):.3f}. It is largest at layer {strongest} of {weights['layers'][-1]}."
         )
     elif len(names) > 1:
         shares = ", ".join(f"{name} {value:.3f}" for name, value in zip(names, weights["rows"][0], strict=True))
-        found.append(f"All layers have the same weights: {shares}.")
+        sentences.append(f"All layers have the same weights: {shares}.")
     if (similarity := record.get("similarity")) and len(names) > 1:
-        mean = [sum(row[place] for row in similarity["rows"]) / len(similarity["rows"]) for place in range(len(names) - 1)]
-        nearest, farthest = mean.index(max(mean)), mean.index(min(mean))
-        words = f"On the newest expert's samples, {names[nearest]} represents most alike (mean similarity {mean[nearest]:.3f})"
-        found.append(words + (f", {names[farthest]} least ({mean[farthest]:.3f})." if nearest != farthest else "."))
-    found += [note for note in record["notes"] if "method" in note]
-    return found
+        means = [sum(column) / len(column) for column in list(zip(*similarity["rows"], strict=True))[:-1]]
+        nearest, farthest = means.index(max(means)), means.index(min(means))
+        words = f"On the newest expert's samples, {names[nearest]} is most similar to it (mean similarity {means[nearest]:.3f})"
+        sentences.append(words + (f", {names[farthest]} least ({means[farthest]:.3f})." if nearest != farthest else "."))
+    return sentences + [note for note in record["notes"] if "method" in note]
 
 
 def about(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The record's essentials."""
+    """The essentials of the record."""
     facts = [("method", record["method"]["name"]), ("source", record["method"]["source"])]
     facts += [(f"option {key}", str(value)) for key, value in record["method"]["options"].items()]
     facts += [("seed", str(record["run"]["seed"])), ("made", record["created"])]
@@ -87,12 +88,12 @@ def about(record: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def representations_of(record: Mapping[str, Any]) -> RecallWeights | None:
-    """How the weights came from representations; None where they were given."""
+    """The options of RECALL's weights; None if the weights come from elsewhere."""
     from recall_merge.merging.rules import make_rules
 
     try:
         rule = make_rules(parse(MergeRun, dict(record["run"]), where="record.json")).weights
-    except RecallError:  # a record of a version that knew other options
+    except RecallError:  # written by a version with other options
         return None
     return rule if isinstance(rule, RecallWeights) else None
 
@@ -108,8 +109,8 @@ def _weights_figure(record: Mapping[str, Any], prefix: str) -> Figure:
     says = "The weights of a layer sum to 1. Choose a model in the legend to make it stand out."
     if similarity:
         says = (
-            "Above, how alike each model represents the typical samples to the newest one; below, the weights that follow: orange is more"
-            f" than an even share, violet less. Point at a layer of the first map to mark it in all. {says}"
+            "Above: how similar each model's hidden states of the typical samples are to the newest expert's. Below: the weights that"
+            f" follow; orange is more than an even share, violet less. Point at a layer of the first map to mark it in all. {says}"
         )
     head = ["layer", *(f"w {name}" for name in weights["experts"])]
     head += [f"S {name}" for name in similarity["experts"]] if similarity else []
@@ -127,13 +128,13 @@ def _explore(record: Mapping[str, Any], prefix: str) -> list[Block]:
     if rule is None or not record.get("similarity"):
         return []
     says = (
-        "Move a slider: the weights are computed again from the stored similarity, here in the page. Nothing is merged:"
-        " for a model with other weights, merge again."
+        "Move a slider to compute the weights again from the stored similarity, here in the page. Nothing is merged: for a model with"
+        " other weights, merge again."
     )
     if rule.kernel == "rbf":
-        says += " c times the bandwidth takes S to S^(1/c²), exactly so where a layer's samples all lie equally far apart."
+        says += " At c times the bandwidth, S becomes S^(1/c²); this is exact if all samples of a layer are equally far apart."
     if rule.ablation != "none":
-        says += f" The merge itself used the ablation '{rule.ablation}' in place of these weights."
+        says += f" The merge itself used the ablation '{rule.ablation}' instead of these weights."
     similarity = record["similarity"]
     chart = charts.explore(similarity, rule.model_dump())
     rows = [[str(layer), *_numbers(row)] for layer, row in zip(similarity["layers"], similarity["rows"], strict=True)]
@@ -144,7 +145,7 @@ def _explore(record: Mapping[str, Any], prefix: str) -> list[Block]:
     )
     return [
         Figure(f"{prefix}explore-weights", "Weights for another temperature, bandwidth and lambda", says, chart, head, rows),
-        Text("To have such a model, merge again; the bandwidth is given there in the units of the hidden states, or as a rule:"),
+        Text("For such a model, merge again. There, the bandwidth is a rule, or a number in the units of the hidden states:"),
         Code(command),
     ]
 
@@ -152,30 +153,28 @@ def _explore(record: Mapping[str, Any], prefix: str) -> list[Block]:
 def _changes(facts: MergeFacts, prefix: str) -> Iterator[Block]:
     tables, record = facts.tables, facts.record
     if not tables:
-        yield Text(f"How large the changes are and how they agree is not shown: {facts.lacking}.")
+        yield Text(f"What the experts changed is not shown: {facts.lacking}.")
     else:
-        says = "Frobenius norm of what was added to the base, over the norm of the base, all merged tensors of a layer together."
-        yield _figure(f"{prefix}delta-sizes", "Size of each change by layer", says, charts.delta_sizes, tables["sizes"])
+        says = "Frobenius norm of each delta, relative to the norm of the base, over all merged tensors of a layer."
+        yield _figure(f"{prefix}delta-sizes", "Size of each delta by layer", says, charts.delta_sizes, tables["sizes"])
         if tables["cosines"]["experts"]:
-            says = "Near 0: the experts changed different things. Above 0 they agree, below 0 they pull against each other."
-            yield _figure(f"{prefix}delta-cosines", "Do the changes agree? Cosine by layer", says, charts.delta_cosines, tables["cosines"])
+            says = "Near 0, the experts changed different directions; above 0 they agree, below 0 they oppose each other."
+            yield _figure(f"{prefix}delta-cosines", "Do the deltas agree? Cosine by layer", says, charts.delta_cosines, tables["cosines"])
         if tables["missed"]["experts"]:
             says = (
-                "From the experts' statistics: the squared distance between what the merge and the expert answer on the expert's typical inputs,"
-                " over that between base and expert. 0: the merge answers as the expert; 1: it is as far from it as the base."
+                "From the experts' input statistics: the squared distance between the outputs of merge and expert on the expert's typical"
+                " inputs, divided by that between base and expert. 0: the merge answers as the expert does; 1: as far off as the base."
             )
-            yield _figure(f"{prefix}missed", "What the merge misses of each expert", says, charts.residuals, tables["missed"])
+            yield _figure(f"{prefix}missed", "What the merge misses of each expert, by layer", says, charts.residuals, tables["missed"])
     condition = record.get("statistics", {}).get("condition")
     if condition:
         by_layer = _worst_by_layer(condition, record)
-        layers, worst = list(by_layer), list(by_layer.values())
         says = (
-            "A bound of the condition number of the systems that were solved, the worst tensor of each layer; in float64, 1e16 loses all."
+            "A bound on the condition number of the solved systems, for the worst tensor of each layer; at 1e16, float64 loses all digits."
         )
         rows = [[str(layer), f"{value:.3g}"] for layer, value in by_layer.items()]
-        yield Figure(
-            f"{prefix}condition", "Conditioning of the aligned layers", says, charts.conditions(layers, worst), ["layer", "at most"], rows
-        )
+        chart = charts.conditions(list(by_layer), list(by_layer.values()))
+        yield Figure(f"{prefix}condition", "Conditioning of the solved systems, by layer", says, chart, ["layer", "at most"], rows)
 
 
 def _figure(name: str, title: str, says: str, draw: Any, table: Mapping[str, Any]) -> Figure:
@@ -184,10 +183,7 @@ def _figure(name: str, title: str, says: str, draw: Any, table: Mapping[str, Any
 
 
 def _worst_by_layer(condition: Mapping[str, float], record: Mapping[str, Any]) -> dict[int, float]:
-    from recall_merge.maths.layers import find_layers
-
-    blocks = record["weights"]["layers"][-1] - 1
-    layers = find_layers(condition, blocks)
+    layers = find_layers(condition, record["weights"]["layers"][-1] - 1)
     worst: dict[int, float] = {}
     for name, value in condition.items():
         worst[layers.of(name)] = max(value, worst.get(layers.of(name), 0.0))
@@ -195,25 +191,23 @@ def _worst_by_layer(condition: Mapping[str, float], record: Mapping[str, Any]) -
 
 
 def _samples(facts: MergeFacts) -> Table:
-    samples = facts.record["samples"]
-    head = ["row", "tokens", "rows it stands for", *(["text"] if facts.texts else [])]
-    rows = [
-        [str(one["row"]), str(one["tokens"]), str(one["cluster"]), *([facts.texts.get(one["row"], "-")] if facts.texts else [])]
-        for one in sorted(samples, key=lambda one: -one["cluster"])
-    ]
-    words = "" if facts.texts else "; ask for their text with --text"
-    return Table(f"Rows of the newest expert's data that were compared, by the size of their clusters{words}", head, rows)
+    samples = sorted(facts.record["samples"], key=lambda sample: -sample["cluster"])
+    head = ["row", "tokens", "rows in its cluster"]
+    rows = [[str(sample["row"]), str(sample["tokens"]), str(sample["cluster"])] for sample in samples]
+    caption = "Rows of the newest expert's data that the models were compared on, by the size of their clusters"
+    if not facts.texts:
+        return Table(f"{caption}; --text shows their texts", head, rows)
+    texts = [facts.texts.get(sample["row"], "-") for sample in samples]
+    return Table(caption, [*head, "text"], [[*row, text] for row, text in zip(rows, texts, strict=True)])
 
 
 def _cost(facts: MergeFacts) -> Table:
     record = facts.record
     rows = [[PARTS.get(part, part), f"{seconds:,.1f} s"] for part, seconds in record["seconds"].items()]
-    known = record.get("bytes", {})
-    rows.append(["all of it", f"{sum(record['seconds'].values()):,.1f} s"])
-    rows += [["weights read", f"{known['read'] / 1e6:,.1f} MB"]] if "read" in known else []
-    rows.append(["weights written", f"{facts.nbytes / 1e6:,.1f} MB"])
-    if "peak_memory" in record:
-        rows.append(["memory of the process at most, from its start to the merge's end", f"{record['peak_memory'] / 1e6:,.1f} MB"])
+    sizes = {"weights read": record.get("bytes", {}).get("read"), "weights written": facts.nbytes}
+    sizes["peak memory of the process, from its start to the end of the merge"] = record.get("peak_memory")
+    rows.append(["in all", f"{sum(record['seconds'].values()):,.1f} s"])
+    rows += [[what, f"{size / 1e6:,.1f} MB"] for what, size in sizes.items() if size is not None]
     return Table("Time, bytes and memory of this merge", ["part", "cost"], rows)
 
 

@@ -1,7 +1,7 @@
-"""A report as one HTML file: what it consists of, and how that becomes bytes. Nothing is fetched, and only two scripts may run.
+"""A report as one HTML file: its parts, and how they are rendered. The page fetches nothing and runs only its own two scripts.
 
-All text comes from users at some point: names, prompts, answers. The template escapes everything; charts lie in the page as JSON that
-cannot end its script element; and the page's own policy lets the browser run the two scripts by their hashes, and connect to nothing.
+Much of its text comes from users: names, prompts, answers. The template escapes everything; charts are stored in the page as JSON that
+cannot end its script element; and the page's security policy allows the two scripts by their hashes, and no connections.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from recall_merge.report.theme import PAGE_INK, spec_of
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart, and the same as a table for those who cannot see it.
+    """A chart, and the same numbers as a table for readers who cannot see it.
 
     Attributes:
         name: of its files, in plain letters.
-        says: what it shows, for everybody.
-        chart: by Altair. Its width is what it takes at most.
+        says: the caption: what the chart shows.
+        chart: by Altair; its width is a maximum.
     """
 
     kind: ClassVar[str] = "figure"
@@ -38,12 +38,12 @@ class Figure:
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     on_page: bool = True
-    """Or among the pictures alone."""
+    """False: it is only written as a picture."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table; the first column names its row. Numbers may be long texts, too: they are cut to a box that scrolls."""
+    """A table; the first column names the row. Long texts are shown in a box that scrolls."""
 
     kind: ClassVar[str] = "table"
     caption: str
@@ -61,7 +61,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Code:
-    """Something to type."""
+    """A command to type."""
 
     kind: ClassVar[str] = "code"
     text: str
@@ -69,7 +69,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Item:
-    """A test item that changed: its number, its scores before and after, and words where they were asked for."""
+    """A test item that changed: its number, its scores before and after, and its texts if they were asked for."""
 
     id: str
     before: str
@@ -82,12 +82,12 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Job:
-    """A job of R. `anchor` leads to its items, if it has some."""
+class Cell:
+    """A cell of R. `anchor` leads to its items, if there are any."""
 
     shown: str
     share: float | None
-    """0 to 1: how strong its colour is; None for an empty job."""
+    """0 to 1: how strong its colour is; None for an empty cell."""
     anchor: str = ""
     new: bool = False
     """The task was learnt at this stage."""
@@ -95,7 +95,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Items:
-    """What changed behind one job."""
+    """The items that changed behind one cell."""
 
     anchor: str
     title: str
@@ -105,18 +105,18 @@ class Items:
 
 @dataclass(frozen=True)
 class Matrix:
-    """R as a heat map of which each job opens its items. It is a table, so it can be read aloud and walked by keyboard."""
+    """R as a heat map whose cells open their items. It is a table, so it can be read aloud and used by keyboard."""
 
     kind: ClassVar[str] = "matrix"
     caption: str
     columns: Sequence[str]
-    rows: Sequence[tuple[str, Sequence[Job]]]
+    rows: Sequence[tuple[str, Sequence[Cell]]]
     panels: Sequence[Items]
 
 
 @dataclass(frozen=True)
 class Tree:
-    """Lineage: nested lists of (label, is it now, children)."""
+    """Lineage: nested lists of (label, is it the current stage, children)."""
 
     kind: ClassVar[str] = "tree"
     nodes: Sequence[Any]
@@ -127,7 +127,7 @@ Block = Figure | Table | Text | Code | Matrix | Tree
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page under a heading."""
+    """A part of the page with a heading."""
 
     anchor: str
     title: str
@@ -139,7 +139,7 @@ class Page:
     """A report.
 
     Attributes:
-        lede: the answer in a few sentences.
+        lede: the main findings in a few sentences.
         facts: small print at the end: (name, value).
     """
 
@@ -178,7 +178,7 @@ def render(page: Page) -> str:
 
 
 def save_figures(figures: Sequence[Figure], folder: Path) -> list[Path]:
-    """Each chart as PNG and SVG."""
+    """Save each chart as PNG and SVG."""
     return [
         save_chart(figure.chart.properties(title=figure.title), folder / f"{figure.name}.{form}", figure.says)
         for figure in figures
@@ -187,7 +187,7 @@ def save_figures(figures: Sequence[Figure], folder: Path) -> list[Path]:
 
 
 def json_in_html(value: Any) -> str:
-    """JSON that may stand in a script element: no character in it can end the element, or begin a comment.
+    """JSON that is safe inside a script element: nothing in it can end the element or begin a comment.
 
     >>> json_in_html("</script><!--")
     '"\\\\u003c/script\\\\u003e\\\\u003c!--"'
@@ -205,7 +205,7 @@ def _spec(figure: Figure) -> Any:
     return Markup(json_in_html(spec))
 
 
-SNIPPET = "window.vegaEmbed = vegaEmbed;"  # what the page needs of the bundle
+SNIPPET = "window.vegaEmbed = vegaEmbed;"  # the only name that the page uses
 
 
 @cache

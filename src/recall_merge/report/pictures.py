@@ -1,8 +1,9 @@
-"""How a chart becomes a file: one Vega-Lite chart gives PNG, SVG, HTML and JSON, with no browser and no network."""
+"""Turns a chart into a file: one Vega-Lite chart gives PNG, SVG, HTML and JSON, without a browser or a network."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ SUFFIXES = (".png", ".svg", ".html", ".json")
 
 
 def altair() -> Any:
-    """The package.
+    """The altair package.
 
     Raises:
         MissingExtra: without the `report` extra.
@@ -26,11 +27,17 @@ def altair() -> Any:
     return package
 
 
+def chart_of(values: Sequence[Mapping[str, Any]]) -> Any:
+    """A chart of some points, to which marks and encodings are added."""
+    alt = altair()
+    return alt.Chart(alt.Data(values=list(values)))
+
+
 def save_chart(chart: Any, path: Path, description: str = "") -> Path:
-    """Save a chart in the form that the suffix of `path` names, dark on white; as PNG with 144 dots an inch.
+    """Save a chart, dark on white, in the format that the suffix of `path` names; a PNG has 144 dots per inch.
 
     Raises:
-        OutputError: if there is no such form.
+        OutputError: if the suffix names no such format.
     """
     import vl_convert
 

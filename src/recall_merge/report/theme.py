@@ -1,6 +1,6 @@
-"""How all charts look: on the page, where ink follows the reader's light or dark theme, and as files, which are dark on white.
+"""The look of all charts: on the page the ink follows the reader's light or dark theme; files are dark on white.
 
-Colours are those of Okabe and Ito, which colour-blind readers can tell apart; and no chart tells models by colour alone.
+The colours are those of Okabe and Ito, which colour-blind readers can distinguish; and no chart distinguishes models by colour alone.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ MODELS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8C
 LOST, WON = "#D55E00", "#0072B2"
 SEQUENTIAL, DIVERGING = "viridis", "purpleorange"
 PAPER_INK, PAGE_INK = "#1d1f24", "currentColor"
+WIDTH = 860  # of a chart, in pixels
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif"
 
 
@@ -54,7 +55,7 @@ def config(ink: str, background: str | None) -> dict[str, Any]:
 
 
 def spec_of(chart: Any, *, ink: str, background: str | None, description: str = "") -> dict[str, Any]:
-    """A chart as Vega-Lite, in one of the two looks. `description` is what a screen reader says of it."""
+    """A chart as Vega-Lite, in one of the two looks. `description` is what a screen reader reads out."""
     spec = chart.to_dict(validate=False)
     spec["config"] = config(ink, background)
     if description:
@@ -63,5 +64,5 @@ def spec_of(chart: Any, *, ink: str, background: str | None, description: str = 
 
 
 def model_colours(names: Sequence[str]) -> Mapping[str, Any]:
-    """The scale that gives each model its colour, the newest models' list being as long as it likes."""
-    return {"domain": list(names), "range": [MODELS[place % len(MODELS)] for place in range(len(names))]}
+    """The scale that gives each model its colour; after the last colour they start again."""
+    return {"domain": list(names), "range": [MODELS[number % len(MODELS)] for number in range(len(names))]}
