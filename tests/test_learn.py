@@ -392,7 +392,7 @@ def test_all_faults_at_once(ws, data, tmp_path):
         ({"metric": "bleu"}, "'bleu' is no metric of rows with choices"),
         ({"train": None}, "there is nothing to train on"),
         ({"sets": {"training.arguments": {"max_lenght": 3}}}, "no argument 'max_lenght'"),
-        ({"sets": {"samples.path": "x"}}, "the workspace's own"),
+        ({"sets": {"samples.path": "x"}}, "filled in by the workspace"),
         ({"expert": "no such/place/at all"}, "there is no such"),
         pytest.param({"unseen": ["helaswag"]}, "lm-eval has no task 'helaswag'", marks=pytest.mark.slow),  # reads ten thousand files
         ({"sets": {"scoring.limit": 3, "template": False}}, "'scoring.limit' is None in this workspace and cannot be 3 for one stage"),

@@ -90,7 +90,7 @@ def test_init_reports_all_faults_and_writes_nothing(tmp_path):
         init(tmp_path / "ws", str(tmp_path / "no model"), {"method": "linear", "trainin.epochs": 1, "out.path": "x", "samples": 3})
     found = "\n".join(words(error))
     assert "unknown key 'trainin'" in found
-    assert "'out.path' is the workspace's own to fill in" in found
+    assert "'out.path' is filled in by the workspace" in found
     assert "'samples'" in found
     assert "there is no such folder" in found
     assert "something else lies where the workspace is to be" in found
@@ -105,8 +105,8 @@ def test_init_reports_all_faults_and_writes_nothing(tmp_path):
         ({"options.temperature": 0}, "'temperature'", "0"),
         ({"strategy": "one"}, "'strategy'", "'one'"),
         ({"training.ranc": 2}, "unknown key 'training.ranc'", "did you mean 'rank'"),
-        ({"training.template": False}, "the workspace's own", "`template`"),
-        ({"experts": []}, "the workspace's own", "leave it out"),
+        ({"training.template": False}, "filled in by the workspace", "`template`"),
+        ({"experts": []}, "filled in by the workspace", "leave it out"),
     ],
 )
 def test_wrong_settings(llama, tmp_path, settings, what, fix):

@@ -1,4 +1,4 @@
-"""How the stages of a workspace are done, typed: a run without its models and data, with training and scoring beside it."""
+"""How the stages of a workspace are done, typed: a run without its models and data, plus training and scoring."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from recall_merge.merging.run import ByLayer, MergeRun
+from recall_merge.merging.rules import Rules, make_rules, method_named
+from recall_merge.merging.run import ByLayer, MergeRun, Ramp
 from recall_merge.runtime.errors import Faults, RunError
 from recall_merge.runtime.sections import Section, assign, parse
 from recall_merge.training.settings import TrainSettings
@@ -25,18 +26,18 @@ class Scoring(Section):
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         default=None, description="of the models; float32 on a CPU, and on a GPU their own, by default"
     )
-    words: bool = Field(default=False, description="keep the models' answers, too; by default only whether they are right")
+    words: bool = Field(default=False, description="keep the models' answers too; by default only whether they are right")
 
 
 class Settings(MergeRun):
-    """How a stage is done. Beside these keys, those of a run."""
+    """How a stage is done: the keys of a run, and these."""
 
     method: str = Field(default="recall", description="one of `recall methods`")  # pyright: ignore[reportIncompatibleVariableOverride]
     strategy: Literal["one_shot", "sequential"] = Field(
         default="one_shot", description="merge all experts anew each time, or the merge before with the newest"
     )
-    keep_samples: bool = Field(default=False, description="keep the typical samples themselves, too; by default only which rows they are")
-    stats_rank: int = Field(default=24, ge=0, description="directions that an expert's statistics keeps of each input; 0 for no statistics")
+    keep_samples: bool = Field(default=False, description="keep the typical samples themselves too; by default only their row numbers")
+    stats_rank: int = Field(default=24, ge=0, description="directions that an expert's statistics keep of each input; 0 for no statistics")
     training: TrainSettings = Field(default_factory=TrainSettings)
     scoring: Scoring = Field(default_factory=Scoring)
     template: bool = Field(default=True, description="apply the base's chat template where it has one, in training, samples and scoring")
@@ -45,11 +46,8 @@ class Settings(MergeRun):
         """The settings as the workspace keeps them: all of them, so that another version's defaults do not change them."""
         data = self.model_dump(mode="json")
         for key in OWN:
-            *parents, last = key.split(".")
-            place = data
-            for parent in parents:
-                place = place[parent]
-            del place[last]
+            section, _, name = key.rpartition(".")
+            del (data[section] if section else data)[name]
         return data
 
     def run(self, *, base: str, experts: list[dict[str, Any]], rows: str | None, out: str) -> MergeRun:
@@ -67,10 +65,9 @@ class Settings(MergeRun):
         )
 
     def for_experts(self, experts: int) -> Settings:
-        """The settings of a merge of so many experts: a single one is taken as it is where the method merges two or more."""
-        from recall_merge.maths.methods import METHODS
-
-        if experts > 1 or self.method not in METHODS or METHODS[self.method].experts[0] <= experts:
+        """The settings of a merge of this many experts: a single one is taken as it is where the method merges two or more."""
+        method = method_named(self.method)
+        if experts > 1 or method is None or method.experts[0] <= experts:
             return self
         return self.model_copy(update={"method": "linear", "options": {}, "weights": "uniform", "prune": None, "scale_by_layer": None})
 
@@ -79,7 +76,7 @@ class Settings(MergeRun):
 
 
 def make_settings(stored: Mapping[str, Any], overrides: Mapping[str, Any], *, where: str = "--set") -> Settings:
-    """Settings from those of a workspace, with some set anew by dotted keys. Another method comes with its own options' defaults.
+    """Settings from those of a workspace, with some overridden by dotted keys. Another method comes with its own options' defaults.
 
     Raises:
         RunError: with every fault.
@@ -90,7 +87,7 @@ def make_settings(stored: Mapping[str, Any], overrides: Mapping[str, Any], *, wh
     for key, value in overrides.items():
         if key in OWN or key.partition(".")[0] in {"base", "experts"}:
             fix = "give `template`, for training, samples and scoring at once" if key.endswith("template") else "leave it out"
-            faults.add(f"'{key}' is the workspace's own to fill in", where=where, fix=fix)
+            faults.add(f"'{key}' is filled in by the workspace", where=where, fix=fix)
         else:
             with faults.collect():
                 assign(data, key, value)
@@ -103,10 +100,10 @@ def make_settings(stored: Mapping[str, Any], overrides: Mapping[str, Any], *, wh
 
 
 def check_overrides(settings: Settings, stored: Mapping[str, Any]) -> None:
-    """A stage is scored as the workspace is: its scores stand in one table with those of other stages.
+    """Check that a stage is scored as the other stages are: their scores stand in one table.
 
     Raises:
-        RunError: if settings of one stage say otherwise.
+        RunError: with every setting that differs.
     """
     whole, faults = make_settings(stored, {}), Faults()
     for name, own, others in (
@@ -115,30 +112,27 @@ def check_overrides(settings: Settings, stored: Mapping[str, Any]) -> None:
         ("scoring.dtype", settings.scoring.dtype, whole.scoring.dtype),
     ):
         if own != others:
-            what = (
-                f"'{name}' is {others} in this workspace and cannot be {own} for one stage: scores of different stages stand in one table"
-            )
-            faults.add(what, where="--set", fix="leave it out; it is set for good by `recall init`")
+            what = f"'{name}' is {others} in this workspace and cannot be {own} for one stage: all stages' scores stand in one table"
+            faults.add(what, where="--set", fix="leave it out; `recall init` sets it for all stages")
     faults.raise_any(RunError)
 
 
-def check_method(settings: Settings, experts: int | None = None) -> None:
-    """Check method, options and weights, for a number of experts, or for a fitting one.
+def check_method(settings: Settings, experts: int | None = None) -> Rules:
+    """Check method, options and weights, for a number of experts; by default for a number that fits.
 
     Raises:
         RunError: with every fault.
     """
-    from recall_merge.maths.methods import METHODS
-    from recall_merge.merging.rules import make_rules
-
-    given: Any = settings.weights.by_layer if isinstance(settings.weights, ByLayer) else settings.weights
-    row = given[0] if isinstance(given, list) and given and isinstance(given[0], list) else given
+    weights: Any = settings.weights
+    if isinstance(weights, ByLayer | Ramp):
+        weights = weights.by_layer if isinstance(weights, ByLayer) else weights.ramp
+    row = weights[0] if isinstance(weights, list) and weights and isinstance(weights[0], list) else weights
     if experts is None:
-        fewest = METHODS[settings.method].experts[0] if settings.method in METHODS else 1
-        experts = len(row) if isinstance(row, list | dict) else fewest
+        method = method_named(settings.method)
+        experts = len(row) if isinstance(row, list | dict) else method.experts[0] if method else 1
     names = list(row) if isinstance(row, dict) and len(row) == experts else [str(number) for number in range(experts)]
     entries = [{"name": name, "path": name} for name in names]
-    make_rules(settings.run(base="base", experts=entries, rows="rows", out="out"))
+    return make_rules(settings.run(base="base", experts=entries, rows="rows", out="out"))
 
 
 def _copy(data: Any) -> Any:

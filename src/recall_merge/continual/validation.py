@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,15 +9,15 @@ from typing import Any
 
 from recall_merge.continual.keys import fingerprint
 from recall_merge.continual.settings import Settings, check_method, check_overrides, make_settings
-from recall_merge.continual.state import NAME, DataFile, Model, Stage, StageSpec, State, Task, found_path
+from recall_merge.continual.state import NAME, DataFile, Model, StageSpec, State, Task, found_path
 from recall_merge.evaluation.tasks import TaskSpec, check_tasks
 from recall_merge.files.experts import hash_file
 from recall_merge.files.hub import Located, locate
 from recall_merge.files.rows import Row, read_rows
 from recall_merge.files.statistics import STATS
-from recall_merge.maths.methods import METHODS
 from recall_merge.merging.plan import make_plan
-from recall_merge.merging.run import MergeRun
+from recall_merge.merging.rules import Rules
+from recall_merge.merging.run import MergeRun, SampleWeights
 from recall_merge.runtime.errors import CheckpointError, Faults, MissingExtra, WorkspaceError
 from recall_merge.training.settings import check_arguments
 
@@ -50,6 +49,7 @@ class StageValidation:
         self._tests: dict[str, Task] = {}  # by task, with hashes
         self._rows: dict[str, list[Row]] = {}  # of the tests
         self._settings: Settings | None = None
+        self._rules: Rules | None = None
         self._base: Path | None = None
         self._given = spec.given
         self._has_before = spec.parent != 0
@@ -148,7 +148,7 @@ class StageValidation:
             settings = make_settings(self._state.settings if self._state else {}, spec.overrides)
             experts = min(len(self._lineage), 1) + 1 if settings.strategy == "sequential" else len(self._lineage) + 1
             with faults.collect():
-                check_method(settings, experts if settings.for_experts(experts) is settings else None)
+                self._rules = check_method(settings, experts if settings.for_experts(experts) is settings else None)
             if self._state:
                 with faults.collect():
                     check_overrides(settings, self._state.settings)
@@ -159,8 +159,9 @@ class StageValidation:
                     faults.add("there is nothing to train on", fix="give --train FILE, or a trained expert by --expert")
             elif spec.start == "last":
                 faults.add("an expert that is given is not fine-tuned from anything", fix="leave out --from, or --expert")
-            elif settings.method == "recall" and spec.train is None:
-                faults.add("RECALL compares representations on the newest expert's data", fix="give its training rows: --train FILE")
+            elif spec.train is None and self._rules is not None and isinstance(self._rules.weights, SampleWeights):
+                what = f"the weights come from {self._rules.weights.compares} on the newest expert's data"
+                faults.add(what, fix="give its training rows: --train FILE")
             self._settings = settings
 
     def _check_lengths(self) -> None:
@@ -189,8 +190,8 @@ class StageValidation:
             with self._faults.collect():
                 folder = locate_model(self._folder, stage.expert)
                 _check_same(folder, stage.expert, f"the expert of '{stage.task.name}'", f"stage {stage.id}")
-        if self._settings is not None and one_shot and (method := METHODS.get(self._settings.method)) and method.informed:
-            self._check_statistics(self._lineage)
+        if one_shot and self._rules is not None and self._rules.method.informed:
+            self._check_statistics()
         if self._lineage:
             last, started = self._lineage[-1], {stage.parent for stage in (*self._lineage, self._spec) if stage.start == "last"}
             self._has_before = found_path(self._folder, last.merged.path).is_dir()
@@ -204,9 +205,9 @@ class StageValidation:
             with self._faults.collect():
                 self._given = self._check_given(self._base, self._spec.given)
 
-    def _check_statistics(self, lineage: Sequence[Stage]) -> None:
+    def _check_statistics(self) -> None:
         """Whether the statistics that the method will read are there."""
-        for stage in lineage:
+        for stage in self._lineage:
             if stage.stats is not None and not (file := found_path(self._folder, stage.stats) / STATS).is_file():
                 self._faults.add(f"the input statistics of '{stage.task.name}' are missing", where=file, fix="put them back")
 

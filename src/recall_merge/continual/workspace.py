@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from recall_merge.continual.keys import fingerprint
+from recall_merge.continual.settings import check_method, make_settings
 from recall_merge.continual.state import (
     JOURNAL,
     LOCK,
@@ -26,15 +27,18 @@ from recall_merge.continual.state import (
     stored_path,
     write_state,
 )
+from recall_merge.files.adapter import is_adapter
 from recall_merge.files.durable import sync
+from recall_merge.files.hub import locate
 from recall_merge.files.lock import Holder, holder, lock
 from recall_merge.runtime.errors import Faults, WorkspaceError
 
+S = TypeVar("S")
 LEFTOVERS = {LOCK, JOURNAL, f"{STATE}.partial"}  # of an `init` that was stopped
 
 
 def init(folder: Path, base: str, sets: Mapping[str, Any] | None = None) -> State:
-    """Make a workspace that knows nothing yet but its base.
+    """Make a workspace that has learnt nothing yet.
 
     Args:
         sets: settings by dotted keys: those of a run, `strategy`, `training`, `scoring`.
@@ -42,20 +46,18 @@ def init(folder: Path, base: str, sets: Mapping[str, Any] | None = None) -> Stat
     Raises:
         RecallError: with every fault; nothing is written then.
     """
-    from recall_merge.continual.settings import check_method, make_settings
-
     faults = Faults()
     with faults.collect():
         settings = make_settings({}, sets or {})
         check_method(settings)
     with faults.collect():
-        model = _base(folder, base)
+        model = _base_model(folder, base)
     with faults.collect():
-        _check_place(folder)
+        _check_free(folder)
     faults.raise_any()
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / LOCK, f"recall init {folder}"):
-        _check_place(folder)  # again: another may have been quicker
+        _check_free(folder)  # again: another may have been quicker
         state = State(base=model, settings=settings.stored())
         note(folder, event="made", base=model.path)
         write_state(folder, state)
@@ -64,20 +66,20 @@ def init(folder: Path, base: str, sets: Mapping[str, Any] | None = None) -> Stat
 
 
 def rollback(folder: Path, to: int) -> State:
-    """Make an earlier stage's merge the workspace's model again; 0 is the base. A stage that is unfinished is given up.
+    """Make an earlier stage's merge the workspace's model again; 0 is the base. An unfinished stage is given up.
 
     Nothing is deleted: learning goes on from there, as a branch.
 
     Raises:
-        WorkspaceError: if there is no such stage, or its merge is not there.
+        WorkspaceError: if the stage does not exist, or its merge is missing.
     """
     with opened(folder, f"recall rollback {folder} --to {to}") as state:
         faults = Faults()
         if not 0 <= to <= len(state.stages):
-            known = f"there are stages 0 to {len(state.stages)}; 0 is the base" if state.stages else "there is only stage 0, the base"
-            faults.add(f"there is no stage {to}", where=folder, fix=known)
-        elif to and not (place := found_path(folder, state.stages[to - 1].merged.path)).is_dir():
-            faults.add(f"the merge of stage {to} is missing", where=place, fix="put it back")
+            fix = f"there are stages 0 to {len(state.stages)}; 0 is the base" if state.stages else "there is only stage 0, the base"
+            faults.add(f"there is no stage {to}", where=folder, fix=fix)
+        elif to and not (merged := found_path(folder, state.stages[to - 1].merged.path)).is_dir():
+            faults.add(f"the merge of stage {to} is missing", where=merged, fix="put it back")
         elif to == state.head and state.unfinished is None:
             faults.add(f"the workspace is at stage {to} already", where=folder, fix="`recall status` shows where it can go")
         faults.raise_any(WorkspaceError)
@@ -88,7 +90,7 @@ def rollback(folder: Path, to: int) -> State:
 
 @dataclass(frozen=True)
 class Branch:
-    """What the scores say along one line of stages, from the base to its last stage.
+    """The scores along one line of stages, from the base to its last stage.
 
     Attributes:
         stages: in order.
@@ -115,8 +117,8 @@ class Status:
 
     Attributes:
         branches: one for every stage that no other follows, the head's first.
-        unfinished: a stage that was begun, and the part of it that was begun last.
-        holder: who works in it now.
+        unfinished: the stage that was begun, and the part of it that was begun last.
+        holder: the process that works in it now.
         missing: models and merges that are not where the state says.
     """
 
@@ -131,7 +133,7 @@ def status(folder: Path) -> Status:
     """Read a workspace; no lock is needed, since the state is replaced in one step.
 
     Raises:
-        WorkspaceError: if it is none, or damaged.
+        WorkspaceError: if the folder is no workspace, or its state is damaged.
     """
     state = read_state(folder)
     followed = {stage.parent for stage in state.stages}
@@ -146,45 +148,47 @@ def status(folder: Path) -> Status:
 
 def branch(state: State, end: int) -> Branch:
     """R and what follows from it, along the line that ends in a stage."""
+    from recall_merge.maths.r_matrix import score_table, table_metrics
+
     stages = state.lineage(end)
-    tasks = tuple(stage.task.name for stage in stages)
-    rows: list[dict[str, float]] = [{} for _ in range(len(stages) + 1)]
+    tasks, unseen = tuple(stage.task.name for stage in stages), tuple(task.name for task in stages[-1].unseen)
+    experts = {task: score for stage in stages for task, score in stage.scores.expert.items()}
+    scores = scores_by_row(stages, lambda stage: stage.scores.model_dump(exclude={"file"}))
+    table = score_table(scores, tasks, experts=experts, unseen=unseen)
+    rows = [list(map(_none_if_nan, row)) for row in table.tolist()]
+    t, numbers = len(tasks), {name: _none_if_nan(value) for name, value in table_metrics(table).items()}
+    return Branch(stages, tasks, [row[:t] for row in rows[:-1]], rows[-1][:t], unseen, [row[t:] for row in rows[:-1]], numbers)
+
+
+def scores_by_row(stages: Sequence[Stage], roles_of: Callable[[Stage], Mapping[str, Mapping[str, S]]]) -> dict[tuple[int, str], S]:
+    """The scores of a line of stages by their row of R (0 is the base) and task.
+
+    Args:
+        roles_of: the scores of a stage, by role and task.
+    """
+    scores: dict[tuple[int, str], S] = {}
     for number, stage in enumerate(stages, start=1):
-        rows[0] |= stage.scores.base
-        rows[number - 1] |= stage.scores.before
-        rows[number] |= stage.scores.merged
-    unseen = tuple(task.name for task in stages[-1].unseen)
-    experts = [stage.scores.expert.get(stage.task.name) for stage in stages]
-    r = [[row.get(name) for name in tasks] for row in rows]
-    r_unseen = [[row.get(name) for name in unseen] for row in rows]
-    return Branch(stages, tasks, r, experts, unseen, r_unseen, _numbers(r, experts, r_unseen))
+        roles = roles_of(stage)
+        for row, role in ((0, "base"), (number - 1, "before"), (number, "merged")):
+            scores |= {(row, task): score for task, score in roles.get(role, {}).items()}
+    return scores
 
 
-def _numbers(r: list[list[float | None]], experts: list[float | None], r_unseen: list[list[float | None]]) -> dict[str, float | None]:
-    from recall_merge.maths.metrics import continual_metrics
-
-    def known(values: list[float | None]) -> list[float]:
-        return [math.nan if value is None else value for value in values]
-
-    unseen = (known(r_unseen[0]), known(r_unseen[-1])) if r_unseen[0] else None
-    numbers = continual_metrics([known(row) for row in r], experts=known(experts), unseen=unseen)
-    return {name: None if math.isnan(value) else value for name, value in numbers.items()}
+def _none_if_nan(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
-def _base(folder: Path, reference: str) -> Model:
-    from recall_merge.files.adapter import is_adapter
-    from recall_merge.files.hub import locate
-
-    place = locate(reference)
-    if is_adapter(place.folder):
-        raise WorkspaceError("the base is an adapter", where=place.folder, fix="give the model that the adapter was trained on")
-    if folder.resolve().is_relative_to(place.folder.resolve()):
+def _base_model(folder: Path, reference: str) -> Model:
+    base = locate(reference)
+    if is_adapter(base.folder):
+        raise WorkspaceError("the base is an adapter", where=base.folder, fix="give the model that the adapter was trained on")
+    if folder.resolve().is_relative_to(base.folder.resolve()):
         raise WorkspaceError("the workspace would lie in the folder of the base", where=folder, fix="choose another folder for it")
-    path = f"{place.repo}@{place.revision}" if place.repo else stored_path(folder, place.folder)
-    return Model(path=path, fingerprint=fingerprint(place.folder))
+    path = f"{base.repo}@{base.revision}" if base.repo else stored_path(folder, base.folder)
+    return Model(path=path, fingerprint=fingerprint(base.folder))
 
 
-def _check_place(folder: Path) -> None:
+def _check_free(folder: Path) -> None:
     if is_workspace(folder):
         raise WorkspaceError("there is a workspace already", where=folder, fix="choose another folder, or use this one")
     if folder.exists() and (not folder.is_dir() or {file.name for file in folder.iterdir()} - LEFTOVERS):
