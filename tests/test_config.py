@@ -113,9 +113,12 @@ FAULTS = {  # keys -> what is said of them, and how to mend it; (what, fix) more
         {"weights": {"recall": {"temperature": float("inf")}}},
         [("'weights.recall.temperature': Input should be a finite number", "inf")],
     ),
-    "a kernel of none": (
-        {"weights": {"recall": {"kernel": "rbff"}}},
-        [("'weights.recall.kernel': Input should be 'rbf', 'cka' or 'cosine'", "it is 'rbff' now")],
+    "an unknown kernel, and another fault beside it": (
+        {"weights": {"recall": {"kernel": "rbff", "temperature": 0}}},
+        [
+            ("'weights.recall.kernel': there is no kernel 'rbff'", "did you mean 'rbf'? known: rbf, cka, cosine"),
+            ("'weights.recall.temperature': Input should be greater than 0", "it is 0 now"),
+        ],
     ),
     "threads of none": ({"threads": 0}, [("'threads': Input should be greater than or equal to 1", "it is 0 now")]),
     "two at once": (

@@ -8,6 +8,7 @@ A score that was never taken is NaN; a number that needs it is NaN, except where
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -15,22 +16,64 @@ from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
 
-FORMULAS = {
-    "average_performance": "mean over all T tasks of R[T, j]",
-    "learning_accuracy": "mean over all T tasks of R[j, j]",
-    "backward_transfer": "sum over j < T of R[T, j] - R[j, j], divided by T - 1",
-    "forgetting": "mean over the T - 1 tasks j < T of max over stages i < T (base included) of R[i, j], less R[T, j]",
-    "forward_transfer": "mean over the T - 1 tasks j >= 2 of R[j-1, j] - b_j, b_j the base's score",
-    "retention": "mean over the tasks whose expert beats the base of (R[T, j] - b_j) / (E_j - b_j), E_j the expert's own score",
-    "unseen_delta": "mean over the tasks not trained on of R[T, k] - b_k",
+
+@dataclass(frozen=True)
+class Metric:
+    """A number of continual learning, and how tables and pages print it.
+
+    Attributes:
+        label: its name in words.
+        short: its name in a narrow table.
+        formula: what is averaged over what: formula, denominator and variant. Print it wherever the number is printed.
+        signed: it is a difference of scores, so that its sign matters.
+        needs_stages: it needs scores after each stage, not only at the end.
+    """
+
+    label: str
+    short: str
+    formula: str
+    signed: bool = False
+    needs_stages: bool = False
+
+
+METRICS = {
+    "average_performance": Metric("average performance", "AP", "mean over all T tasks of R[T, j]"),
+    "learning_accuracy": Metric("learning accuracy", "learning accuracy", "mean over all T tasks of R[j, j]", needs_stages=True),
+    "backward_transfer": Metric(
+        "backward transfer", "BWT", "sum over j < T of R[T, j] - R[j, j], divided by T - 1", signed=True, needs_stages=True
+    ),
+    "forgetting": Metric(
+        "forgetting",
+        "forgetting",
+        "mean over the T - 1 tasks j < T of max over stages i < T (base included) of R[i, j], less R[T, j]",
+        signed=True,
+        needs_stages=True,
+    ),
+    "forward_transfer": Metric(
+        "forward transfer",
+        "FWT",
+        "mean over the T - 1 tasks j >= 2 of R[j-1, j] - b_j, b_j the base's score",
+        signed=True,
+        needs_stages=True,
+    ),
+    "retention": Metric(
+        "retention of the experts' gains",
+        "retention",
+        "mean over the tasks whose expert beats the base of (R[T, j] - b_j) / (E_j - b_j), E_j the expert's own score",
+    ),
+    "unseen_delta": Metric(
+        "unseen-task delta", "unseen delta", "mean over the K tasks not trained on of R[T, k] - b_k, b_k the base's score", signed=True
+    ),
 }
-"""Formula, denominator and variant of every number of `continual_metrics`, to be printed where the number is."""
+"""The numbers of `continual_metrics`, by name."""
+
+FORMULAS = {name: metric.formula for name, metric in METRICS.items()}
 
 
 def continual_metrics(
     scores: ArrayLike, *, experts: ArrayLike | None = None, unseen: tuple[ArrayLike, ArrayLike] | None = None
 ) -> dict[str, float]:
-    """All numbers that the given scores allow, by the names of `FORMULAS`.
+    """All numbers that the given scores allow, by the names of `METRICS`.
 
     scores is R, (T + 1, T); experts holds E_j, (T,); unseen = (base's scores, final scores), (K,) each, on tasks never trained on.
 

@@ -1,44 +1,86 @@
-"""How alike models represent the same samples at one layer: one small function a kernel, in `KERNELS`.
+"""How similarly models represent the same samples at one layer: one decorated function per kernel, found by name in `KERNELS`.
 
-RECALL as reconstructed (Wang et al. 2025, arXiv:2510.20479). Our n models are the paper's M_1..M_N, the last one the newest M_N; our
-`layer` is its i; h[q, x] its h_q^i(x), the pooled hidden state of model q on typical sample x.
+RECALL as reconstructed (Wang et al. 2025, arXiv:2510.20479). Shapes: n models, the paper's M_1..M_N, newest last; m typical samples;
+d the width. h[q, x] is the paper's h_q^i(x), the pooled hidden state of model q on sample x after layer i.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import combinations
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 Bandwidth = Literal["median", "dimension"] | float
+KernelFunction = Callable[..., Tensor]
+F = TypeVar("F", bound=KernelFunction)
 
 
-def similarity(h: Tensor, *, kernel: str = "rbf", bandwidth: Bandwidth = "median") -> Tensor:
-    """Similarity of every model to the newest, at one layer.    h (n, m, d), newest last -> (n,) in (0, 1] for rbf; S_N = 1.
+@dataclass(frozen=True)
+class Kernel:
+    """One row of the table of kernels.
 
-    Computed in float64, whatever the dtype of h.
+    Attributes:
+        function: h (n, m, d) -> (n,), the similarity of every model to the newest; it may take `bandwidth`.
+    """
+
+    name: str
+    function: KernelFunction
+    source: str
+
+    @property
+    def has_bandwidth(self) -> bool:
+        return "bandwidth" in inspect.signature(self.function).parameters
+
+    @property
+    def summary(self) -> str:
+        """The first line of its docstring."""
+        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+
+
+KERNELS: dict[str, Kernel] = {}
+
+
+def kernel(name: str, *, source: str) -> Callable[[F], F]:
+    """Register a kernel under `name`. A name is taken once; a second use is refused, naming both places."""
+
+    def register(function: F) -> F:
+        if name in KERNELS:
+            first, second = (f"{f.__module__}.{f.__qualname__}" for f in (KERNELS[name].function, function))
+            raise ValueError(f"kernel '{name}' is registered twice: {first} and {second}")
+        KERNELS[name] = Kernel(name, function, source)
+        return function
+
+    return register
+
+
+def similarity(h: Float[Tensor, "n m d"], *, kernel: str = "rbf", bandwidth: Bandwidth = "median") -> Float[Tensor, " n"]:
+    """Similarity S_q of every model to the newest, at one layer. Computed in float64, whatever the dtype of h.
+
+    A kernel without a bandwidth ignores `bandwidth`.
 
     >>> similarity(torch.zeros(2, 3, 4))
     tensor([1., 1.], dtype=torch.float64)
     """
-    h = h.double()
-    if kernel == "rbf":
-        return rbf(h, bandwidth)
-    return KERNELS[kernel](h)
+    row = KERNELS[kernel]
+    return row.function(h.double(), **({"bandwidth": bandwidth} if row.has_bandwidth else {}))
 
 
-def rbf(h: Tensor, bandwidth: Bandwidth = "median") -> Tensor:
-    """S_q = (1/m) sum_x exp(-|h_q(x) - h_N(x)|^2 / (2 sigma^2)).    h (n, m, d) -> (n,)
+@kernel("rbf", source="RECALL, Wang et al. 2025, arXiv:2510.20479, as reconstructed")
+def rbf(h: Float[Tensor, "n m d"], bandwidth: Bandwidth = "median") -> Float[Tensor, " n"]:
+    """S_q = (1/m) sum_x exp(-|h_q(x) - h_N(x)|^2 / (2 sigma^2)), in (0, 1]; S_N = 1.
 
-    sigma^2 is, by `bandwidth`:
+    `bandwidth` gives sigma^2:
       median     the median of |h_p(x) - h_q(x)|^2 over all pairs of different models p < q and all samples x;
       dimension  d / 2, that is gamma = 1 / (2 sigma^2) = 1 / d;
       a number   sigma itself, in the units of h.
-    The paper leaves it open; the median keeps the profile over layer from following the growth of hidden norms.
-    Where sigma is 0 the kernel is its own limit: 1 at distance 0, else 0. So identical models have similarity 1, never NaN.
+    The paper leaves it open. With the median, the similarity of deeper layers does not fall just because hidden states grow.
+    Where sigma is 0, the kernel is its limit: 1 at distance 0, else 0. So identical models have similarity 1, never NaN.
 
     >>> rbf(torch.tensor([[[0.0], [0.0]], [[1.0], [1.0]]]))  # all squared distances are 1, so sigma^2 = 1: exp(-1/2)
     tensor([0.6065, 1.0000])
@@ -54,11 +96,12 @@ def rbf(h: Tensor, bandwidth: Bandwidth = "median") -> Tensor:
     return values.mean(-1)
 
 
-def cka(h: Tensor) -> Tensor:
-    """Linear centred kernel alignment (Kornblith et al. 2019, arXiv:1905.00414, eq. 6): |Y^T X|_F^2 / (|X^T X|_F |Y^T Y|_F).
+@kernel("cka", source="Kornblith et al. 2019, arXiv:1905.00414, eq. 6")
+def cka(h: Float[Tensor, "n m d"]) -> Float[Tensor, " n"]:
+    """Linear centred kernel alignment: |Y^T X|_F^2 / (|X^T X|_F |Y^T Y|_F), in [0, 1].
 
-    h (n, m, d) -> (n,) in [0, 1]; X, Y are the models' samples, centred. It ignores rotations and scale. Two models whose
-    samples all coincide (centred norm 0) are alike only if both are so: 1, else 0.
+    X, Y (m, d) are the samples of model q and of the newest, centred. CKA ignores rotations and scale. Where all samples of a model
+    coincide, its centred norm is 0: two such models have similarity 1, such a model and another 0.
 
     >>> h = torch.randn(3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     >>> cka(torch.stack([2 * h[0], h[1], h[0]]))[0].round(decimals=6)
@@ -66,30 +109,28 @@ def cka(h: Tensor) -> Tensor:
     """
     centred = h - h.mean(1, keepdim=True)
     grams = centred @ centred.mT  # (n, m, m): |Y^T X|_F^2 = <XX^T, YY^T>
-    cross = (grams * grams[-1]).sum((1, 2))
-    norms = grams.square().sum((1, 2)).sqrt()
-    both = norms * norms[-1]
-    return torch.where(both > 0, cross / both.clamp(min=torch.finfo(h.dtype).tiny), (norms == norms[-1]).to(h.dtype))
+    return _cosine_to_newest((grams * grams[-1]).sum((1, 2)), grams.square().sum((1, 2)).sqrt())
 
 
-def cosine(h: Tensor) -> Tensor:
-    """Mean over samples of the cosine between h_q(x) and h_N(x).    h (n, m, d) -> (n,) in [-1, 1]
+@kernel("cosine", source="the mean over samples is ours")
+def cosine(h: Float[Tensor, "n m d"]) -> Float[Tensor, " n"]:
+    """Mean over samples of the cosine between h_q(x) and h_N(x), in [-1, 1].
 
-    Two zero vectors are alike (1); a zero and a non-zero vector are not (0).
+    Two zero vectors have similarity 1, a zero and a non-zero vector 0.
 
     >>> cosine(torch.tensor([[[1.0, 0.0]], [[1.0, 1.0]]]))
     tensor([0.7071, 1.0000])
     """
-    norms = h.norm(dim=-1)
+    return _cosine_to_newest((h * h[-1]).sum(-1), h.norm(dim=-1)).mean(-1)
+
+
+def _cosine_to_newest(products: Float[Tensor, "n *s"], norms: Float[Tensor, "n *s"]) -> Float[Tensor, "n *s"]:
+    """<a_q, a_N> / (|a_q| |a_N|); 1 where both norms are 0, and 0 where one of them is."""
     both = norms * norms[-1]
-    dots = (h * h[-1]).sum(-1)
-    similarity_rows = torch.where(both > 0, dots / both.clamp(min=torch.finfo(h.dtype).tiny), (norms == norms[-1]).to(h.dtype))
-    return similarity_rows.mean(-1)
+    return torch.where(both > 0, products / both.clamp(min=torch.finfo(both.dtype).tiny), (norms == norms[-1]).to(both.dtype))
 
 
-KERNELS: dict[str, Callable[[Tensor], Tensor]] = {"rbf": rbf, "cka": cka, "cosine": cosine}
-
-
-def _median_squared_distance(h: Tensor) -> Tensor:
+def _median_squared_distance(h: Float[Tensor, "n m d"]) -> Float[Tensor, ""]:
+    """Over all pairs of different models and all samples; 0 for a single model."""
     pairs = [(h[p] - h[q]).square().sum(-1) for p, q in combinations(range(len(h)), 2)]
     return torch.cat(pairs).quantile(0.5) if pairs else h.new_zeros(())  # the usual median: mean of the middle two

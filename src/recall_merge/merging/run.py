@@ -9,8 +9,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
+from recall_merge.runtime.errors import did_you_mean
 from recall_merge.runtime.paths import exists, path_of
 from recall_merge.runtime.sections import NonNegative, Positive, Section, assign, parse, read_mapping
 
@@ -52,12 +54,22 @@ class Samples(Section):
     template: bool = Field(True, description="apply the model's chat template where it has one")
 
 
+def _check_kernel(name: str) -> str:
+    from recall_merge.maths.similarity import KERNELS
+
+    if name not in KERNELS:
+        raise PydanticCustomError("kernel", "there is no kernel '{name}'", {"name": name, "fix": did_you_mean(name, KERNELS)})
+    return name
+
+
 class RecallWeights(Section):
     """How hidden states become weights: RECALL's open choices, each at its default (arXiv:2510.20479, as reconstructed)."""
 
     compares: ClassVar[str] = "hidden states"
 
-    kernel: Literal["rbf", "cka", "cosine"] = Field("rbf", description="similarity of two models' hidden states")
+    kernel: Annotated[str, AfterValidator(_check_kernel)] = Field(
+        "rbf", description="similarity of two models' hidden states; see `recall methods recall` for all kernels"
+    )
     bandwidth: Literal["median", "dimension"] | Positive = Field("median", description="sigma of the rbf kernel: a rule, or a number")
     temperature: Positive = Field(1.0, description="tau of the softmax; smaller values sharpen the weights")
     pooling: Literal["mean", "last"] = Field("mean", description="over a sample's tokens: the masked mean, or the last token")

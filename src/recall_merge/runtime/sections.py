@@ -64,7 +64,8 @@ def _fault(model: type[BaseModel], detail: Any, where: str) -> Fault:
         return Fault(f"unknown key '{key}'", where, did_you_mean(str(place[-1]), _known_keys(model, place[:-1])))
     if detail["type"] == "missing":
         return Fault(f"'{key}' is missing", where, "add it")
-    return Fault(f"'{key}': {detail['msg'].removeprefix('Value error, ')}", where, f"it is {short(detail['input'])} now")
+    fix = detail.get("ctx", {}).get("fix") or f"it is {short(detail['input'])} now"
+    return Fault(f"'{key}': {detail['msg'].removeprefix('Value error, ')}", where, fix)
 
 
 def _is_union_branch(part: Any) -> bool:
