@@ -57,7 +57,7 @@ FLAGS = ["--base", "base", "-e", "a=a", "-e", "b=b", "-m", "linear"]
         (["plan", *FLAGS, "--out", "x"], ["linear", "0.5, 0.5"]),
         (["weights", "run.yaml"], ["layer", "S a"]),
         (["methods"], ["recall", "linear", "task_arithmetic"]),
-        (["methods", "recall"], ["arXiv:2510.20479", "as reconstructed", "temperature = 1.0", "bandwidth = median"]),
+        (["methods", "recall"], ["arXiv:2510.20479", "as reconstructed", "temperature = 1.0", "bandwidth = median", "cka: Linear"]),
         (["methods", "linear"], ["scale", "arXiv:2203.05482"]),
     ],
 )

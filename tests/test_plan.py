@@ -84,7 +84,7 @@ def test_all_faults_come_at_once(world):
     for part in (
         "temprature",
         "did you mean 'temperature'",
-        "there is no kernel 'rfb' | run | did you mean 'rbf'?",
+        "there is no kernel 'rfb' | options | did you mean 'rbf'?",
         "accepted forms",
         "config.json cannot be read",
         "output folder is not empty",

@@ -45,20 +45,27 @@ def _descriptions() -> dict[str, tuple[str, str]]:
 def _show(name: str, source: str, doc: str, *, as_json: bool) -> None:
     from recall_merge.maths.methods import ALIASES
     from recall_merge.maths.methods.registry import explained
+    from recall_merge.maths.similarity import KERNELS
     from recall_merge.merging.rules import WEIGHT_OPTIONS, method_named
 
     method, fields = method_named(name), WEIGHT_OPTIONS[ALIASES[name].weights].model_fields if name in ALIASES else {}
     assert method is not None
+    kernels = KERNELS.values() if "kernel" in fields else ()
     if as_json:
         options = {key: str(parameter.default) for key, parameter in method.options.items()}
         weights = {key: (str(field.default), field.description or "") for key, field in fields.items()}
-        return print_json({"name": name, "source": source, "doc": doc, "options": options, "weights": weights})
+        facts = {"name": name, "source": source, "doc": doc, "options": options, "weights": weights}
+        return print_json(facts | {"kernels": {kernel.name: {"source": kernel.source, "summary": kernel.summary} for kernel in kernels}})
     console = out()
     console.print(f"{name}\n\n{doc}\n\nsource: {source}")
     if fields:
         own = [explained(parameter) for parameter in method.options.values()]
         lines = [*own, *(explained(_parameter(key, field)) for key, field in fields.items())]
         console.print("\nOptions:\n" + "\n".join(f"    {line}" for line in lines))
+        if kernels:
+            console.print(
+                "\nKernels:\n" + "\n".join(f"    {kernel.name}: {kernel.summary.rstrip('.')}; {kernel.source}" for kernel in kernels)
+            )
         console.print(f"\nIt is short for `method: {method.name}` with `weights: {{{ALIASES[name].weights}: ...}}`.")
     return None
 

@@ -67,9 +67,7 @@ class RecallWeights(Section):
 
     compares: ClassVar[str] = "hidden states"
 
-    kernel: Annotated[str, AfterValidator(_check_kernel)] = Field(
-        "rbf", description="similarity of two models' hidden states; see `recall methods recall` for all kernels"
-    )
+    kernel: Annotated[str, AfterValidator(_check_kernel)] = Field("rbf", description="kernel that compares two models' hidden states")
     bandwidth: Literal["median", "dimension"] | Positive = Field("median", description="sigma of the rbf kernel: a rule, or a number")
     temperature: Positive = Field(1.0, description="tau of the softmax; smaller values sharpen the weights")
     pooling: Literal["mean", "last"] = Field("mean", description="over a sample's tokens: the masked mean, or the last token")
