@@ -124,7 +124,7 @@ def cosine(h: Float[Tensor, "n m d"]) -> Float[Tensor, " n"]:
     return _cosine_to_newest((h * h[-1]).sum(-1), h.norm(dim=-1)).mean(-1)
 
 
-def _cosine_to_newest(products: Float[Tensor, "n *s"], norms: Float[Tensor, "n *s"]) -> Float[Tensor, "n *s"]:
+def _cosine_to_newest(products: Float[Tensor, "n ..."], norms: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
     """<a_q, a_N> / (|a_q| |a_N|); 1 where both norms are 0, and 0 where one of them is."""
     both = norms * norms[-1]
     return torch.where(both > 0, products / both.clamp(min=torch.finfo(both.dtype).tiny), (norms == norms[-1]).to(both.dtype))
