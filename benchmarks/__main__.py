@@ -1,7 +1,7 @@
 """python -m benchmarks [NAME ...] [--rounds 5] [--work runs/bench] [--quick] [--no-peer] [--no-slow-peer] [--resume]
 
-Makes what it needs in the work folder, runs every benchmark named (all of them by default), prints each figure beside its bar, and writes
-one JSON file for each into `results/` there, with the machine and the commit. `python -m benchmarks.page` makes the page's table of these.
+Makes its inputs in the work folder, runs the benchmarks named (all by default), prints each figure beside its bar, and writes one JSON
+file per benchmark into `results/` there, with machine and commit. `python -m benchmarks.page` makes tables of them for docs/performance.md.
 """
 
 from __future__ import annotations
@@ -27,41 +27,41 @@ NAMES = ("machine", "startup", "linear", "tensors", "recall", "ties", "large", "
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(NAMES))
     parser.add_argument("--rounds", type=int, default=5, help="pairs of runs, after one that warms up")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "bench", help="inputs, outputs and results; up to 40 GB")
-    parser.add_argument("--quick", action="store_true", help="small shapes, one round, one process: whether it works")
+    parser.add_argument("--quick", action="store_true", help="small shapes, one round, one process: only checks that everything works")
     parser.add_argument("--no-peer", action="store_true", help="leave mergekit out")
-    parser.add_argument("--no-slow-peer", action="store_true", help="leave it out where it takes minutes")
-    parser.add_argument("--resume", action="store_true", help="leave out what has results of this commit already")
+    parser.add_argument("--no-slow-peer", action="store_true", help="leave mergekit out where it takes minutes")
+    parser.add_argument("--resume", action="store_true", help="skip benchmarks that have results of this commit")
     args = parser.parse_args()
     if wrong := set(args.names) - set(NAMES):
-        parser.error(f"no such benchmark: {', '.join(sorted(wrong))}; there are {', '.join(NAMES)}")
+        parser.error(f"unknown: {', '.join(sorted(wrong))}; the benchmarks are {', '.join(NAMES)}")
 
     peer = ROOT / ".venv-mergekit" / "bin" / "python"
     if not args.no_peer and not peer.exists():
         print("mergekit is left out: scripts/mergekit_venv.sh installs it", file=sys.stderr)
     work = args.work.resolve()
-    theirs = peer if peer.exists() and not args.no_peer else None
-    bench = Bench(work, args.rounds, args.quick, theirs, None if args.no_slow_peer else theirs)
+    python = peer if peer.exists() and not args.no_peer else None
+    bench = Bench(work, args.rounds, args.quick, python, None if args.no_slow_peer else python)
     (work / "results").mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)  # inputs are made and results checked here; what is measured has processes of its own
-    around = surroundings(bench)
+    torch.set_num_threads(1)  # this process makes inputs and checks results; what is measured runs in processes of its own
+    context = describe(bench)
     for name in args.names or NAMES:
         path = work / "results" / f"{name}.json"
-        if args.resume and is_done(path, around["commit"]):
-            print(f"== {name}: has results of {around['commit']}", flush=True)
+        if args.resume and is_done(path, context["commit"]):
+            print(f"== {name}: has results of {context['commit']}", flush=True)
             continue
         print(f"== {name}", flush=True)
-        start, told = time.perf_counter(), []
+        start, figures = time.perf_counter(), []
         for figure in import_module(f"benchmarks.{name}").measure(bench):
-            told.append(figure.told())
-            print(line(told[-1]), flush=True)
-            keep(path, {"benchmark": name, **around, "whole": False, "figures": told})
-        keep(path, {"benchmark": name, **around, "whole": True, "seconds": time.perf_counter() - start, "figures": told})
+            figures.append(figure.as_json())
+            print(line(figures[-1]), flush=True)
+            write(path, {"benchmark": name, **context, "whole": False, "figures": figures})
+        write(path, {"benchmark": name, **context, "whole": True, "seconds": time.perf_counter() - start, "figures": figures})
 
 
-def keep(path: Path, result: dict[str, Any]) -> None:
+def write(path: Path, result: dict[str, Any]) -> None:
     path.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
 
 
@@ -71,28 +71,29 @@ def is_done(path: Path, commit: str) -> bool:
     return result.get("commit") == commit and result["whole"]
 
 
-def surroundings(bench: Bench) -> dict[str, Any]:
-    """What the figures depend on beside the code measured: commit, machine, versions."""
+def describe(bench: Bench) -> dict[str, Any]:
+    """What the figures depend on: commit, machine, versions."""
     from recall_merge.files.record import versions
 
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    changed = subprocess.run(
-        [*git, "status", "--porcelain", "src", "benchmarks"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    cpu = next(
-        (row.partition(":")[2].strip() for row in Path("/proc/cpuinfo").read_text().splitlines() if row.startswith("model name")), ""
+    git = ("git", "-C", str(ROOT))
+    commit, changed = (
+        subprocess.run([*git, *words], capture_output=True, text=True, check=False).stdout.strip()
+        for words in (("rev-parse", "--short=10", "HEAD"), ("status", "--porcelain", "src", "benchmarks"))
     )
-    told = {"cores": len(os.sched_getaffinity(0)), "cpu": cpu, "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")}
-    told |= {"system": platform.release(), "load": os.getloadavg()[0], "threads": os.environ.get("OMP_NUM_THREADS", "")}
-    listed = "import json, importlib.metadata as m; print(json.dumps({n: m.version(n) for n in ('mergekit', 'torch', 'transformers')}))"
+    models = (row.partition(":")[2].strip() for row in Path("/proc/cpuinfo").read_text().splitlines() if row.startswith("model name"))
+    machine = {"cores": len(os.sched_getaffinity(0)), "cpu": next(models, "")}
+    machine |= {"memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "system": platform.release()}
+    machine |= {"load": os.getloadavg()[0], "threads": os.environ.get("OMP_NUM_THREADS", "")}
+    peer_versions = (
+        "import json, importlib.metadata as m; print(json.dumps({n: m.version(n) for n in ('mergekit', 'torch', 'transformers')}))"
+    )
     return {
         "commit": f"{commit}{' and changes' if changed else ''}",
         "quick": bench.quick,
         "rounds": bench.rounds,
-        "machine": told,
+        "machine": machine,
         "versions": versions(),
-        "peer": dict(run([bench.peer, "-c", listed]).told) if bench.peer else {},
+        "peer": dict(run([bench.peer, "-c", peer_versions]).output) if bench.peer else {},
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

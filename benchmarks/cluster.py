@@ -1,7 +1,7 @@
-"""Ray beside local on one machine: the same merge and the same bench, on one worker and on two, of one thread each.
+"""Ray beside local on one machine: the same merge and the same bench, with one worker and with two, each with one thread.
 
-The merge is `recall` on five copies of the small model, in shards; the bench trains two tasks in two orders. Whole processes, so that the
-start of Ray and the imports of its workers count. What is made must be the same to the byte.
+The merge is `recall` on five copies of the small model, in shards; the bench trains two tasks in two orders. Whole processes are timed, so
+the start of Ray and the imports of its workers count. All results must be the same to the byte.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from benchmarks.measure import Bench, Run, Side, ratios, remove
 
 EXPERTS, SAMPLES, ROWS, CHARACTERS = 5, 20, 60, 500
 WORDS = ("yes", "no")
-JOBS = 12  # of the bench, at least
-LATER = ("seconds", "bytes", "peak_memory", "created")  # of a record, which may differ
+JOBS = 12  # that the bench has, at least
+MAY_DIFFER = ("seconds", "bytes", "peak_memory", "created")  # keys of a record
 
 
 def measure(bench: Bench) -> Iterator[Figure]:
-    os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: other work on the machine would slow only one side
+    os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: other work would slow this side only
     before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, sorted(before)[:2])  # a Ray that is started here has as many workers
+    os.sched_setaffinity(0, sorted(before)[:2])  # Ray starts as many workers
     try:
         yield from merges(bench)
         yield from benches(bench)
@@ -43,23 +43,23 @@ def merges(bench: Bench) -> Iterator[Figure]:
     rows = write_rows(bench.work / "runs" / "rows.jsonl", 24 if bench.quick else ROWS, 60 if bench.quick else CHARACTERS)
     file = recall_run(bench.work / "runs" / "cluster.yaml", models, rows, count=SAMPLES)
     size = "20KB" if bench.quick else "30MB"
-    places = {name: bench.work / "out" / f"merge-{name}" for name in ("local", "one", "two")}
+    out = {name: bench.work / "out" / f"merge-{name}" for name in ("local", "one", "two")}
 
     def side(name: str, executor: str, threads: int | None) -> Side:
-        words = ["merge", file, "--out", places[name], "--set", f"out.shard_size={size}", "--executor", executor, "--quiet"]
-        return Side(lambda: bench.recall(*words, *(["--set", f"threads={threads}"] if threads else [])), places[name])
+        words = ["merge", file, "--out", out[name], "--set", f"out.shard_size={size}", "--executor", executor, "--quiet"]
+        return Side(lambda: bench.recall(*words, *(["--set", f"threads={threads}"] if threads else [])), out[name])
 
     runs = bench.in_turn({"local": side("local", "local", 1), "one": side("one", "ray", 1), "two": side("two", "ray", None)})
-    shards = len([*places["local"].glob("*.safetensors")])
+    shards = len([*out["local"].glob("*.safetensors")])
     for name in ("one", "two"):
-        check_same(merged(places["local"]), merged(places[name]), f"the merge on {name}")
-    yield from told(runs, "merge", f"recall, {EXPERTS} x SmolLM2-135M bfloat16, {shards} shards")
-    for place in places.values():
-        remove(place)
+        check_same(result(out["local"]), result(out[name]), f"the merge with worker(s): {name}")
+    yield from figures(runs, "merge", f"recall, {EXPERTS} x SmolLM2-135M bfloat16, {shards} shards")
+    for folder in out.values():
+        remove(folder)
 
 
 def benches(bench: Bench) -> Iterator[Figure]:
-    model = model_to_ask(bench)
+    model = scorable_model(bench)
     data = bench.work / "runs" / "cluster-data"
     data.mkdir(parents=True, exist_ok=True)
     names = ("colour", "weather")
@@ -77,26 +77,26 @@ def benches(bench: Bench) -> Iterator[Figure]:
     }
     file = bench.work / "runs" / "cluster-bench.yaml"
     file.write_text(yaml.safe_dump(scenario))
-    places = {name: bench.work / "out" / f"bench-{name}" for name in ("local", "one", "two")}
-    jobs = planned(bench, file, places["local"])
+    out = {name: bench.work / "out" / f"bench-{name}" for name in ("local", "one", "two")}
+    jobs = planned(bench, file, out["local"])
     if jobs < JOBS:
         raise WrongError(f"the bench has {jobs} jobs")
 
     def side(name: str, executor: str, workers: int) -> Side:
-        words = ["bench", file, "--out", places[name], "--set", f"workers={workers}", "--executor", executor, "--quiet"]
-        return Side(lambda: bench.recall(*words), places[name])
+        words = ["bench", file, "--out", out[name], "--set", f"workers={workers}", "--executor", executor, "--quiet"]
+        return Side(lambda: bench.recall(*words), out[name])
 
     sides = {"local": side("local", "local", 1), "one": side("one", "ray", 1), "two": side("two", "ray", 2)}
     runs = bench.in_turn(sides, min(bench.rounds, 3))
     for name in ("one", "two"):
-        check_same(made(places["local"]), made(places[name]), f"the bench on {name}")
-    yield from told(runs, "bench", f"{jobs} jobs, SmolLM2-135M")
-    for place in places.values():
-        remove(place)
+        check_same(outputs(out["local"]), outputs(out[name]), f"the bench with worker(s): {name}")
+    yield from figures(runs, "bench", f"{jobs} jobs, SmolLM2-135M")
+    for folder in out.values():
+        remove(folder)
 
 
-def told(runs: dict[str, list[Run]], kind: str, case: str) -> Iterator[Figure]:
-    """The three figures of one kind of work."""
+def figures(runs: dict[str, list[Run]], kind: str, case: str) -> Iterator[Figure]:
+    """Ray's overhead as a ratio and in seconds, and the efficiency of two workers."""
     local, one, two = ([run.seconds for run in runs[name]] for name in ("local", "one", "two"))
     note = "whole processes, one thread a worker"
     ratio, more = ratios(runs["one"], runs["local"]), [a - b for a, b in zip(one, local, strict=True)]
@@ -111,8 +111,8 @@ def question(name: str, number: int) -> dict[str, Any]:
     return {"prompt": f"{name} number {number}: yes or no?", "completion": f" {answer}", "choices": [f" {word}" for word in WORDS]}
 
 
-def model_to_ask(bench: Bench) -> Path:
-    """The small model; the quick one's tokenizer needs a token at the end, without which nothing is scored."""
+def scorable_model(bench: Bench) -> Path:
+    """The small model; the quick one's tokenizer gets an end token, without which nothing can be scored."""
     (model,) = small_models(bench, 1, "bfloat16")
     if not bench.quick:
         return model
@@ -127,21 +127,21 @@ def model_to_ask(bench: Bench) -> Path:
 
 
 def planned(bench: Bench, file: Path, out: Path) -> int:
-    return bench.recall("bench", file, "--out", out, "--plan", "--json").told["jobs"]
+    return bench.recall("bench", file, "--out", out, "--plan", "--json").output["jobs"]
 
 
-def merged(folder: Path) -> dict[str, Any]:
-    """The files of a result, and what its record says beside times and the folder's name."""
-    found: dict[str, Any] = {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "README.md"}
-    record = json.loads(found["record.json"])
-    record = {key: value for key, value in record.items() if key not in LATER}
-    record["files"].pop("README.md", None)  # which names the folder, as the run does
+def result(folder: Path) -> dict[str, Any]:
+    """The files of a result, and its record without times and the folder's name."""
+    files: dict[str, Any] = {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "README.md"}
+    record = json.loads(files["record.json"])
+    record = {key: value for key, value in record.items() if key not in MAY_DIFFER}
+    record["files"].pop("README.md", None)  # it names the folder, as the run does
     del record["run"]["out"]["path"]
-    return found | {"record.json": record}
+    return files | {"record.json": record}
 
 
-def made(folder: Path) -> dict[str, bytes]:
-    """What a bench has made: weights, and its tables."""
+def outputs(folder: Path) -> dict[str, bytes]:
+    """The weights and tables of a bench."""
     files = [file for file in folder.rglob("*") if file.suffix in (".safetensors", ".csv") or file.name == "R.json"]
     return {str(file.relative_to(folder)): without_seconds(file) if file.suffix == ".csv" else file.read_bytes() for file in files}
 
@@ -151,8 +151,8 @@ def without_seconds(table: Path) -> bytes:
         return repr([{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]).encode()
 
 
-def check_same(here: dict[str, Any], there: dict[str, Any], what: str) -> None:
-    """Raises: WrongError: naming what differs, or if there is nothing to compare."""
-    differ: Sequence[str] = [name for name in sorted({*here, *there}) if here.get(name) != there.get(name)]
-    if differ or len(here) < 3:
-        raise WrongError(f"{what} is not that of local: {', '.join(differ[:5]) or 'nothing was made'}")
+def check_same(local: dict[str, Any], ray: dict[str, Any], what: str) -> None:
+    """Raises: WrongError: with the names of what differs, or if there is nothing to compare."""
+    differ: Sequence[str] = [name for name in sorted({*local, *ray}) if local.get(name) != ray.get(name)]
+    if differ or len(local) < 3:
+        raise WrongError(f"{what} differs from local: {', '.join(differ[:5]) or 'there are too few files to compare'}")

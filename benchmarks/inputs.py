@@ -1,6 +1,6 @@
-"""The models that are merged: the real small one in perturbed copies, and Llamas of given shapes with random numbers.
+"""Inputs: the real small model in perturbed copies, Llamas of given shapes with random numbers, rows, and run files.
 
-Made once, in a folder that git ignores; a model that is there is taken as it is.
+Models are made once, in a folder that git ignores, and reused.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,44 +29,37 @@ TINY = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_
 TINY |= {"vocab_size": 320}
 QUICK = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 QUICK |= {"vocab_size": 512}
-POOL = 1 << 24  # random numbers that large tensors are filled from, each from another place on
+POOL = 1 << 24  # random numbers that fill large tensors, each from another offset
 
 
 def small_models(bench: Bench, count: int, dtype: str) -> list[Path]:
-    """SmolLM2-135M, once as it is and then in copies with noise on every tensor."""
+    """SmolLM2-135M, first unchanged and then in copies with noise on every tensor."""
     if bench.quick:
         return llamas(bench, f"quick-{dtype}", QUICK, count, dtype)
     from recall_merge.demo.smollm import unpack
 
     source = unpack(bench.work / "smollm2")
     with safe_open(source / "model.safetensors", framework="pt") as opened:
-        stored = {name: opened.get_tensor(name).float() for name in opened.keys()}  # noqa: SIM118  it is no dict
-    made = []
-    for number in range(count):
-        folder = bench.work / f"smollm2-{dtype}-{number}"
-        made.append(folder)
-        if folder.exists():
-            continue
+        stored = {name: opened.get_tensor(name).float() for name in opened.keys()}  # noqa: SIM118  it is not a dict
+
+    def fill(number: int, folder: Path) -> None:
         noise = _noise(number)
-        with _making(folder) as new:
-            tensors = {name: (t + next(noise)(t.shape) * 0.1 * t.std() * (number > 0)).to(_torch(dtype)) for name, t in stored.items()}
-            save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
-            for file in source.iterdir():
-                if file.suffix in {".json", ".jinja"} and file.name not in {"config.json", "record.json"}:
-                    shutil.copy(file, new)
-            config = json.loads((source / "config.json").read_text()) | {"dtype": dtype}
-            (new / "config.json").write_text(json.dumps(config, indent=2))
-    return made
+        tensors = {name: (t + next(noise)(t.shape) * 0.1 * t.std() * (number > 0)).to(_torch(dtype)) for name, t in stored.items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        for file in source.iterdir():
+            if file.suffix in {".json", ".jinja"} and file.name not in {"config.json", "record.json"}:
+                shutil.copy(file, folder)
+        config = json.loads((source / "config.json").read_text()) | {"dtype": dtype}
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+    return _make([bench.work / f"smollm2-{dtype}-{number}" for number in range(count)], fill)
 
 
-def deeper(bench: Bench, models: Sequence[Path]) -> list[Path]:
+def deeper(models: Sequence[Path]) -> list[Path]:
     """The same models with all blocks twice."""
-    made = []
-    for source in models:
-        folder = source.with_name(f"{source.name}-twice")
-        made.append(folder)
-        if folder.exists():
-            continue
+
+    def fill(number: int, folder: Path) -> None:
+        source = models[number]
         config = json.loads((source / "config.json").read_text())
         blocks = config["num_hidden_layers"]
         tensors = dict(all_tensors(source))
@@ -74,11 +67,11 @@ def deeper(bench: Bench, models: Sequence[Path]) -> list[Path]:
             if name.startswith("model.layers."):
                 block, rest = name.removeprefix("model.layers.").split(".", 1)
                 tensors[f"model.layers.{int(block) + blocks}.{rest}"] = tensor.clone()
-        with _making(folder) as new:
-            save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
-            shutil.copytree(source, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json", "config.json"))
-            (new / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2 * blocks}, indent=2))
-    return made
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors", "*.index.json", "config.json"))
+        (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2 * blocks}, indent=2))
+
+    return _make([source.with_name(f"{source.name}-twice") for source in models], fill)
 
 
 def llamas(
@@ -91,56 +84,59 @@ def llamas(
     shards: int = 1,
     zeros: Iterable[str] = (),
 ) -> list[Path]:
-    """Llamas of random numbers: a base and copies of it with noise. Tensors in `zeros` hold nothing but zeros, and take no disk."""
-    made = []
+    """Llamas of random numbers: a base and copies of it with noise. The tensors in `zeros` are zeros, and take no disk space."""
     shapes = llama_shapes(shape)
-    for number in range(count):
-        folder = bench.work / f"{name}-{number}"
-        made.append(folder)
-        if folder.exists():
-            continue
-        with _making(folder) as new:
-            names = list(shapes)
-            files = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)] if shards > 1 else ["model.safetensors"]
-            step, of = math.ceil(len(names) / shards), {}
-            numbers = sum(map(math.prod, shapes.values()))
-            original, noise = _noise(1000, numbers), _noise(number, numbers)
-            for i, file in enumerate(files):
-                part = {t: shapes[t] for t in names[i * step : (i + 1) * step]}
-                of |= dict.fromkeys(part, file)
-                _write(new / file, part, dtype, original, noise if number else None, set(zeros))
-            if shards > 1:
-                total = numbers * _torch(dtype).itemsize
-                (new / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": of}))
-            _companions(new, shape, dtype)
-    return made
+    names, numbers = list(shapes), sum(map(math.prod, shapes.values()))
+
+    def fill(number: int, folder: Path) -> None:
+        files = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)] if shards > 1 else ["model.safetensors"]
+        step, weight_map = math.ceil(len(names) / shards), {}
+        original, noise = _noise(1000, numbers), _noise(number, numbers)
+        for i, file in enumerate(files):
+            part = {tensor: shapes[tensor] for tensor in names[i * step : (i + 1) * step]}
+            weight_map |= dict.fromkeys(part, file)
+            _write(folder / file, part, dtype, original, noise if number else None, set(zeros))
+        if shards > 1:
+            index = {"metadata": {"total_size": numbers * _torch(dtype).itemsize}, "weight_map": weight_map}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        _companions(folder, shape, dtype)
+
+    return _make([bench.work / f"{name}-{number}" for number in range(count)], fill)
 
 
 def sparse_llamas(bench: Bench, name: str, shape: Shape, count: int) -> list[Path]:
-    """bfloat16 Llamas that take no room on the disk: zeros, and one number of each tensor that is the model's own."""
+    """bfloat16 Llamas that take no disk space: zeros, except for one number of each tensor that differs between the models."""
     from recall_merge.files.safetensors import Spec, encode_header
 
     specs = {tensor: Spec("BF16", sides) for tensor, sides in llama_shapes(shape).items()}
-    made = []
-    for number in range(count):
-        folder = bench.work / f"{name}-{number}"
-        made.append(folder)
-        if folder.exists():
-            continue
-        with _making(folder) as new:
-            with (new / "model.safetensors").open("wb") as file:
-                file.write(encode_header(specs))
-                for spec in specs.values():
-                    end = file.tell() + spec.nbytes
-                    file.write(bytes([number + 1, 0x3C]))  # about 0.008, in bfloat16
-                    file.truncate(end)
-                    file.seek(end)
-            _companions(new, shape, "bfloat16")
-    return made
+
+    def fill(number: int, folder: Path) -> None:
+        with (folder / "model.safetensors").open("wb") as file:
+            file.write(encode_header(specs))
+            for spec in specs.values():
+                end = file.tell() + spec.nbytes
+                file.write(bytes([number + 1, 0x3C]))  # about 0.008, in bfloat16
+                file.truncate(end)
+                file.seek(end)
+        _companions(folder, shape, "bfloat16")
+
+    return _make([bench.work / f"{name}-{number}" for number in range(count)], fill)
+
+
+def _make(folders: list[Path], fill: Callable[[int, Path], None]) -> list[Path]:
+    """Fill each folder that does not exist yet; it takes its name when it is complete."""
+    for number, folder in enumerate(folders):
+        if not folder.exists():
+            partial = folder.with_name(folder.name + ".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            fill(number, partial)
+            partial.rename(folder)
+    return folders
 
 
 def llama_shapes(shape: Shape) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a Llama with a head of its own: 9 tensors a block, and 3."""
+    """Names and shapes of a Llama with a head of its own: 9 tensors per block, and 3 more."""
     d, f, v = shape["hidden_size"], shape["intermediate_size"], shape["vocab_size"]
     kv = d // shape["num_attention_heads"] * shape["num_key_value_heads"]
     block = {"input_layernorm": (d,), "self_attn.q_proj": (d, d), "self_attn.k_proj": (kv, d), "self_attn.v_proj": (kv, d)}
@@ -163,10 +159,10 @@ def largest_block(folder: Path) -> int:
 
 
 def all_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of a model, one at a time, read by the safetensors library."""
+    """Yield every tensor of a model, read by the safetensors library."""
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  it is no dict
+            for name in opened.keys():  # noqa: SIM118  it is not a dict
                 yield name, opened.get_tensor(name)
 
 
@@ -175,27 +171,27 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def peers_run(path: Path, method: str, models: Sequence[Path], *, base: Path | None = None, **each: float) -> Path:
-    """A run file of mergekit, which both tools are given; models weigh alike."""
-    listed = [{"model": str(model), "parameters": {"weight": 1.0, **each}} for model in models]
-    told = {"merge_method": method, "models": listed, **({"base_model": str(base)} if base else {})}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(told | ({"parameters": {"normalize": True}} if base else {}), sort_keys=False))
-    return path
+    """A run file of mergekit, for both tools, with equal weights."""
+    entries = [{"model": str(model), "parameters": {"weight": 1.0, **each}} for model in models]
+    of_base = {"base_model": str(base), "parameters": {"normalize": True}} if base else {}
+    return _write_yaml(path, {"merge_method": method, "models": entries, **of_base})
 
 
 def recall_run(path: Path, models: Sequence[Path], rows: Path, method: str = "recall", **samples: int) -> Path:
     """A run file of ours: the first model is the base, the last one the newest."""
     experts = [{"name": f"expert{number}", "path": str(model)} for number, model in enumerate(models[1:], start=1)]
-    told: dict[str, Any] = {"base": str(models[0]), "experts": experts, "method": method}
-    if method == "recall":
-        told["samples"] = {"path": str(rows), "template": False, **samples}
+    with_samples = {"samples": {"path": str(rows), "template": False, **samples}} if method == "recall" else {}
+    return _write_yaml(path, {"base": str(models[0]), "experts": experts, "method": method, **with_samples})
+
+
+def _write_yaml(path: Path, content: Mapping[str, Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(told, sort_keys=False))
+    path.write_text(yaml.safe_dump(dict(content), sort_keys=False))
     return path
 
 
 def write_rows(path: Path, count: int, characters: int) -> Path:
-    """Texts of about so many characters, out of the demo's own rows."""
+    """Write texts of about this many characters, taken from the demo's own rows."""
     sources = sorted((ROOT / "src" / "recall_merge" / "demo" / "data").glob("*/train.jsonl"))
     lines = [json.loads(row) for file in sources for row in file.read_text("utf-8").splitlines()]
     texts, words = [], iter(f"{row['prompt']} {row['completion']}\n" for row in lines * (1 + count * characters // 40_000))
@@ -210,7 +206,7 @@ def write_rows(path: Path, count: int, characters: int) -> Path:
 
 
 def _write(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, original: Any, noise: Any, zeros: set[str]) -> None:
-    """One file, tensor by tensor, so that a model of any size can be made."""
+    """Write one file, tensor by tensor, so that models of any size can be made."""
     from recall_merge.files.safetensors import Spec, bytes_of, encode_header
 
     code = {"float32": "F32", "bfloat16": "BF16"}[dtype]
@@ -229,17 +225,17 @@ def _write(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, origin
             file.write(bytes_of(tensor.to(_torch(dtype))))
 
 
-def _noise(seed: int, numbers_wanted: int = POOL) -> Iterator[Any]:
-    """Functions from a shape to normal numbers, another one each time."""
-    size = min(POOL, numbers_wanted)
+def _noise(seed: int, most: int = POOL) -> Iterator[Any]:
+    """Yield functions from a shape to normal random numbers, a different one each time."""
+    size = min(POOL, most)
     pool = torch.randn(size, generator=torch.Generator().manual_seed(seed))
-    place = 0
+    offset = 0
     while True:
-        place = (place + 7_654_321) % size
+        offset = (offset + 7_654_321) % size
 
-        def numbers(shape: tuple[int, ...], place: int = place) -> torch.Tensor:
+        def numbers(shape: tuple[int, ...], offset: int = offset) -> torch.Tensor:
             wanted = math.prod(shape)
-            rest = pool[place : place + wanted]
+            rest = pool[offset : offset + wanted]
             more = pool.repeat(max(0, wanted - len(rest)) // size + 1)[: wanted - len(rest)]
             return torch.cat([rest, more]).reshape(shape)
 
@@ -247,7 +243,7 @@ def _noise(seed: int, numbers_wanted: int = POOL) -> Iterator[Any]:
 
 
 def _companions(folder: Path, shape: Shape, dtype: str) -> None:
-    """Config, and a tokenizer that reads bytes."""
+    """Write a config, and a tokenizer that reads bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": dtype, "tie_word_embeddings": False, **shape}
@@ -257,24 +253,8 @@ def _companions(folder: Path, shape: Shape, dtype: str) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     tokenizer.save(str(folder / "tokenizer.json"))
-    known = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 2048}
-    (folder / "tokenizer_config.json").write_text(json.dumps(known))
-
-
-class _making:  # noqa: N801  reads as what it does
-    """A folder beside its place, which it takes when it is whole."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.new = folder, folder.with_name(folder.name + ".partial")
-
-    def __enter__(self) -> Path:
-        shutil.rmtree(self.new, ignore_errors=True)
-        self.new.mkdir(parents=True)
-        return self.new
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self.new.rename(self.folder)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 2048}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def _torch(dtype: str) -> torch.dtype:

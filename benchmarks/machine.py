@@ -1,4 +1,4 @@
-"""What this machine gives one core: reading and writing a file in the page cache, hashing, and the arithmetic of a merge."""
+"""How fast one core of this machine reads and writes a file in the page cache, hashes, and does the arithmetic of a merge."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from blake3 import blake3
 from benchmarks.bars import Figure
 from benchmarks.measure import Bench
 
-SPAN = 1 << 19  # numbers at a time, as the merge takes them
+SPAN = 1 << 19  # numbers at a time, as in a merge
 PIECE = 1 << 20  # bytes at a time
 
 
@@ -47,17 +47,17 @@ def measure(bench: Bench) -> Iterator[Figure]:
         speeds = [size / 1e9 / seconds for seconds in times(job, bench)]
         yield Figure(None, f"{size / 1e6:.0f} MB", speeds, work=f"{work}, page cache, one core", unit="GB/s")
     if buffer != piece:
-        raise AssertionError("what was read is not what was written")
+        raise AssertionError("the bytes read are not those written")
     each = [seconds / (size // PIECE) / SPAN * 1e9 for seconds in times(arithmetic, bench)]
-    yield Figure(None, "one expert, bfloat16", each, work="widened, subtracted, weighted and added, one core", unit="ns a number")
+    yield Figure(None, "one expert, bfloat16", each, work="widened, subtracted, weighted and added, one core", unit="ns per number")
     path.unlink()
 
 
 def times(job: Callable[[], None], bench: Bench) -> list[float]:
-    """Processor seconds of each round, after one that warms up."""
-    found = []
+    """Processor seconds of each round, without the first, which warms up."""
+    seconds = []
     for _ in range(2 if bench.quick else bench.rounds + 1):
         start = time.thread_time()
         job()
-        found.append(time.thread_time() - start)
-    return found[1:]
+        seconds.append(time.thread_time() - start)
+    return seconds[1:]

@@ -1,8 +1,8 @@
 """Time of every method relative to `linear`, on one thread: python -m benchmarks.methods [--size 4096] [--experts 3] [--dense] [methods]
 
-Methods that take low-rank factors get experts of rank 16 (and statistics of 24 directions, where they read them); with --dense they get dense
-deltas too, which takes minutes at 4096 (singular value decompositions). Every result is checked to be finite. Times are processor time, the
-best of three runs.
+Methods that take low-rank factors get experts of rank 16 (and statistics of 24 directions, where they use them). With --dense they also get
+dense deltas, which takes minutes at 4096 (singular value decompositions). Every result is checked to be finite. Times are processor
+seconds, the best of three runs.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def measure(bench: Bench) -> Iterator[Figure]:
 
 
 def times(names: Sequence[str], *, size: int, experts: int = 3, dense: bool = False) -> Iterator[tuple[str, str, float, float]]:
-    """(method, what it is given, seconds, seconds over those of linear)"""
+    """Yield (method, experts, seconds, seconds over those of linear)."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
@@ -63,18 +63,18 @@ def times(names: Sequence[str], *, size: int, experts: int = 3, dense: bool = Fa
     moments = [Moment(torch.randn(n, 24, generator=generator), torch.rand(n, generator=generator)) for _ in range(experts)]
     low = [LowRank(torch.randn(n, 16, generator=generator), torch.randn(16, n, generator=generator) * 0.01) for _ in range(experts)]
 
-    def timed(method: Method, given: list) -> float:
-        k = min(len(given), method.experts[1] or len(given))
+    def timed(method: Method, experts: list) -> float:
+        k = min(len(experts), method.experts[1] or len(experts))
         more: dict[str, Any] = {"draws": Draws(0, "w", tuple(map(str, range(k))))} if method.random else {}
         if method.informed:
             more["moments"] = moments[:k]
-        return best(lambda: method.function(base, given[:k], [1 / k] * k, **more), runs=1 if method.factors and given is deltas else 3)
+        return best(lambda: method.function(base, experts[:k], [1 / k] * k, **more), runs=1 if method.factors and experts is deltas else 3)
 
     linear = timed(METHODS["linear"], deltas)
     for name in names:
         method = METHODS[name]
-        for kind, given in [("rank 16", low), *([("dense", deltas)] if dense else [])] if method.factors else [("dense", deltas)]:
-            seconds = timed(method, given)
+        for kind, changes in [("rank 16", low), *([("dense", deltas)] if dense else [])] if method.factors else [("dense", deltas)]:
+            seconds = timed(method, changes)
             yield name, f"{min(experts, method.experts[1] or experts)} {kind}", seconds, seconds / linear
     torch.set_num_threads(threads)
 

@@ -1,4 +1,4 @@
-"""recall-merge inside one process: all that it loads is loaded by a tiny merge first, then the job is timed.
+"""recall-merge inside one process: a tiny merge loads all libraries first, then the job is timed.
 
 python -m benchmarks.ours '{"do": "merge", "run": "run.yaml", "out": "merged", "warm": "tiny.yaml", "sets": {}}'
 """
@@ -16,7 +16,7 @@ from unittest.mock import patch
 
 
 def do(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Seconds, and bytes read as counted by the library and by the system (which counts all files, and the result's check too)."""
+    """Seconds, and bytes read as counted by the library and by the system (which counts all files, also those that checks read)."""
     from recall_merge.files.safetensors import READ
     from recall_merge.interop.mergekit_run import load_any_run
 
@@ -32,27 +32,30 @@ def do(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def merge(run: Any) -> None:
-    """Everything: plan, checks, hashes, the result read again."""
+    """Everything: plan, pass, checks, hashes, record."""
     from recall_merge import merge
 
     merge(run)
 
 
-def executor(run: Any) -> None:
-    """The plan, and the pass that reads, merges and writes the weights. Off: hashes of inputs and output, the look for numbers that are not
-    finite or out of proportion, the check of the result, record and statistics, and the wait until the disk has everything."""
+def pass_alone(run: Any) -> None:
+    """The plan, and the pass that reads, merges and writes the weights.
+
+    Off: hashes of inputs and output, the search for numbers that are not finite or far too large, the check of the result, record and
+    model card, and the wait until the disk has everything.
+    """
     from recall_merge.files.experts import Digest
     from recall_merge.files.output import WeightWriter
+    from recall_merge.merging.merge import Timings, merge_into
     from recall_merge.merging.plan import make_plan
-    from recall_merge.merging.tensors import merge_tensors_into
-    from recall_merge.merging.weights import compute_weights
+    from recall_merge.runtime.progress import Silent
 
     plan = make_plan(run.model_copy(update={"change_limit": None}))
     plan.target.mkdir(parents=True)
     unchecked = patch("recall_merge.merging.tensors.is_finite", lambda _: True)
     read, written = (patch(f"recall_merge.files.{module}.blake3", NoHash) for module in ("experts", "output"))
     with read, written, unchecked, WeightWriter(plan.target, plan.shards) as writer:
-        merge_tensors_into(writer, plan, compute_weights(plan), Digest(), lambda _: None)
+        merge_into(writer, plan, Digest(), Timings(), Silent())
 
 
 class NoHash:
@@ -66,7 +69,7 @@ class NoHash:
         return ""
 
 
-JOBS: dict[str, Callable[[Any], None]] = {"merge": merge, "executor": executor}
+JOBS: dict[str, Callable[[Any], None]] = {"merge": merge, "pass": pass_alone}
 
 
 def _bytes_read() -> int:

@@ -1,6 +1,6 @@
-"""The figures of docs/performance.md: python -m benchmarks.page [runs/bench/results/*.json]
+"""Put results into docs/performance.md: python -m benchmarks.page [runs/bench/results/*.json]
 
-Puts all results into docs/results/performance.json, and tables of them between the marks of the page.
+Copies all results into docs/results/performance.json, and writes tables of them between the marks of the page.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ def main() -> None:
     paths = [Path(word) for word in sys.argv[1:]] or sorted((ROOT / "runs" / "bench" / "results").glob("*.json"))
     results = sorted((json.loads(path.read_text("utf-8")) for path in paths), key=lambda result: NAMES.index(result["benchmark"]))
     if any(result["quick"] for result in results):
-        sys.exit("results of --quick mean nothing, and have no page")
+        sys.exit("results of --quick mean nothing, and do not go on the page")
     KEPT.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
     PAGE.write_text(with_figures(PAGE.read_text("utf-8"), results), "utf-8")
 
 
 def with_figures(page: str, results: Sequence[dict[str, Any]]) -> str:
-    """The page, with these results between its marks."""
+    """The page with these results between its marks."""
     before, _, rest = page.partition(BEGIN)
     return f"{before}{BEGIN}\n\n{figures(results)}\n{END}{rest.partition(END)[2]}"
 
 
 def figures(results: Sequence[dict[str, Any]]) -> str:
-    """A table for each benchmark; what missed its bar in bold."""
-    parts = [] if results else ["No results are kept here yet: `make bench` gives them.\n"]
+    """One table per benchmark; a missed bar is bold."""
+    parts = [] if results else ["There are no results yet: `make bench` makes them.\n"]
     for result in results:
         machine = result["machine"]
         parts.append(f"### {result['benchmark']}\n")
@@ -55,18 +55,10 @@ def _row(figure: dict[str, Any]) -> str:
     values = figure["values"]
     bar = "" if figure["bar"] is None else f"{figure['bar']}: {'met' if figure['met'] else '**missed**'}"
     spread = f"{short(figure['min'])} to {short(figure['max'])}" if len(values) > 1 else ""
-    behind = [short(median(figure[who])) if figure[who] else "" for who in ("ours", "other")]
-    jobs = [
-        figure["work"],
-        figure["case"],
-        f"{short(figure['median'])} {figure['unit']}",
-        spread,
-        str(len(values)),
-        bar,
-        *behind,
-        figure["note"],
-    ]
-    return f"| {' | '.join(jobs)} |"
+    behind = [short(median(figure[side])) if figure[side] else "" for side in ("ours", "other")]
+    value = f"{short(figure['median'])} {figure['unit']}"
+    cells = [figure["work"], figure["case"], value, spread, str(len(values)), bar, *behind, figure["note"]]
+    return f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

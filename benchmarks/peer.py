@@ -1,4 +1,4 @@
-"""mergekit inside one process, run by its own Python: a tiny merge loads all that it loads, then the job is timed.
+"""mergekit inside one process of its own Python: a tiny merge loads all libraries first, then the job is timed.
 
 .venv-mergekit/bin/python benchmarks/peer.py '{"run": "run.yaml", "out": "merged", "warm": "tiny.yaml"}'
 """
@@ -18,7 +18,7 @@ from mergekit.options import MergeOptions
 
 
 def merge(run: str, out: str) -> tuple[float, float]:
-    """As `mergekit-yaml RUN OUT` does with its defaults; seconds, and seconds of processor time."""
+    """Merge as `mergekit-yaml RUN OUT` does with its defaults.    -> seconds, processor seconds"""
     text = Path(run).read_text()
     options = MergeOptions()
     options.apply_global_options()

@@ -1,4 +1,4 @@
-"""Plain transformers: every expert's forward pass over given texts, timed after loading; and its pooled hidden states, to check ours by.
+"""Plain transformers: every expert's forward pass over given texts, timed after loading, and its pooled hidden states, to check ours.
 
 python -m benchmarks.plain '{"experts": [...], "rows": "rows.jsonl", "samples": [3, 7], "states": "states.pt"}'
 """
@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-TOKENS = 512  # padded tokens a batch, as ours
+TOKENS = 512  # padded tokens per batch, as ours
 
 
 def do(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Seconds of all experts on the samples, and of the newest on all rows; float32, no logits, batches of like lengths."""
+    """Seconds of all experts on the samples, and of the newest on all rows; float32, no logits, batches of similar lengths."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -48,9 +48,9 @@ def _states(model: Any, tokens: Sequence[Sequence[int]]) -> Any:
 
     rows = sorted(range(len(tokens)), key=lambda row: -len(tokens[row]))
     blocks = model.config.num_hidden_layers
-    found = torch.empty(blocks + 1, len(tokens), model.config.hidden_size)
+    states = torch.empty(blocks + 1, len(tokens), model.config.hidden_size)
     kept: list[torch.Tensor] = []
-    hook = model.model.layers[-1].register_forward_hook(lambda *told: kept.append(told[-1]))  # before the norm, unlike `hidden_states`
+    hook = model.model.layers[-1].register_forward_hook(lambda *call: kept.append(call[-1]))  # before the norm, unlike `hidden_states`
     with torch.inference_mode():
         while rows:
             count = max(1, TOKENS // len(tokens[rows[0]]))
@@ -61,9 +61,9 @@ def _states(model: Any, tokens: Sequence[Sequence[int]]) -> Any:
             hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True).hidden_states
             last = kept.pop()
             for layer, h in enumerate([*hidden[:blocks], last[0] if isinstance(last, tuple) else last]):
-                found[layer, batch] = (h * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
+                states[layer, batch] = (h * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
     hook.remove()
-    return found
+    return states
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Benchmarks still run, their checks can fail, and the page of figures is what their results give. No time is asserted."""
+"""Benchmarks run, their checks can fail, and the page of figures follows from their results. No time is asserted."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_every_benchmark_runs(tmp_path):
-    """Small shapes, without the peer; each checks its own results. Ray takes a minute to start so often: it has a test of its own."""
+    """Small shapes, without mergekit; each benchmark checks its own results. Ray takes a minute to start: it has a test of its own."""
     names = [name for name in NAMES if name != "cluster"]
     command = [sys.executable, "-m", "benchmarks", *names, "--quick", "--no-peer", "--work", str(tmp_path)]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -33,6 +33,7 @@ def test_every_benchmark_runs(tmp_path):
     without = {name for name, bar in BARS.items() if bar.work not in measured}
     assert without == {
         "linear.float32.whole",
+        "linear.float32.processor",
         "linear.float32.inside",
         "linear.bfloat16.whole",
         "linear.bfloat16.inside",
@@ -79,8 +80,8 @@ def test_a_wrong_result_is_found(models, tmp_path, method):
 
 def test_memory_of_children_is_counted():
     child = "x = bytearray(b'1') * 200_000_000; import time; time.sleep(0.2)"
-    found = run([sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"])
-    assert 200e6 < found.anonymous < 260e6
+    process = run([sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"])
+    assert 200e6 < process.anonymous < 260e6
 
 
 def test_a_command_that_fails_is_no_figure():
@@ -89,10 +90,10 @@ def test_a_command_that_fails_is_no_figure():
 
 
 def test_a_figure_stands_beside_its_bar():
-    kept = Figure("startup.help", "here", [0.3, 0.5, 0.35]).told()
-    assert kept["met"]
-    assert "0.35 s (0.3 to 0.5, 3 pairs); at most 0.4 s: met" in line(kept)
-    assert not Figure("linear.float32.inside", "here", [2.9]).told()["met"]
+    figure = Figure("startup.help", "here", [0.3, 0.5, 0.35]).as_json()
+    assert figure["met"]
+    assert "0.35 s (0.3 to 0.5, 3 pairs); at most 0.4 s: met" in line(figure)
+    assert not Figure("linear.float32.inside", "here", [2.9]).as_json()["met"]
 
 
 def test_page_shows_the_results_that_are_kept():
