@@ -48,9 +48,25 @@ class ThresholdSearch:
 
     def run(self, plan: Plan) -> None:
         try:
-            self.result.set_result(_find_threshold(plan, self.name, self.expert))
+            self.result.set_result(self._find(plan))
         except BaseException as error:
             self.result.set_exception(error)
+
+    def _find(self, plan: Plan) -> Any:
+        """The threshold of the expert's whole delta, found by reading it span by span, a few times over."""
+        import torch
+
+        from recall_merge.maths.order_statistics import kth_largest_size
+
+        name, expert = self.name, plan.experts[self.expert]
+        size, dtype = plan.specs[name].numel, torch.promote_types(plan.base.tensors[name].spec.torch_dtype, torch.float32)
+        assert plan.method.find_threshold is not None
+
+        def read(span: range) -> Tensor:
+            base = widen(plan.base.read(name, span))
+            return expert.read_delta(name, base, span) if isinstance(expert, FullExpert) else base.new_zeros(base.shape)
+
+        return plan.method.find_threshold(partial(kth_largest_size, read, size, span=SPAN), size, dtype, self.expert, plan.options_of(name))
 
 
 @dataclass(frozen=True)
@@ -90,21 +106,3 @@ def units(plan: Plan, names: Iterable[str]) -> Iterator[Unit | ThresholdSearch]:
             numbers += size
     if unit:
         yield unit
-
-
-def _find_threshold(plan: Plan, name: str, q: int) -> Any:
-    """The threshold of expert q's whole delta, found by reading it span by span, a few times over."""
-    import torch
-
-    from recall_merge.maths.order_statistics import kth_largest_size
-
-    expert, spec = plan.experts[q], plan.base.tensors[name].spec
-    dtype = torch.promote_types(spec.torch_dtype, torch.float32)
-    assert plan.method.find_threshold is not None
-
-    def read(span: range) -> Tensor:
-        base = widen(plan.base.read(name, span))
-        return expert.read_delta(name, base, span) if isinstance(expert, FullExpert) else base.new_zeros(base.shape)
-
-    kth = partial(kth_largest_size, read, spec.numel, span=SPAN)
-    return plan.method.find_threshold(kth, spec.numel, dtype, q, plan.options_of(name))

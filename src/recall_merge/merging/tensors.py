@@ -12,6 +12,11 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol
 
 from recall_merge.files.experts import Digest, FullExpert, widen
+from recall_merge.maths.deltas import Delta, LowRank, dense
+from recall_merge.maths.lines import lines_scales
+from recall_merge.maths.methods import METHODS, Draws
+from recall_merge.maths.methods.informed import condition
+from recall_merge.maths.pruning import prune_by_saliency
 from recall_merge.merging.delta_size import DeltaSizes
 from recall_merge.merging.nonfinite import is_finite, refuse_nonfinite
 from recall_merge.merging.plan import Plan
@@ -23,8 +28,6 @@ from recall_merge.runtime.parallel import in_order
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from recall_merge.maths.deltas import Delta
 
 
 class Writer(Protocol):
@@ -106,8 +109,6 @@ def weights_of(plan: Plan, weights: MergeWeights, name: str) -> list[float]:
 
 def condition_numbers(plan: Plan, weights: MergeWeights) -> dict[str, float]:
     """A bound of the condition number of the system that the merge solves, for each tensor with input statistics."""
-    from recall_merge.maths.methods.informed import condition
-
     numbers: dict[str, float] = {}
     for name in plan.specs:
         moments = [moment and moment[0] for moment in _moments(plan, name)]
@@ -129,39 +130,41 @@ def _merge_piece(plan: Plan, weights: MergeWeights, piece: Piece, digest: Digest
     if not plan.merges(name) and not plan.aligns(name):
         return stored.to(dtype)
     tensor_weights = weights_of(plan, weights, name)
-    base, deltas = _deltas(plan, name, widen(stored), tensor_weights, span)
-    sizes.add(name, base, deltas)
-    if all(delta is None for delta in deltas):
-        merged = base.to(dtype)
+    base = widen(stored)
+    if plan.vocabulary is not None and plan.aligns(name):  # both in the rows of the result
+        own = [expert.own(name, base) for expert in plan.experts]
+        base = plan.vocabulary.align_base(base)
+        deltas = list(plan.vocabulary.align_deltas(base, own, tensor_weights))
     else:
-        merged = _scaled(plan, name, base, _apply_method(plan, name, base, deltas, tensor_weights, piece.thresholds)).to(dtype)
+        deltas = [expert.delta(name, base, span) for expert in plan.experts]
+    sizes.add(name, base, deltas)
+    merged = base
+    if any(delta is not None for delta in deltas):
+        merged = _apply_method(plan, name, base, deltas, tensor_weights, piece.thresholds)
+        if (scale := plan.run.scale_by_layer) is not None:
+            scales = lines_scales(plan.base.layers.blocks, alpha=scale.alpha, beta=scale.beta)
+            merged = base + scales[plan.base.layers.of(name)] * (merged - base)
+    merged = merged.to(dtype)
     if not is_finite(merged):
         raise _NonFinite(name)
     return merged
 
 
-def _deltas(plan: Plan, name: str, base: Tensor, weights: Sequence[float], span: range | None) -> tuple[Tensor, list[Delta | None]]:
-    """The base and what each expert adds to it, both in the rows of the result."""
-    if plan.vocabulary is not None and plan.aligns(name):
-        own = [expert.own(name, base) for expert in plan.experts]
-        base = plan.vocabulary.align_base(base)
-        return base, list(plan.vocabulary.align_deltas(base, own, weights))
-    return base, [expert.delta(name, base, span) for expert in plan.experts]
-
-
 def _apply_method(
-    plan: Plan, name: str, base: Tensor, deltas: list[Delta | None], weights: list[float], thresholds: list[Any] | None
+    plan: Plan, name: str, base: Tensor, deltas: Sequence[Delta | None], weights: list[float], thresholds: list[Any] | None
 ) -> Tensor:
     """Call the method with what it needs. Token tensors are no linear maps: methods for matrices leave them to `linear`."""
-    from recall_merge.maths.methods import METHODS, Draws
-
-    method, options = plan.method, plan.options_of(name)
+    method, options, prune = plan.method, plan.options_of(name), plan.run.prune
     if method.matrices and name in plan.base.token_tensors:
         method, options = METHODS["linear"], {key: value for key, value in options.items() if key == "scale"}
-    if method.sums and plan.run.prune is None:  # pruning compares each delta with the mean of all
+    if method.sums and prune is None:  # pruning compares each delta with the mean of all
         weights = [weight for weight, delta in zip(weights, deltas, strict=True) if delta is not None]
         deltas = [delta for delta in deltas if delta is not None]
-    ready = _pruned(plan, [_as_taken(delta, base, method.factors and plan.run.prune is None) for delta in deltas])
+    ready = [base.new_zeros(base.shape) if delta is None else delta for delta in deltas]
+    if prune is not None or not method.factors:
+        ready = [dense(delta) for delta in ready]
+    if prune is not None:
+        ready = list(prune_by_saliency([dense(delta) for delta in ready], density=prune.density, saliency=prune.saliency))
     if method.random:
         options["draws"] = Draws(plan.run.seed, name, tuple(expert.name for expert in plan.experts))
     if thresholds is not None:
@@ -171,48 +174,14 @@ def _apply_method(
     moments = _moments(plan, name)
     options["moments"] = [moment and moment[0] for moment in moments]
     if any(moment is not None and moment[1] == 0 for moment in moments):  # stored as (i, o): the mathematics wants (o, i)
-        return method.function(base.mT.contiguous(), [_transposed(delta) for delta in ready], weights, **options).mT.contiguous()
+        turned = [LowRank(delta.down.mT, delta.up.mT) if isinstance(delta, LowRank) else delta.mT.contiguous() for delta in ready]
+        return method.function(base.mT.contiguous(), turned, weights, **options).mT.contiguous()
     return method.function(base, ready, weights, **options)
 
 
 def _moments(plan: Plan, name: str) -> list[Any]:
     """Per expert, the second moment of a tensor's inputs and the axis along which they run; None where it has no statistics of it."""
     return [None if stats is None else stats.moment(name) for stats in plan.statistics]
-
-
-def _pruned(plan: Plan, deltas: list[Delta]) -> list[Delta]:
-    """The deltas, dense, without the entries that the run prunes."""
-    from recall_merge.maths.deltas import dense
-    from recall_merge.maths.pruning import prune_by_saliency
-
-    if plan.run.prune is None:
-        return deltas
-    return list(prune_by_saliency([dense(delta) for delta in deltas], density=plan.run.prune.density, saliency=plan.run.prune.saliency))
-
-
-def _scaled(plan: Plan, name: str, base: Tensor, merged: Tensor) -> Tensor:
-    """Scale what the merge adds to the base, where the run has a scale per layer."""
-    from recall_merge.maths.lines import lines_scales
-
-    if plan.run.scale_by_layer is None:
-        return merged
-    layers, scale = plan.base.layers, plan.run.scale_by_layer
-    return base + lines_scales(layers.blocks, alpha=scale.alpha, beta=scale.beta)[layers.of(name)] * (merged - base)
-
-
-def _as_taken(delta: Delta | None, base: Tensor, factors: bool) -> Delta:
-    """A delta in the form that the method takes: low-rank factors, or a dense tensor."""
-    from recall_merge.maths.deltas import dense
-
-    if delta is None:
-        return base.new_zeros(base.shape)
-    return delta if factors else dense(delta)
-
-
-def _transposed(delta: Delta) -> Delta:
-    from recall_merge.maths.deltas import LowRank
-
-    return LowRank(delta.down.mT, delta.up.mT) if isinstance(delta, LowRank) else delta.mT.contiguous()
 
 
 @contextmanager
