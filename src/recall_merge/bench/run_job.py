@@ -52,12 +52,12 @@ def _train(job: Trained, store: Store, progress: Progress | None) -> None:
 
 
 def _anchor(job: Anchor, store: Store) -> None:
-    from recall_merge.models.load import load_tokenizer
+    from recall_merge.models.load import load_tokenizer, load_trainable
     from recall_merge.models.tokens import encode_rows
-    from recall_merge.training.ewc import anchored, fisher, load_anchor, save_anchor, trained_model, values_of
+    from recall_merge.training.ewc import anchored, fisher, load_anchor, save_anchor, values_of
 
     base, settings = store.where(job.model.base), job.model.settings
-    model = trained_model(base, store.place(job.model), settings.dtype)
+    model = load_trainable(store.place(job.model), base, dtype=settings.dtype)
     rows = [(row.input_ids, row.labels) for row in encode_rows(job.rows, load_tokenizer(base), **settings.encoding)]
     before = load_anchor(store.place(job.before)) if job.before is not None else None
     save_anchor(anchored(fisher(model, rows), values_of(model), before), store.place(job))

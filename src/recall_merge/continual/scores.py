@@ -12,8 +12,8 @@ from typing import Any
 from recall_merge.continual.keys import KeyedFile
 from recall_merge.continual.settings import Settings
 from recall_merge.continual.steps import score_model, scores_key
-from recall_merge.evaluation.evaluate import load_model
 from recall_merge.evaluation.tasks import TaskSpec
+from recall_merge.models.load import load_model
 from recall_merge.runtime.progress import Progress
 
 StageScores = dict[str, dict[str, dict[str, Any]]]  # role -> task -> score, with its items

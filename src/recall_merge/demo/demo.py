@@ -14,7 +14,6 @@ from typing import Any
 from recall_merge.continual.keys import KeyedFile, fingerprint
 from recall_merge.continual.steps import merge_models, score_model, scores_key, train_expert
 from recall_merge.demo import smollm
-from recall_merge.evaluation.evaluate import load_model
 from recall_merge.evaluation.scores import TaskScore
 from recall_merge.evaluation.tasks import TaskSpec
 from recall_merge.files.experts import hash_file
@@ -22,6 +21,7 @@ from recall_merge.files.model_card import add_scores
 from recall_merge.files.rows import Row, read_rows
 from recall_merge.merging.merge import MergeResult
 from recall_merge.merging.run import MergeRun
+from recall_merge.models.load import load_model
 from recall_merge.models.tokens import render
 from recall_merge.report.merge_charts import draw_weights
 from recall_merge.runtime.parallel import cores

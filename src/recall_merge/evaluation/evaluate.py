@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recall_merge.evaluation.tasks import TaskSpec, check_tasks, task_word
-from recall_merge.files.adapter import CONFIG, is_adapter, open_adapter
+from recall_merge.files.adapter import CONFIG, is_adapter
 from recall_merge.files.checkpoint import open_checkpoint, read_json, weight_files
-from recall_merge.files.experts import AdapterExpert, own_tensors
 from recall_merge.files.hub import locate
 from recall_merge.files.model_card import add_scores, read_model_card
 from recall_merge.files.rows import read_rows
-from recall_merge.files.vocabulary import read_vocabulary
+from recall_merge.models.load import load_model
 from recall_merge.runtime.errors import CheckpointError, Faults, MissingExtra, RunError, did_you_mean
 from recall_merge.runtime.executor import check_executor, open_executor
 from recall_merge.runtime.parallel import cores
@@ -137,29 +136,6 @@ def _read_task(name: str, file: Path | None, metric: str | None) -> TaskSpec:
         task = load_hub_task(name.removeprefix(PAPER))
         return replace(task, name=name, metric=metric or task.metric)
     return TaskSpec(name, None if file is None else read_rows(file), metric)
-
-
-def load_model(folder: Path, base: Path | None = None, *, device: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
-    """A model, whole or an adapter on `base`, and the tokenizer that goes with it: its own, or where it has none its base's.
-
-    Args:
-        device: a GPU if there is one, by default.
-        dtype: float32 on a CPU, and on a GPU what the folder has, by default.
-    """
-    import torch
-
-    from recall_merge.models.load import build_model, load_tokenizer
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or ("float32" if device == "cpu" else "auto")
-    tokenizer = load_tokenizer(folder if base is None or read_vocabulary(folder) is not None else base)
-    if not is_adapter(folder):
-        return build_model(folder, dtype=dtype).to(device), tokenizer
-    assert base is not None, "an adapter is loaded on its base"
-    start = open_checkpoint(base)
-    tensors = own_tensors(AdapterExpert(folder.name, open_adapter(folder, start)), start, lambda _: True)
-    built = build_model(base, tensors, dtype=dtype, vocabulary_size=len(tensors[start.embedding]))
-    return built.to(device), tokenizer
 
 
 def _places(model: str, base: str | None) -> tuple[Path, Path | None]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from recall_merge.maths.deltas import LowRank
-    from recall_merge.models.architecture import Place
+    from recall_merge.models.architecture import ParameterInfo
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class AdapterPlan:
 
     result: Result
     base: Checkpoint
-    places: Mapping[str, Sequence[Place]]
+    places: Mapping[str, Sequence[ParameterInfo]]
     ranks: Mapping[str, int]
     whole: tuple[str, ...]
     experts: Sequence[AdapterExpert]
@@ -160,7 +160,7 @@ def write_adapter(target: Path, plan: AdapterPlan, base_name: str, progress: Pro
     return ExportedAdapter(target, (sum(missed) / sum(sizes)) ** 0.5, errors, plan.ranks, plan.whole, tuple(_notes(plan)))
 
 
-def _places(base: Checkpoint) -> dict[str, list[Place]]:
+def _places(base: Checkpoint) -> dict[str, list[ParameterInfo]]:
     from recall_merge.models.architecture import outline
 
     names, places = Names(base), {}

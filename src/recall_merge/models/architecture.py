@@ -1,4 +1,4 @@
-"""A model without its numbers: which module of it holds which parameter, and whether that is a linear map."""
+"""A model without its numbers: its modules, and parameters that take no memory."""
 
 from __future__ import annotations
 
@@ -6,17 +6,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recall_merge.models.load import quiet
-from recall_merge.runtime.errors import CheckpointError
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from recall_merge.models.load import BUILD_LOCK, load_config, refused_by_transformers
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a parameter lives in memory.
+class ParameterInfo:
+    """A parameter of a model.
 
     Attributes:
         module: the dotted name of its module.
-        part: its name there, 'weight' or 'bias' mostly.
+        part: its name there, mostly 'weight' or 'bias'.
         is_linear: the module is a linear map.
         transposed: the map stores its weight as (i, o), as GPT-2's Conv1D does.
     """
@@ -27,29 +32,50 @@ class Place:
     transposed: bool
 
 
-def outline(folder: Path) -> list[Place]:
-    """The places of all parameters of a folder's model, in its order; those that are tied are named once for each of their names.
+def outline(folder: Path) -> list[ParameterInfo]:
+    """All parameters of a folder's model, in its order. A tied parameter is listed under each of its names.
 
     Raises:
         CheckpointError: if transformers does not know the architecture.
     """
-    import torch
-    from torch import nn
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
-    from transformers.pytorch_utils import Conv1D
-
-    try:
-        with quiet(), torch.device("meta"):
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-            model = architecture(config)
-    except (ValueError, OSError, KeyError) as error:
-        fix = "only architectures that transformers itself knows can be taken apart; recall never runs code from a checkpoint"
-        raise CheckpointError("transformers does not know this model's architecture", where=folder, fix=fix) from error
+    model = empty_model(folder)
     modules = dict(model.named_modules())
-    places = []
+    parameters = []
     for name, _ in model.named_parameters(remove_duplicate=False):
         module, _, part = name.rpartition(".")
         kind = modules[module]
-        places.append(Place(module, part, isinstance(kind, nn.Linear | Conv1D), isinstance(kind, Conv1D)))
-    return places
+        parameters.append(ParameterInfo(module, part, isinstance(kind, nn.Linear | Conv1D), isinstance(kind, Conv1D)))
+    return parameters
+
+
+def empty_model(folder: Path, *, dtype: str = "float32", vocabulary_size: int | None = None) -> Any:
+    """The architecture of a folder in evaluation mode. Parameters are on the meta device; buffers have their numbers.
+
+    Raises:
+        CheckpointError: if transformers does not know the architecture.
+    """
+    config = load_config(folder, vocabulary_size=vocabulary_size)
+    with refused_by_transformers(folder), BUILD_LOCK, _EmptyOnMeta():
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False).eval()
+    discard_parameters(model)
+    return model
+
+
+def discard_parameters(module: nn.Module) -> None:
+    """Put the parameters of a module on the meta device, where they take no memory."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                part._parameters[name] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """`torch.empty` makes tensors on the meta device, on this thread only.
+
+    Modules make their large parameters with it. The small ones that they make with `torch.ones` or `torch.zeros` are discarded afterwards,
+    and buffers, which no file holds, keep the numbers that the model computes. `accelerate.init_empty_weights` does the same by
+    replacing `nn.Module.register_parameter` for all threads.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **{**(kwargs or {}), **({"device": "meta"} if func is torch.empty else {})})

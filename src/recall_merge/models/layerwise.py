@@ -1,16 +1,15 @@
 """A forward pass that pauses after each block, so that a block's parameters need to be in memory only while it runs.
 
-The model is the architecture's own, without numbers. Each batch goes through its forward pass on a thread of its own, which sleeps
-wherever the pass enters a block, and at the end of the last; what a block is given (masks, rotary embeddings, attention types) is therefore
-exactly what transformers gives it. `LayerwiseForward.step` binds the parameters of the next layer, lets every batch go on to its next stop, and
-empties the block again.
+The model is the architecture's own, with empty parameters. Each batch goes through the model's forward pass on a thread of its own, which
+sleeps wherever the pass enters a block, and at the end of the last one. What a block receives (masks, rotary embeddings, attention types)
+is therefore exactly what transformers gives it. `LayerwiseForward.step` loads the parameters of the next layer, lets every batch run to
+its next stop, and discards the parameters of the block.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,23 +18,24 @@ import torch
 from torch import Tensor, nn
 
 from recall_merge.maths.layers import Layers
+from recall_merge.models.architecture import discard_parameters, empty_model
 from recall_merge.models.hidden_states import Pooling, find_blocks, make_batches, padded, pool
-from recall_merge.models.load import load_config, quiet
+from recall_merge.models.transformers_private import TensorLoader
 from recall_merge.runtime import memory
-from recall_merge.runtime.errors import CheckpointError, Unwalkable
+from recall_merge.runtime.errors import Unwalkable
 from recall_merge.runtime.parallel import in_order
 
 
 class LayerwiseForward:
-    """One model on its way through given texts; use as a context, which ends the threads.
+    """One model on its way through given texts. Use it as a context, which ends its threads.
 
     Args:
         folder: gives the config.
         tokens: m lists of token ids.
         dtype: of the parameters, 'float32' or 'bfloat16'.
         vocabulary_size: rows of the token tensors, where they are not those of the config.
+        threads: batches that run at a time. The numbers do not depend on it, and equal those of `pooled_hidden_states`.
         one_by_one: run every text on its own, without padding.
-        threads: batches that run at a time. The numbers do not depend on it, and are those of `pooled_hidden_states`.
     """
 
     def __init__(
@@ -52,13 +52,13 @@ class LayerwiseForward:
     ) -> None:
         memory.one_heap()
         self.layer = 0
-        self._folder, self._threads, self._rows = folder, threads, len(tokens)
-        self._model = _without_numbers(folder, dtype, vocabulary_size)
+        self._threads, self._rows = threads, len(tokens)
+        self._model = empty_model(folder, dtype=dtype, vocabulary_size=vocabulary_size)
         self._blocks = find_blocks(self._model, layers)
-        self._loader = _Loader(self._model, folder, getattr(torch, dtype))
+        self._loader = TensorLoader(self._model, folder, getattr(torch, dtype))
         batches = [[row] for row in range(len(tokens))] if one_by_one else make_batches([*map(len, tokens)])
         self._batches = [_Batch(self._model, rows, [tokens[row] for row in rows], pooling) for rows in batches]
-        # where the next block begins the input of the last one is given up, which at its end is still held
+        # a pass pauses where it enters the next block, not where it leaves one: there it no longer holds the input of the last block
         self._hooks = [self._blocks[0].register_forward_pre_hook(_before_first, with_kwargs=True)]
         self._hooks += [block.register_forward_hook(_after) for block in self._blocks]
         self._hooks += [block.register_forward_pre_hook(_pause) for block in self._blocks[1:]]
@@ -83,12 +83,12 @@ class LayerwiseForward:
             reduce: logits (b, t, vocabulary) and the rows of a batch -> what to keep of them.
 
         Returns:
-            What is kept of each batch.
+            What `reduce` gives for each batch.
 
         Raises:
             CheckpointError: if transformers does not take these parameters.
         """
-        self._loader.bind(tensors)
+        self._loader.load(tensors)
         self._model.tie_weights()
         for batch in self._batches:
             batch.reduce = reduce
@@ -104,12 +104,12 @@ class LayerwiseForward:
             hook.remove()
 
     def _release(self) -> None:
-        """Give up the numbers of the block that has run. What lies before the blocks may be needed again, and is small: few rows."""
+        """Discard the parameters of the block that has run. What lies before the blocks may be needed again; it is small, of few tokens."""
         if self.layer:
-            _empty(self._blocks[self.layer - 1])
+            discard_parameters(self._blocks[self.layer - 1])
 
-    def _reached(self, parts: Sequence[Tensor]) -> Tensor:
-        """What the batches have reached, put together."""
+    def _join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The states that the batches have reached, in the order of the texts."""
         self.layer += 1
         states = torch.empty(self._rows, parts[0].shape[-1])
         for batch, part in zip(self._batches, parts, strict=True):
@@ -117,31 +117,33 @@ class LayerwiseForward:
         return states
 
 
-def step(walks: Sequence[LayerwiseForward], tensors: Sequence[Callable[[], Mapping[str, Tensor]]]) -> list[Tensor]:
-    """`LayerwiseForward.step` of several models, whose batches follow one another on the threads of the first: none of them has nothing to do while a
-    model's last batch runs. A model's parameters are asked for and bound when the first of its batches begins, and released when the last
-    has ended: of no more models than there are threads at a time."""
-    binding, counting = threading.Lock(), threading.Lock()
-    left = [len(walk._batches) for walk in walks]
-    bound: set[int] = set()
+def step(models: Sequence[LayerwiseForward], tensors: Sequence[Callable[[], Mapping[str, Tensor]]]) -> list[Tensor]:
+    """`LayerwiseForward.step` of several models, on the threads of the first one. No thread idles while a model's last batch runs.
 
-    def go_on(place: int, batch: _Batch) -> Tensor:
-        with binding:
-            if place not in bound:
-                walks[place]._loader.bind(tensors[place]())
-                bound.add(place)
+    The parameters of a model are read and loaded when its first batch begins, and discarded when its last one has ended. So at most as
+    many models as there are threads have a block in memory.
+    """
+    loading, counting = threading.Lock(), threading.Lock()
+    unfinished = [len(model._batches) for model in models]
+    loaded: set[int] = set()
+
+    def go_on(number: int, batch: _Batch) -> Tensor:
+        with loading:
+            if number not in loaded:
+                models[number]._loader.load(tensors[number]())
+                loaded.add(number)
         part = batch.go_on()
         with counting:
-            left[place] -= 1
-            last = not left[place]
-        if last:
-            walks[place]._release()
+            unfinished[number] -= 1
+            is_last = not unfinished[number]
+        if is_last:
+            models[number]._release()
         return part
 
-    batches = ((place, batch) for place, walk in enumerate(walks) for batch in walk._batches)
-    parts = in_order(lambda turn: go_on(*turn), batches, walks[0]._threads)
-    states = [walk._reached(list(islice(parts, len(walk._batches)))) for walk in walks]
-    assert next(parts, None) is None  # so it has come to its end, and to what it does there
+    batches = ((number, batch) for number, model in enumerate(models) for batch in model._batches)
+    parts = in_order(lambda numbered: go_on(*numbered), batches, models[0]._threads)
+    states = [model._join(list(islice(parts, len(model._batches)))) for model in models]
+    assert next(parts, None) is None  # subtle: only an exhausted `in_order` puts torch's number of threads back
     memory.give_back()
     return states
 
@@ -151,18 +153,18 @@ class _Batch:
 
     def __init__(self, model: nn.Module, rows: list[int], tokens: list[Sequence[int]], pooling: Pooling) -> None:
         self.rows = rows
+        self.reduce: Callable[[Tensor, list[int]], Tensor] | None = None  # of the logits, where the pass goes on to them
         self._model = model
         self._pooling: Pooling = pooling
         self._ids, self._mask, self._lengths = padded(tokens)
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
-        self.reduce: Callable[[Tensor, list[int]], Tensor] | None = None  # of the logits, where the pass goes on to them
         self._state: Tensor | None = None
         self._error: BaseException | None = None
         self._ending = False
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def go_on(self) -> Tensor:
-        """Run to the next stop.    -> (b, d), what is pooled there"""
+        """Run to the next stop.    -> (b, d), the pooled hidden states there"""
         if self._thread.ident is None:
             self._thread.start()
         self._go.release()
@@ -178,12 +180,12 @@ class _Batch:
             self._go.release()
             self._thread.join()
 
-    def reach(self, hidden: Tensor) -> None:
-        """Called on this batch's own thread, as `stop` is: keep what is to be handed out."""
+    def keep(self, hidden: Tensor) -> None:
+        """Keep the pooled hidden states for `go_on`. Called on this batch's own thread, as `pause` is."""
         self._state = pool(hidden, self._lengths, self._pooling)
 
-    def stop(self) -> None:
-        """Hand it out, and sleep."""
+    def pause(self) -> None:
+        """Let `go_on` return, and sleep until it is called again."""
         memory.rest()
         self._stopped.release()
         self._go.acquire()
@@ -192,7 +194,7 @@ class _Batch:
 
     def _run(self) -> None:
         torch.set_num_threads(1)
-        _present.batch = self
+        _current.batch = self
         self._go.acquire()
         try:
             with torch.inference_mode():
@@ -202,20 +204,13 @@ class _Batch:
         except _Ended:
             return
         except (NotImplementedError, RuntimeError) as error:
-            self._error = self._without_numbers(error)
+            self._error = _explain(error)
         except BaseException as error:
             self._error = error
         self._stopped.release()
 
-    def _without_numbers(self, error: Exception) -> Exception:
-        """What a forward pass raises that met parameters which are not there, in our words."""
-        if "meta" not in str(error).lower():
-            return error
-        what = f"its forward pass needs numbers that it does not have at that layer: {str(error).splitlines()[0]}"
-        return Unwalkable(what, fix="report the architecture: its blocks are not run one after another")
 
-
-_present: Any = threading.local()
+_current: Any = threading.local()  # .batch: the batch whose thread this is
 
 
 class _Ended(Exception):
@@ -223,71 +218,21 @@ class _Ended(Exception):
 
 
 def _before_first(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    _present.batch.reach(args[0] if args else kwargs["hidden_states"])
-    _present.batch.stop()
+    _current.batch.keep(args[0] if args else kwargs["hidden_states"])
+    _current.batch.pause()
 
 
 def _after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-    _present.batch.reach(output[0] if isinstance(output, tuple) else output)
+    _current.batch.keep(output[0] if isinstance(output, tuple) else output)
 
 
 def _pause(*_: Any) -> None:
-    _present.batch.stop()
+    _current.batch.pause()
 
 
-class _Loader:
-    """Puts tensors under the names of files into a model without numbers, renamed and fused as transformers does it on loading."""
-
-    def __init__(self, model: Any, folder: Path, dtype: torch.dtype) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.modeling_utils import LoadStateDictConfig
-
-        self._model, self._folder = model, folder
-        mapping: Any = get_model_conversion_mapping(model)
-        self._config = LoadStateDictConfig(dtype=dtype, dtype_plan=model._get_dtype_plan(dtype), weight_mapping=mapping)
-
-    def bind(self, tensors: Mapping[str, Tensor]) -> None:
-        from transformers.core_model_loading import convert_and_load_state_dict_in_model
-
-        with quiet():
-            found, _ = convert_and_load_state_dict_in_model(self._model, dict(tensors), self._config)
-        for kind in ("unexpected_keys", "mismatched_keys", "conversion_errors", "error_msgs"):
-            if wrong := getattr(found, kind):
-                raise CheckpointError(f"transformers finds {kind.replace('_', ' ')}: {sorted(map(str, wrong))[:5]}", where=self._folder)
-
-
-def _without_numbers(folder: Path, dtype: str, vocabulary_size: int | None) -> Any:
-    """The architecture of a folder in evaluation mode: parameters on the meta device, what it computes for itself in memory."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    config = load_config(folder)
-    if vocabulary_size is not None:
-        config.get_text_config().vocab_size = vocabulary_size
-    architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    with quiet(), _parameters_on_meta():
-        return architecture._from_config(config, dtype=getattr(torch, dtype)).eval()
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    register = nn.Module.register_parameter
-
-    def on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        register(self, name, None if param is None else _emptied(param))
-
-    nn.Module.register_parameter = on_meta
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register
-
-
-def _empty(module: nn.Module) -> None:
-    for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None:
-                part._parameters[name] = _emptied(parameter)
-
-
-def _emptied(parameter: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+def _explain(error: Exception) -> Exception:
+    """What a forward pass raises when it meets empty parameters, in our words."""
+    if "meta" not in str(error).lower():
+        return error
+    what = f"its forward pass needs numbers that it does not have at that layer: {str(error).splitlines()[0]}"
+    return Unwalkable(what, fix="report the architecture: its blocks are not run one after another")

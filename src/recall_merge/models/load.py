@@ -1,19 +1,64 @@
-"""A transformers model from tensors that we read ourselves; its own code comes from transformers, never from a checkpoint."""
+"""Load a model and its tokenizer. A model's code comes from transformers, never from a checkpoint."""
 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recall_merge.files.adapter import is_adapter, open_adapter
+from recall_merge.files.checkpoint import open_checkpoint
+from recall_merge.files.experts import AdapterExpert, own_tensors
+from recall_merge.files.vocabulary import read_vocabulary
 from recall_merge.runtime.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 ONLY_KNOWN = "only architectures that transformers itself knows can be run; recall never runs code from a checkpoint"
+BUILD_LOCK = threading.RLock()  # while transformers builds a model, it changes torch's default dtype for all threads
+
+
+def load_model(folder: Path, base: Path | None = None, *, device: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
+    """A whole model, or a base with the delta of an adapter added to it, in evaluation mode; and its tokenizer.
+
+    Args:
+        base: the model that an adapter is on. Its tokenizer is used where `folder` has none.
+        device: by default a GPU if there is one.
+        dtype: by default float32 on a CPU, and on a GPU the dtype of the folder.
+
+    Raises:
+        CheckpointError: if the files cannot be used, or transformers does not know the architecture.
+    """
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or ("float32" if device == "cpu" else "auto")
+    tokenizer = load_tokenizer(folder, base)
+    if not is_adapter(folder):
+        return build_model(folder, dtype=dtype).to(device), tokenizer
+    assert base is not None, "an adapter is loaded on its base"
+    checkpoint = open_checkpoint(base)
+    tensors = own_tensors(AdapterExpert(folder.name, open_adapter(folder, checkpoint)), checkpoint, lambda _: True)
+    model = build_model(base, tensors, dtype=dtype, vocabulary_size=len(tensors[checkpoint.embedding]))
+    return model.to(device), tokenizer
+
+
+def load_trainable(folder: Path, base: Path, *, dtype: str = "float32") -> Any:
+    """An expert as it is trained further: a whole model, or a base under an adapter whose factors are marked as trained.
+
+    Raises:
+        CheckpointError: as `load_model`.
+    """
+    if not is_adapter(folder):
+        return build_model(folder, dtype=dtype)
+    import peft
+
+    with quiet():
+        return peft.PeftModel.from_pretrained(build_model(base, dtype=dtype), str(folder), is_trainable=True).eval()
 
 
 def build_model(
@@ -32,37 +77,19 @@ def build_model(
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    config = load_config(folder)
-    with quiet():
-        try:
-            if vocabulary_size is not None:
-                config.get_text_config().vocab_size = vocabulary_size
-            architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-            source = folder if tensors is None else None
-            state = None if tensors is None else dict(tensors)
-            model, info = architecture.from_pretrained(source, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
-        except (ValueError, OSError, RuntimeError, KeyError) as error:
-            raise CheckpointError(f"transformers cannot build this model: {_first_line(error)}", where=folder, fix=ONLY_KNOWN) from error
+    config = load_config(folder, vocabulary_size=vocabulary_size)
+    with refused_by_transformers(folder), BUILD_LOCK:
+        architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        source = folder if tensors is None else None
+        state = None if tensors is None else dict(tensors)
+        model, info = architecture.from_pretrained(source, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             raise CheckpointError(f"transformers finds {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:5]}", where=folder)
     return model.eval()
 
 
-def import_architecture(folder: Path) -> None:
-    """Import what `build_model` of a folder with this config needs.
-
-    Raises:
-        CheckpointError: if transformers does not know the architecture.
-    """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    config = load_config(folder)
-    with suppress(KeyError):  # none that `build_model` could build
-        _ = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-
-
-def load_config(folder: Path) -> Any:
+def load_config(folder: Path, *, vocabulary_size: int | None = None) -> Any:
     """The config of a model folder, as transformers knows it.
 
     Raises:
@@ -70,28 +97,39 @@ def load_config(folder: Path) -> Any:
     """
     from transformers import AutoConfig
 
-    with quiet():
-        try:
-            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        except (ValueError, OSError, RuntimeError, KeyError) as error:
-            raise CheckpointError(f"transformers cannot build this model: {_first_line(error)}", where=folder, fix=ONLY_KNOWN) from error
+    with refused_by_transformers(folder):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if vocabulary_size is not None:
+            config.get_text_config().vocab_size = vocabulary_size
+        return config
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder.
+def load_tokenizer(folder: Path, base: Path | None = None) -> Any:
+    """The tokenizer of a model folder, or of its base where an adapter's folder has none.
 
     Raises:
         CheckpointError: if there is none.
     """
     from transformers import AutoTokenizer
 
+    folder = folder if base is None or read_vocabulary(folder) is not None else base
     with quiet():
         try:
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (ValueError, OSError, KeyError) as error:
-            raise CheckpointError(
-                f"there is no usable tokenizer: {_first_line(error)}", where=folder, fix="copy the tokenizer's files there"
-            ) from error
+            what = f"there is no usable tokenizer: {_first_line(error)}"
+            raise CheckpointError(what, where=folder, fix="copy the tokenizer's files there") from error
+
+
+@contextmanager
+def refused_by_transformers(folder: Path) -> Iterator[None]:
+    """Turn what transformers raises about a folder into an error of ours, and keep its messages off the terminal."""
+    with quiet():
+        try:
+            yield
+        except (ValueError, OSError, RuntimeError, KeyError) as error:
+            what = f"transformers cannot build this model: {_first_line(error)}"
+            raise CheckpointError(what, where=folder, fix=ONLY_KNOWN) from error
 
 
 @contextmanager

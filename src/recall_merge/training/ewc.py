@@ -21,9 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from recall_merge.models.load import build_model
 from recall_merge.runtime.progress import Advance
-from recall_merge.training.settings import hushed
 
 
 class Pull(NamedTuple):
@@ -100,18 +98,6 @@ class Consolidation(TrainerCallback):
             if parameter.requires_grad:
                 pull = self._anchor[name]
                 parameter.grad = (self._strength * pull.importance * (parameter.detach() - pull.centre)).to(parameter.dtype)
-
-
-def trained_model(base: Path, expert: Path, dtype: str = "float32") -> Any:
-    """An expert as it is when it is trained further: the base under its adapter, or a whole model, with what is trained marked so."""
-    from recall_merge.files.adapter import is_adapter
-
-    if not is_adapter(expert):
-        return build_model(expert, dtype=dtype)
-    import peft
-
-    with hushed():
-        return peft.PeftModel.from_pretrained(build_model(base, dtype=dtype), str(expert), is_trainable=True).eval()
 
 
 def values_of(model: nn.Module) -> dict[str, Tensor]:

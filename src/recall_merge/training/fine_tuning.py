@@ -19,7 +19,7 @@ from recall_merge.files.experts import hash_file
 from recall_merge.files.output import OutputFolder
 from recall_merge.files.record import RECORD, verify_files, versions, write_record
 from recall_merge.files.rows import Row, numbered
-from recall_merge.models.load import build_model, load_tokenizer
+from recall_merge.models.load import build_model, load_tokenizer, load_trainable
 from recall_merge.models.tokens import EncodedRow, encode_rows
 from recall_merge.runtime.errors import CheckpointError, DataError, Faults, OutputError, ResultError, RunError
 from recall_merge.runtime.progress import Progress, Silent
@@ -234,8 +234,8 @@ def _model(base: Path, settings: TrainSettings, init_from: Path | None) -> Any:
         return build_model(init_from or base, dtype=settings.dtype)
     import peft
 
-    model = build_model(base, dtype=settings.dtype)
     if init_from is None:
+        model = build_model(base, dtype=settings.dtype)
         config = peft.LoraConfig(
             r=settings.rank,
             lora_alpha=settings.alpha,  # type: ignore[arg-type]
@@ -250,7 +250,7 @@ def _model(base: Path, settings: TrainSettings, init_from: Path | None) -> Any:
             raise RunError(f"peft refuses: {error}", where=base, fix="check `targets`") from error
     else:
         _check_same_shape(settings, init_from)
-        adapted = peft.PeftModel.from_pretrained(model, init_from, is_trainable=True)
+        adapted = load_trainable(init_from, base, dtype=settings.dtype)
     adapted.active_peft_config.base_model_name_or_path = str(base)
     return adapted
 

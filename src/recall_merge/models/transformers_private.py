@@ -1,0 +1,49 @@
+"""The private parts of transformers that recall uses, and nothing else. Checked with transformers 5.23 (tests/test_dependencies.py).
+
+- `conversion_mapping.get_model_conversion_mapping`, `modeling_utils.LoadStateDictConfig`, `PreTrainedModel._get_dtype_plan` and
+  `core_model_loading.convert_and_load_state_dict_in_model`: rename, fuse and cast the tensors of one layer and put them into a model whose
+  other layers are empty. The public `from_pretrained` does this for whole models only.
+- `PreTrainedModel._is_stateful`: the model keeps a state that cannot be cut at a position, as Mamba's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
+from transformers.modeling_utils import LoadStateDictConfig
+
+from recall_merge.models.load import quiet
+from recall_merge.runtime.errors import CheckpointError
+
+
+class TensorLoader:
+    """Puts tensors of a model's files, a few at a time, into the model, as `from_pretrained` would put all of them."""
+
+    def __init__(self, model: Any, folder: Path, dtype: torch.dtype) -> None:
+        self._model, self._folder = model, folder
+        mapping: Any = get_model_conversion_mapping(model)
+        self._config = LoadStateDictConfig(dtype=dtype, dtype_plan=model._get_dtype_plan(dtype), weight_mapping=mapping)
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put these tensors into the model.
+
+        Raises:
+            CheckpointError: if transformers does not expect them, or cannot convert them.
+        """
+        with quiet():
+            report, _ = convert_and_load_state_dict_in_model(self._model, dict(tensors), self._config)
+        for kind in ("unexpected_keys", "mismatched_keys", "conversion_errors", "error_msgs"):
+            if wrong := getattr(report, kind):
+                raise CheckpointError(f"transformers finds {kind.replace('_', ' ')}: {sorted(map(str, wrong))[:5]}", where=self._folder)
+
+
+def is_stateful(model: PreTrainedModel) -> bool:
+    """Whether a model keeps a state that is not a list of keys and values by position."""
+    return bool(model._is_stateful)
