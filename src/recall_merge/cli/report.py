@@ -65,7 +65,7 @@ def write(
         RecallError: with every fault; an earlier report then stays as it was.
     """
     from recall_merge.bench.page import bench_page, is_bench
-    from recall_merge.continual.make_page import make_page
+    from recall_merge.continual.page import make_page
     from recall_merge.continual.state import is_workspace
     from recall_merge.files.record import RECORD
     from recall_merge.report.result_page import result_page

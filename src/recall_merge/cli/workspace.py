@@ -204,8 +204,7 @@ def _tree(state: State) -> Any:
 
     nodes = {0: Tree(label(0, "base"))}
     for stage in state.stages:
-        how = "expert given" if stage.given else f"fine-tuned from {'the base' if stage.start == 'base' else f'stage {stage.parent}'}"
-        nodes[stage.id] = nodes[stage.parent].add(label(stage.id, f"{stage.task.name}  ({how}, {stage.created})"))
+        nodes[stage.id] = nodes[stage.parent].add(label(stage.id, f"{stage.task.name}  ({stage.origin}, {stage.created})"))
     return nodes[0]
 
 

@@ -1,28 +1,23 @@
-"""Items behind scores: what single test rows went through from one stage to the next."""
+"""Items behind scores: which single test rows a model lost and won from one stage to the next."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from recall_merge.files.experts import hash_file
-from recall_merge.files.rows import Row, read_rows
+from recall_merge.files.rows import Row
 from recall_merge.report.page import Item, Items
 from recall_merge.report.words import Words
 
-if TYPE_CHECKING:
-    from recall_merge.continual.state import Task
-
 Score = Mapping[str, Any]  # as a stage's file keeps it, with its items
-LEAST = 0.1  # of a point that an item must have won or lost to be listed; right and wrong are a whole point apart
-LISTED = 30  # items of each direction and job, at most
+LEAST = 0.1  # smallest change of an item's score that is listed; from wrong to right is 1
+LISTED = 30  # most items listed per direction and cell
 
 
 @dataclass(frozen=True)
 class Change:
-    """What became of the items of one task between two stages: shares of all items, less nothing, and what chance gives of either."""
+    """How the items of one task changed between two stages: shares of all items, what guessing alone gives of either, and counts."""
 
     lost: float
     won: float
@@ -33,59 +28,45 @@ class Change:
 
 
 def pairs_of(before: Score, after: Score) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """The items that both scores have, and that have a score of their own."""
-    known = {item["id"]: item for item in before["items"] if item["score"] is not None}
-    return [(known[item["id"]], item) for item in after["items"] if item["id"] in known and item["score"] is not None]
+    """The items that are in both scores, and have scores of their own."""
+    old = {item["id"]: item for item in before["items"] if item["score"] is not None}
+    return [(old[item["id"]], item) for item in after["items"] if item["id"] in old and item["score"] is not None]
 
 
 def change_of(before: Score, after: Score) -> Change | None:
-    """What went from right to wrong, and back; None where the items are not known."""
+    """What went from right to wrong, and back; None where items have no scores of their own."""
     from recall_merge.maths.metrics import item_changes
 
     pairs = pairs_of(before, after)
     if not pairs:
         return None
     old, new = [item["score"] for item, _ in pairs], [item["score"] for _, item in pairs]
-    offered = [item["choices"] for _, item in pairs]
-    lost, won, chance = item_changes(old, new, choices=offered if min(offered) >= 2 else None)
-    raw_lost = sum(max(a - b, 0) for a, b in zip(old, new, strict=True)) / len(pairs)
-    raw_won = sum(max(b - a, 0) for a, b in zip(old, new, strict=True)) / len(pairs)
-    differences = [b - a for a, b in zip(old, new, strict=True)]
-    counted = sum(d < -LEAST for d in differences), sum(d > LEAST for d in differences)
-    del lost, won  # the page shows the plain shares, and chance beside them
-    return Change(raw_lost, raw_won, chance, *counted, len(pairs))
+    choices = [item["choices"] for _, item in pairs]
+    chance = item_changes(old, new, choices=choices if min(choices) >= 2 else None).chance
+    gains, n = [b - a for a, b in zip(old, new, strict=True)], len(pairs)
+    lost, won = sum(max(-gain, 0) for gain in gains) / n, sum(max(gain, 0) for gain in gains) / n
+    return Change(lost, won, chance, sum(gain < -LEAST for gain in gains), sum(gain > LEAST for gain in gains), n)
 
 
-def panel(anchor: str, title: str, before: Score, after: Score, rows: Mapping[int, Row], words: Words) -> Items:
-    """The items that changed most, those lost first."""
-    pairs = [(a, b) for a, b in pairs_of(before, after) if abs(b["score"] - a["score"]) > LEAST]
-    pairs.sort(key=lambda pair: (pair[1]["score"] > pair[0]["score"], -abs(pair[1]["score"] - pair[0]["score"])))
-    lost = [pair for pair in pairs if pair[1]["score"] < pair[0]["score"]]
-    won = pairs[len(lost) :]
-    shown = [*lost[:LISTED], *won[:LISTED]]
+def changed_items(anchor: str, title: str, before: Score, after: Score, rows: Mapping[int, Row], words: Words) -> Items:
+    """The items that changed most, lost ones first."""
+    changed = [(new["score"] - old["score"], old, new) for old, new in pairs_of(before, after)]
+    changed.sort(key=lambda entry: -abs(entry[0]))
+    lost, won = [entry for entry in changed if entry[0] < -LEAST], [entry for entry in changed if entry[0] > LEAST]
     change = change_of(before, after)
-    summary = f"{len(lost)} items lost and {len(won)} won, of {change.n if change else 0}."
+    summary = f"{len(lost)} items lost and {len(won)} won, of {len(changed)}."
     if change and change.chance:
         summary += f" Guessing alone would lose and win {change.chance:.1%} each."
-    if len(pairs) > len(shown):
+    if max(len(lost), len(won)) > LISTED:
         summary += f" Shown are the {LISTED} of each that changed most."
-    return Items(anchor, title, summary, [_item(a, b, rows, words) for a, b in shown])
-
-
-def rows_of(folder: Path, task: Task) -> dict[int, Row]:
-    """The test rows of a task by their positions; none where the file is gone, or is not what was scored."""
-    from recall_merge.continual.state import found_path
-
-    if task.test is None or not (path := found_path(folder, task.test.path)).is_file() or hash_file(path) != task.test.sha256:
-        return {}
-    return {row.index: row for row in read_rows(path)}
+    return Items(anchor, title, summary, [_item(old, new, rows, words) for _, old, new in (*lost[:LISTED], *won[:LISTED])])
 
 
 def _item(before: Mapping[str, Any], after: Mapping[str, Any], rows: Mapping[int, Row], words: Words) -> Item:
     row = rows.get(after["id"]) if isinstance(after["id"], int) else None
-    told = {"prompt": words.cut(row.plain), "right": words.cut(row.completion)} if row else {}
-    told |= {"said_before": words.cut(before["prediction"]), "said_after": words.cut(after["prediction"])}
-    return Item(str(after["id"]), _score(before["score"]), _score(after["score"]), after["score"] < before["score"], **told)
+    texts = {"prompt": words.cut(row.plain), "right": words.cut(row.completion)} if row else {}
+    texts |= {"said_before": words.cut(before["prediction"]), "said_after": words.cut(after["prediction"])}
+    return Item(str(after["id"]), _score(before["score"]), _score(after["score"]), after["score"] < before["score"], **texts)
 
 
 def _score(value: float) -> str:

@@ -26,6 +26,7 @@ from recall_merge.continual.state import (
     StageSpec,
     State,
     found_path,
+    locate_model,
     note,
     now,
     opened,
@@ -33,7 +34,7 @@ from recall_merge.continual.state import (
     write_state,
 )
 from recall_merge.continual.steps import merge_models, take_statistics, train_expert
-from recall_merge.continual.validation import StageValidation, ValidatedStage, locate_model
+from recall_merge.continual.validation import StageValidation, ValidatedStage
 from recall_merge.files.adapter import is_adapter
 from recall_merge.files.durable import write_whole
 from recall_merge.files.model_card import MODEL_CARD, add_scores

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from recall_merge.files.durable import append_line, write_whole
+from recall_merge.files.hub import locate
 from recall_merge.files.lock import lock
 from recall_merge.runtime.errors import Fault, WorkspaceError
 
@@ -103,6 +104,13 @@ class Stage(StageSpec):
     """Positions of the typical samples among the training rows; never their text."""
     scores: Scores
     created: str
+
+    @property
+    def origin(self) -> str:
+        """Where its expert comes from, in words."""
+        if self.given is not None:
+            return "expert given"
+        return f"fine-tuned from {'the base' if self.start == 'base' else f'stage {self.parent}'}"
 
 
 class State(Part):
@@ -199,6 +207,15 @@ def current_model(folder: Path, state: State | None = None) -> str:
     """The workspace's model now, as a path that holds from here, or a hub name."""
     model = (state or read_state(folder)).model
     return model.path if model.on_hub else str(folder / model.path)
+
+
+def locate_model(folder: Path, model: Model) -> Path:
+    """The folder of a model that the state names: here, or fetched from the hub.
+
+    Raises:
+        CheckpointError: if it cannot be fetched.
+    """
+    return locate(model.path).folder if model.on_hub else found_path(folder, model.path)
 
 
 def write_state(folder: Path, state: State) -> None:

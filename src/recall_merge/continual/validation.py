@@ -9,7 +9,7 @@ from typing import Any
 
 from recall_merge.continual.keys import fingerprint
 from recall_merge.continual.settings import Settings, check_method, check_overrides, make_settings
-from recall_merge.continual.state import NAME, DataFile, Model, StageSpec, State, Task, found_path
+from recall_merge.continual.state import NAME, DataFile, Model, StageSpec, State, Task, found_path, locate_model
 from recall_merge.evaluation.tasks import TaskSpec, check_tasks
 from recall_merge.files.experts import hash_file
 from recall_merge.files.hub import Located, locate
@@ -233,15 +233,6 @@ class StageValidation:
 
     def _task_specs(self) -> dict[str, TaskSpec]:
         return {name: TaskSpec(name, self._rows[name] if task.test else None, task.metric) for name, task in self._tests.items()}
-
-
-def locate_model(folder: Path, model: Model) -> Path:
-    """The folder of a model that the state names: here, or fetched from the hub.
-
-    Raises:
-        CheckpointError: if it cannot be fetched.
-    """
-    return locate(model.path).folder if model.on_hub else found_path(folder, model.path)
 
 
 def _check_same(folder: Path, model: Model, what: str, since: str) -> None:

@@ -1,0 +1,206 @@
+"""The section of one branch on a workspace's page: R and its items, each task from stage to stage, the metrics of continual learning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from recall_merge.continual.items import Change, change_of, changed_items, pairs_of
+from recall_merge.continual.scores import StageScores
+from recall_merge.continual.state import DataFile, found_path
+from recall_merge.continual.workspace import Branch, scores_by_row
+from recall_merge.files.experts import hash_file
+from recall_merge.files.rows import Row, read_rows
+from recall_merge.report import workspace_charts as charts
+from recall_merge.report.page import Block, Cell, Code, Figure, Matrix, Text
+from recall_merge.report.words import Words
+
+DRAWS = 500  # of the bootstrap
+NAMES = {
+    "average_performance": "average performance (AP)",
+    "learning_accuracy": "learning accuracy",
+    "backward_transfer": "backward transfer (BWT)",
+    "forgetting": "forgetting",
+    "forward_transfer": "forward transfer (FWT)",
+    "retention": "retention",
+    "unseen_delta": "unseen-task delta",
+}
+
+
+class BranchScores:
+    """A branch with the scores behind its numbers, by row of R (0 is the base) and task."""
+
+    def __init__(self, folder: Path, branch: Branch, scores: Mapping[int, StageScores]) -> None:
+        self.branch, self.folder = branch, folder
+        self.tasks = (*branch.tasks, *branch.unseen)
+        self.end = branch.stages[-1].id
+        self.rows = ["0 base", *(f"{stage.id} {stage.task.name}" for stage in branch.stages)]
+        by_row = scores_by_row(branch.stages, lambda stage: scores[stage.id])
+        self.scores = {(row, task): score for (row, task), score in by_row.items() if task in self.tasks}
+        self.experts = {stage.task.name: scores[stage.id]["expert"][stage.task.name] for stage in branch.stages}
+
+    def row_before(self, row: int, task: str) -> int | None:
+        """The last row before one in which the task was scored."""
+        return next((earlier for earlier in range(row - 1, -1, -1) if (earlier, task) in self.scores), None)
+
+    def changes(self) -> Iterator[tuple[int, str, Change]]:
+        """How the items of each task changed at each stage, where it was scored before."""
+        for row in range(1, len(self.rows)):
+            for task in self.tasks:
+                earlier = self.row_before(row, task)
+                if (row, task) in self.scores and earlier is not None:
+                    change = change_of(self.scores[earlier, task], self.scores[row, task])
+                    if change is not None:
+                        yield row, task, change
+
+
+def branch_blocks(branch: BranchScores, words: Words, *, first: bool) -> Iterator[Block]:
+    """All that is shown of a branch.
+
+    Args:
+        first: it is the first on its page, and so says how to see texts.
+    """
+    yield _matrix(branch, words)
+    yield _picture(branch)
+    if first and not words.wanted:
+        yield Text("To see the texts of items and samples on this page, where they are kept:")
+        yield Code("recall report WORKSPACE --text")
+    yield _curves(branch)
+    yield from _numbers(branch)
+    yield from _flow(branch)
+
+
+def _matrix(branch: BranchScores, words: Words) -> Matrix:
+    rows, panels = [], []
+    stages = branch.branch.stages
+    tests = {task.name: task.test for task in (*stages[-1].unseen, *(stage.task for stage in stages))}
+    texts = {name: _test_rows(branch.folder, test) if words.wanted else {} for name, test in tests.items()}
+    for number, name in enumerate(branch.rows):
+        cells = []
+        for column, task in enumerate(branch.tasks):
+            score, earlier, anchor = branch.scores.get((number, task)), branch.row_before(number, task), ""
+            if score is not None and earlier is not None and pairs_of(branch.scores[earlier, task], score):
+                anchor = f"items-{branch.end}-{number}-{column}"
+                title = f"{task}, after stage {name}, against {branch.rows[earlier]}"
+                panels.append(changed_items(anchor, title, branch.scores[earlier, task], score, texts[task], words))
+            cells.append(_cell(score, anchor, new=number > 0 and task == stages[number - 1].task.name))
+        rows.append((name, cells))
+    rows.append(("own expert", [_cell(branch.experts.get(task)) for task in branch.tasks]))
+    caption = (
+        "R: the score of each task after each stage, ± standard error over items. Choose a score to see the items that changed;"
+        " framed is what was learnt there."
+    )
+    metrics = {task: score["metric"] for (_, task), score in branch.scores.items()}
+    columns = [f"{task} ({metrics[task]})" + (" unseen" if task in branch.branch.unseen else "") for task in branch.tasks]
+    return Matrix(caption, columns, rows, panels)
+
+
+def _test_rows(folder: Path, test: DataFile | None) -> dict[int, Row]:
+    """The test rows of a task by their positions; none where the file is gone, or is not what was scored."""
+    if test is None or not (path := found_path(folder, test.path)).is_file() or hash_file(path) != test.sha256:
+        return {}
+    return {row.index: row for row in read_rows(path)}
+
+
+def _picture(branch: BranchScores) -> Figure:
+    """R once more as a chart, for the files."""
+    cells = [
+        {"row": row, "column": column, "score": _share(score), "shown": f"{score['score']:.2f}"}
+        for row in range(len(branch.rows))
+        for column, task in enumerate(branch.tasks)
+        if (score := branch.scores.get((row, task))) is not None
+    ]
+    shown = [[name, *(_shown(branch.scores.get((row, task))) or "-" for task in branch.tasks)] for row, name in enumerate(branch.rows)]
+    says = "Rows are stages, columns tasks; empty cells were not scored. All scores run from 0 to 1."
+    chart, head = charts.matrix(cells, branch.rows, branch.tasks), ["after stage", *branch.tasks]
+    return Figure(f"R-{branch.end}", "R as a picture", says, chart, head, shown, on_page=False)
+
+
+def _curves(branch: BranchScores) -> Figure:
+    points = []
+    for (row, task), score in sorted(branch.scores.items()):
+        error = score["stderr"]
+        low, high = (None, None) if error is None else (max(0.0, score["score"] - 1.96 * error), min(1.0, score["score"] + 1.96 * error))
+        points.append({"at": row, "task": task, "score": score["score"], "low": low, "high": high})
+    rows = [[point["task"], branch.rows[point["at"]], *(_number(point[key]) for key in ("score", "low", "high"))] for point in points]
+    says = "One line per task. Bars are 95 % intervals over test items (1.96 standard errors)."
+    chart = charts.curves(points, branch.rows, branch.tasks)
+    head = ["task", "after stage", "score", "low", "high"]
+    return Figure(f"curves-{branch.end}", "Each task from stage to stage", says, chart, head, rows)
+
+
+def _numbers(branch: BranchScores) -> Iterator[Figure]:
+    from recall_merge.maths.metrics import FORMULAS
+
+    numbers = {name: value for name, value in branch.branch.numbers.items() if value is not None}
+    if not numbers:
+        return
+    intervals = _intervals(branch, numbers)
+    rows = []
+    for at, (name, value) in enumerate(numbers.items()):
+        low, high = (bound if math.isfinite(bound) else None for bound in intervals.get(name, (math.nan, math.nan)))
+        rows.append({"at": at, "name": NAMES[name], "value": value, "low": low, "high": high})
+    shown = [
+        [row["name"], *(_number(row[key]) for key in ("value", "low", "high")), FORMULAS[name]]
+        for name, row in zip(numbers, rows, strict=True)
+    ]
+    says = f"Bars are 95 % bootstrap intervals over test items ({DRAWS} draws), the tasks and their order being given."
+    head = ["number", "value", "low", "high", "formula"]
+    yield Figure(f"numbers-{branch.end}", "The numbers of continual learning", says, charts.numbers(rows), head, shown)
+
+
+def _intervals(branch: BranchScores, numbers: Mapping[str, float]) -> dict[str, tuple[float, float]]:
+    """Bootstrap intervals of the numbers over items; none where items have no scores of their own."""
+    import numpy as np
+
+    from recall_merge.maths.r_matrix import metric_intervals
+
+    items = []
+    for task in branch.tasks:
+        column = [branch.scores.get((row, task)) for row in range(len(branch.rows))] + [branch.experts.get(task)]
+        scores = [None if score is None else [item["score"] for item in score["items"]] for score in column]
+        sizes = {len(values) for values in scores if values is not None}
+        if len(sizes) != 1 or any(value is None for values in scores if values is not None for value in values):
+            return {}
+        missing = [math.nan] * sizes.pop()
+        items.append(np.array([missing if values is None else values for values in scores], dtype=np.float64))
+    return metric_intervals(items, numbers, draws=DRAWS)
+
+
+def _flow(branch: BranchScores) -> Iterator[Figure]:
+    """Items lost and won, where any are known."""
+    changes = list(branch.changes())
+    if not changes:
+        return
+    steps = [f"{branch.rows[row]}: {task}" for row, task, _ in changes]
+    bars: list[Any] = []
+    for at, (_, task, change) in enumerate(changes):
+        bars.append({"at": at, "task": task, "kind": "right to wrong", "share": -change.lost, "items": change.lost_items})
+        bars.append({"at": at, "task": task, "kind": "wrong to right", "share": change.won, "items": change.won_items})
+    says = (
+        "One bar per stage and task, against the last time it was scored: to the left what was lost, to the right what was won."
+        " An unchanged mean may hide items that change places."
+    )
+    shown = [[step, f"{c.lost:.1%}", f"{c.won:.1%}", f"{c.chance:.1%}", str(c.n)] for step, (_, _, c) in zip(steps, changes, strict=True)]
+    head = ["stage: task", "right to wrong", "wrong to right", "either by chance", "items"]
+    yield Figure(f"flow-{branch.end}", "Items lost and won", says, charts.flow(bars, steps), head, shown)
+
+
+def _cell(score: Mapping[str, Any] | None, anchor: str = "", *, new: bool = False) -> Cell:
+    return Cell(_shown(score), None if score is None else _share(score), anchor, new)
+
+
+def _shown(score: Mapping[str, Any] | None) -> str:
+    if score is None:
+        return ""
+    return f"{score['score']:.2f}" + ("" if score["stderr"] is None else f" ± {score['stderr']:.2f}")
+
+
+def _share(score: Mapping[str, Any]) -> float:
+    return min(1.0, max(0.0, score["score"]))
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
