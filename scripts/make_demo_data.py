@@ -1,11 +1,11 @@
-"""Make the demo's rows, src/recall_merge/demo/data/TASK/{train,test}.jsonl; the same bytes every time.
+"""Make the demo's rows, src/recall_merge/demo/data/TASK/{train,test}.jsonl, with the same bytes every time.
 
     pip install Babel==2.18.0
-    python scripts/make_demo_data.py            # write them
+    python scripts/make_demo_data.py            # all tasks
     python scripts/make_demo_data.py opinion    # one task; those from demo_messages/ need no package
 
-`opinion` and `desk` are messages written for this project (demo_messages/*.txt: a heading [split label], then one message a line).
-`french` is put together from the names and patterns of Unicode CLDR, in English and French, as Babel ships them.
+`opinion` and `desk` are messages written for this project (demo_messages/*.txt: a heading [split label], then one message per line).
+`french` combines names and patterns of Unicode CLDR, in English and French, as Babel ships them.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ def desk() -> Records:
 
 
 def messages(task: str, question: str) -> Records:
-    """Rows with choices, the labels in turn, so that any first rows are balanced as well."""
-    found: dict[tuple[str, str], list[str]] = {}
+    """Rows with choices. Labels alternate, so any number of first rows is balanced too."""
+    groups: dict[tuple[str, str], list[str]] = {}
     for line in (HERE / "demo_messages" / f"{task}.txt").read_text("utf-8").splitlines():
         if line.startswith("["):
             split, label = line.strip("[]").split()
-            current = found.setdefault((split, label), [])
+            current = groups.setdefault((split, label), [])
         elif line:
             current.append(line)
-    labels = list(dict.fromkeys(label for _, label in found))
+    labels = list(dict.fromkeys(label for _, label in groups))
     return {
         split: [
             {"prompt": question.format(message), "completion": label, "choices": labels}
-            for group in zip(*(found[split, label] for label in labels), strict=True)
-            for label, message in zip(labels, group, strict=True)
+            for messages_in_turn in zip(*(groups[split, label] for label in labels), strict=True)
+            for label, message in zip(labels, messages_in_turn, strict=True)
         ]
         for split in ("train", "test")
     }
@@ -60,12 +60,12 @@ UNITS = (
     "length-kilometer length-meter length-centimeter length-mile mass-kilogram mass-gram mass-tonne volume-liter "
     "duration-minute duration-hour duration-day duration-week duration-month duration-year"
 )
-PERIODS = {"minutes": 45, "hours": 20, "days": 6, "weeks": 3}  # the largest number that is still said in that unit
+PERIODS = {"minutes": 45, "hours": 20, "days": 6, "weeks": 3}  # the largest number that people still say in this unit
 EACH = {"train": 42, "test": 14}  # rows of each kind
 
 
 def french() -> Records:
-    """Rows to translate; a test row's words may be known from training, what they are put together to is new."""
+    """Rows to translate. Single words of a test row may occur in training; their combination is new."""
     import babel
     from babel import Locale
     from babel.dates import format_date, format_timedelta
@@ -83,26 +83,26 @@ def french() -> Records:
         return (format_date(when, "full", locale) for locale in locales)
 
     def times() -> Iterator[str]:
-        unit = draw.one(list(PERIODS))
-        ahead = timedelta(**{unit: draw.one([1, -1]) * (2 + draw.below(PERIODS[unit] - 1))})
+        unit = draw.choice(list(PERIODS))
+        ahead = timedelta(**{unit: draw.choice([1, -1]) * (2 + draw.below(PERIODS[unit] - 1))})
         return (format_timedelta(ahead, add_direction=True, locale=locale) for locale in locales)
 
     def measures() -> Iterator[str]:
-        number, unit = 2 + draw.below(98), draw.one(UNITS.split())
-        said = [format_unit(number, unit, locale=locale) for locale in locales]
-        assert not any(unit in words for words in said), f"CLDR has no words for {unit}, and Babel then gives its code"
-        return iter(said)
+        number, unit = 2 + draw.below(98), draw.choice(UNITS.split())
+        texts = [format_unit(number, unit, locale=locale) for locale in locales]
+        assert not any(unit in text for text in texts), f"CLDR has no words for {unit}, so Babel gives its code"
+        return iter(texts)
 
     def amounts() -> Iterator[str]:
-        number, code = 2 + draw.below(98), draw.one(CURRENCIES.split())
+        number, code = 2 + draw.below(98), draw.choice(CURRENCIES.split())
         return (f"{number} {get_currency_name(code, count=number, locale=locale)}" for locale in locales)
 
     def lists(kind: str, codes: str) -> Callable[[], Iterator[str]]:
-        def some() -> Iterator[str]:
-            chosen = sorted(draw.some(codes.split(), 2 + draw.below(2)))  # sorted, so that no list comes again in another order
+        def names() -> Iterator[str]:
+            chosen = sorted(draw.sample(codes.split(), 2 + draw.below(2)))  # sorted, so that no list is repeated in another order
             return (format_list([getattr(locale, kind)[code] for code in chosen], locale=locale) for locale in locales)
 
-        return some
+        return names
 
     kinds = [days, times, measures, amounts, lists("territories", TERRITORIES), lists("languages", LANGUAGES)]
     rows: Records = {}
@@ -115,14 +115,14 @@ def french() -> Records:
                 while english in seen:
                     english, other = kind()
                 seen.add(english)
-                # French sets numbers off with spaces that do not break; plain ones are as good here
+                # CLDR has no-break spaces around French numbers; plain spaces serve as well here
                 other = other.replace("\u202f", " ").replace("\u00a0", " ")
                 rows[split].append({"prompt": f"Say in French: {english}", "completion": other})
     return rows
 
 
 class Draw:
-    """Draws from nothing but `random.random`, whose numbers are promised to stay the same in every version of Python."""
+    """Draws from `random.random` alone: Python promises that its numbers stay the same in every version."""
 
     def __init__(self, seed: str) -> None:
         self._random = random.Random(seed)
@@ -130,10 +130,10 @@ class Draw:
     def below(self, end: int) -> int:
         return int(self._random.random() * end)
 
-    def one(self, items: Sequence[Any]) -> Any:
+    def choice(self, items: Sequence[Any]) -> Any:
         return items[self.below(len(items))]
 
-    def some(self, items: Sequence[Any], count: int) -> list[Any]:
+    def sample(self, items: Sequence[Any], count: int) -> list[Any]:
         left = list(items)
         return [left.pop(self.below(len(left))) for _ in range(count)]
 
@@ -141,7 +141,7 @@ class Draw:
 TASKS: dict[str, Callable[[], Records]] = {"opinion": opinion, "desk": desk, "french": french}
 
 
-def text_of(records: Sequence[dict[str, Any]]) -> str:
+def json_lines(records: Sequence[dict[str, Any]]) -> str:
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
@@ -150,7 +150,7 @@ def main(names: Sequence[str]) -> None:
         for split, records in TASKS[name]().items():
             file = TARGET / name / f"{split}.jsonl"
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text_of(records), "utf-8")
+            file.write_text(json_lines(records), "utf-8")
 
 
 if __name__ == "__main__":

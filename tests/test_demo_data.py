@@ -88,7 +88,7 @@ def test_rows_are_made_anew_to_the_byte(task):
     if task == "french" and not installed("Babel", module.BABEL):
         pytest.skip(f"Babel {module.BABEL} is not installed, and only this needs it")
     for split, records in module.TASKS[task]().items():
-        assert (DATA / task / f"{split}.jsonl").read_text("utf-8") == module.text_of(records)
+        assert (DATA / task / f"{split}.jsonl").read_text("utf-8") == module.json_lines(records)
 
 
 def installed(package, wanted):

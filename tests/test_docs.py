@@ -1,4 +1,4 @@
-"""What the documents say is so: the commands and the example of README run, run files are sound, links lead somewhere."""
+"""The documents are true: commands and examples run, run files are valid, links and tests that they name exist."""
 
 import re
 import shlex
@@ -21,6 +21,7 @@ from recall_merge.merging.run import MergeRun, load_run
 from tiny import fine_tuned, write_rows
 
 ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "recall_merge"
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted((ROOT / "docs").rglob("*.md"))
 ROWS = [{"prompt": f"is the fox {word}?", "completion": " yes"} for word in ("quick", "lazy", "good", "bad")]
 
@@ -31,7 +32,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 @pytest.fixture
 def here(llama, tmp_path, monkeypatch):
-    """A folder with the models and rows that README speaks of, tiny ones."""
+    """A folder with tiny versions of the models and rows that the README mentions."""
     shutil.copytree(llama, tmp_path / "base")
     (tmp_path / "out").mkdir()
     for seed, name in enumerate(("sentiment", "french")):
@@ -70,9 +71,9 @@ def test_readme_run_file_and_commands_work(here):
 
 
 def commands(page: Path) -> list[str]:
-    """What a page tells people to type: in console blocks after a '$', and in indented blocks."""
-    told = [line.removeprefix("$ ") for block in blocks(page, "console") for line in block.splitlines()]
-    return told + re.findall(r"^ {4}((?:recall|pip) .*)$", page.read_text("utf-8"), re.MULTILINE)
+    """The commands that a page shows: in console blocks after a '$', and in indented blocks."""
+    in_blocks = [line.removeprefix("$ ") for block in blocks(page, "console") for line in block.splitlines()]
+    return in_blocks + re.findall(r"^ {4}((?:recall|pip) .*)$", page.read_text("utf-8"), re.MULTILINE)
 
 
 def invoke(page: Path, line: str) -> None:
@@ -81,7 +82,7 @@ def invoke(page: Path, line: str) -> None:
 
 
 def understood(line: str) -> bool:
-    """A command's words are those that the command takes; nothing is run."""
+    """Whether the command accepts these arguments; nothing is run."""
     group = get_command(app)
     name, *words = shlex.split(line.removeprefix("recall"), comments=True)
     context = Context(group, info_name="recall")
@@ -89,7 +90,7 @@ def understood(line: str) -> bool:
 
 
 def test_commands_of_the_site_work(here):
-    """All pages one after the other, in one folder; what a page needs beside models and rows, an earlier one makes."""
+    """All pages one after the other, in one folder: whatever a page needs besides models and rows, an earlier page makes."""
     for name in ("sentiment", "french"):
         write_rows(here / f"{name}-test.jsonl", [{**row, "prompt": f"{row['prompt']} Say it.", "choices": [" yes", " no"]} for row in ROWS])
     models = ", ".join(f"{{model: out/{name}, parameters: {{weight: 0.5}}}}" for name in ("sentiment", "french"))
@@ -105,10 +106,10 @@ def test_commands_of_the_site_work(here):
         for line in commands(page):
             if line.startswith("pip install"):
                 assert set(re.findall(r"\[(\w+)\]", line)) <= set(extras)
-            elif line.startswith("recall bench benchmarks/"):  # hours of work: its plan
+            elif line.startswith("recall bench benchmarks/"):  # hours of work: only its plan
                 prepare_bench(here, line.split()[2])
                 invoke(page, line.replace("DATA", "data").replace("MODEL", "base") + " --plan")
-            elif "ray://" in line:  # a cluster, and tasks of the hub: tests/test_cluster.py runs these
+            elif "ray://" in line:  # needs a cluster: tests/test_cluster.py runs these
                 assert understood(line)
             else:
                 assert line.startswith("recall "), line
@@ -119,7 +120,7 @@ def test_commands_of_the_site_work(here):
 
 
 def prepare_bench(here: Path, name: str) -> None:
-    """The scenario, and a few rows wherever it wants some."""
+    """Copy the scenario, and write a few rows for each of its files."""
     (here / "benchmarks").mkdir(exist_ok=True)
     shutil.copy(ROOT / name, here / name)
     scenario = yaml.safe_load((here / name).read_text("utf-8"))
@@ -132,7 +133,7 @@ def prepare_bench(here: Path, name: str) -> None:
                 write_rows(file, [{**row, "prompt": f"{task['name']} {key} {row['prompt']}", **choices} for row in ROWS])
 
 
-def test_scenario_of_the_page_is_sound():
+def test_scenario_of_the_page_is_valid():
     (block,) = blocks(ROOT / "docs" / "bench.md", "yaml")
     Scenario.model_validate(yaml.safe_load(block))
 
@@ -143,7 +144,7 @@ def test_site_names_every_page_and_only_those():
     assert named == {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
 
 
-def test_run_files_are_sound():
+def test_run_files_are_valid():
     files = sorted((ROOT / "configs").rglob("*.yaml"))
     assert len(files) >= 2
     for file in files:
@@ -152,10 +153,10 @@ def test_run_files_are_sound():
         assert run.method in METHODS | ALIASES
 
 
-def test_run_page_tells_every_key():
+def test_run_page_lists_every_key():
     text = (ROOT / "docs" / "run.md").read_text("utf-8")
-    told = set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
-    assert told == set(MergeRun.model_fields)
+    listed = set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
+    assert listed == set(MergeRun.model_fields)
     for block in blocks(ROOT / "docs" / "run.md", "yaml"):
         MergeRun.model_validate(yaml.safe_load(block))
 
@@ -169,6 +170,24 @@ def test_tests_named_in_a_page_exist(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_between_pages_lead_somewhere(page):
+def test_links_between_pages_have_targets(page):
     for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text("utf-8")):
         assert (page.parent / target).exists(), target
+
+
+def test_architecture_page_names_every_module():
+    text = (ROOT / "docs" / "architecture.md").read_text("utf-8").partition("## Rooms, module by module")[2].partition("\n## ")[0]
+    named = set()
+    for room, table in re.findall(r"\*\*([\w/]+)\*\*(.*?)(?=\*\*|\Z)", text, re.DOTALL):
+        named |= {f"{room}/{name}" for name in re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)}
+    modules = (path.relative_to(SOURCE).with_suffix("") for path in SOURCE.glob("*/**/*.py"))
+    assert named == {str(module) for module in modules if not module.name.startswith("__")}
+
+
+@pytest.mark.parametrize(("way", "most"), [("a row of samples to a merged tensor", 15), ("a training row to R", 25)])
+def test_the_ways_of_data_pass_few_files(way, most):
+    text = (ROOT / "docs" / "architecture.md").read_text("utf-8").partition(f"## The way of {way}\n")[2].partition("\n## ")[0]
+    files = re.findall(r"^\| \d+ \| `([\w/]+\.py)` \|", text, re.MULTILINE)
+    assert 10 <= len(files) == len(set(files)) <= most
+    assert f"{len(files)} files" in text
+    assert all((SOURCE / file).is_file() for file in files)
