@@ -1,4 +1,7 @@
-"""From similarity to weights, layer by layer; and the ablations that tell whether the representations matter at all."""
+"""From similarity to weights, layer by layer; and ablations that tell whether the representations matter at all.
+
+Shapes: n models, newest last; layers 0..L (embedding and blocks), or 0..L + 1 with the final norm and head.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,15 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 Outside = Literal["nearest", "uniform", "newest"]
-Control = Literal["none", "uniform", "tilt", "ramp", "permuted"]
+Ablation = Literal["none", "uniform", "tilt", "ramp", "permuted"]
 
 
-def softmax_weights(similarity: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """w_q^i = exp(S_q^i / tau) / sum_p exp(S_p^i / tau), each layer on its own.    (layers, n) -> (layers, n)
+def softmax_weights(similarity: Float[Tensor, "layers n"], *, temperature: float = 1.0) -> Float[Tensor, "layers n"]:
+    """w_q^i = exp(S_q^i / tau) / sum_p exp(S_p^i / tau), each layer on its own.
 
     RECALL, arXiv:2510.20479, as reconstructed. With S_N = 1 and tau = 1 the newest of n models has at most e / (e + n - 1).
 
@@ -23,38 +27,39 @@ def softmax_weights(similarity: Tensor, *, temperature: float = 1.0) -> Tensor:
     return torch.softmax(similarity / temperature, dim=-1)
 
 
-def outside_blocks(weights: Tensor, choice: Outside = "nearest") -> Tensor:
-    """Weights of all layers, L + 2 of them, from those of 0..L.    (L + 1, n) -> (L + 2, n)
+def outside_blocks(weights: Float[Tensor, "layers n"], choice: Outside = "nearest") -> Float[Tensor, "layers+1 n"]:
+    """Weights of layers 0..L + 1, from those of 0..L. `choice` sets the embedding's (0) and those of the final norm and head (L + 1).
 
-    nearest: the embedding has the weights of layer 0, final norm and head those of the last block; uniform: all models alike
-    at both ends; newest: the newest model alone at both ends.
+    nearest   the embedding keeps its own weights, final norm and head have those of the last block;
+    uniform   all models have the same weight at both ends;
+    newest    the newest model has all the weight at both ends.
     """
+    n = weights.shape[1]
     weights = torch.cat([weights, weights[-1:]])
-    ends = torch.tensor([0, -1])
     if choice == "uniform":
-        weights[ends] = 1.0 / weights.shape[1]
+        weights[[0, -1]] = 1.0 / n
     elif choice == "newest":
-        weights[ends] = torch.nn.functional.one_hot(torch.tensor(weights.shape[1] - 1), weights.shape[1]).to(weights.dtype)
+        weights[[0, -1]] = torch.eye(n, dtype=weights.dtype)[-1]
     return weights
 
 
-def ablation(weights: Tensor, kind: Control, *, seed: int = 0) -> Tensor:
-    """Replace RECALL's weights by a ablation with the same shape.    (layers, n) -> (layers, n)
+def ablate(weights: Float[Tensor, "layers n"], kind: Ablation, *, seed: int = 0) -> Float[Tensor, "layers n"]:
+    """Weights that do not follow the representations, in place of RECALL's. Where they do as well, representations do not matter.
 
-    uniform   every model alike;
-    tilt      at every layer the newest has RECALL's own mean weight, the others share the rest;
-    ramp      the newest's weight rises linearly with layer, with RECALL's own mean, from 1/n at layer 0;
-    permuted  RECALL's rows, given to layers at random (`seed`).
-    If a ablation does as well as the weights themselves, the representations do not matter.
+    uniform   all models have the same weight;
+    tilt      at every layer the newest has the mean of its weights over the layers, the others share the rest;
+    ramp      the newest's weight rises linearly from 1/n at layer 0, with the same mean; the others share the rest.
+              Where that mean exceeds (1 + 1/n) / 2 (a small temperature), the last layers extrapolate: above 1 and below 0;
+    permuted  RECALL's rows, assigned to layers at random (keyed by `seed`).
     """
     layers, n = weights.shape
+    mean = weights[:, -1].mean()
     if kind == "uniform":
         return torch.full_like(weights, 1.0 / n)
     if kind == "tilt":
-        return _newest_at(weights[:, -1].mean().expand(layers), n)
+        return _with_newest(mean.expand(layers), n)
     if kind == "ramp":
-        rise = 2 * (weights[:, -1].mean() - 1.0 / n)
-        return _newest_at(1.0 / n + rise * torch.linspace(0, 1, layers, dtype=weights.dtype), n)
+        return _with_newest(1.0 / n + 2 * (mean - 1.0 / n) * torch.linspace(0, 1, layers, dtype=weights.dtype), n)
     if kind == "permuted":
         return weights[torch.randperm(layers, generator=torch.Generator().manual_seed(seed))]
     return weights
@@ -67,34 +72,32 @@ def normalised(weights: Sequence[float]) -> list[float]:
         ValueError: if one is negative or not finite, or all are 0.
     """
     total = sum(weights)
-    if not all(0 <= weight < float("inf") for weight in weights) or total <= 0:
+    if not (all(weight >= 0 for weight in weights) and 0 < total < float("inf")):
         raise ValueError(f"weights must be finite, not negative, and not all 0: {list(weights)}")
     return [weight / total for weight in weights]
 
 
 def along_blocks(points: Sequence[Sequence[float]], blocks: int) -> list[list[float]]:
-    """Rows at every layer 0..L+1 from points that are spread evenly over the blocks, on straight lines between them.    p rows -> L + 2
+    """Rows at layers 0..L + 1 from points spread evenly over the L blocks, with straight lines between them.    p rows -> L + 2 rows
 
-    Block i of L lies at (i - 1) / (L - 1) of the way; a single block at its end. Layer 0 has the first block's row, L + 1 the last one's.
+    Block i lies at (i - 1) / (L - 1) of the way; a single block at its end. Layer 0 has the first block's row, L + 1 the last one's.
 
     >>> along_blocks([[0.0], [1.0]], 3)
     [[0.0], [0.0], [0.5], [1.0], [1.0]]
     """
-    inside = [interpolated(points, (block / (blocks - 1)) if blocks > 1 else 1.0) for block in range(blocks)]
-    return [inside[0], *inside, inside[-1]]
+    rows = [interpolated(points, (block / (blocks - 1)) if blocks > 1 else 1.0) for block in range(blocks)]
+    return [rows[0], *rows, rows[-1]]
 
 
 def interpolated(points: Sequence[Sequence[float]], t: float) -> list[float]:
     """The row at a share t of the way along the points, 0 <= t <= 1."""
-    place = t * (len(points) - 1)
-    first = int(place)
-    after, share = points[min(len(points) - 1, first + 1)], place - first
-    return [(1 - share) * low + share * high for low, high in zip(points[first], after, strict=True)]
+    position = t * (len(points) - 1)
+    before = int(position)
+    after, share = min(len(points) - 1, before + 1), position - before
+    return [(1 - share) * low + share * high for low, high in zip(points[before], points[after], strict=True)]
 
 
-def _newest_at(newest: Tensor, n: int) -> Tensor:
-    """(layers,) -> (layers, n): the newest at the given weights, the others sharing the rest."""
-    if n == 1:
-        return newest.unsqueeze(1)
-    others = ((1 - newest) / (n - 1)).unsqueeze(1).expand(-1, n - 1)
-    return torch.cat([others, newest.unsqueeze(1)], dim=1)
+def _with_newest(newest: Float[Tensor, " layers"], n: int) -> Float[Tensor, "layers n"]:
+    """Weights in which the newest has the given ones, and the others share the rest."""
+    others = (1 - newest) / max(n - 1, 1)
+    return torch.stack([others] * (n - 1) + [newest], dim=1)

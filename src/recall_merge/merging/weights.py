@@ -81,8 +81,8 @@ def weights_from_similarity(plan: Plan, rule: RecallWeights, similarity: Tensor,
     Args:
         similarity: (i, n), of every compared model at the first i layers.
     """
-    from recall_merge.maths.weights import ablation, outside_blocks, softmax_weights
+    from recall_merge.maths.weights import ablate, outside_blocks, softmax_weights
 
     weights = softmax_weights(similarity, temperature=rule.temperature)
-    weights = outside_blocks(ablation(weights, rule.ablation, seed=plan.run.seed), rule.outside_blocks)
+    weights = outside_blocks(ablate(weights, rule.ablation, seed=plan.run.seed), rule.outside_blocks)
     return MergeWeights(tuple(model.name for model in plan.compared), weights, similarity, samples.rows, samples.notes)
