@@ -224,7 +224,7 @@ def test_faults_of_a_run_file(tmp_path):
         export_mergekit(result, models=places(base, {"a": experts["b"]}), out=tmp_path / "there.yaml")
     told = "\n".join(fault.what for fault in caught.value.faults)
     assert "made by `ties`" in told
-    assert "such a file already" in told
+    assert "the file already exists" in told
     assert "expert 'b' only by the name of its folder" in told
 
 

@@ -606,7 +606,7 @@ def test_learn_as_a_user_types_it(ws, data, monkeypatch, tmp_path):
     [
         (["--task", "b"], "a new task needs --test"),
         (["--train", "x.jsonl"], "a new task needs --task and --test"),
-        (["--from", "middle"], "--from middle: there are base and last"),
+        (["--from", "middle"], "--from middle: it must be base or last"),
         (["--task", "b", "--test", "no.jsonl"], "the test file of 'b' is missing"),
         (["--task", "b", "--test", "no.jsonl", "--set", "seed"], "not of the form KEY=VALUE"),
         ([], "nothing is unfinished"),

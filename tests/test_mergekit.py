@@ -257,19 +257,19 @@ def two_slices(first, second, **more):
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        (MODELS.replace("ties", "passthrough"), "merge_method 'passthrough' of mergekit is not read"),
+        (MODELS.replace("ties", "passthrough"), "mergekit's merge_method 'passthrough' is not supported"),
         (MODELS.replace("ties", "nearswap"), "nearswap"),
-        (START, "one of `models` and `slices` is needed"),
-        (START + "modules: {text: {}}\n", "`modules` are not read"),
-        (MODELS + "tokenizer: {source: base, tokens: {x: {source: a}}}\n", "`tokenizer.tokens` is not read"),
-        (MODELS + "tokenizer: {source: base, pad_to_multiple_of: 8}\n", "`tokenizer.pad_to_multiple_of` is not read"),
+        (START, "either `models` or `slices` is needed"),
+        (START + "modules: {text: {}}\n", "`modules` is not supported"),
+        (MODELS + "tokenizer: {source: base, tokens: {x: {source: a}}}\n", "`tokenizer.tokens` is not supported"),
+        (MODELS + "tokenizer: {source: base, pad_to_multiple_of: 8}\n", "`tokenizer.pad_to_multiple_of` is not supported"),
         (MODELS + "tokenizer: {source: base}\ntokenizer_source: base\n", "exclude each other"),
-        (MODELS + "tokenizer_source: a\n", "the tokenizer of 'a' cannot be taken"),
-        (MODELS + "chat_template: chatml\n", "`chat_template` is not read"),
-        (MODELS + "dtype: float64\n", "`dtype: float64` is not written"),
-        (MODELS + "parameters: {wieght: 1}\n", r"no parameter 'wieght'(.|\n)*did you mean 'weight'"),
+        (MODELS + "tokenizer_source: a\n", "the tokenizer of 'a' cannot be used"),
+        (MODELS + "chat_template: chatml\n", "`chat_template` is not supported"),
+        (MODELS + "dtype: float64\n", "`dtype: float64` is not supported"),
+        (MODELS + "parameters: {wieght: 1}\n", r"no supported parameter 'wieght'(.|\n)*did you mean 'weight'"),
         (MODELS + "method: ties\n", "unknown key 'method'"),
-        (MODELS + "parameters: {density: much}\n", "'much' is no number"),
+        (MODELS + "parameters: {density: much}\n", "'much' is not a number"),
         (MODELS + "parameters: {normalize: 3}\n", "3 is neither true nor false"),
         (MODELS.replace("weight: 1}}]", "weight: -1}}]"), "a weight is negative: -1"),
         (MODELS.replace("{weight: 1}}]", "{density: 1}}]"), "'weight' is missing for weight of b"),
@@ -280,13 +280,13 @@ def two_slices(first, second, **more):
         (MODELS.replace("ties", "linear") + "parameters: {normalize: false, weight: 0}\n", "the weights sum to 2"),
         (MODELS.replace("ties", "slerp").replace("weight: 1", ""), "'t' is missing"),
         (MODELS.replace("ties", "slerp").replace("weight: 1", "") + "parameters: {t: 0.5}\n", "there are 3 models"),
-        (MODELS.replace("ties", "karcher").replace("weight: 1", "max_iter: 3"), "iterated until it does not move"),
-        (two_slices([0, 3], [2, 5]), "slices 2 to 5 do not follow layer 3"),
-        (two_slices([2, 5], [0, 2]), "slices 2 to 5 do not follow layer 0"),
+        (MODELS.replace("ties", "karcher").replace("weight: 1", "max_iter: 3"), "iterated until it no longer moves"),
+        (two_slices([0, 3], [2, 5]), "slice 2 to 5 does not continue at layer 3"),
+        (two_slices([2, 5], [0, 2]), "slice 2 to 5 does not continue at layer 0"),
         (two_slices([0, 2], [2, 4]), "the slices end at layer 4; the base has 5"),
-        (two_slices([0, 2], [2, 5], residual_weight=0.1), "`residual_weight` is not read"),
-        (two_slices([0, 2], [2, 5], base_model="b"), "a slice with a base model of its own"),
-        (two_slices([0, 2], [2, 5]).replace("base_model: base", "base_model: b"), "the base model is none of the slices' sources"),
+        (two_slices([0, 2], [2, 5], residual_weight=0.1), "`residual_weight` is not supported"),
+        (two_slices([0, 2], [2, 5], base_model="b"), "a slice with its own base model"),
+        (two_slices([0, 2], [2, 5]).replace("base_model: base", "base_model: b"), "the base model is not among the slices' sources"),
     ],
 )
 def test_what_is_refused(text, what, world, tmp_path, monkeypatch):
@@ -302,5 +302,5 @@ def test_slices_of_different_layers_or_models(world, tmp_path, monkeypatch):
     with pytest.raises(RecallError, match="the sources of a slice have different layers"):
         load_any_run(written(tmp_path, yaml.safe_dump(data)))
     data["slices"][1]["sources"][1] |= {"layer_range": [2, 5], "model": "c"}
-    with pytest.raises(RecallError, match="slices of different models are not read"):
+    with pytest.raises(RecallError, match="slices with different models are not supported"):
         load_any_run(written(tmp_path, yaml.safe_dump(data)))

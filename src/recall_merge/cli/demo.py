@@ -20,7 +20,9 @@ def demo(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run the whole loop on a small real model: train experts, compare, merge, score. Takes minutes on two cores.
+    """Run the whole loop on a small real model, in minutes.
+
+    It trains experts, compares their hidden states, merges them, and scores the result.
 
     Example: recall demo
     """

@@ -12,17 +12,17 @@ from recall_merge.cli.options import AsJson, ExecutorName, Quiet, pairs
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A model, adapter or workspace: a folder, or a hub name.", show_default=False)],
-    tasks: Annotated[str, typer.Option(metavar="A,B,..", help="FILE, NAME=FILE, a task of lm-eval, or paper:NAME.", show_default=False)],
+    model: Annotated[str, typer.Argument(help="A model, adapter or workspace: a folder, or a hub name.")],
+    tasks: Annotated[str, typer.Option(metavar="A,B,..", help="FILE, NAME=FILE, a task of lm-eval, or paper:NAME.")],
     metric: Annotated[
         list[str] | None,
-        typer.Option(metavar="TASK=METRIC", help="Metric of a task, instead of acc or exact_match; repeat.", show_default=False),
+        typer.Option(metavar="TASK=METRIC", help="Metric of a task, instead of acc or exact_match; repeat."),
     ] = None,
-    base: Annotated[str | None, typer.Option(help="Base of an adapter, if not the one that it names.", show_default=False)] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Score only the first rows of each task.", show_default=False)] = None,
+    base: Annotated[str | None, typer.Option(help="Base of an adapter, if not the one that it names.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Score only the first rows of each task.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch; changes only the speed.")] = 8,
-    device: Annotated[str | None, typer.Option(help="Device; by default a GPU if there is one.", show_default=False)] = None,
-    dtype: Annotated[str | None, typer.Option(help="Dtype of the model; float32 on a CPU by default.", show_default=False)] = None,
+    device: Annotated[str | None, typer.Option(help="Device; by default a GPU if there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Dtype of the model; float32 on a CPU by default.")] = None,
     template: Annotated[bool, typer.Option(help="Apply the model's chat template if it has one.")] = True,
     executor: ExecutorName = "local",
     card: Annotated[bool, typer.Option("--card", help="Add the scores to the model card (README.md).")] = False,

@@ -16,7 +16,7 @@ from recall_merge.runtime.errors import RunError
 if TYPE_CHECKING:
     from recall_merge.interop.adapter_export import ExportedAdapter
 
-ResultFolder = Annotated[Path, typer.Argument(help="The folder of a result.", show_default=False)]
+ResultFolder = Annotated[Path, typer.Argument(help="The folder of a result.")]
 
 
 class Form(StrEnum):
@@ -26,13 +26,11 @@ class Form(StrEnum):
 
 def export(
     result: ResultFolder,
-    to: Annotated[Form, typer.Option(help="A run file for mergekit, or a LoRA adapter for PEFT.", show_default=False)],
-    rank: Annotated[int | None, typer.Option(min=1, help="Highest rank of an adapter; exact by default.", show_default=False)] = None,
+    to: Annotated[Form, typer.Option(help="A run file for mergekit, or a LoRA adapter for PEFT.")],
+    rank: Annotated[int | None, typer.Option(min=1, help="Highest rank of an adapter; exact by default.")] = None,
     base: ResultBase = None,
     expert: ResultExperts = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="File or folder; beside the result by default.", show_default=False)
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="File or folder; beside the result by default.")] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:

@@ -100,7 +100,7 @@ def weights(
     method: MethodName = None,
     samples: SamplesPath = None,
     sets: Sets = None,
-    picture: Annotated[Path | None, typer.Option(help="Also save a picture: .png, .svg or .html.", show_default=False)] = None,
+    picture: Annotated[Path | None, typer.Option(help="Also save a picture: .png, .svg or .html.")] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -134,17 +134,15 @@ def stats(
     base: Base = None,
     expert: Experts = None,
     samples: SamplesPath = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder of the statistics; the expert's own by default.", show_default=False)
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the statistics; the expert's own by default.")] = None,
     rank: Annotated[int, typer.Option(min=0, help="Directions to keep of each second moment.")] = 24,
     sets: Sets = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compute the newest expert's input statistics: second moments of its layers' inputs on its own typical samples.
+    """Compute the newest expert's input statistics.
 
-    Methods such as `aligned` need them. They contain no text.
+    They are the second moments of its layers' inputs on its own typical samples, and contain no text. `aligned` and `regmean` use them.
 
     Example: recall stats --base base -e french=out/french -s french.jsonl
     """

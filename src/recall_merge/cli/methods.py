@@ -13,10 +13,10 @@ from recall_merge.runtime.errors import RunError, did_you_mean
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(help="A method; all of them by default.", show_default=False)] = None,
+    name: Annotated[str | None, typer.Argument(help="A method; all of them by default.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the merge methods, or show formula, source and options of one.
+    """List the merge methods, or explain one of them.
 
     Example: recall methods recall
     """

@@ -14,27 +14,18 @@ from recall_merge.runtime.sections import assign, parse
 if TYPE_CHECKING:
     from recall_merge.merging.run import MergeRun
 
-RunFile = Annotated[
-    Path | None, typer.Argument(metavar="[RUN.yaml]", help="A run file, or one of mergekit; or use the options.", show_default=False)
-]
-Base = Annotated[str | None, typer.Option(help="Base: a folder, or a hub name with optional @revision.", show_default=False)]
-Experts = Annotated[
-    list[str] | None,
-    typer.Option("--expert", "-e", metavar="NAME=PATH", help="An expert; repeat, newest last.", show_default=False),
-]
-MethodName = Annotated[str | None, typer.Option("--method", "-m", help="One of `recall methods`.", show_default=False)]
-SamplesPath = Annotated[str | None, typer.Option("--samples", "-s", help="Rows of the newest expert's data.", show_default=False)]
-Target = Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the result.", show_default=False)]
+RunFile = Annotated[Path | None, typer.Argument(metavar="RUN.yaml", help="A run file, or one of mergekit; or use the options.")]
+Base = Annotated[str | None, typer.Option(help="Base: a folder, or a hub name with optional @revision.")]
+Experts = Annotated[list[str] | None, typer.Option("--expert", "-e", metavar="NAME=PATH", help="An expert; repeat, newest last.")]
+MethodName = Annotated[str | None, typer.Option("--method", "-m", help="One of `recall methods`.")]
+SamplesPath = Annotated[str | None, typer.Option("--samples", "-s", help="Rows of the newest expert's data.")]
+Target = Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the result.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing result as a whole.")]
-Sets = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the run, e.g. seed=1; repeat.", show_default=False),
-]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. seed=1; repeat.")]
 ExecutorName = Annotated[str, typer.Option(help="Where the work runs: local, ray, or ray://ADDRESS.")]
-ResultBase = Annotated[str | None, typer.Option(help="The result's base, if it is not where the record says.", show_default=False)]
+ResultBase = Annotated[str | None, typer.Option(help="The result's base, if it is not where the record says.")]
 ResultExperts = Annotated[
-    list[str] | None,
-    typer.Option("--expert", "-e", metavar="NAME=PATH", help="The same for an expert; repeat.", show_default=False),
+    list[str] | None, typer.Option("--expert", "-e", metavar="NAME=PATH", help="An expert that is not where the record says; repeat.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress and no notes.")]

@@ -20,20 +20,18 @@ if TYPE_CHECKING:
 
 
 def report(
-    source: Annotated[Path, typer.Argument(metavar="PATH", help="A workspace, a result, or the results of a bench.", show_default=False)],
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder of the report; PATH-report by default.", show_default=False)
-    ] = None,
+    source: Annotated[Path, typer.Argument(metavar="PATH", help="A workspace, a result, or the results of a bench.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the report; PATH-report by default.")] = None,
     text: Annotated[bool, typer.Option("--text", help="Show the texts of samples, prompts and answers.")] = False,
-    samples: Annotated[
-        Path | None, typer.Option("--samples", "-s", help="Rows that a result's samples come from, for --text.", show_default=False)
-    ] = None,
+    samples: Annotated[Path | None, typer.Option("--samples", "-s", help="Rows that a result's samples come from, for --text.")] = None,
     base: ResultBase = None,
     expert: ResultExperts = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write one HTML page about a merge, a workspace or a bench, and its charts as PNG and SVG. It needs no network.
+    """Write a page about a merge, a workspace or a bench.
+
+    It is one HTML file that needs no network; its charts are also saved as PNG and SVG.
 
     Example: recall report ws --text
     """

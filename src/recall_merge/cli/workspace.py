@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from recall_merge.continual.state import State
     from recall_merge.continual.workspace import Branch, Status
 
-Workspace = Annotated[Path, typer.Argument(help="The folder of the workspace.", show_default=False)]
+Workspace = Annotated[Path, typer.Argument(help="The folder of the workspace.")]
 
 
 def init(
     workspace: Workspace,
-    base: Annotated[str, typer.Option(help="Base: a folder, or a hub name with optional @revision.", show_default=False)],
+    base: Annotated[str, typer.Option(help="Base: a folder, or a hub name with optional @revision.")],
     method: MethodName = None,
     sets: Sets = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a workspace: a folder for a model that learns one task after another.
+    """Make a workspace for a model that learns task after task.
 
     Example: recall init ws --base HuggingFaceTB/SmolLM2-135M-Instruct --set training.epochs=3
     """
@@ -42,32 +42,34 @@ def init(
 
 def learn(
     workspace: Workspace,
-    task: Annotated[str | None, typer.Option(help="Name of the new task; none to continue a stopped stage.", show_default=False)] = None,
-    train: Annotated[Path | None, typer.Option(help="Rows to train on.", show_default=False)] = None,
-    test: Annotated[Path | None, typer.Option(help="Rows to score on, at this stage and all later ones.", show_default=False)] = None,
-    metric: Annotated[
-        str | None, typer.Option(help="Metric; by default acc for rows with choices, else exact_match.", show_default=False)
-    ] = None,
+    task: Annotated[str | None, typer.Option(help="Name of the new task; leave it out to continue a stopped stage.")] = None,
+    train: Annotated[Path | None, typer.Option(help="Rows to train on.")] = None,
+    test: Annotated[Path | None, typer.Option(help="Rows to score on, at this stage and all later ones.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Metric; by default acc for rows with choices, or exact_match.")] = None,
     start: Annotated[str, typer.Option("--from", help="What to fine-tune: base, or last for the last merge.")] = "base",
-    expert: Annotated[str | None, typer.Option(help="An expert trained elsewhere: folder or hub name.", show_default=False)] = None,
-    same_base: Annotated[bool, typer.Option("--same-base", help="That adapter fits this base, whatever its config says.")] = False,
+    expert: Annotated[str | None, typer.Option(help="An expert trained elsewhere: folder or hub name.")] = None,
+    same_base: Annotated[bool, typer.Option("--same-base", help="Accept an adapter whose config names another base.")] = False,
     unseen: Annotated[
-        str | None, typer.Option(metavar="A,B,..", help="Tasks to score but not train: FILE, NAME=FILE, or lm-eval's.", show_default=False)
+        str | None, typer.Option(metavar="A,B,..", help="Tasks to score but not to learn: FILE, NAME=FILE, or of lm-eval.")
     ] = None,
     method: MethodName = None,
     sets: Sets = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Learn a task: fine-tune, merge, score all tasks so far. If it was stopped, the same command continues.
+    """Learn a task: fine-tune, merge, score all tasks so far.
+
+    If it was stopped, the same command continues.
 
     Example: recall learn ws --task french --train french.jsonl --test french-test.jsonl
     """
     from recall_merge.continual.stages import learn
     from recall_merge.continual.workspace import branch
 
-    request = _request(task, test, train, metric, start, expert, same_base, unseen, method, sets)
-    learned = learn(workspace, request, progress=progress(quiet or as_json))
+    tasks = [word for word in (unseen or "").split(",") if word]
+    options = {"train": train, "metric": metric, "start": start, "expert": expert, "same_base": same_base}
+    options |= {"unseen": tasks, "method": method, "sets": settings_of(sets)}
+    learned = learn(workspace, _request(task, test, options), progress=progress(quiet or as_json))
     stage, line = learned.stage, branch(learned.state, learned.stage.id)
     model = workspace / stage.merged.path
     if as_json:
@@ -81,7 +83,7 @@ def learn(
 
 
 def status(workspace: Workspace, as_json: AsJson = False) -> None:
-    """Show the lineage, the scores after every stage (R), and what was kept and forgotten.
+    """Show the lineage, the scores after every stage, and metrics.
 
     Example: recall status ws
     """
@@ -96,10 +98,12 @@ def status(workspace: Workspace, as_json: AsJson = False) -> None:
 
 def rollback(
     workspace: Workspace,
-    to: Annotated[int, typer.Option(help="The number of a stage; 0 is the base.", show_default=False)],
+    to: Annotated[int, typer.Option(help="The number of a stage; 0 is the base.")],
     as_json: AsJson = False,
 ) -> None:
-    """Go back to an earlier merge. Nothing is deleted; the next stage starts a branch there. An unfinished stage is given up.
+    """Go back to an earlier merge; nothing is deleted.
+
+    The next stage starts a branch there. An unfinished stage is given up.
 
     Example: recall rollback ws --to 1
     """
@@ -113,29 +117,15 @@ def rollback(
     return out().print(f"the model is {model}, of stage {state.head}; later stages are kept")
 
 
-def _request(
-    task: str | None,
-    test: Path | None,
-    train: Path | None,
-    metric: str | None,
-    start: str,
-    expert: str | None,
-    same_base: bool,
-    unseen: str | None,
-    method: str | None,
-    sets: list[str] | None,
-) -> Request | None:
+def _request(task: str | None, test: Path | None, options: dict[str, Any]) -> Request | None:
     """What is to be learnt; None to continue a stopped stage."""
     from recall_merge.continual.request import Request
 
-    if start not in {"base", "last"}:
-        raise RunError(f"--from {start}: it must be base or last", fix="write --from base, or --from last")
+    if options["start"] not in {"base", "last"}:
+        raise RunError(f"--from {options['start']}: it must be base or last", fix="write --from base, or --from last")
     if task is not None and test is not None:
-        tasks = [word for word in (unseen or "").split(",") if word]
-        return Request(
-            task, test, train, metric, "last" if start == "last" else "base", expert, same_base, tasks, method, settings_of(sets)
-        )
-    if any((task, train, test, metric, expert, unseen, method, sets)) or start != "base":
+        return Request(task, test, **options)
+    if task or test or any(options[key] for key in options.keys() - {"start"}) or options["start"] != "base":
         missing = " and ".join(name for name, value in (("--task", task), ("--test", test)) if value is None)
         raise RunError(f"a new task needs {missing}", fix="give both; without any option, learn continues a stopped stage")
     return None

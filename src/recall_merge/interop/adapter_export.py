@@ -1,4 +1,4 @@
-"""What a result adds to its base, as a LoRA: which of PEFT's places each tensor has, of which rank, and the factors."""
+"""What a result adds to its base, as a LoRA adapter: where PEFT stores each changed tensor, the ranks, and the factors."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExportedAdapter:
-    """An adapter.
+    """An adapter that was written.
 
     Attributes:
         path: its folder.
-        error: |delta - adapter| / |delta| over the whole model, in the Frobenius norm, delta = result - base as they are stored.
+        error: |delta - adapter| / |delta| over the whole model, in the Frobenius norm, with delta = result - base as stored.
         errors: the same by layer, 0..L+1; 0 where nothing changed.
-        ranks: the rank of every linear map that it changes.
-        whole: tensors that it holds whole, because they are no linear maps.
+        ranks: the rank of every linear layer that it changes.
+        whole: tensors that it stores whole, because they are not the weights of linear layers.
         notes: what a reader should know.
     """
 
@@ -49,13 +49,14 @@ class ExportedAdapter:
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """An adapter before its numbers.
+    """An adapter before its numbers are computed.
 
     Attributes:
         places: tensor of the base -> its modules in memory; a tied embedding has two.
-        ranks: of the changed tensors that are weights of linear maps.
+        ranks: of the changed weights of linear layers.
         whole: the other changed tensors.
-        experts, parts: adapters, and what of each is in the result at each layer (L + 2, k), where it is their weighted sum.
+        experts: the adapters that the result is a weighted sum of, if it is one.
+        shares: then the share of each expert at each layer (L + 2, k).
     """
 
     result: Result
@@ -64,11 +65,11 @@ class AdapterPlan:
     ranks: Mapping[str, int]
     whole: tuple[str, ...]
     experts: Sequence[AdapterExpert]
-    parts: Tensor | None
+    shares: Tensor | None
 
     @property
     def biases(self) -> list[str]:
-        """Changed biases of linear maps: PEFT stores them beside the factors."""
+        """Changed biases of linear layers, which PEFT stores beside the factors."""
         return [name for name in self.whole if self.places[name][0].is_linear and self.places[name][0].part == "bias"]
 
     @property
@@ -76,60 +77,60 @@ class AdapterPlan:
         """Modules that are stored whole."""
         return [place.module for name in self.whole if name not in self.biases for place in self.places[name]]
 
-    def keys(self) -> dict[str, str]:
-        """Key in the adapter's file -> the result's tensor, of all that is stored whole."""
-        mapped = {self.places[name][0].module for name in self.ranks}
-        found = {}
+    def whole_keys(self) -> dict[str, str]:
+        """Key in the adapter's file -> tensor of the result, for everything that is stored whole."""
+        factored = {self.places[name][0].module for name in self.ranks}
+        keys = {}
         for name in self.biases:
             module = self.places[name][0].module
-            found[f"{PREFIX}{module}.{'base_layer.' if module in mapped else ''}bias"] = name
+            keys[f"{PREFIX}{module}.{'base_layer.' if module in factored else ''}bias"] = name
         stored = set(self.modules)
-        for name, places in self.places.items():  # with what did not change in them, which PEFT would miss
-            found |= {f"{PREFIX}{place.module}.{place.part}": name for place in places if place.module in stored}
-        return found
+        for name, places in self.places.items():  # also the parts of a module that did not change, which PEFT expects
+            keys |= {f"{PREFIX}{place.module}.{place.part}": name for place in places if place.module in stored}
+        return keys
 
     def specs(self) -> dict[str, Spec]:
-        """The adapter's file: factors A (r, i) and B (o, r) of every linear map, then what is stored whole."""
+        """The adapter's file: the factors A (r, i) and B (o, r) of every linear layer, then everything that is stored whole."""
         specs = {}
         for name, rank in self.ranks.items():
             place, (o, i) = self.places[name][0], self.base.tensors[name].spec.shape
             o, i = (i, o) if place.transposed else (o, i)
-            specs |= {
-                f"{PREFIX}{place.module}.lora_A.weight": Spec("F32", (rank, i)),
-                f"{PREFIX}{place.module}.lora_B.weight": Spec("F32", (o, rank)),
-            }
-        return specs | {key: self.result.checkpoint.tensors[name].spec for key, name in self.keys().items()}
+            specs[f"{PREFIX}{place.module}.lora_A.weight"] = Spec("F32", (rank, i))
+            specs[f"{PREFIX}{place.module}.lora_B.weight"] = Spec("F32", (o, rank))
+        return specs | {key: self.result.checkpoint.tensors[name].spec for key, name in self.whole_keys().items()}
 
 
-def plan_adapter(result: Result, base: Checkpoint, experts: Sequence[AdapterExpert], parts: Tensor | None, rank: int | None) -> AdapterPlan:
-    """Find the place of everything that changed.
+def plan_adapter(
+    result: Result, base: Checkpoint, experts: Sequence[AdapterExpert], shares: Tensor | None, rank: int | None
+) -> AdapterPlan:
+    """Find where PEFT stores everything that changed, and the ranks.
 
     Raises:
         ResultError: with every changed tensor that an adapter cannot hold; or if nothing changed.
     """
-    places = _places(base)
+    places, faults = _find_places(base), Faults()
     changed = [name for name in result.checkpoint.tensors if _changed(result, base, name)]
-    faults = Faults()
+    own_folder = "use the result's own folder"
     if not changed:
-        faults.add("the result is its base: there is nothing to write", where=result.folder, fix="use the base")
+        faults.add("the result equals its base: there is nothing to write", where=result.folder, fix="use the base")
     for name in changed:
-        theirs, ours = result.checkpoint.tensors[name].spec.shape, base.tensors[name].spec.shape
-        if theirs != ours:
-            what = f"'{name}' is of shape {theirs}, in the base of {ours}: no adapter makes it so"
+        shape, base_shape = result.checkpoint.tensors[name].spec.shape, base.tensors[name].spec.shape
+        if shape != base_shape:
+            what = f"'{name}' has the shape {shape}, in the base {base_shape}; an adapter cannot change a shape"
             faults.add(what, where=result.folder, fix="merge with `vocabulary: base`")
         elif name not in places:
-            what = f"'{name}' changed, and is no parameter of its own in transformers' model: PEFT has no place for it"
-            faults.add(what, where=result.folder, fix="use the result's own folder")
+            what = f"'{name}' changed but is not a parameter of transformers' model; PEFT has no place for it"
+            faults.add(what, where=result.folder, fix=own_folder)
     faults.raise_any(ResultError)
-    maps = [name for name in changed if len(places[name]) == 1 and places[name][0].is_linear and places[name][0].part == "weight"]
-    if not maps:
-        raise ResultError("no linear map changed, and a LoRA needs one", where=result.folder, fix="use the result's own folder")
-    ranks = {name: _rank(base.tensors[name].spec.shape, name, experts, rank) for name in maps}
-    return AdapterPlan(result, base, places, ranks, tuple(name for name in changed if name not in ranks), experts, parts)
+    linear = [name for name in changed if len(places[name]) == 1 and places[name][0].is_linear and places[name][0].part == "weight"]
+    if not linear:
+        raise ResultError("no linear layer changed, and a LoRA needs one", where=result.folder, fix=own_folder)
+    ranks = {name: _rank(base.tensors[name].spec.shape, name, experts, rank) for name in linear}
+    return AdapterPlan(result, base, places, ranks, tuple(name for name in changed if name not in ranks), experts, shares)
 
 
 def write_adapter(target: Path, plan: AdapterPlan, base_name: str, progress: Progress) -> ExportedAdapter:
-    """Write it, whole or not at all; `base_name` is what its config calls the base."""
+    """Write a planned adapter, whole or not at all; its config names the base `base_name`."""
     from recall_merge.maths.low_rank import lost
 
     specs, layers = plan.specs(), plan.base.layers
@@ -143,14 +144,14 @@ def write_adapter(target: Path, plan: AdapterPlan, base_name: str, progress: Pro
                 advance(specs[key].nbytes)
 
             for name in plan.ranks:
-                module, delta, factors = plan.places[name][0].module, _delta(plan, name), _factors(plan, name)
-                down, up = (factors.up.mT, factors.down.mT) if plan.places[name][0].transposed else (factors.down, factors.up)
-                add(f"{PREFIX}{module}.lora_A.weight", down.contiguous())
-                add(f"{PREFIX}{module}.lora_B.weight", up.contiguous())
+                place, delta, factors = plan.places[name][0], _delta(plan, name), _factors(plan, name)
+                down, up = (factors.up.mT, factors.down.mT) if place.transposed else (factors.down, factors.up)
+                add(f"{PREFIX}{place.module}.lora_A.weight", down.contiguous())
+                add(f"{PREFIX}{place.module}.lora_B.weight", up.contiguous())
                 part, size = lost(delta, factors)
                 missed[layers.of(name)] += part
                 sizes[layers.of(name)] += size
-            for key, name in plan.keys().items():
+            for key, name in plan.whole_keys().items():
                 add(key, plan.result.checkpoint.read(name))
         for name in plan.whole:
             sizes[layers.of(name)] += float(_delta(plan, name).square().sum())
@@ -160,7 +161,7 @@ def write_adapter(target: Path, plan: AdapterPlan, base_name: str, progress: Pro
     return ExportedAdapter(target, (sum(missed) / sum(sizes)) ** 0.5, errors, plan.ranks, plan.whole, tuple(_notes(plan)))
 
 
-def _places(base: Checkpoint) -> dict[str, list[ParameterInfo]]:
+def _find_places(base: Checkpoint) -> dict[str, list[ParameterInfo]]:
     from recall_merge.models.architecture import outline
 
     names, places = Names(base), {}
@@ -176,17 +177,17 @@ def _changed(result: Result, base: Checkpoint, name: str) -> bool:
     """Whether a tensor differs from the base's by more than its dtype."""
     import torch
 
-    ours, theirs = base.tensors[name], result.checkpoint.tensors[name]
-    if ours.spec.shape != theirs.spec.shape or ours.spec == theirs.spec:
-        return not ours.same_bytes(theirs)
-    return not torch.equal(ours.read().to(theirs.spec.torch_dtype), theirs.read())
+    old, new = base.tensors[name], result.checkpoint.tensors[name]
+    if old.spec.shape != new.spec.shape or old.spec == new.spec:
+        return not old.same_bytes(new)
+    return not torch.equal(old.read().to(new.spec.torch_dtype), new.read())
 
 
 def _rank(shape: tuple[int, ...], name: str, experts: Sequence[AdapterExpert], rank: int | None) -> int:
-    """The rank asked for, or that of an exact adapter: of the experts' factors side by side where they are all there is."""
-    factors = [edit.down for expert in experts if (edit := expert.adapter.edits.get(name)) is not None and edit.is_product]
-    edits = [expert for expert in experts if name in expert.adapter.edits]
-    exact = sum(down.spec.shape[0] for down in factors if down is not None) if edits and len(factors) == len(edits) else min(shape)
+    """The given rank, or that of an exact adapter: the sum of the experts' ranks where they consist of nothing but factors."""
+    edits = [edit for expert in experts if (edit := expert.adapter.edits.get(name)) is not None]
+    downs = [edit.down for edit in edits if edit.is_product]
+    exact = sum(down.spec.shape[0] for down in downs if down is not None) if edits and len(downs) == len(edits) else min(shape)
     return min(rank or exact, *shape)
 
 
@@ -195,30 +196,29 @@ def _delta(plan: AdapterPlan, name: str) -> Tensor:
 
 
 def _factors(plan: AdapterPlan, name: str) -> LowRank:
-    """The factors of one linear map, in the base's orientation."""
+    """The factors of one linear layer, in the base's orientation."""
     from recall_merge.maths.deltas import LowRank
     from recall_merge.maths.low_rank import truncated
     from recall_merge.maths.singular_vectors import combined
 
     rank = plan.ranks[name]
-    if plan.parts is not None:
+    if plan.shares is not None:
         base = plan.base.read(name).double()
-        found = [expert.delta(name, base) for expert in plan.experts]
-        shares = plan.parts[plan.base.layers.of(name)].tolist()
-        pairs = [(delta, share) for delta, share in zip(found, shares, strict=True) if delta is not None]
-        if all(isinstance(delta, LowRank) for delta, _ in pairs):
-            together = combined([delta for delta, _ in pairs], [share for _, share in pairs])
-            assert isinstance(together, LowRank)
+        shares = plan.shares[plan.base.layers.of(name)].tolist()
+        deltas = [expert.delta(name, base) for expert in plan.experts]
+        pairs = [(delta, share) for delta, share in zip(deltas, shares, strict=True) if delta is not None]
+        together = combined([delta for delta, _ in pairs], [share for _, share in pairs])
+        if isinstance(together, LowRank):
             return together if together.rank == rank else truncated(together, rank)
     return truncated(_delta(plan, name), rank)
 
 
 def _config(plan: AdapterPlan, base_name: str) -> dict[str, Any]:
-    """PEFT's own config of it. Modules are called by their whole names; where ranks differ, patterns give them, alpha = r everywhere."""
+    """PEFT's config. Modules are given by their full names; where ranks differ, patterns give them, with alpha = r everywhere."""
     from peft import LoraConfig
 
     by_module = {plan.places[name][0].module: rank for name, rank in plan.ranks.items()}
-    common = Counter(by_module.values()).most_common(1)[0][0] if by_module else 1
+    common = Counter(by_module.values()).most_common(1)[0][0]
     others = {module: rank for module, rank in by_module.items() if rank != common}
     repo, _, revision = base_name.partition("@")
     config = LoraConfig(
@@ -241,7 +241,7 @@ def _config(plan: AdapterPlan, base_name: str) -> dict[str, Any]:
 
 def _notes(plan: AdapterPlan) -> Iterator[str]:
     dtypes = {str(plan.result.checkpoint.tensors[name].spec.torch_dtype).removeprefix("torch.") for name in plan.ranks}
-    if plan.parts is not None and dtypes - {"float32", "float64"}:
-        yield f"the result is rounded to {' and '.join(sorted(dtypes))}, the experts' factors are not: the errors tell of that rounding"
+    if plan.shares is not None and dtypes - {"float32", "float64"}:
+        yield f"the result is rounded to {' and '.join(sorted(dtypes))}, the experts' factors are not: the errors show this rounding"
     if plan.whole:
-        yield f"{len(plan.whole)} tensors are no linear maps and are held whole: PEFT loads them, executors that take bare LoRA do not"
+        yield f"{len(plan.whole)} tensors are stored whole: PEFT loads them, inference engines that take only LoRA factors do not"

@@ -1,7 +1,7 @@
 """A weighted sum of models as a run file for mergekit, another merging tool: github.com/arcee-ai/mergekit.
 
-Its `linear` takes for every model a weight, or a list of weights over the blocks, or such by parts of tensors' names. A list is read at
-i / (L - 1), so one of L numbers is exact. Tensors outside the blocks would get the first block's number: each is named with its own.
+Its `linear` takes a weight per model, a list of weights over the blocks, or either of them per part of a tensor's name. A list is read at
+i / (L - 1), so a list of L numbers is exact. Tensors outside the blocks would get the first block's number, so each is listed by name.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import yaml
 from recall_merge.maths.layers import Layers
 
 
-def linear_run(shares: Mapping[str, Sequence[float]], tensors: Sequence[str], kept: Sequence[str], layers: Layers, dtype: str) -> str:
+def linear_run(shares: Mapping[str, Sequence[float]], merged: Sequence[str], kept: Sequence[str], layers: Layers, dtype: str) -> str:
     """The text of the file.
 
     Args:
         shares: reference of a model -> its share at every layer 0..L+1; the first is the base.
-        tensors: names of all tensors that are merged.
+        merged: names of all tensors that are merged.
         kept: names of those that stay the base's.
         dtype: of the result. Sums run in float32.
     """
-    outside = [name for name in tensors if not 1 <= layers.of(name) <= layers.blocks]
+    outside = [name for name in merged if not 1 <= layers.of(name) <= layers.blocks]
     base = next(iter(shares))
     models = []
     for reference, numbers in shares.items():

@@ -1,13 +1,13 @@
-"""A run file of mergekit, another merging tool (github.com/arcee-ai/mergekit), as written: keys, and parameters tensor by tensor.
+"""The format of mergekit's run files (github.com/arcee-ai/mergekit): its keys, and the parameters that each tensor gets.
 
-Filters, gradients and precedence are those of mergekit 0.1.5. What is not read is refused by name.
+Filters, gradients and precedence are those of mergekit 0.1.5. Everything that is not supported is refused by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
@@ -19,9 +19,8 @@ from recall_merge.runtime.sections import Section
 KEY = "merge_method"  # every run file of mergekit has it, and none of ours
 Scalar = StrictBool | StrictInt | StrictFloat | StrictStr
 Settings = Mapping[str, Any]
-
-
-LayerNumber = Annotated[int, Field(ge=0, le=1_000_000)]
+Name = Annotated[str, Field(min_length=1, max_length=MAX_PATH)]
+Block = Annotated[int, Field(ge=0, le=1_000_000)]
 
 
 class Conditional(Section):
@@ -35,17 +34,17 @@ Setting = Conditional | Scalar | list[Conditional] | list[Scalar]
 class InputModel(Section):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-    model: str = Field(min_length=1, max_length=MAX_PATH)
+    model: Name
     parameters: dict[str, Setting] = {}
 
 
 class Source(InputModel):
-    layer_range: tuple[LayerNumber, LayerNumber]
+    layer_range: tuple[Block, Block]
 
 
 class Slice(Section):
     sources: list[Source] = Field(min_length=1)
-    base_model: str | None = Field(None, min_length=1, max_length=MAX_PATH)
+    base_model: Name | None = None
     residual_weight: float | None = None
     parameters: dict[str, Setting] = {}
 
@@ -63,7 +62,7 @@ class MergekitFile(Section):
     models: list[InputModel] | None = Field(None, min_length=1)
     slices: list[Slice] | None = Field(None, min_length=1)
     modules: dict[str, Any] | None = None
-    base_model: str | None = Field(None, min_length=1, max_length=MAX_PATH)
+    base_model: Name | None = None
     dtype: str | None = None
     out_dtype: str | None = None
     tokenizer_source: str | None = None
@@ -74,15 +73,15 @@ class MergekitFile(Section):
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter of one of mergekit's methods. One without a default is required."""
+    """A parameter of one of mergekit's methods; without a default it is required."""
 
     default: float | bool | None = None
     per_model: bool = False
     of_base: bool = False
-    """The base among the models has it too."""
+    """If the base is among the models, it has the parameter too."""
 
     def read(self, value: Any, where: str) -> float | bool:
-        """A value as mergekit takes it: a number may be written as text."""
+        """A value as mergekit reads it: a number may be written as text."""
         if isinstance(self.default, bool):
             if isinstance(value, bool) or value in (0, 1):
                 return bool(value)
@@ -90,7 +89,7 @@ class Parameter:
         try:
             return float(value)
         except (ValueError, OverflowError):
-            raise RunError(f"{short(value)} is no number", where=where, fix="give a number") from None
+            raise RunError(f"{short(value)} is not a number", where=where, fix="give a number") from None
 
 
 _WEIGHT = {"weight": Parameter(per_model=True)}
@@ -118,74 +117,67 @@ PARAMETERS: dict[str, dict[str, Parameter]] = {
     "model_stock": {"filter_wise": Parameter(False)},
     "sce": {"int8_mask": Parameter(False), "select_topk": Parameter(1.0)},
 }
-"""Of mergekit's methods, those that are read, with their parameters and mergekit's defaults."""
+"""The supported methods of mergekit, with their parameters and mergekit's defaults."""
 
 
-@dataclass(frozen=True)
-class LayerSlice:
-    """The models of some slices, and their parameters."""
+class LayerSlice(NamedTuple):
+    """Some blocks, from `first` up to but not including `end`: their models and parameters."""
 
     first: int
-    last: int
-    """The layer after the last one."""
+    end: int
     sources: Sequence[InputModel]
-    parameters: Settings = field(default_factory=dict)
+    parameters: Settings = {}
 
-    def share(self, layer: int) -> float:
-        """Where a layer lies, for gradients: 0 at the first, 1 at the last; a single one at 1."""
-        return (layer - self.first) / (self.last - self.first - 1) if self.last - self.first > 1 else 1.0
+    def position(self, block: int) -> float:
+        """Where a block lies on a gradient: 0 at the first, 1 at the last; a single block at 1."""
+        return (block - self.first) / (self.end - self.first - 1) if self.end - self.first > 1 else 1.0
 
 
-@dataclass(frozen=True)
-class Values:
-    """The parameters of one tensor: of all models together, and of each model by its reference."""
+class Values(NamedTuple):
+    """The parameters of one tensor: those shared by all models, and those of each model by its reference."""
 
     shared: Mapping[str, Any]
     by_model: Mapping[str, Mapping[str, Any]]
 
 
 def check_file(file: MergekitFile) -> None:
-    """Refuse what is not read, by name.
+    """Refuse what is not supported.
 
     Raises:
-        RunError: with all of it.
+        RunError: with all of it, by name.
     """
-    faults = Faults()
-    if file.merge_method not in PARAMETERS:
-        faults.add(
-            f"merge_method '{file.merge_method}' of mergekit is not read", where=KEY, fix=did_you_mean(file.merge_method, PARAMETERS)
-        )
+    faults, method, slices = Faults(), file.merge_method, file.slices or []
+    if method not in PARAMETERS:
+        faults.add(f"mergekit's merge_method '{method}' is not supported", where=KEY, fix=did_you_mean(method, PARAMETERS))
     if sum(part is not None for part in (file.models, file.slices, file.modules)) != 1:
-        faults.add("one of `models` and `slices` is needed, and not both", fix="list every model under `models`")
-    if file.modules is not None:
-        faults.add(
-            "`modules` are not read", where="modules", fix="list the models under `models`; models of one decoder have no other modules"
-        )
+        faults.add("either `models` or `slices` is needed, and not both", fix="list every model under `models`")
     if file.tokenizer is not None and file.tokenizer_source is not None:
         faults.add("`tokenizer` and `tokenizer_source` exclude each other", where="tokenizer", fix="leave one of them out")
-    for name in ("tokens", "pad_to_multiple_of"):
-        if file.tokenizer is not None and getattr(file.tokenizer, name) is not None:
-            faults.add(
-                f"`tokenizer.{name}` is not read", where="tokenizer", fix="leave it out, and change the result's tokenizer afterwards"
-            )
-    if file.chat_template is not None:
-        faults.add("`chat_template` is not read", where="chat_template", fix="leave it out: the result has the base's")
+    tokenizer, change_later = file.tokenizer or Tokenizer(), "leave it out, and change the result's tokenizer afterwards"
+    unsupported = [
+        ("modules", "modules", file.modules, "list the models under `models`; models with a single decoder have no other modules"),
+        ("tokenizer", "tokenizer.tokens", tokenizer.tokens, change_later),
+        ("tokenizer", "tokenizer.pad_to_multiple_of", tokenizer.pad_to_multiple_of, change_later),
+        ("chat_template", "chat_template", file.chat_template, "leave it out: the result has the base's"),
+        *((f"slices.{number}", "residual_weight", part.residual_weight, "leave it out") for number, part in enumerate(slices)),
+    ]
+    for where, key, value, fix in unsupported:
+        if value is not None:
+            faults.add(f"`{key}` is not supported", where=where, fix=fix)
     for key, dtype in (("dtype", file.dtype), ("out_dtype", file.out_dtype)):
         if dtype is not None and dtype.removeprefix("torch.") not in ("float32", "bfloat16", "float16"):
-            faults.add(f"`{key}: {dtype}` is not written", where=key, fix="give float32, bfloat16 or float16")
-    for number, one in enumerate(file.slices or []):
-        if one.residual_weight is not None:
-            faults.add("`residual_weight` is not read", where=f"slices.{number}", fix="leave it out")
-        if one.base_model not in (None, file.base_model):
-            faults.add("a slice with a base model of its own is not read", where=f"slices.{number}.base_model", fix="give one `base_model`")
-    for where, given in _all_settings(file):
-        for name in given:
-            known = PARAMETERS.get(file.merge_method)
-            if known is not None and name not in known:
-                fix = "leave it out: mergekit takes no notice of it either" if not known else did_you_mean(name, known)
-                if (file.merge_method, name) in (("karcher", "max_iter"), ("karcher", "tol")):
-                    fix = "leave it out: here the mean is iterated until it does not move"
-                faults.add(f"`{file.merge_method}` has no parameter '{name}' that is read", where=where, fix=fix)
+            faults.add(f"`{key}: {dtype}` is not supported", where=key, fix="give float32, bfloat16 or float16")
+    for number, part in enumerate(slices):
+        if part.base_model not in (None, file.base_model):
+            where = f"slices.{number}.base_model"
+            faults.add("a slice with its own base model is not supported", where=where, fix="give one `base_model`")
+    known = PARAMETERS.get(method, {})
+    for where, settings in _all_settings(file) if method in PARAMETERS else ():
+        for name in (name for name in settings if name not in known):
+            fix = did_you_mean(name, known) if known else "leave it out: mergekit ignores it too"
+            if method == "karcher" and name in ("max_iter", "tol"):
+                fix = "leave it out: here the mean is iterated until it no longer moves"
+            faults.add(f"`{method}` has no supported parameter '{name}'", where=where, fix=fix)
     faults.raise_any(RunError)
 
 
@@ -193,61 +185,62 @@ def _all_settings(file: MergekitFile) -> Iterable[tuple[str, Settings]]:
     yield "parameters", file.parameters
     for number, model in enumerate(file.models or []):
         yield f"models.{number}.parameters", model.parameters
-    for number, one in enumerate(file.slices or []):
-        yield f"slices.{number}.parameters", one.parameters
-        for place, source in enumerate(one.sources):
+    for number, part in enumerate(file.slices or []):
+        yield f"slices.{number}.parameters", part.parameters
+        for place, source in enumerate(part.sources):
             yield f"slices.{number}.sources.{place}.parameters", source.parameters
 
 
 def slices_of(file: MergekitFile, blocks: int) -> list[LayerSlice]:
-    """The file's slices from the bottom up; `models` are all slices of each, and the base is one of them.
+    """The file's slices from the bottom up. `models` are one slice of all blocks, with the base among them.
 
     Raises:
-        RunError: if slices leave out, repeat or reorder slices, or do not have the same models.
+        RunError: if slices leave out, repeat or reorder blocks, or have different models.
     """
     if file.models is not None:
         listed = [model.model for model in file.models]
         base = [InputModel(model=file.base_model)] if file.base_model is not None and file.base_model not in listed else []
         return [LayerSlice(0, blocks, [*file.models, *base])]
-    faults, found, reached = Faults(), list[LayerSlice](), 0
+    faults, slices, reached = Faults(), list[LayerSlice](), 0
     models = [source.model for source in (file.slices or [])[0].sources]
-    for number, one in enumerate(file.slices or []):
-        where, (first, last) = f"slices.{number}", one.sources[0].layer_range
-        if any(source.layer_range != (first, last) for source in one.sources):
+    for number, part in enumerate(file.slices or []):
+        where, (first, end) = f"slices.{number}", part.sources[0].layer_range
+        if any(source.layer_range != (first, end) for source in part.sources):
+            fix = "give every source of a slice the same `layer_range`"
+            faults.add("the sources of a slice have different layers", where=where, fix=fix)
+        if first != reached or end <= first:
+            what = f"slice {first} to {end} does not continue at layer {reached}: layers cannot be left out, repeated or reordered"
+            faults.add(what, where=where, fix="cover the layers once, in order; for passthrough merges use mergekit")
+        if [source.model for source in part.sources] != models:
             faults.add(
-                "the sources of a slice have different layers", where=where, fix="only slices of the same layers of every model are read"
+                "slices with different models are not supported", where=where, fix="give all models in every slice, with `weight: 0`"
             )
-        if first != reached or last <= first:
-            what = f"slices {first} to {last} do not follow layer {reached}: slices that leave out, repeat or reorder slices are not read"
-            faults.add(what, where=where, fix="cover the slices once, in their order; passthrough merges are mergekit's own")
-        if [source.model for source in one.sources] != models:
-            faults.add("slices of different models are not read", where=where, fix="give all models in every slice, with `weight: 0`")
-        found.append(LayerSlice(first, last, one.sources, one.parameters))
-        reached = last
+        slices.append(LayerSlice(first, end, part.sources, part.parameters))
+        reached = end
     if reached != blocks:
         faults.add(f"the slices end at layer {reached}; the base has {blocks}", where="slices", fix="cover every layer")
     faults.raise_any(RunError)
-    return found
+    return slices
 
 
 def values_of(file: MergekitFile, slices: Sequence[LayerSlice], tensor: str, layers: Layers) -> Values:
-    """The parameters of a tensor. What lies outside the blocks has the first layers' before them, the last layers' after, at their start.
+    """The parameters of a tensor. Those before the blocks have the first slice's, those after them the last one's, at its start.
 
     Raises:
-        RunError: if a required one is missing, or is no number.
+        RunError: if a required one is missing, or is not a number.
     """
     layer = layers.of(tensor)
     if layer in (0, layers.last):
         part, t = (slices[0], 0.0) if layer == 0 else (slices[-1], 0.0)
     else:
-        part = next(part for part in slices if part.first <= layer - 1 < part.last)
-        t = part.share(layer - 1)
+        part = next(part for part in slices if part.first <= layer - 1 < part.end)
+        t = part.position(layer - 1)
     outer, known = (part.parameters, file.parameters), PARAMETERS[file.merge_method]
 
     def value(name: str, scopes: Sequence[Settings], where: str) -> float | bool:
         for scope in scopes:
-            if name in scope and (found := _evaluated(scope[name], known[name], tensor, t, where)) is not None:
-                return found
+            if name in scope and (setting := _evaluated(scope[name], known[name], tensor, t, where)) is not None:
+                return setting
         if (default := known[name].default) is None:
             raise RunError(f"'{name}' is missing for {where}", where=tensor, fix=f"give `{name}` under `parameters`")
         return default
@@ -266,9 +259,9 @@ def values_of(file: MergekitFile, slices: Sequence[LayerSlice], tensor: str, lay
 
 
 def _evaluated(setting: Any, parameter: Parameter, tensor: str, t: float, where: str) -> float | bool | None:
-    """A setting at one tensor: the first condition whose filter is in its name; a list of numbers at t of its length, on straight lines.
+    """A setting for one tensor: the first condition whose filter is in its name; a list of numbers interpolated at t, from 0 to 1.
 
-    None where no condition holds. A list of true and false is not interpolated.
+    None if no condition holds. A list of true and false is not interpolated.
     """
     if isinstance(setting, Conditional):
         setting = [setting]
@@ -277,11 +270,11 @@ def _evaluated(setting: Any, parameter: Parameter, tensor: str, t: float, where:
     if not setting:
         return None
     if isinstance(setting[0], Conditional):
-        fits = (one for one in setting if one.filter in (None, "*") or one.filter in tensor)
-        return next((_evaluated(one.value, parameter, tensor, t, where) for one in fits), None)
-    values = [parameter.read(one, where) for one in setting]
+        fitting = (case for case in setting if case.filter in (None, "*") or case.filter in tensor)
+        return next((_evaluated(case.value, parameter, tensor, t, where) for case in fitting), None)
+    values = [parameter.read(number, where) for number in setting]
     if isinstance(parameter.default, bool):
         return values[int(t * (len(values) - 1))]
     from recall_merge.maths.weights import interpolated
 
-    return interpolated([[one] for one in values], t)[0]
+    return interpolated([[number] for number in values], t)[0]

@@ -1,4 +1,4 @@
-"""A run file of mergekit, read as a run of ours that gives the same result."""
+"""Reads a run file of mergekit as a run of ours that gives the same result."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from recall_merge.runtime.errors import RunError
 from recall_merge.runtime.paths import exists, path_of
 from recall_merge.runtime.sections import assign, parse, read_mapping
 
-WITH_BASE = ("linear", "slerp", "karcher")  # the base is one of the models that they merge
-NO_BASE = ("linear", "karcher", "nuslerp")  # they can do without
-ELECT = ("ties", "dare_ties", "breadcrumbs_ties", "della")
+MERGES_BASE = ("linear", "slerp", "karcher")  # the base is one of the merged models
+NEEDS_NO_BASE = ("linear", "karcher", "nuslerp")
+ELECTS_SIGNS = ("ties", "dare_ties", "breadcrumbs_ties", "della")
 Outcome = tuple[tuple[float, ...], str]
-"""Weights of one tensor, one an expert, and the method's options as JSON, so that outcomes can be counted."""
+"""What one tensor gets: one weight per expert, and the method's options as JSON, so that equal outcomes can be counted."""
 
 
 def is_mergekit(data: Any) -> bool:
-    """Whether the content of a run file is mergekit's: told from a key that every one of those has, and none of ours."""
+    """Whether the content of a run file is mergekit's, by a key that all of its files have and none of ours."""
     return isinstance(data, Mapping) and KEY in data
 
 
 def load_any_run(path: Path, overrides: Mapping[str, Any] | None = None) -> MergeRun:
-    """A run from a file of ours or of mergekit.
+    """Read a run from a file of ours or of mergekit.
 
     Raises:
         RunError: with every fault of the file.
@@ -41,40 +41,41 @@ def load_any_run(path: Path, overrides: Mapping[str, Any] | None = None) -> Merg
 def run_of_mergekit(data: Mapping[str, Any], path: Path, overrides: Mapping[str, Any] | None = None) -> MergeRun:
     """The run that a file of mergekit describes; reads the headers of its base.
 
-    Paths are looked for from the current folder, as mergekit does, then from the file's own.
+    Paths are relative to the current folder, as in mergekit, or else to the file's folder.
 
     Args:
         overrides: keys of our run, as for `load_run`.
 
     Raises:
-        RunError: with everything that is not read, by name.
+        RunError: with everything that is not supported, by name.
         CheckpointError: if the base cannot be found or read.
     """
     file = parse(MergekitFile, data, where=f"{path}, a run of mergekit")
     check_file(file)
-    told = _told(file, path)
+    keys = _translated(file, path)
     for key, value in (overrides or {}).items():
-        assign(told, key, value)
-    return parse(MergeRun, told, where=str(path))
+        assign(keys, key, value)
+    return parse(MergeRun, keys, where=str(path))
 
 
-def _told(file: MergekitFile, path: Path) -> dict[str, Any]:
+def _translated(file: MergekitFile, path: Path) -> dict[str, Any]:
+    """The keys of our run."""
     listed = [source.model for source in (file.models or (file.slices or [])[0].sources)]
-    if file.base_model is None and file.merge_method not in NO_BASE:
+    if file.base_model is None and file.merge_method not in NEEDS_NO_BASE:
         raise RunError(f"`{file.merge_method}` needs a base model", where="base_model", fix="add `base_model`")
     reference = file.base_model or listed[0].partition("+")[0]
     if "+" in reference:
-        raise RunError(
-            "the base is an adapter on a model", where="base_model", fix="give a whole model as base, and the adapter as a model"
-        )
-    base = open_checkpoint((place := locate(_found(reference, path), weights=False)).folder, place.remote)
+        fix = "give a whole model as base, and the adapter as a model"
+        raise RunError("the base is an adapter on a model", where="base_model", fix=fix)
+    located = locate(_resolved(reference, path), weights=False)
+    base = open_checkpoint(located.folder, located.remote)
     slices = slices_of(file, base.layers.blocks)
     models = [source.model for source in slices[0].sources]
     if len(set(models)) != len(models):
         raise RunError("a model is listed twice", where="models", fix="list each model once, with the sum of its weights")
     if file.slices is not None and file.base_model is not None and file.base_model not in models:
-        raise RunError("the base model is none of the slices' sources", where="slices", fix="add it to the sources of every slice")
-    experts = [model for model in models if file.merge_method in WITH_BASE or model != file.base_model]
+        raise RunError("the base model is not among the slices' sources", where="slices", fix="add it to the sources of every slice")
+    experts = [model for model in models if file.merge_method in MERGES_BASE or model != file.base_model]
     outcomes: dict[str, Outcome] = {}
     for name, stored in base.tensors.items():
         if stored.spec.is_float:
@@ -82,7 +83,7 @@ def _told(file: MergekitFile, path: Path) -> dict[str, Any]:
             outcomes[name] = (weights, json.dumps(options, sort_keys=True))
     dtype = (file.out_dtype or file.dtype or "auto").removeprefix("torch.")
     return {
-        "base": _found(reference, path),
+        "base": _resolved(reference, path),
         "experts": _entries(experts, reference, path),
         "method": file.merge_method,
         "vocabulary": _vocabulary(file, reference, experts),
@@ -92,21 +93,21 @@ def _told(file: MergekitFile, path: Path) -> dict[str, Any]:
 
 
 def _outcome(file: MergekitFile, values: Values, experts: Sequence[str], tensor: str) -> tuple[tuple[float, ...], dict[str, Any]]:
-    """Our weights, which sum to 1, and our options for one tensor."""
+    """Our weights for one tensor, which sum to 1, and our options."""
     method, shared = file.merge_method, values.shared
     if method == "slerp":
         t = shared["t"]
         if not 0 <= t <= 1 or len(experts) != 2:
             what = f"t is {t}" if len(experts) == 2 else f"there are {len(experts)} models"
-            raise RunError(f"slerp goes from one model to another: {what}", where=tensor, fix="give two models, and t from 0 to 1")
+            raise RunError(f"slerp needs two models and t from 0 to 1: {what}", where=tensor, fix="give two models, and t from 0 to 1")
         return tuple(1 - t if model == file.base_model else t for model in experts), {}
     if method in ("karcher", "model_stock", "sce"):
         options = {"model_stock": {"vectors": "rows" if shared.get("filter_wise") else "whole"}, "karcher": {}}
         return (1 / len(experts),) * len(experts), options.get(method, {"density": shared.get("select_topk")})
     weights = [values.by_model[model]["weight"] for model in experts]
     if min(weights) < 0:
-        what = f"a weight is negative: {min(weights)}"
-        raise RunError(what, where=tensor, fix="weights are from 0 up here; merge what is to be taken away on its own")
+        fix = "weights must be 0 or more here; merge a model that is to be subtracted on its own"
+        raise RunError(f"a weight is negative: {min(weights)}", where=tensor, fix=fix)
     total = sum(weights)
     shares = tuple(weight / total if total else 1 / len(weights) for weight in weights)
     if method == "nuslerp":
@@ -121,7 +122,7 @@ def _outcome(file: MergekitFile, values: Values, experts: Sequence[str], tensor:
 
 
 def _of_task_vectors(method: str, values: Values, experts: Sequence[str], total: float) -> dict[str, Any]:
-    """Options of the methods that sum deltas: what their weights sum to is a part of our scale, unless they divide by it."""
+    """Options of the methods that sum deltas. The sum of mergekit's weights becomes part of our scale, unless the method divides by it."""
     shared = values.shared
     scale = shared["lambda"] * ((total > 0) if shared["normalize"] else total)
     if method == "task_arithmetic":
@@ -130,40 +131,34 @@ def _of_task_vectors(method: str, values: Values, experts: Sequence[str], total:
     own = {name: [values.by_model[model][name] for model in experts] for name in names}
     options: dict[str, Any] = {name: numbers[0] if len(set(numbers)) == 1 else numbers for name, numbers in own.items()}
     options |= {"rescale": "l1" if shared["rescale"] else "none", "scale": scale}
-    return options | ({"mean": "weights" if shared["normalize"] else "none"} if method in ELECT else {})
+    return options | ({"mean": "weights" if shared["normalize"] else "none"} if method in ELECTS_SIGNS else {})
 
 
 def _composed(outcomes: Mapping[str, Outcome], base: Checkpoint) -> dict[str, Any]:
-    """Weights, options and parts of a run, in which every tensor has its outcome: what most tensors of a layer have is the layer's."""
+    """Weights, options and parts of a run that gives every tensor its outcome. A layer has the outcome of most of its tensors."""
     layers = base.layers
-    found: list[Counter[Outcome]] = [Counter() for _ in range(layers.last + 1)]
+    counts: list[Counter[Outcome]] = [Counter() for _ in range(layers.last + 1)]
     for name, outcome in outcomes.items():
-        found[layers.of(name)][outcome] += 1
+        counts[layers.of(name)][outcome] += 1
     everywhere = Counter(outcomes.values())
-    by_layer = {layer: (here or everywhere).most_common(1)[0][0] for layer, here in enumerate(found)}
-    options = Counter(told for _, told in by_layer.values()).most_common(1)[0][0]
-    parts: dict[Outcome, list[str]] = {}
+    by_layer = [(count or everywhere).most_common(1)[0][0] for count in counts]
+    options = Counter(own for _, own in by_layer).most_common(1)[0][0]
+    of_tensors: dict[Outcome, list[str]] = {}
     for name, outcome in outcomes.items():
         if outcome != by_layer[layers.of(name)]:
-            parts.setdefault(outcome, []).append(name)
-    special: dict[str, list[int]] = {}
-    for layer, (_, told) in by_layer.items():
-        if told != options:
-            special.setdefault(told, []).append(layer)
-    rows = [list(weights) for weights, _ in by_layer.values()]
+            of_tensors.setdefault(outcome, []).append(name)
+    of_layers: dict[str, list[int]] = {}
+    for layer, (_, own) in enumerate(by_layer):
+        if own != options:
+            of_layers.setdefault(own, []).append(layer)
+    rows = [list(weights) for weights, _ in by_layer]
+    parts = [{"filter": names, "weights": list(weights), "options": json.loads(own)} for (weights, own), names in of_tensors.items()]
+    parts += [{"layers": numbers, "options": json.loads(own)} for own, numbers in of_layers.items()]
     return {
         "weights": rows[0] if all(row == rows[0] for row in rows) else {"by_layer": rows},
         "options": json.loads(options),
-        "parts": [
-            *(_part({"filter": names}, list(weights), told) for (weights, told), names in parts.items()),
-            *(_part({"layers": places}, None, told) for told, places in special.items()),
-        ],
+        "parts": parts,
     }
-
-
-def _part(selector: dict[str, Any], weights: list[float] | None, options: str) -> dict[str, Any]:
-    told = json.loads(options)
-    return selector | ({} if weights is None else {"weights": weights}) | ({"options": told} if told else {})
 
 
 def _entries(experts: Sequence[str], base: str, path: Path) -> list[dict[str, Any]]:
@@ -174,13 +169,13 @@ def _entries(experts: Sequence[str], base: str, path: Path) -> list[dict[str, An
         if plus and model != base:
             what = f"'{adapter}' is an adapter on another model than the base"
             raise RunError(what, where="models", fix=f"merge it into '{model}' first, or give '{model}' as `base_model`")
-        place = _found(adapter if plus else model, path)
-        name = stem = place.rstrip("/").rpartition("/")[2].partition("@")[0] or "model"
+        resolved = _resolved(adapter if plus else model, path)
+        name = stem = resolved.rstrip("/").rpartition("/")[2].partition("@")[0] or "model"
         number = 1
         while name == "base" or name in [entry["name"] for entry in entries]:
             number += 1
             name = f"{stem}-{number}"
-        entries.append({"name": name, "path": place, "same_base": bool(plus), "is_base": reference == base})
+        entries.append({"name": name, "path": resolved, "same_base": bool(plus), "is_base": reference == base})
     return entries
 
 
@@ -190,11 +185,11 @@ def _vocabulary(file: MergekitFile, base: str, experts: Sequence[str]) -> str | 
         return source
     if source in (base, experts[-1].partition("+")[0]):
         return "base" if source == base else "newest"
-    raise RunError(f"the tokenizer of '{source}' cannot be taken", where="tokenizer_source", fix="give `base`, `union`, or the last model")
+    fix = "give `base`, `union`, or the last model"
+    raise RunError(f"the tokenizer of '{source}' cannot be used", where="tokenizer_source", fix=fix)
 
 
-def _found(reference: str, path: Path) -> str:
-    """A path that is in the current folder or beside the file; a hub name is left alone."""
-    place = path_of(reference)
-    beside = path.parent / place
-    return str(place) if exists(place) else str(beside) if exists(beside) else reference
+def _resolved(reference: str, path: Path) -> str:
+    """A path in the current folder or beside the file; anything else is a hub name, and unchanged."""
+    here = path_of(reference)
+    return next((str(place) for place in (here, path.parent / here) if exists(place)), reference)
