@@ -5,18 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """delta = up @ down, of rank r at most.    up (o, r), down (r, i), float32 or better.
+    """delta = up @ down, of rank r at most; float32 or better.
 
     An adapter's delta (alpha / r) B A, with the scale folded into `up` (Hu et al. 2022, arXiv:2106.09685, section 4.1).
     """
 
-    up: Tensor
-    down: Tensor
+    up: Float[Tensor, "o r"]
+    down: Float[Tensor, "r i"]
 
     @property
     def shape(self) -> torch.Size:
@@ -26,21 +27,21 @@ class LowRank:
     def rank(self) -> int:
         return self.up.shape[1]
 
-    def dense(self) -> Tensor:
-        """The delta as one tensor, (o, i)."""
+    def dense(self) -> Float[Tensor, "o i"]:
+        """The delta as one tensor."""
         return self.up @ self.down
 
 
 Delta = Tensor | LowRank
 
 
-def dense(delta: Delta) -> Tensor:
+def dense(delta: Delta) -> Float[Tensor, "*s"]:
     """A delta as one tensor, whichever form it has."""
     return delta.dense() if isinstance(delta, LowRank) else delta
 
 
 def squared(delta: Delta) -> float:
-    """The sum of a delta's squared numbers, infinite beyond float32.    of a product without forming it: |U D|^2 = tr(U'U D D')
+    """The sum of a delta's squared entries; infinite beyond float32. Factors are not multiplied out: |U D|^2 = tr(U'U D D').
 
     >>> squared(LowRank(torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0, 0.0]])))
     45.0

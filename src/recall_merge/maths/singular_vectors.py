@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from recall_merge.maths.deltas import Delta, LowRank, dense
@@ -14,11 +15,11 @@ _SHARED = 1e-3  # vectors that differ by less than about this, relative to their
 
 
 class Singular(NamedTuple):
-    """delta = left @ diag(values) @ right.T, float64.    left (o, r), values (r,) falling and above 0, right (i, r)"""
+    """delta = left @ diag(values) @ right.T, in float64; values fall and are above 0."""
 
-    left: Tensor
-    values: Tensor
-    right: Tensor
+    left: Float[Tensor, "o r"]
+    values: Float[Tensor, " r"]
+    right: Float[Tensor, "i r"]
 
     def first(self, count: int) -> Singular:
         return Singular(self.left[:, :count], self.values[:count], self.right[:, :count])
@@ -27,9 +28,9 @@ class Singular(NamedTuple):
 def singular(delta: Delta, *, against: float | None = None) -> Singular:
     """The singular value decomposition of a delta, cut at its numerical rank.
 
-    Values not above max(o, i) * 1.2e-7 (float32's epsilon) of `against`, by default of the largest, are rounding, and their vectors
-    arbitrary; they are left out, so a dense delta of low rank gives what its factors give. Factors (o, r), (r, i) cost O((o + i) r^2), a
-    dense delta O(o i min(o, i)).
+    Values up to max(o, i) * 1.2e-7 (float32's epsilon) times `against`, by default the largest, are rounding, and their vectors arbitrary.
+    They are left out, so a dense delta of low rank gives what its factors give. Factors (o, r), (r, i) cost O((o + i) r^2), a dense delta
+    O(o i min(o, i)).
 
     >>> singular(LowRank(torch.tensor([[3.0], [4.0]]), torch.tensor([[2.0, 0.0]]))).values.tolist()
     [10.0]
@@ -80,12 +81,12 @@ def norm(delta: Delta) -> float:
     return float(torch.linalg.vector_norm(delta, dtype=torch.float64))
 
 
-def orthonormal(vectors: Tensor) -> Tensor:
-    """The nearest vectors that are orthogonal to each other: V (V^T V)^(-1/2).    columns (n, m) -> (n, m), float64
+def orthonormal(vectors: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
+    """The nearest orthonormal columns, V (V^T V)^(-1/2), in float64.
 
     The polar factor of V, P Q^T with V = P D Q^T: the solution of the orthogonal Procrustes problem, and the same whatever the order
     of the columns. Where columns depend on each other (D has values below 1e-3 of its largest) those directions are left out of P Q^T:
-    columns that are equal share one direction between them, instead of one of them getting an arbitrary new one.
+    equal columns share one direction, instead of one of them getting an arbitrary new one.
 
     >>> orthonormal(torch.tensor([[2.0, 2.0], [0.0, 0.0]])).round(decimals=4)
     tensor([[0.7071, 0.7071],

@@ -1,4 +1,4 @@
-"""Methods that look at the experts' deltas together, entry by entry or by their angles: Model Stock, SCE, MagMax, PCB."""
+"""Methods that compare the experts' deltas, entry by entry or by their angles: Model Stock, MagMax, SCE, PCB."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from functools import reduce
 from typing import Annotated, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
 from recall_merge.maths.consensus import agreeing, weighted_sum
+from recall_merge.maths.inner_products import inner_products
 from recall_merge.maths.methods.options import Fraction, Scale
 from recall_merge.maths.methods.registry import method
-from recall_merge.maths.methods.spheres import gram
 from recall_merge.maths.order_statistics import below, kth_largest
 from recall_merge.maths.pieces import in_pieces, pieces, rows
 
@@ -23,16 +24,17 @@ Competing = Annotated[Fraction, "share of each delta's entries that stay, those 
 
 
 @method("model_stock", source="Jang et al. 2024, Model Stock, arXiv:2403.19522")
-def model_stock(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], *, vectors: Filters = "whole") -> Tensor:
-    """The average of the experts, drawn back to the base the more, the wider the angle between their deltas.
+def model_stock(
+    base: Float[Tensor, "*s"], deltas: Sequence[Float[Tensor, "*s"]], weights: Sequence[float], *, vectors: Filters = "whole"
+) -> Float[Tensor, "*s"]:
+    """The average of the experts, drawn back to the base: the wider the angle between their deltas, the further.
 
     theta = theta_0 + t * sum_q w_q delta_q,  t = k c / (1 + (k - 1) c),  c = mean over pairs p < q of cos(delta_p, delta_q).
-    base (*s), deltas k of (*s) -> (*s)
-    One tensor at a time, as in the paper; its average is uniform, ours has the run's weights. Opposed deltas (c < 0) give the base, t = 0,
-    where the formula would extrapolate and at c = -1 / (k - 1) divide by 0. A delta of 0 has c = 0 with all others; one expert has t = 1.
+    One tensor at a time, as in the paper. Its average is uniform, ours has the run's weights. Opposed deltas (c < 0) give the base, t = 0;
+    there the formula would extrapolate, and divide by 0 at c = -1 / (k - 1). A delta of 0 has c = 0 with all others; one expert has t = 1.
     """
     k = len(deltas)
-    products = gram(deltas, vectors)  # (r, k, k)
+    products = inner_products(deltas, vectors)  # (r, k, k)
     norms = products.diagonal(dim1=1, dim2=2).sqrt()
     scales = norms[:, :, None] * norms[:, None, :]
     cosines = torch.where(scales > 0, products / scales.clamp(min=torch.finfo(scales.dtype).tiny), 0.0)
@@ -40,24 +42,25 @@ def model_stock(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float]
     c = cosines[:, first, second].mean(1).clamp(0, 1) if k > 1 else torch.ones(len(products), dtype=torch.float64)
     t = k * c / (1 + (k - 1) * c)
     if vectors == "whole":
-        return in_pieces(lambda piece, *changes: torch.add(piece, weighted_sum(changes, weights), alpha=float(t)), [base, *deltas])
+        return in_pieces(lambda piece, *parts: torch.add(piece, weighted_sum(parts, weights), alpha=float(t)), [base, *deltas])
     average = weighted_sum([rows(delta) for delta in deltas], weights)
     return base + average.mul_(t[:, None].to(base.dtype)).reshape(base.shape)
 
 
 @method("magmax", source="Marczak et al. 2024, MagMax, arXiv:2407.06322", elementwise=True)
-def magmax(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], *, scale: Scale = 1.0) -> Tensor:
-    """Per entry the delta of largest size.
+def magmax(
+    base: Float[Tensor, "*s"], deltas: Sequence[Float[Tensor, "*s"]], weights: Sequence[float], *, scale: Scale = 1.0
+) -> Float[Tensor, "*s"]:
+    """The delta of largest size, entry by entry.
 
-    theta = theta_0 + scale * v_q*,  v_q = k w_q delta_q,  q* = argmax_q |v_q|, entry by entry.    base (*s), deltas k of (*s) -> (*s)
+    theta = theta_0 + scale * v_q*,  v_q = k w_q delta_q,  q* = argmax_q |v_q|.
     With uniform weights v_q = delta_q, the paper's rule. Of two entries of equal size and opposite sign the positive one is taken, so
-    that the order of the experts does not matter. With the plain rule on experts that were trained one after another, as in the paper,
-    deltas are from the common base too.
+    the order of the experts does not matter. The paper's experts are trained one after another; their deltas too are from the common base.
     """
     factors = [len(deltas) * weight for weight in weights]
 
-    def largest(piece: Tensor, *changes: Tensor) -> Tensor:
-        scaled = [change if factor == 1 else change * factor for change, factor in zip(changes, factors, strict=True)]
+    def largest(piece: Tensor, *parts: Tensor) -> Tensor:
+        scaled = [part if factor == 1 else part * factor for part, factor in zip(parts, factors, strict=True)]
         high, low = reduce(torch.maximum, scaled), reduce(torch.minimum, scaled)
         positive = (high + low).sign_().add_(0.5).clamp_(0, 1).ceil_()  # 1 where high >= -low, else 0; torch.where takes twice as long
         return torch.add(piece, (high * positive).addcmul_(low, 1 - positive), alpha=scale)
@@ -66,95 +69,107 @@ def magmax(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], *, 
 
 
 @method("sce", source="Wan et al. 2024, FuseChat, arXiv:2408.07990")
-def sce(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], *, density: Selected = 0.1, scale: Scale = 1.0) -> Tensor:
+def sce(
+    base: Float[Tensor, "*s"],
+    deltas: Sequence[Float[Tensor, "*s"]],
+    weights: Sequence[float],
+    *,
+    density: Selected = 0.1,
+    scale: Scale = 1.0,
+) -> Float[Tensor, "*s"]:
     """Select the entries where experts differ, calculate each expert's weight from them, erase minority signs.
 
     theta = theta_0 + scale * sum_{q in A} eta_q delta_q / sum_{q in A} eta_q on the selected entries, theta_0 elsewhere, with
     eta_q ~ w_q * (sum of delta_q^2 over the selected entries),  A = {q : sign(delta_q) = sign(sum_p delta_p)}, + for an even vote.
-    base (*s), deltas k of (*s) -> (*s)
-    Selected: the share `density` of the entries whose variance over experts is not 0, the largest, with ties; all of them where every
+    Selected is the share `density` of the entries whose variance over experts is not 0, the largest, with ties; or all entries, if every
     variance is 0 (one expert, or all alike). Uniform w_q give the paper's eta, which has none. Experts of weight 0 are left out.
     """
     present = [(delta, weight) for delta, weight in zip(deltas, weights, strict=True) if weight]
     if not present:
         return base.clone()
-    changes, shares = [delta for delta, _ in present], [weight for _, weight in present]
+    changes = [delta for delta, _ in present]
     variance = in_pieces(_variance, changes)
     varying = int(torch.count_nonzero(variance))
     threshold = kth_largest(variance, max(1, int(density * varying))) if varying and density < 1 else 0.0
 
-    def selected(*found: Tensor) -> list[Tensor]:
-        chosen = hardshrink(found[0], below(threshold, variance.dtype)).sign_() if threshold else torch.ones_like(found[0])
-        return [change * chosen for change in found[1:]]
+    def selected(variances: Tensor, *parts: Tensor) -> list[Tensor]:
+        mask = hardshrink(variances, below(threshold, variance.dtype)).sign_() if threshold else torch.ones_like(variances)
+        return [part * mask for part in parts]
 
     squares = [0.0] * len(changes)
-    for found in pieces(variance, *changes):
-        for place, change in enumerate(selected(*found)):
-            squares[place] += float(change.square_().sum())
-    etas = [share * square for share, square in zip(shares, squares, strict=True)]
+    for parts in pieces(variance, *changes):
+        squares = [square + float(part.square_().sum()) for square, part in zip(squares, selected(*parts), strict=True)]
+    etas = [weight * square for (_, weight), square in zip(present, squares, strict=True)]
     total = sum(etas)
     if not total:
         return base.clone()
     etas = [eta / total for eta in etas]
     return in_pieces(
-        lambda piece, *found: torch.add(piece, agreeing(selected(*found), etas, elect="unweighted"), alpha=scale),
+        lambda piece, *parts: torch.add(piece, agreeing(selected(*parts), etas, elect="unweighted"), alpha=scale),
         [base, variance, *changes],
     )
 
 
 @method("pcb", source="Du et al. 2024, Parameter competition balancing, arXiv:2410.02396, and its code, github.com/duguodong7/pcb-merging")
-def pcb(base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], *, density: Competing = 0.1, scale: Scale = 1.0) -> Tensor:
+def pcb(
+    base: Float[Tensor, "*s"],
+    deltas: Sequence[Float[Tensor, "*s"]],
+    weights: Sequence[float],
+    *,
+    density: Competing = 0.1,
+    scale: Scale = 1.0,
+) -> Float[Tensor, "*s"]:
     """Let the entries of each delta compete: within it by size, between experts by agreement; keep the winners, weighted by score.
 
-    theta = theta_0 + scale * sum_q w_q s_q v_q / sum_q w_q s_q,  entry by entry, 0 / 0 = 0.    base (*s), deltas k of (*s) -> (*s)
+    theta = theta_0 + scale * sum_q w_q s_q v_q / sum_q w_q s_q,  entry by entry, 0 / 0 = 0.
     v_q = delta_q with its size clamped between the int(n / 10000)-th smallest and largest of the tensor's n;
     score_q = exp(k norm(|v_q|)^2) tanh(delta_q sum_p delta_p);  s_q = norm(score_q, where below its (1 - density) quantile set to it),
     norm(x) = (x - min x) / (max x - min x) over the tensor, 1 where all are equal.
-    This is the form of the authors' code; the paper's text has softmax for exp. The code always clamps at least one largest entry, which
-    in a tensor of fewer than 10000 entries we do not. Experts of weight 0 are left out; uniform weights give the paper's rule.
+    This is the form of the authors' code; the paper's text has softmax for exp. The code always clamps at least one largest entry; we
+    clamp none in a tensor of fewer than 10000 entries. Experts of weight 0 are left out; uniform weights give the paper's rule.
     """
     present = [(delta, weight) for delta, weight in zip(deltas, weights, strict=True) if weight]
     if not present or not base.numel():
         return base.clone()
-    total = in_pieces(lambda *changes: weighted_sum(changes, [1.0] * len(changes)), [delta for delta, _ in present])
-    above, divisor = base.new_zeros(base.shape), base.new_zeros(base.shape)
+    total = in_pieces(lambda *parts: weighted_sum(parts, [1.0] * len(parts)), [delta for delta, _ in present])
+    numerator, divisor = base.new_zeros(base.shape), base.new_zeros(base.shape)
     for delta, weight in present:
         low, high = _ends(delta)
-        score = in_pieces(lambda change, summed, low=low, high=high: _score(change, summed, low, high, len(present)), [delta, total])
+        score = in_pieces(lambda part, summed, low=low, high=high: _score(part, summed, low, high, len(present)), [delta, total])
         floor = kth_largest(score, max(1, delta.numel() - int(delta.numel() * (1 - density))))
         top = float(score.max())
-        for change, scored, numerator, denominator in pieces(delta, score, above, divisor):
-            share = _norm(scored.clamp_min_(floor), floor, top).mul_(weight)
-            numerator.addcmul_(_clamped(change, low, high), share)
-            denominator.add_(share)
+        for part, scores, above, beneath in pieces(delta, score, numerator, divisor):
+            share = _norm(scores.clamp_min_(floor), floor, top).mul_(weight)
+            above.addcmul_(_clamped(part, low, high), share)
+            beneath.add_(share)
     return in_pieces(
-        lambda piece, numerator, denominator: piece + scale * numerator / denominator.clamp_min_(torch.finfo(piece.dtype).tiny),
-        [base, above, divisor],
+        lambda piece, above, beneath: piece + scale * above / beneath.clamp_min_(torch.finfo(piece.dtype).tiny),
+        [base, numerator, divisor],
     )
 
 
-def _variance(*changes: Tensor) -> Tensor:
+def _variance(*parts: Tensor) -> Tensor:
     """Variance over experts, entry by entry (divided by k); measured from the first of them, so that equal entries give exactly 0."""
-    apart = [change - changes[0] for change in changes]
-    mean = weighted_sum(apart, [1 / len(changes)] * len(changes))
-    return weighted_sum([change.sub_(mean).square_() for change in apart], [1 / len(changes)] * len(changes))
+    apart = [part - parts[0] for part in parts]
+    mean = weighted_sum(apart, [1 / len(parts)] * len(parts))
+    return weighted_sum([part.sub_(mean).square_() for part in apart], [1 / len(parts)] * len(parts))
 
 
 def _ends(delta: Tensor) -> tuple[float, float]:
-    """The sizes at which PCB clamps a delta."""
+    """The sizes between which PCB clamps a delta."""
     n = delta.numel()
     beyond = n // 10_000
     return kth_largest(delta, n - beyond, size=True), kth_largest(delta, 1 + beyond, size=True)
 
 
-def _clamped(change: Tensor, low: float, high: float) -> Tensor:
-    return change.abs().clamp_(low, high).mul_(change.sign())
+def _clamped(part: Tensor, low: float, high: float) -> Tensor:
+    return part.abs().clamp_(low, high).mul_(part.sign())
 
 
-def _score(change: Tensor, summed: Tensor, low: float, high: float, k: int) -> Tensor:
+def _score(part: Tensor, summed: Tensor, low: float, high: float, k: int) -> Tensor:
     # subtle: exp(k (x - 1)) for exp(k x), a factor that the next norm takes out again, so that many experts cannot overflow
-    inside = _norm(change.abs().clamp_(low, high), low, high).square_().sub_(1).mul_(k).exp_()
-    return inside.mul_((change * summed).tanh_())
+    inside = _norm(part.abs().clamp_(low, high), low, high).square_().sub_(1).mul_(k).exp_()
+    return inside.mul_((part * summed).tanh_())
 
 
 def _norm(x: Tensor, low: float, high: float) -> Tensor:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from annotated_types import Interval
 
 Fraction = Annotated[float, Interval(gt=0, le=1)]
 Scale = Annotated[float, "factor on the merged change, the papers' lambda or alpha"]
-Vectors = Annotated[
-    Literal["whole", "rows", "columns"],
-    "what counts as one vector: the whole tensor, each row (along its last axis) or each column (along its first)",
-]
-Sphere = Annotated[Literal["weights", "deltas"], "which vectors lie on the sphere: the experts' weights or their deltas"]

@@ -1,8 +1,8 @@
 """Methods on the singular vectors of the deltas: TSV, isotropic merging, OPCM. Low-rank deltas stay low-rank until the sum is formed.
 
-They are about the matrices of linear maps. Tensors of every other shape (norms, biases, stacked experts) get the plain weighted mean of
-their deltas, as the TSV paper does it (OPCM: its sum without the projection, as its paper does it), and embedding tables are to be given
-to `linear` (`Method.matrices` says so): a table's rows are looked up, not mapped.
+They are made for the matrices of linear maps, base and deltas (o, i). Tensors of every other shape (norms, biases, stacked experts) get the
+weighted average, theta_0 + scale * sum_q w_q delta_q, as in the TSV paper (OPCM: its own sum without the projection, as in its paper).
+Embedding tables go to `linear` too, as `Method.matrices` asks: a table's rows are looked up, not mapped.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 import torch
 from annotated_types import Interval
+from jaxtyping import Float
 from torch import Tensor
 
 from recall_merge.maths.deltas import Delta, LowRank, dense
@@ -33,14 +34,16 @@ Growth = Annotated[
 
 
 @method("tsv", source="Gargiulo et al. 2025, Task Singular Vectors, arXiv:2412.00081", factors=True, matrices=True)
-def tsv(base: Tensor, deltas: Sequence[Delta], weights: Sequence[float], *, rank: Rank = 0, scale: Scale = 1.0) -> Tensor:
+def tsv(
+    base: Float[Tensor, "*s"], deltas: Sequence[Delta], weights: Sequence[float], *, rank: Rank = 0, scale: Scale = 1.0
+) -> Float[Tensor, "*s"]:
     """The top singular vectors of every delta, made orthogonal to each other, so that experts do not interfere.
 
     theta = theta_0 + scale * U' S V'^T,  S = diag(k w_1 S_1, .., k w_k S_k),  U' = polar([U_1 .. U_k]),  V' = polar([V_1 .. V_k]),
-    with delta_q ~ U_q S_q V_q^T the top singular vectors and polar(U) = U (U^T U)^(-1/2).    base (o, i), k of (o, i) -> (o, i)
+    with delta_q ~ U_q S_q V_q^T the top singular vectors and polar(U) = U (U^T U)^(-1/2).
     With uniform weights this is the paper's sum (TSV-Merge); experts of weight 0 or delta 0 are left out. Singular values at rounding
     level are dropped, so factors and dense deltas give the same. A direction that experts share exactly is taken once, not twice: k
-    identical experts give the expert, if `rank` keeps all of it. Tensors that are no matrices get theta_0 + scale * sum_q w_q delta_q.
+    identical experts give the expert, if `rank` keeps all of it.
     """
     if base.ndim != 2:
         return linear(base, [dense(delta) for delta in deltas], weights, scale=scale)
@@ -54,14 +57,16 @@ def tsv(base: Tensor, deltas: Sequence[Delta], weights: Sequence[float], *, rank
 
 
 @method("isotropic", source="Marczak et al. 2025, No task left behind, arXiv:2502.04959", factors=True, matrices=True)
-def isotropic(base: Tensor, deltas: Sequence[Delta], weights: Sequence[float], *, common: Common = 1.0, scale: Scale = 1.0) -> Tensor:
+def isotropic(
+    base: Float[Tensor, "*s"], deltas: Sequence[Delta], weights: Sequence[float], *, common: Common = 1.0, scale: Scale = 1.0
+) -> Float[Tensor, "*s"]:
     """The sum of the deltas with all its singular values made equal, so that no expert's few strong directions drown the others'.
 
-    theta = theta_0 + scale * s U V^T,  sum_q k w_q delta_q = U S V^T of rank r,  s = mean of S.    base (o, i), k of (o, i) -> (o, i)
+    theta = theta_0 + scale * s U V^T,  sum_q k w_q delta_q = U S V^T of rank r,  s = mean of S.
     That is Iso-C. With `common` c < 1, Iso-CTS: only the first n = int(c r) directions U_n, V_n are kept, and each expert adds the first
     (r - n) / k of what its k w_q delta_q - U_n U_n^T k w_q delta_q has; all are made orthogonal (polar), s is the mean of their values.
     r is the numerical rank, the paper's min(o, i) where deltas have full rank: for low-rank deltas the empty directions, whose singular
-    vectors are arbitrary, stay empty. Tensors that are no matrices get theta_0 + scale * sum_q w_q delta_q.
+    vectors are arbitrary, stay empty.
     """
     if base.ndim != 2:
         return linear(base, [dense(delta) for delta in deltas], weights, scale=scale)
@@ -75,7 +80,7 @@ def isotropic(base: Tensor, deltas: Sequence[Delta], weights: Sequence[float], *
     kept = size if common == 1 else int(common * size)
     parts = [whole.first(kept)]
     if kept < size:
-        parts += [_beside(delta, factor, parts[0]).first((size - kept) // len(present)) for delta, factor in present]
+        parts += [_outside(delta, factor, parts[0]).first((size - kept) // len(present)) for delta, factor in present]
     values = torch.cat([part.values for part in parts])
     if not len(values):
         return base.clone()
@@ -84,16 +89,22 @@ def isotropic(base: Tensor, deltas: Sequence[Delta], weights: Sequence[float], *
 
 @method("opcm", source="Tang et al. 2025, Merging models on the fly, arXiv:2501.09522", factors=True, matrices=True, ordered=True)
 def opcm(
-    base: Tensor, deltas: Sequence[Delta], weights: Sequence[float], *, alpha: Alpha = 0.5, growth: Growth = "norm", scale: Scale = 1.0
-) -> Tensor:
-    """One expert after another: each new delta is added where the merged delta so far does not live.
+    base: Float[Tensor, "*s"],
+    deltas: Sequence[Delta],
+    weights: Sequence[float],
+    *,
+    alpha: Alpha = 0.5,
+    growth: Growth = "norm",
+    scale: Scale = 1.0,
+) -> Float[Tensor, "*s"]:
+    """One expert after another: each new delta is added outside the directions of the merged delta so far.
 
-    D_1 = v_1,  D_t = (l_{t-1} D_{t-1} + P(v_t)) / l_t,  theta = theta_0 + scale * D_k,  v_t = k w_t delta_t.    base (o, i), k of (o, i)
+    D_1 = v_1,  D_t = (l_{t-1} D_{t-1} + P(v_t)) / l_t,  theta = theta_0 + scale * D_k,  v_t = k w_t delta_t.
     P(v) takes out of U^T v V (D_{t-1} = U S V^T) its diagonal and its first r x r block, r the number of leading singular values that
     make up at most `alpha` of their sum. l_1 = 1;  growth norm: l_t such that |D_t| = mean(|v_1| .. |v_t|);  sqrt: l_t = sqrt(t).
-    The paper takes that norm over the whole model, we over the tensor, so that tensors can be merged one by one; and we leave alone the
-    basis vectors of singular value 0, which are arbitrary. For tensors that are no matrices P(v) = v, as in the paper: there is nothing
-    to project. With uniform weights v_t = delta_t; experts of weight 0 or delta 0 are left out. Order matters.
+    The paper takes that norm over the whole model, we over the tensor, so that tensors can be merged one by one. We leave alone the basis
+    vectors of singular value 0, which are arbitrary. Where a tensor is no matrix, P(v) = v. With uniform weights v_t = delta_t; experts of
+    weight 0 or delta 0 are left out. Order matters.
     """
     present = _present(deltas, weights)
     if not present:
@@ -110,7 +121,7 @@ def opcm(
 
 
 def _present(deltas: Sequence[Delta], weights: Sequence[float]) -> list[tuple[Delta, float]]:
-    """The experts that have a say, each with k w_q: neither of weight 0 nor without a change in this tensor."""
+    """The deltas that count, each with k w_q: neither their weight nor the delta is 0."""
     present = [(delta, len(deltas) * weight) for delta, weight in zip(deltas, weights, strict=True) if weight]
     return [(delta, factor) for delta, factor in present if isinstance(delta, LowRank) or delta.any()]
 
@@ -134,8 +145,8 @@ def _inner(parts: Singular, delta: Delta) -> Tensor:
     return parts.left.T @ delta.double() @ parts.right
 
 
-def _beside(delta: Delta, factor: float, common: Singular) -> Singular:
-    """Singular vectors of what of v = factor * delta lies outside the common left directions, v - U U^T v, if it is more than rounding."""
+def _outside(delta: Delta, factor: float, common: Singular) -> Singular:
+    """Singular vectors of the part of v = factor * delta outside the common left directions, v - U U^T v, if it is more than rounding."""
     left, size = common.left, norm(delta) * abs(factor)
     if isinstance(delta, LowRank):
         up = delta.up.double() * factor
@@ -144,7 +155,7 @@ def _beside(delta: Delta, factor: float, common: Singular) -> Singular:
     return singular((delta - left @ (left.T @ delta)) * factor, against=size)
 
 
-def _added(base: Tensor, left: Sequence[Tensor], values: Tensor, right: Sequence[Tensor], scale: float) -> Tensor:
+def _added(base: Float[Tensor, "*s"], left: Sequence[Tensor], values: Tensor, right: Sequence[Tensor], scale: float) -> Tensor:
     """theta_0 + scale * polar([left]) diag(values) polar([right])^T."""
     up, down = orthonormal(torch.cat(list(left), dim=1)) * values, orthonormal(torch.cat(list(right), dim=1)).T
     return torch.addmm(base, up.to(base.dtype), down.to(base.dtype), alpha=scale)
