@@ -271,6 +271,6 @@ def test_a_name_is_taken_once():
 def test_draws_come_in_pieces_as_in_one():
     draws = Draws(3, "w", NAMES)
     stream = draws.stream(1)
-    assert torch.equal(torch.cat([stream((n,)) for n in (1, 2, 7, 90)]), draws.uniform(1, (100,)))
-    assert not torch.equal(draws.uniform(0, (9,)), draws.uniform(1, (9,)))
-    assert not torch.equal(Draws(3, "v", NAMES).uniform(1, (9,)), draws.uniform(1, (9,)))
+    assert torch.equal(torch.cat([stream((n,)) for n in (1, 2, 7, 90)]), draws.stream(1)((100,)))
+    assert not torch.equal(draws.stream(0)((9,)), draws.stream(1)((9,)))
+    assert not torch.equal(Draws(3, "v", NAMES).stream(1)((9,)), draws.stream(1)((9,)))

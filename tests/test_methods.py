@@ -19,7 +19,7 @@ from recall_merge.maths.order_statistics import below, kth_largest, kth_largest_
 from recall_merge.maths.pieces import PIECE, in_pieces, rows
 from recall_merge.maths.pruning import prune_by_saliency
 from recall_merge.maths.singular_vectors import combined, norm, orthonormal, singular
-from recall_merge.maths.trimming import drop_by_rank, drop_random, keep_largest, keep_middle
+from recall_merge.maths.trimming import drop_by_rank, drop_random, keep_sizes, largest, middle
 
 
 def merge(name: str, base, deltas, weights=None, **options) -> Tensor:
@@ -92,24 +92,32 @@ def test_experts_of_weight_zero_have_no_vote():
 # Trims
 
 
+def keep_largest(delta: Tensor, **options) -> Tensor:
+    return keep_sizes([delta], largest, **options)[0](delta)
+
+
+def keep_middle(delta: Tensor, **options) -> Tensor:
+    return keep_sizes([delta], middle, **options)[0](delta)
+
+
 def test_keep_largest_keeps_ties_and_at_least_one():
     delta = torch.tensor([1.0, -2.0, 2.0, 0.5])
-    close(keep_largest(delta, density=0.25)(delta), [0.0, -2.0, 2.0, 0.0])
-    close(keep_largest(delta, density=0.01)(delta), [0.0, -2.0, 2.0, 0.0])
-    close(keep_largest(delta, density=1.0)(delta), delta.tolist())
+    close(keep_largest(delta, density=0.25), [0.0, -2.0, 2.0, 0.0])
+    close(keep_largest(delta, density=0.01), [0.0, -2.0, 2.0, 0.0])
+    close(keep_largest(delta, density=1.0), delta.tolist())
 
 
 def test_keep_largest_can_keep_the_sum_of_sizes():
     delta = torch.tensor([1.0, -4.0, 2.0, 1.0])
-    close(keep_largest(delta, density=0.5, rescale="l1")(delta), [0.0, -4.0 * 8 / 6, 2.0 * 8 / 6, 0.0])
+    close(keep_largest(delta, density=0.5, rescale="l1"), [0.0, -4.0 * 8 / 6, 2.0 * 8 / 6, 0.0])
 
 
 def test_keep_middle_drops_outliers_first():
     delta = torch.tensor([5.0, -4.0, 3.0, -2.0, 1.0, 0.5, 0.4, 0.3, 0.2, 0.1])
-    close(keep_middle(delta, density=0.3, gamma=0.1)(delta), [0, -4.0, 3.0, -2.0, 0, 0, 0, 0, 0, 0])
-    close(keep_middle(delta, density=0.3, gamma=0.0)(delta), [5.0, -4.0, 3.0, 0, 0, 0, 0, 0, 0, 0])
+    close(keep_middle(delta, density=0.3, gamma=0.1), [0, -4.0, 3.0, -2.0, 0, 0, 0, 0, 0, 0])
+    close(keep_middle(delta, density=0.3, gamma=0.0), [5.0, -4.0, 3.0, 0, 0, 0, 0, 0, 0, 0])
     # 80 % are to stay: only two of the five outliers can go
-    close(keep_middle(delta, density=0.8, gamma=0.5)(delta), [0, 0, 3.0, -2.0, 1.0, 0.5, 0.4, 0.3, 0.2, 0.1])
+    close(keep_middle(delta, density=0.8, gamma=0.5), [0, 0, 3.0, -2.0, 1.0, 0.5, 0.4, 0.3, 0.2, 0.1])
 
 
 def numbers(*values: float):
@@ -120,7 +128,7 @@ def numbers(*values: float):
 def test_drop_random_divides_by_the_probability_of_staying():
     delta = torch.tensor([1.0, -2.0, 3.0, 4.0])
     kept = {
-        rescale: drop_random(delta, numbers(0.2, 0.3, 0.24999, 0.25), density=0.25, rescale=rescale)(delta)
+        rescale: drop_random([delta], [numbers(0.2, 0.3, 0.24999, 0.25)], density=0.25, rescale=rescale)[0](delta)
         for rescale in ("share", "l1", "none")
     }
     close(kept["share"], [4.0, 0.0, 12.0, 0.0])
@@ -132,22 +140,22 @@ def test_drop_by_rank_keeps_large_entries_more_often():
     # ranks 0 1 2 in each row: probabilities 0.3 0.5 0.7
     delta = torch.tensor([[1.0, -3.0, 2.0], [6.0, 5.0, -4.0]])
     draws = numbers(0.31, 0.69, 0.49, 0.71, 0.49, 0.29)
-    close(drop_by_rank(delta, draws, density=0.5, epsilon=0.2, rescale="none")(delta), [[0.0, -3.0, 2.0], [0.0, 5.0, -4.0]])
-    close(drop_by_rank(delta, draws, density=0.5, epsilon=0.2)(delta), [[0.0, -3.0 / 0.7, 4.0], [0.0, 10.0, -4.0 / 0.3]])
+    close(drop_by_rank([delta], [draws], density=0.5, epsilon=0.2, rescale="none")[0](delta), [[0.0, -3.0, 2.0], [0.0, 5.0, -4.0]])
+    close(drop_by_rank([delta], [draws], density=0.5, epsilon=0.2)[0](delta), [[0.0, -3.0 / 0.7, 4.0], [0.0, 10.0, -4.0 / 0.3]])
 
 
 def test_drop_by_rank_narrows_epsilon_where_it_would_leave_zero_to_one():
     delta = torch.tensor([[1.0, 2.0, 3.0]])
     # density 0.8 leaves 0.2 on either side: probabilities 0.6 0.8 1
-    close(drop_by_rank(delta, numbers(0.61, 0.79, 0.999), density=0.8, epsilon=0.5, rescale="none")(delta), [[0.0, 2.0, 3.0]])
-    close(drop_by_rank(delta, numbers(0.999, 0.999, 0.999), density=1.0, epsilon=0.5)(delta), [[1.0, 2.0, 3.0]])
+    close(drop_by_rank([delta], [numbers(0.61, 0.79, 0.999)], density=0.8, epsilon=0.5, rescale="none")[0](delta), [[0.0, 2.0, 3.0]])
+    close(drop_by_rank([delta], [numbers(0.999, 0.999, 0.999)], density=1.0, epsilon=0.5)[0](delta), [[1.0, 2.0, 3.0]])
 
 
 def test_random_trims_keep_their_share_on_average():
     delta = torch.ones(200, 100)
     draws = Draws(0, "w", ("a",))
     for trim in (drop_random, partial(drop_by_rank, epsilon=0.15)):
-        kept = trim(delta, lambda: draws.stream(0), density=0.3, rescale="share")(delta)
+        kept = trim([delta], draws.streams, density=0.3, rescale="share")[0](delta)
         assert float((kept > 0).float().mean()) == pytest.approx(0.3, abs=0.02)
         assert float(kept.mean()) == pytest.approx(1.0, abs=0.05)
 
@@ -156,13 +164,14 @@ def test_families_are_their_trim_and_their_consensus():
     draws = Draws(0, "w", ("a", "b"))
     deltas = [torch.randn(3, 40, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
     base = torch.zeros(3, 40)
-    dropped = [drop_random(delta, lambda q=q: draws.stream(q), density=0.5)(delta) for q, delta in enumerate(deltas)]
+    dropped = [trim(delta) for trim, delta in zip(drop_random(deltas, draws.streams, density=0.5), deltas, strict=True)]
     found = {name: METHODS[name].function(base, deltas, [0.6, 0.4], draws=draws) for name in ("dare_linear", "dare_ties")}
     torch.testing.assert_close(found["dare_linear"], 0.6 * dropped[0] + 0.4 * dropped[1])
     torch.testing.assert_close(found["dare_ties"], agreeing(dropped, [0.6, 0.4], mean="none"))
-    ranked = [drop_by_rank(delta, lambda q=q: draws.stream(q), density=0.5, epsilon=0.15)(delta) for q, delta in enumerate(deltas)]
+    by_rank = drop_by_rank(deltas, draws.streams, density=0.5, epsilon=0.15)
+    ranked = [trim(delta) for trim, delta in zip(by_rank, deltas, strict=True)]
     torch.testing.assert_close(METHODS["della"].function(base, deltas, [0.6, 0.4], draws=draws), agreeing(ranked, [0.6, 0.4]))
-    middle = [keep_middle(delta, density=0.1, gamma=0.01)(delta) for delta in deltas]
+    middle = [keep_middle(delta, density=0.1, gamma=0.01) for delta in deltas]
     torch.testing.assert_close(METHODS["breadcrumbs"].function(base, deltas, [0.6, 0.4]), 0.6 * middle[0] + 0.4 * middle[1])
 
 
@@ -170,7 +179,7 @@ def test_families_are_their_trim_and_their_consensus():
 def test_the_sum_of_sizes_is_kept_over_the_tensor_with_the_same_numbers(name, trim):
     draws = Draws(0, "w", ("a",))
     delta = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1.0], [10.0], [100.0]])
-    kept = trim(delta, lambda: draws.stream(0), density=0.5, rescale="none")(delta)
+    kept = trim([delta], draws.streams, density=0.5, rescale="none")[0](delta)
     found = METHODS[name].function(torch.zeros(3, 40), [delta], [1.0], draws=draws, rescale="l1")
     torch.testing.assert_close(found, kept * delta.abs().sum() / kept.abs().sum())
 
@@ -402,7 +411,7 @@ def test_kth_largest_is_exact(kind):
         "constant": torch.full((n,), 2.0),
         "sparse": torch.where(values > 3, values, 0.0),
         "sorted": values.sort().values,
-        "periodic": values * (torch.arange(n) % 9 == 0),  # the sample takes every ninth: its bracket is wrong
+        "periodic": values * (torch.arange(n) % 9 == 0),
         "negative": values - 10,
     }[kind]
     for size in (False, True):
@@ -413,15 +422,24 @@ def test_kth_largest_is_exact(kind):
                 assert kth_largest_size(lambda span: values[span.start : span.stop], n, k, span=1 << 16) == float(ordered[k - 1])
 
 
-def test_kth_largest_searches_all_where_the_sample_misleads(monkeypatch):
-    searched = []
-    monkeypatch.setattr(order_statistics, "_select", lambda numbers, k: searched.append(len(numbers)) or 0.0)
+def test_kth_largest_searches_a_bracket_and_widens_it_where_the_sample_misleads(monkeypatch):
+    searched, passes, select = [], [], order_statistics._select
+    monkeypatch.setattr(order_statistics, "_select", lambda numbers, k: searched.append(len(numbers)) or select(numbers, k))
     n = 300_007
     values = torch.randn(n, generator=torch.Generator().manual_seed(0))
     kth_largest(values, n // 5)
-    kth_largest(values * (torch.arange(n) % 9 == 0), n // 5)
-    assert searched[0] < n // 20  # only the bracket
-    assert searched[1] == n
+    assert searched.pop() < n // 8
+    step = n * order_statistics._RUN // order_statistics._SAMPLE
+    seen = torch.arange(n) % step < order_statistics._RUN  # all that the sample sees is small
+    misleading = torch.where(seen, values * 1e-3, values)
+    assert kth_largest(misleading, n // 5) == float(misleading.sort(descending=True).values[n // 5 - 1])
+
+    def read(span):
+        passes.append(span.start == 0)
+        return misleading.abs()[span.start : span.stop]
+
+    kth_largest_size(read, n, n // 5, span=1 << 16)
+    assert sum(passes) > 2  # the sample, and more than one bracket
 
 
 def test_below_is_the_next_number_down():

@@ -52,7 +52,7 @@ def np_agreeing(v: np.ndarray, w: np.ndarray, divide: bool) -> np.ndarray:
 
 def np_uniform(k: int, shape: tuple[int, ...]) -> np.ndarray:
     draws = Draws(0, "w", NAMES[:k])
-    return np.stack([draws.uniform(q, shape).numpy() for q in range(k)]).astype(np.float64)
+    return np.stack([draws.stream(q)(shape).numpy() for q in range(k)]).astype(np.float64)
 
 
 def np_ties(d: np.ndarray, w: np.ndarray, density=0.2) -> np.ndarray:
@@ -353,7 +353,8 @@ class Different:
 ROOT_HALF = 0.5**0.5
 DIFFERENT = {
     "ties stay": Different(
-        "Entries of equal size are all kept or all dropped; mergekit keeps exactly the share, whichever its sort puts first.",
+        "Entries of equal size are all kept or all dropped; mergekit keeps exactly the given share, whichever entries its sort puts "
+        "first.",
         "ties", [[2.0, 1.0, 1.0, 1.0]], [2.0, 1.0, 1.0, 1.0], [2.0, 1.0, 0.0, 0.0], {"density": 0.5}, {"density": 0.5},
     ),
     "one entry stays": Different(
@@ -361,12 +362,12 @@ DIFFERENT = {
         "breadcrumbs", [[3.0, 2.0, 1.0]], [3.0, 0.0, 0.0], [0.0, 0.0, 0.0], {"density": 0.2}, {"density": 0.2},
     ),
     "rescale by the share": Different(
-        "DARE and DELLA divide what stays by its probability of staying, as their papers do; mergekit makes the sum of sizes as it was, "
-        "over the tensor. Ours with `rescale: l1` is mergekit's.",
+        "DARE and DELLA divide what stays by its probability of staying, as their papers do; mergekit restores the tensor's sum of "
+        "sizes. With `rescale: l1` ours does the same.",
         "dare_linear", [[1.0, 3.0]], [0.0, 6.0], [0.0, 4.0], {"density": 0.5}, {"density": 0.5}, numbers=[[0.9, 0.1]],
     ),
     "epsilon narrows": Different(
-        "DELLA's epsilon is narrowed where a probability would leave [0, 1]; mergekit refuses, in the middle of the merge.",
+        "DELLA's epsilon is narrowed where a probability would leave [0, 1]; mergekit stops in the middle of the merge.",
         "della_linear", [[1.0, 3.0]], [0.0, 3.0], None, {"density": 0.8, "epsilon": 0.5}, {"density": 0.8, "epsilon": 0.5},
         numbers=[[0.7, 0.99]],
     ),
@@ -375,7 +376,7 @@ DIFFERENT = {
         "della_linear", [[[4.0], [4.0]]], [[8.0], [0.0]], None, {"density": 0.5}, {"density": 0.5}, numbers=[[[0.4], [0.6]]],
     ),
     "rows are the last axis": Different(
-        "DELLA ranks along the last axis; mergekit along the second, which for a tensor of three axes is another one.",
+        "DELLA ranks along the last axis; mergekit along the second, which is a different one in a tensor with three axes.",
         "della_linear", [[[[1.0, 2.0], [4.0, 3.0]]]], [[[0.0, 2.0], [4.0, 0.0]]], [[[0.0, 0.0], [4.0, 3.0]]],
         {"density": 0.5, "epsilon": 0.3, "rescale": "none"}, {"density": 0.5, "epsilon": 0.3, "rescale": False},
         numbers=[[[[0.5, 0.5], [0.5, 0.5]]]],
@@ -385,28 +386,28 @@ DIFFERENT = {
         "model_stock", [[1.0, 0.0], [-0.6, 0.8]], [0.0, 0.0], [-0.6, -1.2], weighted=False,
     ),
     "tiny deltas": Different(
-        "Angles do not depend on the size of deltas; mergekit's Model Stock takes products of norms below 1e-6 for 1e-6.",
+        "Angles do not depend on the size of deltas; mergekit's Model Stock treats products of norms below 1e-6 as 1e-6.",
         "model_stock", [[1e-4, 0.0], [1e-4, 0.0]], [1e-4, 0.0], [1.98e-6, 0.0], weighted=False,
     ),
     "tiny energies": Different(
-        "SCE's weights do not depend on the size of deltas; in mergekit mean squares that sum to less than 1e-6, which is usual for "
-        "fine-tuned language models, count as equal.",
+        "SCE's weights do not depend on the size of deltas; in mergekit, mean squares that sum to less than 1e-6, as they usually "
+        "do for fine-tuned language models, count as equal.",
         "sce", [[3e-4, 0.0], [1e-4, 0.0]], [2.8e-4, 0.0], [2e-4, 0.0], {"density": 1.0}, {"select_topk": 1.0}, weighted=False,
     ),
     "nothing varies": Different(
-        "SCE on experts that are all alike gives the expert; mergekit selects none of the entries, so gives the base.",
+        "SCE on identical experts gives the expert; mergekit selects no entry and gives the base.",
         "sce", [[1.0, 2.0], [1.0, 2.0]], [1.0, 2.0], [0.0, 0.0], {"density": 0.5}, {"select_topk": 0.5}, weighted=False,
     ),
     "one varying entry stays": Different(
-        "SCE selects at least one entry; mergekit int(share * varying), which may be none.",
+        "SCE selects at least one entry; mergekit selects int(share * varying), which may be none.",
         "sce", [[1.0, 2.0], [1.0, 4.0]], [0.0, 3.6], [0.0, 0.0], {"density": 0.1}, {"select_topk": 0.1}, weighted=False,
     ),
     "no direction": Different(
-        "An expert that changes nothing has no direction: the straight line; mergekit takes a right angle.",
+        "An expert that changes nothing has no direction: we interpolate in a straight line; mergekit assumes a right angle.",
         "nuslerp", [[2.0, 0.0], [0.0, 0.0]], [1.0, 0.0], [2 * ROOT_HALF, 0.0],
     ),
     "opposite directions": Different(
-        "Opposite vectors have no Karcher mean: the plain mean; mergekit starts from one of them and stays there.",
+        "Opposite vectors have no Karcher mean: we take the plain mean; mergekit starts from one of them and stays there.",
         "karcher", [[1.0, 0.0], [-3.0, 0.0]], [-1.0, 0.0], [2.0, 0.0], weighted=False, base=False,
     ),
 }  # fmt: skip
@@ -437,7 +438,7 @@ def same_inputs(case: Same, precision: str) -> tuple[Tensor, list[Tensor], list[
                 known.add(size)
     base, *experts = (tensor[chosen].reshape(8, 40) for tensor in (base, *experts))
     draws = Draws(0, "w", NAMES[: case.k])
-    numbers = [draws.uniform(q, base.shape) for q in range(case.k)] if case.random else []
+    numbers = [draws.stream(q)(base.shape) for q in range(case.k)] if case.random else []
     return base, experts, numbers
 
 

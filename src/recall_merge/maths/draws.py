@@ -20,7 +20,7 @@ class Draws:
     """The random numbers of one tensor: one stream per expert, Philox keyed by SHA-256 of seed, expert name and tensor name.
 
     >>> draws = Draws(seed=0, tensor="w", experts=("a", "b"))
-    >>> bool((draws.uniform(0, (3,)) == draws.uniform(0, (3,))).all())
+    >>> bool((draws.stream(0)((3,)) == draws.stream(0)((3,))).all())
     True
     """
 
@@ -38,7 +38,3 @@ class Draws:
         key = int.from_bytes(hashlib.sha256(words).digest()[:16], "little")
         generator = np.random.Generator(np.random.Philox(key=key))
         return lambda shape: torch.from_numpy(generator.random(tuple(shape), dtype=np.float32))
-
-    def uniform(self, expert: int, shape: Sequence[int]) -> Tensor:
-        """The first numbers of an expert's stream."""
-        return self.stream(expert)(shape)

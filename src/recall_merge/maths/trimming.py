@@ -1,14 +1,14 @@
 """Trim deltas: which entries stay, and what they are multiplied by.
 
-A trim looks at a whole delta first (a threshold on sizes, a rescaling factor) and returns a `Trim`, which then takes the delta piece by
+A trim looks at a whole delta first (a threshold on sizes, a rescaling factor) and becomes a `Trim`, which then takes the delta piece by
 piece, in order. That buys time: trimming, electing and averaging are one pass in the processor's cache, and thresholds are found by
-selection, without a sort. And memory: where all that a trim needs is a threshold on sizes (`TrimThreshold`), the caller may find it
+selection, without a sort. And memory: where a threshold on sizes (`TrimThreshold`) is all that a trim needs, the caller may find it
 first, span by span from the file, and then merge span by span; no tensor is ever whole in memory, and the bytes are the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -26,22 +26,14 @@ Trim = Callable[[Tensor], Tensor]
 """The next piece of a delta -> the same piece with what is dropped set to 0."""
 TrimThreshold = tuple[float, float | None]
 """What stays: sizes above the first number and, if there is a second, not above that one."""
-Kth = Callable[[int], float]
-"""k -> the k-th largest size of a delta."""
+FindThreshold = Callable[[Callable[[int], float], int, torch.dtype, int, Mapping[str, Any]], TrimThreshold]
+"""(k -> k-th largest size of a delta, its number of entries, its dtype, the expert's number, options) -> which sizes stay."""
+PerExpert = float | list[float]
+"""One number for all experts, or one for each."""
 Rescale = Literal["none", "l1"]
 """Multiply what stays by nothing (none), or so that the sum of sizes over the tensor is as before (l1)."""
 RescaleRandom = Literal["share", "l1", "none"]
 """The same; or by 1 / the probability of staying (share)."""
-
-
-def per_expert(deltas: Sequence[Float[Tensor, "*s"]], *options: Any) -> Iterator[tuple[Any, ...]]:
-    """Each delta with its values of the options: a list holds one value per expert, anything else holds for all."""
-    for expert, delta in enumerate(deltas):
-        yield delta, *(value_for(option, expert) for option in options)
-
-
-def value_for(option: Any, expert: int) -> Any:
-    return option[expert] if isinstance(option, list) else option
 
 
 def add_trimmed(
@@ -53,7 +45,7 @@ def add_trimmed(
     *,
     by_row: bool = False,
 ) -> Float[Tensor, "*s"]:
-    """theta_0 + scale * combine(v_1 .. v_k), v_q = trim_q(delta_q), in pieces.
+    """theta_0 + scale * combine(v_1 .. v_k), v_q = trim_q(delta_q), in pieces; of whole rows where a trim needs them.
 
     >>> add_trimmed(torch.zeros(2), [torch.tensor([1.0, 5.0])], [partial(between, low=2.0)], lambda kept: kept[0], scale=2.0)
     tensor([ 0., 10.])
@@ -66,45 +58,42 @@ def add_trimmed(
     return in_pieces(merged, [base, *deltas], by_row=by_row)
 
 
-def keep_largest(
-    delta: Float[Tensor, "*s"], *, density: float, rescale: Rescale = "none", threshold: TrimThreshold | None = None
-) -> Trim:  # fmt: skip
-    """[delta]_e if |delta_e| >= t else 0, with t the int(density * n)-th largest size (at least the first).
-
-    Entries whose size ties with t all stay, so more than the share may stay: equal entries are treated alike.
+def keep_sizes(
+    deltas: Sequence[Float[Tensor, "*s"]],
+    find: FindThreshold,
+    thresholds: Sequence[TrimThreshold] | None = None,
+    *,
+    rescale: Rescale = "none",
+    **options: PerExpert,
+) -> list[Trim]:
+    """For every delta, [delta]_e if its size is one that stays, else 0. Thresholds that are given are not looked for again.
 
     >>> delta = torch.tensor([1.0, -3.0, 2.0, 0.5])
-    >>> keep_largest(delta, density=0.5)(delta)
-    tensor([ 0., -3.,  2.,  0.])
+    >>> keep_sizes([delta], largest, density=0.5)[0](delta), keep_sizes([delta], middle, density=0.5, gamma=0.25)[0](delta)
+    (tensor([ 0., -3.,  2.,  0.]), tensor([1., 0., 2., 0.]))
     """
-    low, high = threshold or threshold_of_largest(partial(kth_largest, delta, size=True), delta.numel(), delta.dtype, density)
-    return _rescaled(lambda: partial(between, low=low, high=high), delta, rescale)
+    if thresholds is None:
+        kths = [partial(kth_largest, delta, size=True) for delta in deltas]
+        thresholds = [find(kth, delta.numel(), delta.dtype, q, options) for q, (kth, delta) in enumerate(zip(kths, deltas, strict=True))]
+    keeps = [partial(between, low=low, high=high) for low, high in thresholds]
+    return [_rescaled(lambda keep=keep: keep, delta, rescale) for keep, delta in zip(keeps, deltas, strict=True)]
 
 
-def threshold_of_largest(kth: Kth, n: int, dtype: torch.dtype, density: float) -> TrimThreshold:
-    """The sizes that `keep_largest` keeps of n numbers."""
-    if density >= 1 or not n:
-        return 0.0, None
-    return below(kth(_count(density, n)), dtype), None
+def largest(kth: Callable[[int], float], n: int, dtype: torch.dtype, expert: int, options: Mapping[str, Any]) -> TrimThreshold:
+    """Sizes from the int(density * n)-th largest up (at least the largest).
+
+    Entries whose size ties with it all stay, so more than the share may stay: equal entries are treated alike.
+    """
+    density = _own(options["density"], expert)
+    return (below(kth(_count(density, n)), dtype), None) if density < 1 and n else (0.0, None)
 
 
-def keep_middle(
-    delta: Float[Tensor, "*s"], *, density: float, gamma: float, rescale: Rescale = "none", threshold: TrimThreshold | None = None
-) -> Trim:
-    """[delta]_e if t_low <= |delta_e| <= t_high else 0: the int(gamma * n) largest go first, then the smallest, until the share is left.
+def middle(kth: Callable[[int], float], n: int, dtype: torch.dtype, expert: int, options: Mapping[str, Any]) -> TrimThreshold:
+    """All but the int(gamma * n) largest sizes; of the others, the largest, until int(density * n) stay (at least one).
 
     Where both do not fit (density + gamma > 1), fewer of the largest go. Entries that tie with one that stays stay too.
-
-    >>> delta = torch.tensor([1.0, -3.0, 2.0, 0.5])
-    >>> keep_middle(delta, density=0.5, gamma=0.25)(delta)
-    tensor([1., 0., 2., 0.])
     """
-    low, high = threshold or threshold_of_middle(partial(kth_largest, delta, size=True), delta.numel(), delta.dtype, density, gamma)
-    return _rescaled(lambda: partial(between, low=low, high=high), delta, rescale)
-
-
-def threshold_of_middle(kth: Kth, n: int, dtype: torch.dtype, density: float, gamma: float) -> TrimThreshold:
-    """The sizes that `keep_middle` keeps of n numbers."""
+    density, gamma = (_own(options[name], expert) for name in ("density", "gamma"))
     if density >= 1 or not n:
         return 0.0, None
     kept = _count(density, n)
@@ -119,35 +108,46 @@ def between(piece: Float[Tensor, "*s"], low: float, high: float | None = None) -
 
 
 def drop_random(
-    delta: Float[Tensor, "*s"], start: Callable[[], Stream], *, density: float, rescale: RescaleRandom = "share"
-) -> Trim:  # fmt: skip
-    """[delta]_e / density with probability density, else 0, each entry on its own (DARE).
+    deltas: Sequence[Float[Tensor, "*s"]],
+    streams: Sequence[Callable[[], Stream]],
+    *,
+    density: PerExpert,
+    rescale: RescaleRandom = "share",
+) -> list[Trim]:
+    """For every delta, [delta]_e / density with probability density, else 0, each entry on its own (DARE).
 
-    >>> delta = torch.tensor([1.0, 1.0, 1.0])
-    >>> drop_random(delta, lambda: lambda shape: torch.tensor([0.1, 0.6, 0.4]), density=0.5)(delta)
+    >>> delta, numbers = torch.tensor([1.0, 1.0, 1.0]), torch.tensor([0.1, 0.6, 0.4])
+    >>> drop_random([delta], [lambda: lambda shape: numbers], density=0.5)[0](delta)
     tensor([2., 0., 2.])
     """
 
-    def begin() -> Trim:
+    def begin(start: Callable[[], Stream], density: float) -> Trim:
         numbers = start()
         factor = 1 / density if rescale == "share" else 1.0
         return lambda piece: piece * _positive(density - numbers(piece.shape)).mul_(factor)
 
-    return _rescaled(begin, delta, rescale)
+    return [
+        _rescaled(partial(begin, start, _own(density, expert)), delta, rescale)
+        for expert, (delta, start) in enumerate(zip(deltas, streams, strict=True))
+    ]
 
 
 def drop_by_rank(
-    delta: Float[Tensor, "*s"], start: Callable[[], Stream], *, density: float, epsilon: float, rescale: RescaleRandom = "share"
-) -> Trim:
-    """[delta]_e / p_e with probability p_e, else 0; in every row p_e rises with the rank of |delta_e| (DELLA's MagPrune).
+    deltas: Sequence[Float[Tensor, "*s"]],
+    streams: Sequence[Callable[[], Stream]],
+    *,
+    density: PerExpert,
+    epsilon: PerExpert,
+    rescale: RescaleRandom = "share",
+) -> list[Trim]:
+    """For every delta, [delta]_e / p_e with probability p_e, else 0; p_e rises with the rank of |delta_e| in its row (DELLA's MagPrune).
 
     p_e = density + epsilon (2 r_e / (n - 1) - 1), r_e = 0 for the smallest of the n entries of a row, n - 1 for the largest. Rows run
     along the last axis; a vector is one row. epsilon is narrowed so that every p_e lies in [0, 1]: then the share that stays is density
     on average. Equal entries rank by position. The pieces must be whole rows.
     """
-    spread = min(epsilon, density, 1 - density)
 
-    def begin() -> Trim:
+    def begin(start: Callable[[], Stream], density: float, spread: float) -> Trim:
         numbers = start()
 
         def trim(piece: Tensor) -> Tensor:
@@ -157,7 +157,16 @@ def drop_by_rank(
 
         return trim
 
-    return _rescaled(begin, delta, rescale, by_row=True)
+    trims = []
+    for expert, (delta, start) in enumerate(zip(deltas, streams, strict=True)):
+        share = _own(density, expert)
+        spread = min(_own(epsilon, expert), share, 1 - share)
+        trims.append(_rescaled(partial(begin, start, share, spread), delta, rescale, by_row=True))
+    return trims
+
+
+def _own(option: PerExpert, expert: int) -> float:
+    return option[expert] if isinstance(option, list) else option
 
 
 def _count(density: float, n: int) -> int:

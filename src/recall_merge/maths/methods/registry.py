@@ -9,11 +9,10 @@ from functools import cached_property
 from types import UnionType
 from typing import Any, Literal, Protocol, TypeVar, Union, get_args, get_origin
 
-import torch
 from annotated_types import Interval
 from torch import Tensor
 
-from recall_merge.maths.trimming import Kth, TrimThreshold
+from recall_merge.maths.trimming import FindThreshold
 
 
 class MergeFunction(Protocol):
@@ -28,9 +27,6 @@ class MergeFunction(Protocol):
 
 
 PROVIDED = ("draws", "moments", "thresholds")
-
-FindThreshold = Callable[[Kth, int, torch.dtype, int, Mapping[str, Any]], TrimThreshold]
-"""(k -> k-th largest size of a delta, its number of entries, dtype, number of the expert, options) -> which sizes stay."""
 
 
 @dataclass(frozen=True)

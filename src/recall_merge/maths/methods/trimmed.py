@@ -6,11 +6,10 @@ s = sign(sum_q w_q v_q), + for an even vote. How to trim in little time and memo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 from annotated_types import Interval
 from jaxtyping import Float
 from torch import Tensor
@@ -20,7 +19,7 @@ from recall_merge.maths.consensus import agreeing, weighted_sum
 from recall_merge.maths.draws import Draws
 from recall_merge.maths.methods.options import Fraction, Scale
 from recall_merge.maths.methods.registry import method
-from recall_merge.maths.trimming import Kth, TrimThreshold, add_trimmed, drop_by_rank, drop_random, keep_largest, keep_middle, per_expert
+from recall_merge.maths.trimming import TrimThreshold, add_trimmed, drop_by_rank, drop_random, keep_sizes, largest, middle
 
 BelowOne = Annotated[float, Interval(ge=0, lt=1)]
 Density = Annotated[Fraction | list[Fraction], "share of each delta's entries that stay; one number, or one per expert"]
@@ -49,18 +48,7 @@ Mean = Annotated[
 ]
 
 
-def find_largest(kth: Kth, n: int, dtype: torch.dtype, expert: int, options: Mapping[str, Any]) -> TrimThreshold:
-    """What `keep_largest` must know of an expert's delta before spans of it can be merged."""
-    return trimming.threshold_of_largest(kth, n, dtype, trimming.value_for(options["density"], expert))
-
-
-def find_middle(kth: Kth, n: int, dtype: torch.dtype, expert: int, options: Mapping[str, Any]) -> TrimThreshold:
-    """What `keep_middle` must know of an expert's delta before spans of it can be merged."""
-    density, gamma = (trimming.value_for(options[name], expert) for name in ("density", "gamma"))
-    return trimming.threshold_of_middle(kth, n, dtype, density, gamma)
-
-
-@method("ties", source="Yadav et al. 2023, TIES-Merging, arXiv:2306.01708", find_threshold=find_largest)
+@method("ties", source="Yadav et al. 2023, TIES-Merging, arXiv:2306.01708", find_threshold=largest)
 def ties(
     base: Float[Tensor, "*s"],
     deltas: Sequence[Float[Tensor, "*s"]],
@@ -81,13 +69,11 @@ def ties(
     The sign is elected after weighting and the sum divided by the agreeing weights, as in mergekit 0.1.5; `elect` and `mean` offer peft's
     convention. So only ratios of weights matter, and a base in the pool has no say.
 
+    >>> import torch
     >>> ties(torch.zeros(3), [torch.tensor([4.0, -3.0, 1.0]), torch.tensor([1.0, 5.0, -2.0])], [0.5, 0.5], density=0.7)
     tensor([ 4.,  5., -2.])
     """
-    trims = [
-        keep_largest(delta, density=share, rescale=rescale, threshold=threshold)
-        for delta, share, threshold in per_expert(deltas, density, thresholds)
-    ]
+    trims = keep_sizes(deltas, largest, thresholds, rescale=rescale, density=density)
     return add_trimmed(base, deltas, trims, partial(agreeing, weights=weights, elect=elect, mean=mean), scale)
 
 
@@ -108,10 +94,8 @@ def dare_linear(
     The random numbers depend on seed, expert and tensor name alone. The weights sum to 1, so this is a mean of trimmed deltas; the
     paper's plain sum is scale = k.
     """
-    trims = [
-        drop_random(delta, stream, density=share, rescale=rescale) for delta, stream, share in per_expert(deltas, draws.streams, density)
-    ]
-    return add_trimmed(base, deltas, trims, partial(weighted_sum, weights=weights), scale, by_row=True)
+    trims = drop_random(deltas, draws.streams, density=density, rescale=rescale)
+    return add_trimmed(base, deltas, trims, partial(weighted_sum, weights=weights), scale)
 
 
 @method("dare_ties", source="Yu et al. 2024, Language models are super Mario, arXiv:2311.03099, with the election of arXiv:2306.01708")
@@ -134,13 +118,11 @@ def dare_ties(
     The random numbers depend on seed, expert and tensor name alone. Signs are elected after weighting and the sum is not divided
     (mean: none), as in mergekit 0.1.5: rescaling makes up for what is dropped, and dividing by the agreeing weights would do so twice.
     """
-    trims = [
-        drop_random(delta, stream, density=share, rescale=rescale) for delta, stream, share in per_expert(deltas, draws.streams, density)
-    ]
-    return add_trimmed(base, deltas, trims, partial(agreeing, weights=weights, elect=elect, mean=mean), scale, by_row=True)
+    trims = drop_random(deltas, draws.streams, density=density, rescale=rescale)
+    return add_trimmed(base, deltas, trims, partial(agreeing, weights=weights, elect=elect, mean=mean), scale)
 
 
-@method("breadcrumbs", source="Davari and Belilovsky 2024, Model Breadcrumbs, arXiv:2312.06795", find_threshold=find_middle)
+@method("breadcrumbs", source="Davari and Belilovsky 2024, Model Breadcrumbs, arXiv:2312.06795", find_threshold=middle)
 def breadcrumbs(
     base: Float[Tensor, "*s"],
     deltas: Sequence[Float[Tensor, "*s"]],
@@ -158,17 +140,14 @@ def breadcrumbs(
     (outliers) go, then the smallest, until int(density * n) are left; entries that tie with one that stays stay too.
     The weights sum to 1, so this is a mean of trimmed deltas; the paper's plain sum is scale = k.
     """
-    trims = [
-        keep_middle(delta, density=share, gamma=outliers, rescale=rescale, threshold=threshold)
-        for delta, share, outliers, threshold in per_expert(deltas, density, gamma, thresholds)
-    ]
+    trims = keep_sizes(deltas, middle, thresholds, rescale=rescale, density=density, gamma=gamma)
     return add_trimmed(base, deltas, trims, partial(weighted_sum, weights=weights), scale)
 
 
 @method(
     "breadcrumbs_ties",
     source="Davari and Belilovsky 2024, Model Breadcrumbs, arXiv:2312.06795, with the election of arXiv:2306.01708",
-    find_threshold=find_middle,
+    find_threshold=middle,
 )
 def breadcrumbs_ties(
     base: Float[Tensor, "*s"],
@@ -190,10 +169,7 @@ def breadcrumbs_ties(
     Signs are elected after weighting and the sum is not divided (mean: none), as in mergekit 0.1.5: where all agree, this is the mean of
     the trimmed deltas.
     """
-    trims = [
-        keep_middle(delta, density=share, gamma=outliers, rescale=rescale, threshold=threshold)
-        for delta, share, outliers, threshold in per_expert(deltas, density, gamma, thresholds)
-    ]
+    trims = keep_sizes(deltas, middle, thresholds, rescale=rescale, density=density, gamma=gamma)
     return add_trimmed(base, deltas, trims, partial(agreeing, weights=weights, elect=elect, mean=mean), scale)
 
 
@@ -219,10 +195,7 @@ def della(
     A = {q : sign(v_q) = s},  s = sign(sum_q w_q v_q), + where that sum is 0.
     Elected after weighting and divided by the agreeing weights, as in mergekit 0.1.5; `elect` and `mean` offer peft's convention.
     """
-    trims = [
-        drop_by_rank(delta, stream, density=share, epsilon=spread, rescale=rescale)
-        for delta, stream, share, spread in per_expert(deltas, draws.streams, density, epsilon)
-    ]
+    trims = drop_by_rank(deltas, draws.streams, density=density, epsilon=epsilon, rescale=rescale)
     return add_trimmed(base, deltas, trims, partial(agreeing, weights=weights, elect=elect, mean=mean), scale, by_row=True)
 
 
@@ -243,8 +216,5 @@ def della_linear(
     theta = theta_0 + scale * sum_q w_q v_q, with v_q the randomly trimmed delta_q of `della`.
     The weights sum to 1, so this is a mean of trimmed deltas; the paper's plain sum is scale = k.
     """
-    trims = [
-        drop_by_rank(delta, stream, density=share, epsilon=spread, rescale=rescale)
-        for delta, stream, share, spread in per_expert(deltas, draws.streams, density, epsilon)
-    ]
+    trims = drop_by_rank(deltas, draws.streams, density=density, epsilon=epsilon, rescale=rescale)
     return add_trimmed(base, deltas, trims, partial(weighted_sum, weights=weights), scale, by_row=True)
