@@ -86,19 +86,16 @@ def hidden_states_at(
             if layer in wanted:
                 states.append(reached)
             advance(1)
-    return _checked(plan, expert, torch.stack(states))
+    return check_finite(plan, expert, torch.stack(states))
 
 
 def whole_hidden_states_at(plan: Plan, expert: Expert, rule: RecallWeights, tokens: Tokens, layers: Iterable[int]) -> Tensor:
     """The same from a whole model, for architectures that cannot be run block by block."""
     from recall_merge.models.hidden_states import pooled_hidden_states
 
-    model = load_expert(plan, expert, rule)
-    return _checked(
-        plan,
-        expert,
-        pooled_hidden_states(model, tokens, plan.base.layers, at=list(layers), pooling=rule.pooling, threads=plan.threads),
-    )
+    model, at = load_expert(plan, expert, rule), list(layers)
+    states = pooled_hidden_states(model, tokens, plan.base.layers, at=at, pooling=rule.pooling, threads=plan.threads)
+    return check_finite(plan, expert, states)
 
 
 def load_expert(plan: Plan, expert: Expert, rule: RecallWeights) -> Any:
@@ -109,13 +106,8 @@ def load_expert(plan: Plan, expert: Expert, rule: RecallWeights) -> Any:
     return build_model(plan.base.folder, tensors, dtype=rule.precision, vocabulary_size=len(tensors[plan.base.embedding]))
 
 
-def _checked(plan: Plan, expert: Expert, states: Tensor) -> Tensor:
-    check_finite(plan, expert, states)
-    return states
-
-
-def check_finite(plan: Plan, expert: Expert, states: Tensor) -> None:
-    """Refuse hidden states that are not finite, and name the model and the tensor that cause them.
+def check_finite(plan: Plan, expert: Expert, states: Tensor) -> Tensor:
+    """The hidden states, refused if they are not finite; the error names the model and the tensors that cause it.
 
     Raises:
         CheckpointError: if there are any.
@@ -124,3 +116,4 @@ def check_finite(plan: Plan, expert: Expert, states: Tensor) -> None:
         refuse_nonfinite(plan)
         fix = "its weights are finite, so the forward pass overflows: check the training that made it"
         raise CheckpointError(f"expert '{expert.name}' has hidden states that are not finite", where=expert.folder, fix=fix)
+    return states

@@ -99,14 +99,14 @@ def merge(run: MergeRun, *, executor: str = LOCAL, progress: Progress | None = N
 def apply(plan: Plan, *, executor: str = LOCAL, progress: Progress | None = None, draw: Draw | None = None) -> MergeResult:
     """Carry out a plan: weights, the pass over the parameters, all files beside them, checks; then the folder takes its place."""
     memory.give_back()  # what making the plan took, such as reading tokenizers
-    progress, timings, before = progress or Silent(), Timings(), READ.total
+    progress, seconds, before = progress or Silent(), dict[str, float](), READ.total
     with OutputFolder(plan.target, overwrite=plan.run.out.overwrite) as out:
         digest = Digest()
         write = _write_here if executor == LOCAL else partial(_write_distributed, executor)
-        weights, hashes = write(plan, out.path, digest, timings, progress)
+        weights, hashes = write(plan, out.path, digest, seconds, progress)
         dtype = None if plan.run.out.dtype == "auto" else plan.run.out.dtype
         write_companions(out.path, plan.base.folder, [expert.folder for expert in plan.experts], plan.vocabulary, dtype)
-        with timings.of("check"), progress.stage("checking the result", 1, "steps") as advance:
+        with _timed(seconds, "check"), progress.stage("checking the result", 1, "steps") as advance:
             validate_output(plan, out.path)
             advance(1)
         record = {
@@ -118,12 +118,14 @@ def apply(plan: Plan, *, executor: str = LOCAL, progress: Progress | None = None
             "notes": [*plan.notes, *weights.notes],
             "bytes": {"read": READ.total - before, "written": plan.bytes_written},
             "peak_memory": peak_memory(),
-            "seconds": dict(timings.seconds),
+            "seconds": seconds,
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         plan.inputs.check()
-        if draw is not None:
-            _draw(draw, record, out.path)
+        rows = record["weights"]["rows"]
+        if draw is not None and ("similarity" in record or any(row != rows[0] for row in rows)):  # where layers differ
+            with suppress(MissingExtra):  # without the `report` extra the card has its tables alone
+                draw(record.get("similarity"), record["weights"], out.path / PICTURE)
         sources = list(dict.fromkeys(model.repo for model in plan.located.values() if model.repo))
         write_model_card(out.path, base=public_name(plan, "base"), base_folder=plan.base.folder, sources=sources, record=record)
         write_record(out.path, {**record, "files": hashes})
@@ -134,35 +136,37 @@ def apply(plan: Plan, *, executor: str = LOCAL, progress: Progress | None = None
 def merge_in_memory(plan: Plan, progress: Progress | None = None) -> tuple[dict[str, Tensor], MergeWeights]:
     """The result's tensors, by the same pass, without writing them."""
     collector = TensorCollector(plan)
-    weights = merge_into(collector, plan, Digest(), Timings(), progress or Silent())
+    weights = merge_into(collector, plan, Digest(), {}, progress or Silent())
     return collector.tensors, weights
 
 
-def merge_into(writer: Writer, plan: Plan, digest: Digest, timings: Timings, progress: Progress) -> MergeWeights:
+def merge_into(writer: Writer, plan: Plan, digest: Digest, seconds: dict[str, float], progress: Progress) -> MergeWeights:
     """Merge all tensors into a writer: by weights that are known before, or layer by layer as they become known."""
-    with timings.of("weights"):
+    with _timed(seconds, "weights"):
         start = prepare(plan, progress)
-    with timings.of("merge"), progress.stage(f"merging by {plan.name}", plan.bytes_written, "bytes") as advance:
+    with _timed(seconds, "merge"), progress.stage(f"merging by {plan.name}", plan.bytes_written, "bytes") as advance:
         if isinstance(start, MergeWeights):
             merge_tensors(plan, start, plan.specs, writer, digest, advance)
             return start
         return run_pass(plan, start, merge=lambda held, weights, names: merge_tensors(held, weights, names, writer, digest, advance))
 
 
-def _write_here(plan: Plan, folder: Path, digest: Digest, timings: Timings, progress: Progress) -> tuple[MergeWeights, dict[str, str]]:
+def _write_here(
+    plan: Plan, folder: Path, digest: Digest, seconds: dict[str, float], progress: Progress
+) -> tuple[MergeWeights, dict[str, str]]:
     """The weight files of the result.    -> the weights, and the files' hashes"""
     with WeightWriter(folder, plan.shards) as writer:
-        return merge_into(writer, plan, digest, timings, progress), writer.hashes
+        return merge_into(writer, plan, digest, seconds, progress), writer.hashes
 
 
 def _write_distributed(
-    executor: str, plan: Plan, folder: Path, digest: Digest, timings: Timings, progress: Progress
+    executor: str, plan: Plan, folder: Path, digest: Digest, seconds: dict[str, float], progress: Progress
 ) -> tuple[MergeWeights, dict[str, str]]:
     """The same by tasks. The executor closes before the folder does, so that nobody goes on writing for a merge that failed."""
     with open_executor(executor, plan.threads) as workers:
-        with timings.of("weights"):
+        with _timed(seconds, "weights"):
             weights = compute_weights_distributed(plan, workers, progress)
-        with timings.of("merge"):
+        with _timed(seconds, "merge"):
             return weights, merge_distributed(plan, weights, workers, folder, digest, progress)
 
 
@@ -185,14 +189,6 @@ def reuse(run: MergeRun) -> MergeResult | None:
     return MergeResult(plan.target, weights_from_record(record), record, tuple(record["notes"]), reused=True)
 
 
-def _draw(draw: Draw, record: Mapping[str, Any], folder: Path) -> None:
-    """The picture of the model card, where layers differ; without the `report` extra the card has its tables alone."""
-    weights = record["weights"]["rows"]
-    if "similarity" in record or any(row != weights[0] for row in weights):
-        with suppress(MissingExtra):
-            draw(record.get("similarity"), record["weights"], folder / PICTURE)
-
-
 def peak_memory() -> int:
     """Maximum bytes that this process has held since it began, whatever it did before the merge."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -209,16 +205,11 @@ def _statistics(plan: Plan, weights: MergeWeights) -> dict[str, Any]:
     return {"experts": experts, "condition": condition_numbers(plan, weights)}
 
 
-class Timings:
-    """Seconds by part of the work."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def of(self, part: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[part] = round(time.perf_counter() - start, 3)
+@contextmanager
+def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    """Add the seconds of a part of the work to `seconds`."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[part] = round(time.perf_counter() - start, 3)
