@@ -72,7 +72,7 @@ def test_commands(here, arguments, printed):
     ("arguments", "what", "fix"),
     [
         (["merge"], "no run was given", "--base"),
-        (["merge", "nothing.yaml"], "there is no such run", "YAML"),
+        (["merge", "nothing.yaml"], "this run file does not exist", "YAML"),
         (["merge", "run.yaml", "--set", "options.temprature=2"], "no option 'temprature'", "did you mean 'temperature'"),
         (["merge", "run.yaml", "--set", "metod=linear"], "unknown key 'metod'", "did you mean 'method'"),
         (["merge", "run.yaml", "--set", "seed"], "not of the form KEY=VALUE", "--set"),

@@ -28,8 +28,8 @@ from recall_merge.cli.app import app
 from recall_merge.evaluation.evaluate import evaluate
 from recall_merge.merging.distributed import ATTEMPT
 from recall_merge.merging.run import load_run
-from recall_merge.runtime.errors import CheckpointError, EngineError, MissingExtra, RunError
-from recall_merge.runtime.executor import open_executor
+from recall_merge.runtime.errors import CheckpointError, ExecutorError, MissingExtra, RunError
+from recall_merge.runtime.open_executor import open_executor
 from test_bench import ALL, questions, told
 from test_distributed import a_run, files_of, spoilt
 from test_docs import ROOT, blocks
@@ -224,17 +224,17 @@ def test_a_task_fails_with_its_own_message(cluster: Any, tmp_path: Path) -> None
         assert executor.slots == 3
         assert executor.submit("a sum", divmod, 7, 2).result() == (3, 1)
         poisoned = executor.submit("a run", load_run, tmp_path / "none.yaml")
-        with pytest.raises(RunError, match=r"^there is no such run\n  where: .*none.yaml"):
+        with pytest.raises(RunError, match=r"^this run file does not exist\n  where: .*none.yaml"):
             poisoned.result()
         with pytest.raises(ZeroDivisionError):
             executor.submit("a division", divmod, 1, 0).result()
-        with pytest.raises(EngineError, match="'an end' was given up"):  # it kills every worker that it is given to
+        with pytest.raises(ExecutorError, match="'an end' was given up"):  # it kills every worker that it is given to
             executor.submit("an end", os._exit, 3).result()
         with pytest.raises(
-            EngineError, match=r"'much' needs up to 5,000,000,000 bytes of memory; the largest node of the cluster gives 1,000"
+            ExecutorError, match=r"'much' needs up to 5,000,000,000 bytes of memory; the largest node of the cluster gives 1,000"
         ):
             executor.submit("much", divmod, 1, 1, memory=5 * 10**9)
-        with pytest.raises(EngineError, match="'wide' needs up to 2 processors; the largest node of the cluster gives 1"):
+        with pytest.raises(ExecutorError, match="'wide' needs up to 2 processors; the largest node of the cluster gives 1"):
             executor.submit("wide", divmod, 1, 1, threads=2)
 
 

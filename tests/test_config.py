@@ -146,9 +146,9 @@ def test_faults_are_told_with_their_place_and_a_fix(run, tmp_path, case):
         ("a: b: c", "this is not readable YAML"),
         ("!!python/object/apply:os.getcwd []", "this is not readable YAML"),
         ("\x00", "this is not readable YAML"),
-        ("", "a run is a mapping of keys to values"),
-        ("- base", "a run is a mapping of keys to values"),
-        ("base", "a run is a mapping of keys to values"),
+        ("", "a run file must hold a mapping of keys to values"),
+        ("- base", "a run file must hold a mapping of keys to values"),
+        ("base", "a run file must hold a mapping of keys to values"),
     ],
 )
 def test_files_that_are_no_run(tmp_path, text, what):
@@ -161,7 +161,7 @@ def test_files_that_are_no_run(tmp_path, text, what):
 
 
 def test_a_file_that_is_not_there_or_no_text(tmp_path):
-    with pytest.raises(RunError, match=r"there is no such run\n  where: .*none.yaml\n  fix: give the path of a YAML file"):
+    with pytest.raises(RunError, match=r"this run file does not exist\n  where: .*none.yaml\n  fix: give the path of a YAML file"):
         load_run(tmp_path / "none.yaml")
     (tmp_path / "run.yaml").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(RunError, match="this is not readable YAML"):

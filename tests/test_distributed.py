@@ -22,14 +22,14 @@ from recall_merge.merging.distributed import ATTEMPT, plan_for_tasks, write_shar
 from recall_merge.merging.layerwise import compute_weights
 from recall_merge.merging.plan import make_plan
 from recall_merge.models.layerwise import _Batch
-from recall_merge.runtime.errors import CheckpointError, RecallError, Unwalkable
+from recall_merge.runtime.errors import CheckpointError, NotLayerwise, RecallError
 from recall_merge.runtime.executor import Executor
-from recall_merge.runtime.local import Here
+from recall_merge.runtime.processes import ThisProcess
 from test_layerwise import ROWS
 from tiny import fine_tuned, lora, make_model, save_model, write_rows
 
 
-class Worker(Here):
+class Worker(ThisProcess):
     """This process, given and giving copies only."""
 
     slots = 2
@@ -128,7 +128,7 @@ def test_what_cannot_run_block_by_block_takes_whole_models_and_says_so(
     bases: Bases, worker: Worker, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unwalkable(batch: _Batch) -> None:
-        raise Unwalkable("its forward pass needs numbers that it does not have", fix="none")
+        raise NotLayerwise("its forward pass needs numbers that it does not have", fix="none")
 
     monkeypatch.setattr(_Batch, "go_on", unwalkable)
     base = bases("llama")

@@ -11,7 +11,7 @@ from recall_merge.merging.layerwise import compute_weights
 from recall_merge.merging.plan import make_plan
 from recall_merge.merging.tensors import TensorCollector, merge_tensors
 from recall_merge.models.layerwise import _Batch
-from recall_merge.runtime.errors import Unwalkable
+from recall_merge.runtime.errors import NotLayerwise
 from tiny import FAMILIES, fine_tuned, load_tensors, lora, make_model, make_tokenizer, save_model, write_rows
 
 ROWS = [
@@ -106,7 +106,7 @@ def test_every_model_is_read_once_and_the_newest_once_more(rows, tmp_path):
 
 def test_what_cannot_run_block_by_block_takes_whole_models_and_says_so(bases, rows, tmp_path, monkeypatch):
     def unwalkable(batch):
-        raise Unwalkable("its forward pass needs numbers that it does not have", fix="none")
+        raise NotLayerwise("its forward pass needs numbers that it does not have", fix="none")
 
     base = bases("llama")
     experts = {name: fine_tuned(base, tmp_path / name, seed=seed) for seed, name in enumerate("ab")}

@@ -11,7 +11,7 @@ from recall_merge.merging.layerwise import compute_weights
 from recall_merge.merging.plan import make_plan
 from recall_merge.merging.samples import encode_samples
 from recall_merge.models.losses import mean_loss
-from recall_merge.runtime.errors import Unwalkable
+from recall_merge.runtime.errors import NotLayerwise
 from test_layerwise import ROWS
 from tiny import FAMILIES, fine_tuned, lora, make_model, save_model, write_rows
 
@@ -65,7 +65,7 @@ def test_weights_are_the_softmax_of_negated_losses(bases, rows, tmp_path):
 
 def test_what_cannot_be_run_block_by_block_is_run_whole(bases, rows, tmp_path, monkeypatch):
     def unwalkable(*_):
-        raise Unwalkable("its forward pass needs numbers that it does not have", fix="none")
+        raise NotLayerwise("its forward pass needs numbers that it does not have", fix="none")
 
     experts = {name: fine_tuned(bases("llama"), tmp_path / name, seed=seed) for seed, name in enumerate("ab")}
     plan = a_plan(bases("llama"), experts, rows, tmp_path / "out")

@@ -1,6 +1,5 @@
 """Files of any length cost no memory beyond a bound: a file of 8 GB, of which the disk holds nothing, in the place of each sound one."""
 
-import gc
 import json
 import os
 import platform
@@ -11,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from corpus import SOUND
-from recall_merge.runtime.memory import few_searches
 
 TESTS = Path(__file__).parent
 MORE = 400_000_000  # bytes of addresses that may be taken beside those of the interpreter, with torch and all else that is imported
@@ -77,16 +75,3 @@ print(again, pages(1))
         faults[how] = [int(word) for word in ended.stdout.split()]
     assert faults["keep"][0] < 2000 < faults["not"][0]
     assert faults["keep"][1] > 1_000
-
-
-@pytest.mark.parametrize(("before", "within"), [(700, 50_000), (90_000, 90_000), (0, 0)])
-def test_python_searches_for_cycles_as_before_afterwards(before, within):
-    usual = gc.get_threshold()
-    try:
-        gc.set_threshold(before, 11, 12)
-        with pytest.raises(KeyError), few_searches():
-            assert gc.get_threshold() == (within, 11, 12)
-            raise KeyError
-        assert gc.get_threshold() == (before, 11, 12)
-    finally:
-        gc.set_threshold(*usual)

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from recall_merge.runtime.errors import DataError, Fault
-from recall_merge.runtime.local import local_engine
-from recall_merge.runtime.processes import side_by_side
+from recall_merge.runtime.processes import local_executor, side_by_side
 
 
 class Heard:
@@ -58,7 +57,7 @@ def test_a_task_has_one_thread_in_this_process_too():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with local_engine(1) as executor:
+        with local_executor(1) as executor:
             assert executor.submit("threads", torch.get_num_threads).result() == 1
             with pytest.raises(DataError):
                 executor.submit("fails", fail, 2, None).result()

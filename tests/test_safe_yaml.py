@@ -58,7 +58,7 @@ def test_many_keys_take_no_time_that_grows_with_their_square():
 
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "run.yaml")
-    with pytest.raises(NotYaml, match="it is no file"):
+    with pytest.raises(NotYaml, match="it is not a file"):
         read_yaml(tmp_path / "run.yaml")
 
 

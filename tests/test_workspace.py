@@ -130,7 +130,7 @@ def test_a_workspace_is_not_made_twice_nor_inside_its_base_nor_on_an_adapter(lla
 def test_an_init_that_was_stopped_is_done_again(llama, tmp_path):
     folder = tmp_path / "ws"
     folder.mkdir()
-    for name in ("lock", "journal.jsonl", "workspace.json.partial"):
+    for name in ("lock", "journal.jsonl", "workspace.json.0a1b2c3d.partial"):
         (folder / name).write_text("{")
     init(folder, str(llama))
     assert read_state(folder).head == 0

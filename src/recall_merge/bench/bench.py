@@ -14,7 +14,8 @@ from recall_merge.bench.run_job import do
 from recall_merge.bench.scenario import Scenario
 from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.runtime.errors import OutputError
-from recall_merge.runtime.executor import PATIENCE, Executor, check_executor, open_executor
+from recall_merge.runtime.executor import PATIENCE, Executor
+from recall_merge.runtime.open_executor import check_executor, open_executor
 
 if TYPE_CHECKING:
     from recall_merge.bench.results import Summary

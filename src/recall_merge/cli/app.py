@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import gc
 import sys
 
 import typer
@@ -32,8 +30,6 @@ for command in COMMANDS:
 
 def main() -> None:
     """Run the command. Every error that the library raises is printed; the exit status is 0 only on success."""
-    gc.set_threshold(50_000)  # imports make a million lasting objects; scanning them after every 700 new ones takes an eighth of the start
-    atexit.register(gc.freeze)  # everything left ends with the process; a last scan would take a fifth of a second
     try:
         app(prog_name="recall")
     except RecallError as error:

@@ -28,13 +28,13 @@ from recall_merge.continual.state import (
     write_state,
 )
 from recall_merge.files.adapter import is_adapter
-from recall_merge.files.durable import sync
+from recall_merge.files.durable import is_partial, sync
 from recall_merge.files.hub import locate
 from recall_merge.files.lock import Holder, holder, lock
 from recall_merge.runtime.errors import Faults, WorkspaceError
 
 S = TypeVar("S")
-LEFTOVERS = {LOCK, JOURNAL, f"{STATE}.partial"}  # of an `init` that was stopped
+LEFTOVERS = (LOCK, JOURNAL)  # of an `init` that was stopped
 
 
 def init(folder: Path, base: str, sets: Mapping[str, Any] | None = None) -> State:
@@ -191,7 +191,9 @@ def _base_model(folder: Path, reference: str) -> Model:
 def _check_free(folder: Path) -> None:
     if is_workspace(folder):
         raise WorkspaceError("there is a workspace already", where=folder, fix="choose another folder, or use this one")
-    if folder.exists() and (not folder.is_dir() or {file.name for file in folder.iterdir()} - LEFTOVERS):
+    if folder.exists() and (
+        not folder.is_dir() or any(file.name not in LEFTOVERS and not is_partial(file, folder / STATE) for file in folder.iterdir())
+    ):
         raise WorkspaceError("something else lies where the workspace is to be", where=folder, fix="choose an empty folder, or a new one")
 
 

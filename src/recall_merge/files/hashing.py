@@ -51,7 +51,6 @@ def weights_of(checkpoint: Checkpoint) -> str:
         raise CheckpointError("the model's files changed while they were read", where=checkpoint.folder, fix="wait until that is done")
     if all(started - max(mtime, ctime) / 1e9 >= SETTLED for _, _, _, mtime, ctime in before):
         with suppress(OSError):  # what cannot be remembered is read again
-            note.parent.mkdir(parents=True, exist_ok=True)
             write_whole(note, found)
     return found
 

@@ -1,8 +1,7 @@
-"""One command at a time: a lock that the system takes back when its holder ends, however it ends."""
+"""One command at a time: a lock on a file or folder that the system takes back when its holder ends, however it ends."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
@@ -12,14 +11,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
-from recall_merge.runtime.errors import WorkspaceError
+from recall_merge.runtime.errors import RecallError, WorkspaceError
 
 PATIENCE = 0.2  # seconds: `holder` takes the lock for an instant to see if it is free
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who has a lock."""
+    """The process that holds a lock."""
 
     pid: int
     command: str
@@ -30,19 +29,16 @@ class Holder:
 
 
 @contextmanager
-def lock(path: Path, command: str) -> Iterator[None]:
-    """Hold the lock file at `path`; it stays, empty, when the lock is given back.
+def lock(path: Path, command: str, *, what: str = "the workspace", error: type[RecallError] = WorkspaceError) -> Iterator[None]:
+    """Hold the lock file at `path` while `command` works on `what`; the file stays, empty, when the lock is given back.
 
     Raises:
-        WorkspaceError: if another has it, naming who.
+        RecallError: of the type `error`, if another process holds it, naming that process.
     """
     with path.open("a+", encoding="utf-8") as file:
-        deadline = time.monotonic() + PATIENCE
-        while not _take(file, fcntl.LOCK_EX):
-            if time.monotonic() > deadline:
-                who = _read(file) or "another process"
-                raise WorkspaceError(f"the workspace is in use by {who}", where=path.parent, fix="wait until it has ended, or end it")
-            time.sleep(0.01)
+        if not _take(file):
+            holder = _read_holder(file) or "another process"
+            raise error(f"{what} is in use by {holder}", where=path.parent, fix="wait until it has ended, or end it")
         file.truncate(0)
         json.dump(asdict(Holder(os.getpid(), command, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))), file)
         file.flush()
@@ -53,23 +49,31 @@ def lock(path: Path, command: str) -> Iterator[None]:
 
 
 def holder(path: Path) -> Holder | None:
-    """Who holds a lock now; None if nobody does."""
+    """The process that holds a lock now, or None."""
     if not path.exists():
         return None
     with path.open("r", encoding="utf-8") as file:
-        return None if _take(file, fcntl.LOCK_SH) else _read(file) or Holder(0, "unknown", "just now")
+        return None if _take(file) else _read_holder(file) or Holder(0, "unknown", "just now")
 
 
-def _take(file: IO[str], kind: int) -> bool:
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+def take_lock(descriptor: int) -> bool:
+    """Lock an open file or folder; False if another process holds it."""
+    from filelock import lock_descriptor
+
+    return lock_descriptor(descriptor, blocking=False)
+
+
+def _take(file: IO[str]) -> bool:
+    deadline = time.monotonic() + PATIENCE
+    while not take_lock(file.fileno()):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
     return True
 
 
-def _read(file: IO[str]) -> Holder | None:
-    """What the holder wrote; None where it has not finished writing."""
+def _read_holder(file: IO[str]) -> Holder | None:
+    """The holder as it described itself; None if it has not finished writing."""
     file.seek(0)
     try:
         return Holder(**json.load(file))

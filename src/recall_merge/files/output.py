@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from blake3 import blake3
 
 from recall_merge.files.checkpoint import INDEX, SINGLE
 from recall_merge.files.durable import sync
+from recall_merge.files.lock import take_lock
 from recall_merge.files.record import RECORD
 from recall_merge.files.safetensors import Spec, bytes_of, encode_header
 from recall_merge.runtime.errors import OutputError
@@ -133,12 +133,10 @@ class OutputFolder:
         while True:
             self.path.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not take_lock(descriptor):
                 os.close(descriptor)
                 fix = "wait until it has ended, or choose another folder for `out`"
-                raise OutputError("another process is writing this result", where=self.target, fix=fix) from None
+                raise OutputError("another process is writing this result", where=self.target, fix=fix)
             if _same(self.path, descriptor):  # and was not put in its place meanwhile
                 if _is_ours(self.path):
                     return descriptor

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recall_merge.files.checkpoint import read_json
+from recall_merge.files.durable import replacing, write_whole
 from recall_merge.files.safetensors import CODES, Spec, Stored, bytes_of, encode_header, read_header
 from recall_merge.runtime.errors import CheckpointError
 
@@ -85,16 +86,12 @@ def write_statistics(folder: Path, parts: Mapping[str, Tensor], tensors: Mapping
 
     parts = {name: tensor.to(torch.bfloat16) for name, tensor in parts.items()}
     specs = {name: Spec(CODES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape)) for name, tensor in parts.items()}
-    partial = folder / f"{WEIGHTS}.partial"
-    with partial.open("wb") as file:
+    with replacing(folder / WEIGHTS) as partial, partial.open("wb") as file:
         file.write(encode_header(specs))
         for tensor in parts.values():
             file.write(bytes_of(tensor))
-    partial.replace(folder / WEIGHTS)
     text = json.dumps({"format": FORMAT, **facts, "tensors": {name: list(entry) for name, entry in tensors.items()}}, indent=1) + "\n"
-    partial = folder / f"{STATS}.partial"
-    partial.write_text(text, "utf-8")
-    partial.replace(folder / STATS)
+    write_whole(folder / STATS, text)
     return folder / STATS
 
 

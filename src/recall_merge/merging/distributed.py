@@ -29,7 +29,7 @@ from recall_merge.merging.run import LossWeights, RecallWeights
 from recall_merge.merging.samples import choose_samples
 from recall_merge.merging.tensors import merge_tensors
 from recall_merge.merging.weights import MergeWeights, given_weights
-from recall_merge.runtime.errors import OutputError, Unwalkable
+from recall_merge.runtime.errors import NotLayerwise, OutputError
 from recall_merge.runtime.executor import PATIENCE, Executor
 from recall_merge.runtime.progress import Progress, Silent
 
@@ -171,7 +171,7 @@ def _hidden_states_by_tasks(
     notes: list[str] = []
     try:
         by_layer = states(whole=False)
-    except Unwalkable as error:
+    except NotLayerwise as error:
         notes = [whole_note(error)]
         by_layer = states(whole=True)
     for layer, reached in enumerate(by_layer):

@@ -74,7 +74,7 @@ def hidden_states_at(
     """An expert's pooled hidden states of texts at some layers, in rising order, block by block.    -> (layers, m, d), float32
 
     Raises:
-        Unwalkable: if the architecture cannot be run so.
+        NotLayerwise: if the architecture cannot be run so.
     """
     import torch
 

@@ -21,7 +21,7 @@ from recall_merge.merging.plan import Plan
 from recall_merge.merging.run import LossWeights, RecallWeights
 from recall_merge.merging.samples import choose_samples
 from recall_merge.merging.weights import MergeWeights, TypicalSamples, given_weights, weights_from_similarity
-from recall_merge.runtime.errors import Unwalkable
+from recall_merge.runtime.errors import NotLayerwise
 from recall_merge.runtime.parallel import in_order
 from recall_merge.runtime.progress import Progress, Silent
 
@@ -125,7 +125,7 @@ def hidden_states_here(plan: Plan, rule: RecallWeights, texts: Sequence[str], vi
             for layer in range(plan.base.layers.blocks + 1):
                 _visit_layer(plan, rule, forwards, tokens, layer, visit, hold=hold)
                 visited += 1
-    except Unwalkable as error:
+    except NotLayerwise as error:
         import torch
 
         left = range(visited, plan.base.layers.blocks + 1)
@@ -167,6 +167,6 @@ def _with_layer_in_memory(plan: Plan, layer: int) -> Plan:
     return replace(plan, base=held(plan.base, names), experts=tuple(experts))
 
 
-def whole_note(error: Unwalkable) -> str:
+def whole_note(error: NotLayerwise) -> str:
     """The note that whole models were run, and why."""
     return f"whole models were run, not block by block: {error.faults[0].what}"

@@ -12,7 +12,7 @@ from recall_merge.merging.plan import Plan
 from recall_merge.merging.run import LossWeights, RecallWeights
 from recall_merge.merging.samples import encode_samples
 from recall_merge.merging.weights import MergeWeights, TypicalSamples
-from recall_merge.runtime.errors import CheckpointError, Unwalkable
+from recall_merge.runtime.errors import CheckpointError, NotLayerwise
 from recall_merge.runtime.progress import Progress
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def weights_from_losses(plan: Plan, rule: LossWeights, samples: TypicalSamples, 
         with progress.stage(f"loss of {expert.name}", plan.base.layers.last + 1, "layers") as advance:
             try:
                 losses[expert.name] = _layerwise_loss(plan, expert, rows, advance)
-            except Unwalkable:
+            except NotLayerwise:
                 losses[expert.name] = mean_loss(load_expert(plan, expert, PRECISION), rows)
         if not math.isfinite(losses[expert.name]):
             raise CheckpointError(f"the loss of expert '{expert.name}' is not finite", where=expert.folder, fix="look at its training")

@@ -36,7 +36,7 @@ from recall_merge.merging.validate_output import validate_output
 from recall_merge.merging.weights import MergeWeights
 from recall_merge.runtime import memory
 from recall_merge.runtime.errors import MissingExtra, ResultError
-from recall_merge.runtime.executor import LOCAL, check_executor, open_executor
+from recall_merge.runtime.open_executor import LOCAL, check_executor, open_executor
 from recall_merge.runtime.progress import Progress, Silent
 
 if TYPE_CHECKING:

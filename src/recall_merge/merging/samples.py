@@ -11,7 +11,7 @@ from recall_merge.merging.plan import Plan
 from recall_merge.merging.run import RecallWeights
 from recall_merge.merging.weights import TypicalSample, TypicalSamples
 from recall_merge.models.tokens import EncodedRow, encode_rows, render, tokenize
-from recall_merge.runtime.errors import DataError, Unwalkable
+from recall_merge.runtime.errors import DataError, NotLayerwise
 from recall_merge.runtime.progress import Progress
 
 
@@ -46,7 +46,7 @@ def choose_samples(plan: Plan, rule: RecallWeights, progress: Progress) -> Typic
         with progress.stage(f"choosing typical samples with {newest.name}", layers[-1] + 1, "blocks") as advance:
             try:
                 states = hidden_states_at(plan, newest, rule, tokens, layers, advance)
-            except Unwalkable:
+            except NotLayerwise:
                 states = whole_hidden_states_at(plan, newest, rule, tokens, layers)
         typical = typical_samples(states.transpose(0, 1).flatten(1).numpy(), wanted.count, seed=plan.run.seed)
         chosen, sizes = list(typical.rows), list(typical.sizes)

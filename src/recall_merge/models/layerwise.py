@@ -22,7 +22,7 @@ from recall_merge.models.architecture import discard_parameters, empty_model
 from recall_merge.models.hidden_states import Pooling, find_blocks, make_batches, padded, pool
 from recall_merge.models.transformers_private import TensorLoader
 from recall_merge.runtime import memory
-from recall_merge.runtime.errors import Unwalkable
+from recall_merge.runtime.errors import NotLayerwise
 from recall_merge.runtime.parallel import in_order
 
 
@@ -186,7 +186,7 @@ class _Batch:
 
     def pause(self) -> None:
         """Let `go_on` return, and sleep until it is called again."""
-        memory.rest()
+        memory.free_mkl_buffers()
         self._stopped.release()
         self._go.acquire()
         if self._ending:
@@ -235,4 +235,4 @@ def _explain(error: Exception) -> Exception:
     if "meta" not in str(error).lower():
         return error
     what = f"its forward pass needs numbers that it does not have at that layer: {str(error).splitlines()[0]}"
-    return Unwalkable(what, fix="report the architecture: its blocks are not run one after another")
+    return NotLayerwise(what, fix="report the architecture: its blocks are not run one after another")

@@ -1,16 +1,18 @@
-"""What goes wrong, said so that a person can mend it: one tree of errors, each a list of faults."""
+"""The errors of this package: one tree, each a list of faults that say what is wrong, where, and how to fix it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
+from reprlib import Repr
 from typing import Any
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong: what it is, where it stands, and how to mend it."""
+    """One thing that is wrong: what it is, where it is, and how to fix it."""
 
     what: str
     where: str = ""
@@ -39,17 +41,17 @@ class RecallError(Exception):
         super().__init__("\n".join(str(fault) for fault in self.faults))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _again, (type(self), self.faults)  # so that it comes whole from another process
+        return _rebuild, (type(self), self.faults)  # so that it arrives whole from another process
 
 
-def _again(kind: type[RecallError], faults: tuple[Fault, ...]) -> RecallError:
+def _rebuild(kind: type[RecallError], faults: tuple[Fault, ...]) -> RecallError:
     error = kind.__new__(kind)
     RecallError.__init__(error, faults)
     return error
 
 
 class RunError(RecallError):
-    """The description of the work is wrong: an unknown key, method or option, or a value out of range."""
+    """A run or a setting is wrong: an unknown key, method or option, or a value out of range."""
 
 
 class CheckpointError(RecallError):
@@ -57,38 +59,38 @@ class CheckpointError(RecallError):
 
 
 class DataError(RecallError):
-    """Rows cannot be read or lack what is needed."""
+    """Rows cannot be read, or lack a field."""
 
 
 class OutputError(RecallError):
-    """The result cannot be written where it was asked for."""
+    """A result cannot be written to its folder."""
 
 
-class Unwalkable(CheckpointError):
-    """A model whose forward pass is no walk from block to block: it can be run as a whole only."""
+class NotLayerwise(CheckpointError):
+    """A model's forward pass does not go block by block: the model can only be run as a whole."""
 
 
 class ResultError(RecallError):
-    """A result does not pass its checks, or no longer matches its record."""
+    """A result fails its checks, or no longer matches its record."""
 
 
 class WorkspaceError(RecallError):
-    """A workspace is none, is damaged or in use, or does not allow what was asked of it."""
+    """A folder is no workspace, or a workspace is damaged, in use, or does not allow a command."""
 
 
-class EngineError(RecallError):
-    """The machines that tasks should run on cannot be reached, cannot hold them, or lost them again and again."""
+class ExecutorError(RecallError):
+    """The machines of an executor cannot be reached, are too small for a task, or lost it repeatedly."""
 
 
 class MissingExtra(RecallError):
-    """A command needs an optional part of the package that is not installed."""
+    """A command needs an extra that is not installed."""
 
     def __init__(self, extra: str, what_for: str) -> None:
         super().__init__(f"{what_for} needs packages that are not installed", fix=f"pip install 'recall-merge[{extra}]'")
 
 
 class Faults:
-    """Collects faults over many checks, so that all of them are reported at once.
+    """Collects the faults of many checks, so that all are reported at once.
 
     >>> faults = Faults()
     >>> with faults.collect():
@@ -98,18 +100,18 @@ class Faults:
     """
 
     def __init__(self) -> None:
-        self._found: list[Fault] = []
+        self._faults: list[Fault] = []
         self._first_type: type[RecallError] | None = None
 
     def add(self, what: str, *, where: object = "", fix: str = "") -> None:
         self.extend([Fault(what, str(where), fix)])
 
     def extend(self, faults: Iterable[Fault]) -> None:
-        self._found += [fault for fault in faults if fault not in self._found]
+        self._faults += [fault for fault in faults if fault not in self._faults]
 
     @contextmanager
     def collect(self) -> Iterator[None]:
-        """Keep the faults of a `RecallError` raised inside, and go on after the block."""
+        """Keep the faults of a `RecallError` raised inside the block, and go on after it."""
         try:
             yield
         except RecallError as error:
@@ -117,39 +119,35 @@ class Faults:
             self.extend(error.faults)
 
     def __iter__(self) -> Iterator[Fault]:
-        return iter(self._found)
+        return iter(self._faults)
 
     def __len__(self) -> int:
-        return len(self._found)
+        return len(self._faults)
 
     def raise_any(self, kind: type[RecallError] | None = None) -> None:
-        """Raise all that was found as one error; of `kind`, or of the type of the first error collected."""
-        if self._found:
-            raise (kind or self._first_type or RecallError)(self._found)
+        """Raise all faults as one error; of `kind`, or of the type of the first error collected."""
+        if self._faults:
+            raise (kind or self._first_type or RecallError)(self._faults)
 
 
 def short(value: object) -> str:
-    """A value as an error shows it, however long it is.
+    """A value as an error shows it, shortened if it is long.
 
     >>> short("x" * 1000) == repr("x" * 98 + "..." + "x" * 99)
     True
     """
-    import reprlib
-
-    form = reprlib.Repr()
+    form = Repr()
     form.maxstring = form.maxother = form.maxlong = 202
     form.maxlist = form.maxdict = 10
     return form.repr(value)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A suggestion for a misspelt word, with what is known.
+    """A suggestion for a misspelt word, and the list of known words.
 
     >>> did_you_mean("lineer", ["linear", "ties"])
     "did you mean 'linear'? known: linear, ties"
     """
-    from difflib import get_close_matches
-
     names = list(known)
     close = get_close_matches(word, names, n=1)
     return (f"did you mean '{close[0]}'? " if close else "") + f"known: {', '.join(names)}"

@@ -1,4 +1,4 @@
-"""Threads that do not change results: every item runs on one thread, and comes back in order."""
+"""Threads that do not change results: every item runs on one thread, and the results come in order."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ R = TypeVar("R")
 
 
 def cores() -> int:
-    """How many this process may use; where the system does not tell (macOS), how many there are."""
+    """How many processors this process may use; where the system cannot tell (macOS), how many there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def in_order(function: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
-    """Like `map`, with up to `threads` items at work and as many again finished and waiting: memory is bounded by that.
+    """Like `map`, with up to `threads` items in work and as many finished and waiting, which bounds the memory.
 
     Each item's arithmetic runs on a single thread (no parallel sums inside an operation), so the bytes of the results
     depend neither on `threads` nor on the machine's number of cores.

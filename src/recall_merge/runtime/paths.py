@@ -1,4 +1,4 @@
-"""Paths as people, and files from anywhere, write them."""
+"""Paths as they are written in files and on the command line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def path_of(text: str | Path) -> Path:
-    """`~` and `~name` are homes; where there is no such user, a name like any other."""
+    """The path of a text; `~` and `~name` mean homes, unless there is no such user."""
     try:
         return Path(text).expanduser()
     except RuntimeError:
@@ -14,7 +14,7 @@ def path_of(text: str | Path) -> Path:
 
 
 def exists(path: Path) -> bool:
-    """Whether there is such a place; a name that is too long for any is none."""
+    """Whether a path exists; False for a name that is too long for the file system."""
     try:
         return path.exists()
     except OSError:

@@ -1,4 +1,4 @@
-"""How long work tells of itself: stages, each with a total in bytes, tokens, tensors or steps. Silent unless a listener is given."""
+"""Progress of long work, in stages: each has a total in bytes, tokens, tensors or steps. Silent unless a listener is given."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Progress(Protocol):
 
 
 class Silent:
-    """Tells nobody."""
+    """A listener that does nothing."""
 
     @contextmanager
     def stage(self, label: str, total: int, unit: str) -> Iterator[Advance]:

@@ -1,4 +1,4 @@
-"""Tasks on the nodes of a Ray cluster. What a lost node or worker was doing is done again elsewhere; files lie where all nodes see them."""
+"""Tasks on the nodes of a Ray cluster. Tasks of a lost node or worker run again elsewhere; files are where all nodes see them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from recall_merge.runtime.errors import EngineError, MissingExtra
+from recall_merge.runtime.errors import ExecutorError, MissingExtra
 from recall_merge.runtime.executor import Executor
 
 R = TypeVar("R")
-RETRIES = 3  # of a task whose worker or node was lost; more than that, and it is likely the task that kills them
-STORE = 10**8  # bytes of Ray's object store where we start it: models lie in files, and only words travel
-ENDING = 30.0  # seconds within which workers that are told to end do so
+RETRIES = 3  # of a task whose worker or node was lost; after that, the task itself is likely to kill them
+STORE = 10**8  # bytes of Ray's object store if we start Ray: models stay in files, and tasks pass their paths
+ENDING = 30.0  # seconds to wait for cancelled tasks to end
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 
 
@@ -30,12 +30,12 @@ def check_installed() -> None:
 
 
 class Cluster:
-    """Tasks anywhere on the cluster."""
+    """An executor that runs tasks anywhere on the cluster."""
 
     def __init__(self, ray: Any) -> None:
         self._ray = ray
         self._task = ray.remote(max_retries=RETRIES)(_call)
-        self._at_work: dict[Future[Any], Any] = {}
+        self._running: dict[Future[Any], Any] = {}
 
     @property
     def slots(self) -> int:
@@ -44,74 +44,74 @@ class Cluster:
     def submit(self, label: str, function: Callable[..., R], *arguments: Any, memory: int = 0, threads: int = 1) -> Future[R]:
         self._check_fits(label, memory, "bytes of memory", "memory", "--memory")
         self._check_fits(label, threads, "processors", "CPU", "--num-cpus")
-        told: Future[R] = Future()
+        done: Future[R] = Future()
         task = self._task.options(name=label, num_cpus=threads, memory=memory or None, scheduling_strategy="SPREAD")
         reference = task.remote(Path.cwd(), function, arguments)
-        self._at_work[told] = reference
+        self._running[done] = reference
 
-        def finish(found: Future[Any]) -> None:
-            self._at_work.pop(told, None)
-            if (lost := found.exception()) is not None:
-                here = isinstance(lost, self._ray.exceptions.RayTaskError)  # a node that could not even begin
-                what = f"'{label}' was given up: {_lines(lost)[-1 if here else 0]}"
-                fix = "install the same recall-merge on every node" if here else "look at the memory of the nodes"
-                fix += "; what is done stays done: run this again"
-                told.set_exception(EngineError(what, where="--executor", fix=fix))
+        def finish(answer: Future[Any]) -> None:
+            self._running.pop(done, None)
+            if (lost := answer.exception()) is not None:
+                not_started = isinstance(lost, self._ray.exceptions.RayTaskError)  # a node that could not even load the function
+                what = f"'{label}' was given up: {_lines(lost)[-1 if not_started else 0]}"
+                fix = "install the same recall-merge on every node" if not_started else "look at the memory of the nodes"
+                fix += "; then run this again: finished work is kept"
+                done.set_exception(ExecutorError(what, where="--executor", fix=fix))
                 return
-            raised, value = found.result()
-            told.set_exception(raised) if raised is not None else told.set_result(value)
+            raised, value = answer.result()
+            done.set_exception(raised) if raised is not None else done.set_result(value)
 
         reference.future().add_done_callback(finish)
-        return told
+        return done
 
     def _check_fits(self, label: str, needed: int, unit: str, resource: str, flag: str) -> None:
-        """Refuse what no node can hold: Ray would wait for one for ever."""
+        """Refuse a task that no node can hold: Ray would wait for such a node forever."""
         largest = int(max((node["Resources"].get(resource, 0) for node in self._ray.nodes() if node["Alive"]), default=0))
         if needed > largest:
             what = f"'{label}' needs up to {needed:,} {unit}; the largest node of the cluster gives {largest:,}"
-            raise EngineError(what, where="--executor", fix=f"add a larger node, or start its `ray start` with a larger {flag}")
+            raise ExecutorError(what, where="--executor", fix=f"add a larger node, or start its `ray start` with a larger {flag}")
 
-    def give_up(self) -> None:
-        """End what is at work, and wait until it has ended: it might still be writing."""
-        left = dict(self._at_work)
-        for reference in left.values():
+    def cancel(self) -> None:
+        """Cancel the running tasks, and wait until they have ended: they might still be writing."""
+        running = dict(self._running)
+        for reference in running.values():
             self._ray.cancel(reference, force=True)
-        wait(left, ENDING)
+        wait(running, ENDING)
 
 
 @contextmanager
-def ray_engine(address: str | None, workers: int) -> Iterator[Executor]:
-    """Ray, started on this machine with so many workers, or the cluster at an address (`auto`: the one that this machine is a node of)."""
+def ray_executor(address: str | None, workers: int) -> Iterator[Executor]:
+    """Ray, started on this machine with `workers` processes, or the cluster at an address (`auto`: this machine's cluster)."""
     check_installed()
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     import ray
 
-    told: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": None}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": None}
     if address is None:
-        told |= {"address": "local", "num_cpus": workers, "object_store_memory": STORE, "include_dashboard": False}
+        options |= {"address": "local", "num_cpus": workers, "object_store_memory": STORE, "include_dashboard": False}
     else:
-        told |= {"address": address}
+        options |= {"address": address}
     try:
-        ray.init(**told)
+        ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         fix = "give the address of its head, as `ray start --head` prints it, or `ray://auto` on one of its nodes"
-        raise EngineError(f"there is no cluster: {_lines(error)[0]}", where="--executor", fix=fix) from error
+        raise ExecutorError(f"there is no cluster: {_lines(error)[0]}", where="--executor", fix=fix) from error
     executor = Cluster(ray)
     try:
         yield executor
     except BaseException:
-        executor.give_up()
+        executor.cancel()
         raise
     finally:
         ray.shutdown()
 
 
 def _call(folder: Path, function: Callable[..., R], arguments: tuple[Any, ...]) -> tuple[BaseException | None, R | None]:
-    """Do a task, on a worker. What it raises comes back as it is: only lost workers are Ray's to tell of.
+    """Run a task on a worker. What it raises is returned, so that Ray itself reports lost workers only.
 
     Args:
-        folder: from which relative paths are meant; where it is not on this machine, they will not be found either.
+        folder: that relative paths start from; on a machine without it, they are not found either.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""YAML from anybody: plain data only, no key twice, and bounds on size, depth and what aliases unfold to."""
+"""YAML from untrusted sources: plain data only, no duplicate keys, and limits on size, depth and the expansion of aliases."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import yaml
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 50
-MAX_NODES = 100_000  # once every alias is written out: nine lines can mean a billion of them
+MAX_NODES = 100_000  # with every alias expanded: nine lines can mean a billion of them
 
 TOO_DEEP = f"it is nested more than {MAX_DEPTH} deep"
 MERGE = "tag:yaml.org,2002:merge"  # of the key `<<`
 
 
 class NotYaml(ValueError):
-    """The text is not YAML that is read here; the message says why, in one line."""
+    """A text is not YAML, or beyond the limits; the message says why, in one line."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without surprises: a key that is given twice is refused, where YAML takes the last one without a word."""
+    """A loader that refuses duplicate keys; PyYAML silently takes the last one."""
 
     _depth = -1
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         self._depth += 1
-        if self._depth > MAX_DEPTH:  # at once: the time that PyYAML takes grows with the square of the depth
+        if self._depth > MAX_DEPTH:  # before PyYAML reads on: its time grows with the square of the depth
             raise NotYaml(TOO_DEEP)
         node = super().compose_node(parent, index)
         self._depth -= 1
@@ -36,7 +36,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != MERGE]
         seen = set()
-        for key in filter(lambda key: isinstance(key, Hashable), keys):  # YAML's own refuses the others
+        for key in filter(lambda key: isinstance(key, Hashable), keys):  # PyYAML refuses the others
             if key in seen:
                 raise yaml.YAMLError(f"the key '{key}' is given twice, in line {node.start_mark.line + 1} or below")
             seen.add(key)
@@ -48,11 +48,11 @@ def read_yaml(path: Path) -> Any:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        NotYaml: if it cannot be read, is not YAML, or is beyond the bounds.
+        NotYaml: if it cannot be read, is not YAML, or is beyond the limits.
     """
     try:
         if path.exists() and not path.is_file():
-            raise NotYaml("it is no file")
+            raise NotYaml("it is not a file")
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
         return parse_yaml(data.decode("utf-8"))
@@ -66,7 +66,7 @@ def parse_yaml(text: str) -> Any:
     """The content of YAML in a string.
 
     Raises:
-        NotYaml: if it is not YAML, or beyond the bounds.
+        NotYaml: if it is not YAML, or beyond the limits.
 
     >>> parse_yaml("{a: [1, 2.5, yes]}")
     {'a': [1, 2.5, True]}
@@ -83,26 +83,26 @@ def parse_yaml(text: str) -> Any:
             return loader.construct_document(node)
         finally:
             loader.dispose()
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # PyYAML lets through what int() and dates refuse
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # errors of int() and of dates pass through PyYAML
         raise error if isinstance(error, NotYaml) else NotYaml(" ".join(str(error).split())) from error
 
 
 def _check_bounds(root: yaml.Node) -> None:
-    """Refuse what contains itself, or unfolds to too much or too deep. Each node is looked at once, however often it is named."""
-    known: dict[int, tuple[int, int]] = {}
+    """Refuse a document that contains itself, or expands to too many nodes or levels. Each node is measured once."""
+    sizes: dict[int, tuple[int, int]] = {}
 
-    def measured(node: yaml.Node) -> tuple[int, int]:
-        """How many nodes, and how deep."""
-        if id(node) not in known:
-            known[id(node)] = (MAX_NODES, 0)  # until it is known: an alias inside of what it names is without end
+    def measure(node: yaml.Node) -> tuple[int, int]:
+        """The node's expanded size, and its depth."""
+        if id(node) not in sizes:
+            sizes[id(node)] = (MAX_NODES, 0)  # for now: an alias inside the node that it names never ends
             value = node.value if isinstance(node, yaml.CollectionNode) else []
-            parts = [measured(part) for pair in value for part in (pair if isinstance(node, yaml.MappingNode) else [pair])]
-            known[id(node)] = (1 + sum(count for count, _ in parts), 1 + max((deep for _, deep in parts), default=-1))
-        count, deep = known[id(node)]
+            parts = [measure(part) for pair in value for part in (pair if isinstance(node, yaml.MappingNode) else [pair])]
+            sizes[id(node)] = (1 + sum(count for count, _ in parts), 1 + max((deep for _, deep in parts), default=-1))
+        count, deep = sizes[id(node)]
         if count > MAX_NODES:
             raise NotYaml(f"it has more than {MAX_NODES:,} parts, or contains itself")
         if deep > MAX_DEPTH:
             raise NotYaml(TOO_DEEP)
         return count, deep
 
-    measured(root)
+    measure(root)

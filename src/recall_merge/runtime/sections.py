@@ -1,4 +1,4 @@
-"""Strict settings: sections of YAML files that refuse unknown keys, and their faults in our own words."""
+"""Strict settings: sections of YAML files that refuse unknown keys; pydantic's faults become ours."""
 
 from __future__ import annotations
 
@@ -24,38 +24,39 @@ class Section(BaseModel):
 
 
 def read_mapping(path: Path, kind: str, form: str) -> dict[str, Any]:
-    """The keys of a YAML file that describes some kind of work.
+    """The keys and values of a YAML file.
 
     Args:
-        form: the page that shows what such a file looks like.
+        kind: what the file describes: a run, a scenario.
+        form: the page that documents such files.
 
     Raises:
-        RunError: if there is no such file, or it holds no mapping.
+        RunError: if the file is missing, is not YAML, or holds no mapping.
     """
     try:
         data = read_yaml(path)
     except FileNotFoundError:
-        raise RunError(f"there is no such {kind}", where=path, fix="give the path of a YAML file") from None
+        raise RunError(f"this {kind} file does not exist", where=path, fix="give the path of a YAML file") from None
     except NotYaml as error:
         raise RunError(f"this is not readable YAML: {error}", where=path, fix=f"see {form} for the form") from error
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-        raise RunError(f"a {kind} is a mapping of keys to values", where=path, fix=f"see {form} for the form")
+        raise RunError(f"a {kind} file must hold a mapping of keys to values", where=path, fix=f"see {form} for the form")
     return data
 
 
 def parse(model: type[M], data: Any, *, where: str) -> M:
-    """Validate data, turning every fault of pydantic's into one of ours.
+    """Validate data.
 
     Raises:
-        RunError: with all of them; an unknown key comes with a suggestion.
+        RunError: with all faults; an unknown key comes with a suggestion.
     """
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise RunError(_fault(model, detail, where) for detail in error.errors()) from None
+        raise RunError(_to_fault(model, detail, where) for detail in error.errors()) from None
 
 
-def _fault(model: type[BaseModel], detail: Any, where: str) -> Fault:
+def _to_fault(model: type[BaseModel], detail: Any, where: str) -> Fault:
     named = detail["type"] in {"extra_forbidden", "missing"}  # then the last part is a key, whatever it is called
     last = len(detail["loc"]) - 1
     place = [part for at, part in enumerate(detail["loc"]) if (named and at == last) or not _is_union_branch(part)]
@@ -83,7 +84,7 @@ def _known_keys(model: type[BaseModel], place: list[Any]) -> list[str]:
 
 
 def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The sections named in an annotation, however deep: in a list, a union, an `Annotated`."""
+    """The sections that an annotation names, also inside lists, unions and `Annotated`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for inner in get_args(annotation):

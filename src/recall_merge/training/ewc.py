@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from recall_merge.files.durable import replacing
 from recall_merge.runtime.progress import Advance
 
 
@@ -109,11 +110,9 @@ def save_anchor(anchor: Anchor, path: Path) -> None:
     """Write an anchor as one safetensors file, whole or not at all."""
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".partial")
     tensors = {f"{name}.{part}": tensor.contiguous() for name, pull in anchor.items() for part, tensor in pull._asdict().items()}
-    save_file(tensors, unfinished)
-    unfinished.rename(path)
+    with replacing(path) as partial:
+        save_file(tensors, partial)
 
 
 def load_anchor(path: Path) -> Anchor:

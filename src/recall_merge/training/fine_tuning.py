@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from recall_merge.files.adapter import CONFIG, is_adapter
 from recall_merge.files.checkpoint import open_checkpoint, read_json
-from recall_merge.files.durable import write_whole
+from recall_merge.files.durable import is_partial, write_whole
 from recall_merge.files.experts import hash_file
 from recall_merge.files.output import OutputFolder
 from recall_merge.files.record import RECORD, verify_files, versions, write_record
@@ -174,7 +174,7 @@ def _open_work(work: Path, key: str) -> Path | None:
     """Make the folder of checkpoints, or find the last whole checkpoint there; those of another base, rows or settings are removed."""
     note = work / NOTE
     if work.exists():
-        if not note.is_file() and any(file.name != f"{NOTE}.partial" for file in work.iterdir()):
+        if not note.is_file() and not all(is_partial(file, note) for file in work.iterdir()):
             raise OutputError("a folder that is not ours lies where checkpoints are to be kept", where=work, fix="move it away")
         with suppress(CheckpointError):
             if read_json(note).get("key") == key:
