@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -140,6 +139,7 @@ def _files(checkpoint: Checkpoint) -> list[tuple[int, int, int, int, int]]:
 
 
 def _memory() -> Path:
-    """The user's own folder for what can be had again."""
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(home) if Path(home).is_absolute() else Path.home() / ".cache") / "recall-merge" / "contents"
+    """The user's cache folder."""
+    from platformdirs import user_cache_path
+
+    return user_cache_path("recall-merge", appauthor=False) / "contents"

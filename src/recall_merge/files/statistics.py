@@ -1,4 +1,4 @@
-"""An expert's statistics in its folder: for every linear map the second moment of its inputs on the expert's typical samples. It holds no text.
+"""An expert's input statistics: for every linear layer, the second moment of its inputs on the expert's typical samples. They hold no text.
 
 `stats.safetensors` holds, in bfloat16, for each group of maps that read the same hidden state, a factor (i, r) and a diagonal (i,),
 and for each map the squared gradients of its outputs (o,). `stats.json` says which tensors of the base belong to which group, what
