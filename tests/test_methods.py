@@ -29,8 +29,8 @@ def merge(name: str, base, deltas, weights=None, **options) -> Tensor:
     return METHODS[name].function(torch.tensor(base, dtype=torch.float32), deltas, weights, **options)
 
 
-def close(found: Tensor, expected, tolerance: float = 1e-5) -> None:
-    torch.testing.assert_close(found, torch.tensor(expected, dtype=found.dtype), rtol=tolerance, atol=tolerance)
+def close(actual: Tensor, expected, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(actual, torch.tensor(expected, dtype=actual.dtype), rtol=tolerance, atol=tolerance)
 
 
 # Sums
@@ -165,9 +165,9 @@ def test_families_are_their_trim_and_their_consensus():
     deltas = [torch.randn(3, 40, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
     base = torch.zeros(3, 40)
     dropped = [trim(delta) for trim, delta in zip(drop_random(deltas, draws.streams, density=0.5), deltas, strict=True)]
-    found = {name: METHODS[name].function(base, deltas, [0.6, 0.4], draws=draws) for name in ("dare_linear", "dare_ties")}
-    torch.testing.assert_close(found["dare_linear"], 0.6 * dropped[0] + 0.4 * dropped[1])
-    torch.testing.assert_close(found["dare_ties"], agreeing(dropped, [0.6, 0.4], mean="none"))
+    merged = {name: METHODS[name].function(base, deltas, [0.6, 0.4], draws=draws) for name in ("dare_linear", "dare_ties")}
+    torch.testing.assert_close(merged["dare_linear"], 0.6 * dropped[0] + 0.4 * dropped[1])
+    torch.testing.assert_close(merged["dare_ties"], agreeing(dropped, [0.6, 0.4], mean="none"))
     by_rank = drop_by_rank(deltas, draws.streams, density=0.5, epsilon=0.15)
     ranked = [trim(delta) for trim, delta in zip(by_rank, deltas, strict=True)]
     torch.testing.assert_close(METHODS["della"].function(base, deltas, [0.6, 0.4], draws=draws), agreeing(ranked, [0.6, 0.4]))
@@ -180,8 +180,8 @@ def test_the_sum_of_sizes_is_kept_over_the_tensor_with_the_same_numbers(name, tr
     draws = Draws(0, "w", ("a",))
     delta = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1.0], [10.0], [100.0]])
     kept = trim([delta], draws.streams, density=0.5, rescale="none")[0](delta)
-    found = METHODS[name].function(torch.zeros(3, 40), [delta], [1.0], draws=draws, rescale="l1")
-    torch.testing.assert_close(found, kept * delta.abs().sum() / kept.abs().sum())
+    merged = METHODS[name].function(torch.zeros(3, 40), [delta], [1.0], draws=draws, rescale="l1")
+    torch.testing.assert_close(merged, kept * delta.abs().sum() / kept.abs().sum())
 
 
 def test_a_family_walks_in_pieces_as_in_one(monkeypatch):
@@ -224,10 +224,10 @@ def test_nuslerp_by_rows_and_columns():
 
 def test_the_straight_line_begins_at_the_threshold():
     for cosine, straight in [(0.9996, True), (0.999, False), (-0.9996, True), (-0.999, False)]:
-        found = merge("slerp", [0.0, 0.0], [[1.0, 0.0], [cosine, math.sqrt(1 - cosine**2)]])
+        merged = merge("slerp", [0.0, 0.0], [[1.0, 0.0], [cosine, math.sqrt(1 - cosine**2)]])
         half = math.acos(cosine) / 2
         on_the_circle = [math.cos(half), math.sin(half)]
-        close(found, [math.cos(half) ** 2, math.cos(half) * math.sin(half)] if straight else on_the_circle, 2e-5)
+        close(merged, [math.cos(half) ** 2, math.cos(half) * math.sin(half)] if straight else on_the_circle, 2e-5)
 
 
 def test_nearly_parallel_or_opposite_vectors_take_the_straight_line():
@@ -273,8 +273,8 @@ def test_sce_selects_calculates_and_erases():
 def test_pcb_keeps_winners():
     # norm(|v|) = 0, 1/3, 1 in both; delta * sum = 2, 8, 32 and the same: tanh ~ 0.96, 1, 1; scores rise with size
     delta = [1.0, 2.0, 4.0]
-    found = merge("pcb", [0.0] * 3, [delta, delta], density=0.5)
-    close(found, [0.0, 0.0, 4.0])  # int(3 * 0.5) = 1 goes, the lowest that stays scores 0
+    merged = merge("pcb", [0.0] * 3, [delta, delta], density=0.5)
+    close(merged, [0.0, 0.0, 4.0])  # int(3 * 0.5) = 1 goes, the lowest that stays scores 0
     close(merge("pcb", [0.0] * 3, [delta, delta], density=1.0), [0.0, 2.0, 4.0])
     close(merge("pcb", [0.0] * 3, [delta, [-4.0, 2.0, 1.0]], density=1.0)[1:2], [2.0])
 
@@ -295,9 +295,9 @@ def test_tsv_keeps_orthogonal_experts_as_they_are():
 def test_tsv_turns_overlapping_directions_apart():
     # left vectors e1 and (e1 + e2) / sqrt 2, right vectors e1 and e2: the left ones are turned to the nearest orthogonal pair
     half = math.sqrt(0.5)
-    found = merge("tsv", [[0.0] * 2] * 2, [[[1.0, 0.0], [0.0, 0.0]], [[0.0, half], [0.0, half]]])
+    merged = merge("tsv", [[0.0] * 2] * 2, [[[1.0, 0.0], [0.0, 0.0]], [[0.0, half], [0.0, half]]])
     angle = math.pi / 8  # 45 degrees between them become 90: each turns by 22.5
-    close(found, [[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+    close(merged, [[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
 
 
 def test_tsv_cuts_each_expert_at_its_share_of_the_rank():
@@ -355,8 +355,8 @@ def test_opcm_clears_the_leading_block():
     second = torch.arange(1.0, 10.0).reshape(3, 3)
     # shares of the spectrum 3/6, 5/6, 6/6: alpha 0.9 keeps the first 2 x 2 block clear, and the diagonal everywhere
     added = first + torch.tensor([[0.0, 0.0, 3.0], [0.0, 0.0, 6.0], [7.0, 8.0, 0.0]])
-    found = merge("opcm", torch.zeros(3, 3).tolist(), [first.tolist(), second.tolist()], alpha=0.9, growth="sqrt")
-    close(found, (added / math.sqrt(2)).tolist())
+    merged = merge("opcm", torch.zeros(3, 3).tolist(), [first.tolist(), second.tolist()], alpha=0.9, growth="sqrt")
+    close(merged, (added / math.sqrt(2)).tolist())
 
 
 def test_opcm_sums_what_is_no_matrix():
@@ -386,10 +386,10 @@ def test_combined_stays_low_rank_if_all_are():
 
 def test_orthonormal_is_the_nearest_orthonormal_set():
     vectors = torch.randn(8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    found = orthonormal(vectors)
-    torch.testing.assert_close(found.T @ found, torch.eye(3, dtype=torch.float64))
+    merged = orthonormal(vectors)
+    torch.testing.assert_close(merged.T @ merged, torch.eye(3, dtype=torch.float64))
     u, _, vt = np.linalg.svd(vectors.numpy(), full_matrices=False)
-    np.testing.assert_allclose(found.numpy(), u @ vt, atol=1e-12)
+    np.testing.assert_allclose(merged.numpy(), u @ vt, atol=1e-12)
 
 
 def test_orthonormal_takes_nearly_equal_vectors_for_one_direction():
@@ -486,8 +486,8 @@ def test_regmean_without_inputs_is_the_mean_and_with_factors_the_same():
     close(regmean(torch.zeros(2, 3), [low, torch.ones(2, 3)], [0.5, 0.5], moments=[zero, zero]), ((low.dense() + 1) / 2).tolist())
     moment = torch.diag(torch.tensor([1.0, 2.0, 3.0])) + 0.1
     moments = [compress(moment, 3), compress(2 * moment, 3)]
-    found = [regmean(torch.zeros(2, 3), [delta, torch.ones(2, 3)], [0.7, 0.3], moments=moments) for delta in (low, low.dense())]
-    torch.testing.assert_close(*found)
+    merged = [regmean(torch.zeros(2, 3), [delta, torch.ones(2, 3)], [0.7, 0.3], moments=moments) for delta in (low, low.dense())]
+    torch.testing.assert_close(*merged)
     assert regmean(torch.zeros(2, 3), [low], [0.0], moments=[zero]).isfinite().all()
 
 

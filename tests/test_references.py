@@ -246,8 +246,8 @@ def test_numpy_agrees_on_aligned():
     g = torch.stack([moment.dense() for moment in moments]).double().numpy()
     g = g * (0.7 + 0.3 * np.eye(40)) / np.diagonal(g, axis1=1, axis2=2).mean(1)[:, None, None]
     expected = (w * d @ g).sum(0) @ np.linalg.inv((w * g).sum(0) + 0.01 * np.eye(40))
-    found = ours("aligned", base, deltas, [0.5, 0.3, 0.2], moments=moments, offdiagonal=0.7, ridge=0.01, scale=2.0)
-    np.testing.assert_allclose(found.numpy(), base.double().numpy() + 2 * expected, rtol=1e-4, atol=1e-5)
+    merged = ours("aligned", base, deltas, [0.5, 0.3, 0.2], moments=moments, offdiagonal=0.7, ridge=0.01, scale=2.0)
+    np.testing.assert_allclose(merged.numpy(), base.double().numpy() + 2 * expected, rtol=1e-4, atol=1e-5)
 
 
 def test_numpy_agrees_on_fisher_and_regmean():
@@ -266,8 +266,8 @@ def test_numpy_agrees_on_fisher_and_regmean():
     g = g * (0.9 + 0.1 * np.eye(40))
     full = base.double().numpy() + d  # the paper's form: (sum G)^-1 sum G W for W from the left
     expected = np.linalg.solve((w * g).sum(0), (w * g @ full.transpose(0, 2, 1)).sum(0)).T
-    found = regmean(base, deltas, [0.5, 0.3, 0.2], moments=[compress(one, 40) for one in moments])
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-3, atol=1e-4)
+    merged = regmean(base, deltas, [0.5, 0.3, 0.2], moments=[compress(one, 40) for one in moments])
+    np.testing.assert_allclose(merged.numpy(), expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("election", ["total", "frequency"])
@@ -278,8 +278,8 @@ def test_peft_agrees_on_its_ties(election):
     weights = [0.5, 0.3, 0.2]
     expected = ties(deltas, torch.tensor(weights) * 3, density=0.4, majority_sign_method=election)
     elect = {"total": "unweighted", "frequency": "count"}[election]
-    found = ours("ties", torch.zeros_like(expected), deltas, weights, density=0.4, elect=elect, mean="count")
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    merged = ours("ties", torch.zeros_like(expected), deltas, weights, density=0.4, elect=elect, mean="count")
+    torch.testing.assert_close(merged, expected, rtol=1e-5, atol=1e-6)
 
 
 # mergekit 0.1.5, in its own virtual environment (scripts/mergekit_venv.sh)
@@ -499,25 +499,25 @@ def mergekit(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRe
     ],
 )
 def test_mergekit_gives_the_same(mergekit, number, case, kind, precision):
-    found, errors = mergekit
+    theirs, errors = mergekit
     name = f"{number}/{precision}/{kind}"
     assert name not in errors, errors[name]
     base, experts, _ = same_inputs(case, precision)
     deltas = [expert.float() - base.float() for expert in experts]
     merged = ours(case.method, base.float(), deltas, WEIGHTS[kind][case.k - 2], **case.options).to(base.dtype)
-    assert found[name].dtype == merged.dtype
+    assert theirs[name].dtype == merged.dtype
     if precision == "float32":
-        torch.testing.assert_close(merged, found[name], rtol=1e-5, atol=5e-6)
+        torch.testing.assert_close(merged, theirs[name], rtol=1e-5, atol=5e-6)
     else:  # what is the same before rounding is at most one rounding apart after it, and hardly ever that
-        torch.testing.assert_close(merged, found[name], rtol=2**-7, atol=1e-5)
-        assert float((merged == found[name]).float().mean()) > 0.97
+        torch.testing.assert_close(merged, theirs[name], rtol=2**-7, atol=1e-5)
+        assert float((merged == theirs[name]).float().mean()) > 0.97
 
 
 @pytest.mark.mergekit
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DIFFERENT)
 def test_mergekit_differs_where_we_mean_to(mergekit, name):
-    found, errors = mergekit
+    theirs, errors = mergekit
     case = DIFFERENT[name]
     deltas = [torch.tensor(delta) for delta in case.deltas]
     draws: dict[str, Any] = {"draws": GivenDraws([torch.tensor(row) for row in case.numbers])} if case.numbers else {}
@@ -527,7 +527,7 @@ def test_mergekit_differs_where_we_mean_to(mergekit, name):
     if case.theirs is None:
         assert f"different/{name}" in errors
     else:
-        torch.testing.assert_close(found[f"different/{name}"], torch.tensor(case.theirs), rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(theirs[f"different/{name}"], torch.tensor(case.theirs), rtol=1e-4, atol=1e-9)
 
 
 def test_every_method_that_both_have_is_compared():

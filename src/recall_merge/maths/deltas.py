@@ -32,7 +32,7 @@ class LowRank:
         return self.up @ self.down
 
 
-Delta = Tensor | LowRank
+Delta = Float[Tensor, "*s"] | LowRank
 
 
 def dense(delta: Delta) -> Float[Tensor, "*s"]:
