@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from recall_merge.bench.bench import store_of
 from recall_merge.bench.design import Design, make_design
-from recall_merge.bench.jobs import Merged, StatisticsJob, Store, full_run
+from recall_merge.bench.jobs import Merged, StatisticsJob, Store
+from recall_merge.bench.run_job import make_run
 from recall_merge.bench.scenario import load_scenario
 from recall_merge.files.experts import own_tensors, widen
 from recall_merge.files.rows import read_rows
@@ -179,10 +180,7 @@ def plan_of(design: Design, store: Store, seed: int) -> tuple[Plan, list[Statist
     for trial in design.trials:
         model = trial.jobs[-1].model
         if trial.seed == seed and isinstance(model, Merged) and model.run["method"] == "aligned":
-            folders = {name: store.where(expert) for name, expert in model.experts}
-            statistics = {name: store.place(job) for name, job in model.statistics}
-            run = full_run(model, folders, design.base.folder, None, statistics)
-            return make_plan(run, writes=False), [job for _, job in model.statistics]
+            return make_plan(make_run(model, store), writes=False), [job for _, job in model.statistics]
     raise SystemExit("the scenario has no `aligned` among its multi-model trials")
 
 

@@ -16,10 +16,10 @@ import torch
 import yaml
 from torch import nn
 
-from recall_merge.bench.bench import bench, make_agenda, seconds_left, store_of
+from recall_merge.bench.bench import bench, make_agenda, seconds_left, store_of, write_results
 from recall_merge.bench.design import make_design
 from recall_merge.bench.jobs import Scores, Store, Trained
-from recall_merge.bench.results import Summary, summarise
+from recall_merge.bench.results import NUMBERS, SCORES, MethodResults, Results, Spread, read_results
 from recall_merge.bench.scenario import Scenario, load_scenario
 from recall_merge.runtime.errors import RecallError, RunError
 from recall_merge.training.ewc import Consolidation, Pull, anchored, fisher, penalty
@@ -72,7 +72,7 @@ ALL = [
 
 
 @pytest.fixture(scope="session")
-def finished(llama: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Scenario, Summary]:
+def finished(llama: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Scenario, Results]:
     """A bench with every baseline, run once without a stop."""
     torch.set_num_threads(1)
     scenario = Scenario.model_validate(told(llama, data, tmp_path_factory.mktemp("bench") / "out", methods=ALL))
@@ -84,31 +84,32 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_every_method_has_its_trials_and_numbers(finished: tuple[Scenario, Summary]) -> None:
+def test_every_method_has_its_trials_and_numbers(finished: tuple[Scenario, Results]) -> None:
     _, summary = finished
     assert not summary.unfinished
     trials = {row.method: row.trials for row in summary.methods}
     assert trials == {"experts": 1, "uniform": 2, "recall": 2, "sequential": 2, "ewc": 2, "replay": 2, "joint": 1}
     for row in summary.methods:
         staged = row.method not in {"experts", "joint"}
-        assert 0 <= row.mean["average_performance"] <= 1
-        assert math.isnan(row.mean["backward_transfer"]) != staged
-        assert math.isnan(row.spread["average_performance"]) != staged  # one trial has no spread
-        assert math.isnan(row.mean["unseen_delta"]) == (row.method == "experts")
+        assert 0 <= row.numbers["average_performance"].mean <= 1
+        assert math.isnan(row.numbers["backward_transfer"].mean) != staged
+        assert math.isnan(row.numbers["average_performance"].deviation) != staged  # one trial has no spread
+        assert math.isnan(row.numbers["unseen_delta"].mean) == (row.method == "experts")
         assert set(row.final) == ({"films", "dogs"} if row.method == "experts" else {"films", "dogs", "quick"})
 
 
-def test_one_task_after_another_forgets_and_an_expert_does_not(finished: tuple[Scenario, Summary]) -> None:
+def test_one_task_after_another_forgets_and_an_expert_does_not(finished: tuple[Scenario, Results]) -> None:
     _, summary = finished
     assert summary.experts == {"films": 1.0, "dogs": 1.0}
-    for one in (one for one in summary.measured if one.trial.method == "sequential"):
-        assert one.scores[1, 0] == one.scores[2, 1] == 1  # each task just after it was learnt
-        assert one.scores[2, 0] == 0 and one.numbers["backward_transfer"] == -1
-    mean = {row.method: row.mean["average_performance"] for row in summary.methods}
+    for trial in (trial for trial in summary.matrices() if trial["method"] == "sequential"):
+        assert trial["R"][1][0] == trial["R"][2][1] == 1  # each task just after it was learnt
+        assert trial["R"][2][0] == 0
+    assert set(summary.numbers["backward_transfer"][summary.numbers["method"] == "sequential"]) == {-1}
+    mean = {row.method: row.numbers["average_performance"].mean for row in summary.methods}
     assert mean["experts"] == 1 and mean["sequential"] == 0.5  # no single model can have both
 
 
-def test_experts_are_trained_once_for_all_orders_and_methods(finished: tuple[Scenario, Summary]) -> None:
+def test_experts_are_trained_once_for_all_orders_and_methods(finished: tuple[Scenario, Results]) -> None:
     scenario, _ = finished
     kinds = Counter(note["kind"] for note in store_of(scenario).notes())
     # two experts; the second stage of sequential, ewc and replay in two orders; joint. Their first stages are the experts
@@ -116,20 +117,21 @@ def test_experts_are_trained_once_for_all_orders_and_methods(finished: tuple[Sce
     assert kinds["anchor"] == 2
 
 
-def test_an_order_does_not_matter_to_a_plain_average(finished: tuple[Scenario, Summary]) -> None:
-    _, summary = finished
-    first, second = (one for one in summary.measured if one.trial.method == "uniform")
-    assert first.trial.order == second.trial.order[::-1]
-    assert first.trial.jobs[-1].key == second.trial.jobs[-1].key  # one job, so one merge
-    assert first.scores[-1].tolist() == second.scores[-1, ::-1].tolist()
+def test_an_order_does_not_matter_to_a_plain_average(finished: tuple[Scenario, Results]) -> None:
+    scenario, summary = finished
+    first, second = (trial for trial in summary.matrices() if trial["method"] == "uniform")
+    assert first["order"] == second["order"][::-1]
+    assert first["R"][-1] == second["R"][-1][::-1]
+    trials = [trial for trial in make_design(scenario).trials if trial.method == "uniform"]
+    assert len({trial.jobs[-1].key for trial in trials}) == 1  # one job, so one merge
 
 
-def test_tables_and_page_say_the_same(finished: tuple[Scenario, Summary]) -> None:
+def test_tables_and_page_say_the_same(finished: tuple[Scenario, Results]) -> None:
     from pyarrow import parquet
 
     scenario, summary = finished
     rows = read_csv(summary.folder / "scores.csv")
-    assert parquet.read_table(summary.folder / "scores.parquet").num_rows == len(rows) == len(summary.rows)
+    assert parquet.read_table(summary.folder / "scores.parquet").num_rows == len(rows) == len(summary.scores)
     # films > dogs, uniform: base on three tasks, the expert on one, the merge on three
     assert sum(row["method"] == "uniform" and row["order"] == "films > dogs" for row in rows) == 3 + 1 + 3
     matrices = json.loads((summary.folder / "R.json").read_text("utf-8"))
@@ -146,7 +148,7 @@ def test_tables_and_page_say_the_same(finished: tuple[Scenario, Summary]) -> Non
 
 
 def test_a_bench_that_was_stopped_ends_with_the_same_table(
-    finished: tuple[Scenario, Summary], llama: Path, data: Path, tmp_path: Path
+    finished: tuple[Scenario, Results], llama: Path, data: Path, tmp_path: Path
 ) -> None:
     _, whole = finished
     scenario = Scenario.model_validate(told(llama, data, tmp_path / "out", methods=ALL))
@@ -158,8 +160,8 @@ def test_a_bench_that_was_stopped_ends_with_the_same_table(
     with pytest.raises(KeyboardInterrupt):
         bench(scenario, listener=stop)
     store = store_of(scenario)
-    partly = summarise(make_design(scenario), store, tmp_path / "out")
-    assert partly.unfinished and 0 < len(partly.measured) < len(whole.measured)
+    partly = write_results(make_design(scenario), store)
+    assert partly.unfinished and 0 < len(partly.numbers) < len(whole.numbers)
     before = len(store.notes())
     heard: list[Any] = []
     bench(scenario, listener=heard.append)
@@ -170,7 +172,7 @@ def test_a_bench_that_was_stopped_ends_with_the_same_table(
     assert len(heard) == len(store.notes()) - before  # and a third time there is nothing to do
 
 
-def test_a_method_that_is_added_uses_what_is_there(finished: tuple[Scenario, Summary]) -> None:
+def test_a_method_that_is_added_uses_what_is_there(finished: tuple[Scenario, Results]) -> None:
     scenario, _ = finished
     more = Scenario.model_validate(scenario.model_dump(exclude_unset=True) | {"methods": ["ties"]})
     agenda = make_agenda(make_design(more), store_of(more))
@@ -184,7 +186,7 @@ def models(scenario: Scenario, method: str) -> list[Any]:
     return [job.model for job in trial.jobs[1:]]
 
 
-def test_replay_mixes_in_a_share_and_joint_takes_all(finished: tuple[Scenario, Summary]) -> None:
+def test_replay_mixes_in_a_share_and_joint_takes_all(finished: tuple[Scenario, Results]) -> None:
     scenario, _ = finished
     first, second = models(scenario, "replay")
     assert (len(first.rows), len(second.rows)) == (8, 8 + 2)  # a quarter of the eight rows of the task before
@@ -194,7 +196,7 @@ def test_replay_mixes_in_a_share_and_joint_takes_all(finished: tuple[Scenario, S
     assert joint.start is None and second.start is not None
 
 
-def test_a_key_knows_what_a_cell_depends_on_and_nothing_else(finished: tuple[Scenario, Summary]) -> None:
+def test_a_key_knows_what_a_cell_depends_on_and_nothing_else(finished: tuple[Scenario, Results]) -> None:
     scenario, _ = finished
     one, two = models(scenario, "sequential")
     again = Trained("another name", one.base, one.rows, one.settings)
@@ -212,11 +214,11 @@ def test_sequential_and_single_model_scenarios(start: str, llama: Path, data: Pa
     assert not summary.unfinished
     found = {(row.kind, row.method): row for row in summary.methods}
     assert set(found) == {(kind, method) for kind in ("sequential", "single-model") for method in ("experts", "linear")}
-    assert not math.isnan(found["sequential", "linear"].mean["backward_transfer"])
+    assert not math.isnan(found["sequential", "linear"].numbers["backward_transfer"].mean)
     alone = found["single-model", "linear"]
-    assert alone.trials == 2 and not math.isnan(alone.mean["unseen_delta"])
+    assert alone.trials == 2 and not math.isnan(alone.numbers["unseen_delta"].mean)
     # an average of a single expert is that expert
-    assert alone.mean["average_performance"] == found["single-model", "experts"].mean["average_performance"]
+    assert alone.numbers["average_performance"] == found["single-model", "experts"].numbers["average_performance"]
     trained = Counter(note["kind"] for note in store_of(scenario).notes())["trained"]
     assert trained == (2 if start == "base" else 3)  # from the last merge, the second expert is another
 
@@ -224,7 +226,7 @@ def test_sequential_and_single_model_scenarios(start: str, llama: Path, data: Pa
 def test_scores_before_learning_give_forward_transfer(llama: Path, data: Path, tmp_path: Path) -> None:
     changes = {"methods": ["linear"], "orders": [["films", "dogs"]], "scoring": {"unlearnt": True}}
     (row,) = bench(Scenario.model_validate(told(llama, data, tmp_path / "out", **changes))).methods
-    assert not math.isnan(row.mean["forward_transfer"])
+    assert not math.isnan(row.numbers["forward_transfer"].mean)
 
 
 def test_fisher_is_the_mean_of_squared_gradients() -> None:
@@ -271,8 +273,8 @@ def test_a_strong_penalty_holds_the_weights(llama: Path, data: Path, tmp_path: P
     def moved(method: str) -> float:
         model = next(trial for trial in design.trials if trial.method == method).jobs[-1].model
         assert isinstance(model, Trained) and model.start is not None
-        start, end = (load_file(store.place(one) / "adapter_model.safetensors") for one in (model.start, model))
-        anchor = load_file(store.place(ewc.anchor))
+        start, end = (load_file(store.path_of(one) / "adapter_model.safetensors") for one in (model.start, model))
+        anchor = load_file(store.path_of(ewc.anchor))
         return sum(
             float((anchor[f"{name.replace('.weight', '.default.weight')}.importance"] * (end[name] - start[name]) ** 2).sum())
             for name in end
@@ -341,25 +343,62 @@ def test_rows_that_the_base_cannot_read_are_told_before_any_work(llama: Path, da
 
 
 def test_one_bench_at_a_time(tmp_path: Path) -> None:
-    with Store(tmp_path).locked(), pytest.raises(RecallError, match="another bench"), Store(tmp_path).locked():
+    with Store(tmp_path).locked(), pytest.raises(RecallError, match="the bench is in use by process"), Store(tmp_path).locked():
         pass
 
 
 @pytest.mark.slow
-def test_processes_give_the_same_table(finished: tuple[Scenario, Summary], llama: Path, data: Path, tmp_path: Path) -> None:
+def test_processes_give_the_same_table(finished: tuple[Scenario, Results], llama: Path, data: Path, tmp_path: Path) -> None:
     _, whole = finished
     bench(Scenario.model_validate(told(llama, data, tmp_path / "out", methods=ALL, workers=2)))
     assert (tmp_path / "out" / "scores.csv").read_bytes() == (whole.folder / "scores.csv").read_bytes()
 
 
-def test_scores_share_questions_between_trials(finished: tuple[Scenario, Summary]) -> None:
+def test_tables_are_read_back_as_they_were_written(finished: tuple[Scenario, Results], tmp_path: Path) -> None:
+    _, whole = finished
+    again = read_results(whole.folder)
+    assert again.to_json()["methods"] == whole.to_json()["methods"] and again.matrices() == whole.matrices()
+    odd = whole.scores.head(2).assign(method=["nan", "1"], task=["NA", "null"])
+    Results(tmp_path, odd, whole.numbers).write()
+    assert list(read_results(tmp_path).scores["method"]) == ["nan", "1"]
+    assert list(read_results(tmp_path).scores["task"]) == ["NA", "null"]
+
+
+def test_mean_and_spread_by_hand(tmp_path: Path) -> None:
+    from pandas import DataFrame
+
+    named = {"kind": "multi-model", "method": "tsv", "seed": 0}
+    numbers = [
+        named | {"order": "a > b", "average_performance": 0.5, "retention": 0.25, "backward_transfer": -0.5},
+        named | {"order": "b > a", "average_performance": 0.75, "backward_transfer": -0.25},
+    ]
+    scores = [
+        named | {"order": order, "stage": stage, "task": task, "seen": stage > 0, "score": score}
+        for order, shift in (("a > b", 0.0), ("b > a", 0.5))
+        for stage, task, score in ((0, "a", 0.125), (1, "a", 1.0), (2, "a", 0.25 + shift), (2, "b", 0.5))
+    ]
+    results = Results(tmp_path, DataFrame(scores).reindex(columns=list(SCORES)), DataFrame(numbers).reindex(columns=list(NUMBERS)))
+    (row,) = results.methods
+    assert isinstance(row, MethodResults) and row.trials == 2
+    assert row.numbers["average_performance"] == Spread(0.625, pytest.approx(0.125 * 2**0.5), 2)
+    assert row.numbers["retention"].mean == 0.25 and row.numbers["retention"].trials == 1  # of the trials that have it
+    assert row.final["a"].mean == 0.5 and row.final["b"].mean == 0.5  # at the end, not after the first stage
+    assert results.numbers_table("multi-model").head == ["method", "trials", "AP", "BWT", "retention"]
+    assert list(map(str, results.numbers_table("multi-model").rows[0])) == ["tsv", "2", "0.625 ± 0.177", "-0.375 ± 0.177", "0.250"]
+    assert [list(map(str, row)) for row in results.final_table("multi-model").rows] == [
+        ["the base", "0.125", "-"],
+        ["tsv", "0.500 ± 0.354", "0.500 ± 0.000"],
+    ]
+
+
+def test_scores_share_questions_between_trials(finished: tuple[Scenario, Results]) -> None:
     scenario, _ = finished
     design = make_design(scenario)
     base = {trial.jobs[0].key for trial in design.trials}
     assert len(base) == 1 and all(isinstance(job, Scores) for trial in design.trials for job in trial.jobs)
 
 
-def test_the_command_plans_runs_and_prints(finished: tuple[Scenario, Summary], tmp_path: Path) -> None:
+def test_the_command_plans_runs_and_prints(finished: tuple[Scenario, Results], tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
     from recall_merge.cli.app import app

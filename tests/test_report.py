@@ -74,7 +74,8 @@ def write_bench(folder: Path) -> Path:
     """Tables as `recall bench` writes them: two methods on two orders, one of them unfinished."""
     folder.mkdir()
     scores = ["kind,method,seed,order,stage,learnt,task,seen,metric,score,stderr,n"]
-    numbers = ["kind,method,seed,order,average_performance,backward_transfer,forgetting,retention,unseen_delta,item_error,seconds"]
+    metrics = "average_performance,learning_accuracy,backward_transfer,forgetting,forward_transfer,retention,unseen_delta"
+    numbers = [f"kind,method,seed,order,{metrics},item_error,seconds"]
     for method, shift in (("uniform", 0.0), ("tsv <b>", 0.1)):
         for order in ("a > b", "b > a"):
             where = f"multi-model,{method},0,{order}"
@@ -82,7 +83,7 @@ def write_bench(folder: Path) -> Path:
                 for task in ("a", "b", "new"):
                     seen = "true" if task in order.split(" > ")[:stage] else "false"
                     scores.append(f"{where},{stage},,{task},{seen},acc,{0.3 + 0.1 * stage + shift},0.05,48")
-            numbers.append(f"{where},{0.5 + shift},-0.1,0.1,{0.6 + shift},{0.02 - shift},0.03,{100 + 900 * shift}")
+            numbers.append(f"{where},{0.5 + shift},,-0.1,0.1,,{0.6 + shift},{0.02 - shift},0.03,{100 + 900 * shift}")
     (folder / "scores.csv").write_text("\n".join(scores) + "\n")
     (folder / "numbers.csv").write_text("\n".join(numbers) + "\n")
     return folder

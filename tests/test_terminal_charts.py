@@ -9,10 +9,9 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from recall_merge.bench.results import MethodRow, Summary
+from recall_merge.bench.results import NUMBERS, Results
 from recall_merge.cli import bench, terminal_charts
 from recall_merge.cli.app import app
-from recall_merge.maths.metrics import FORMULAS
 from tiny import fine_tuned, write_rows
 from workspaces import make_workspace, teach, write_tasks
 
@@ -105,28 +104,30 @@ def test_status_piped_and_on_a_terminal(world, piped, monkeypatch, request):
     assert set("".join(bars)) <= set(terminal_charts.BARS + " ")
 
 
-def a_summary(folder, tasks) -> Summary:
+def bench_results(folder, tasks) -> Results:
     """Two methods: one of three trials on all tasks, one of a single trial on one of them."""
-    nan = float("nan")
-    numbers = dict.fromkeys(("average_performance", "backward_transfer", "retention"), 0.5)
-    mean = dict.fromkeys(FORMULAS, nan) | numbers
-    rows = [
-        MethodRow("multi-model", "aligned [b]", 3, mean, mean, 0.02, dict.fromkeys(tasks, 0.25), dict.fromkeys(tasks, 0.031)),
-        MethodRow("multi-model", "uniform", 1, mean, dict.fromkeys(mean, nan), 0.02, {tasks[0]: 0.75}, {tasks[0]: nan}),
-    ]
-    return Summary(folder, (), (), tuple(rows), {}, {})
+    from pandas import DataFrame
+
+    scores, numbers = [], []
+    for method, seeds, learnt in (("aligned [b]", 3, tasks), ("uniform", 1, tasks[:1])):
+        for seed in range(seeds):
+            trial = {"kind": "multi-model", "method": method, "seed": seed, "order": " > ".join(learnt)}
+            numbers.append(trial | {"average_performance": 0.5, "backward_transfer": 0.5, "retention": 0.5})
+            value = 0.25 + 0.031 * (seed - 1) if seeds > 1 else 0.75
+            scores += [trial | {"stage": len(learnt), "task": task, "seen": True, "score": value} for task in learnt]
+    return Results(folder, DataFrame(scores), DataFrame(numbers).reindex(columns=list(NUMBERS)))
 
 
 def test_bench_shows_methods_against_tasks_with_their_spread(tmp_path, piped, capsys, request):
-    summary = a_summary(tmp_path, [f"task{number}" for number in range(9)])
-    bench._show(summary, as_json=False)
+    results = bench_results(tmp_path, [f"task{number}" for number in range(9)])
+    bench._show(results, as_json=False)
     plain = capsys.readouterr().out
     assert "\x1b" not in plain
     (line,) = re.findall(r"^ method +task0.*$", plain, re.MULTILINE)  # one table, however wide
     assert "task8" in line
     assert plain.count("0.250 ± 0.031") == 9 and re.search(r"^ uniform +0\.750 +- ", plain, re.MULTILINE)
     request.getfixturevalue("terminal")
-    bench._show(summary, as_json=False)
+    bench._show(results, as_json=False)
     text = capsys.readouterr().out
     shown = ESCAPE.sub("", text)
     assert COLOUR.search(text) and fits("\n".join(line for line in text.splitlines() if "summary.md" not in line))

@@ -1,4 +1,4 @@
-"""What a scenario asks for: the trials (a method on an order with a seed), and behind each of them the jobs that it is made of."""
+"""The design of a bench: its trials (a method on an order with a seed), and the jobs that each of them is made of."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from recall_merge.bench.jobs import Anchor, Base, Merged, Model, Question, Scores, StatisticsJob, Trained
 from recall_merge.bench.scenario import BASELINES, EwcOptions, Kind, MethodEntry, ReplayOptions, Scenario
@@ -20,42 +20,40 @@ from recall_merge.runtime.errors import DataError, Faults, RunError, did_you_mea
 from recall_merge.runtime.sections import parse
 from recall_merge.training.settings import check_arguments
 
-if TYPE_CHECKING:
-    from recall_merge.maths.methods import Method
-
 
 @dataclass(frozen=True)
 class Trial:
     """One method on one order of the tasks with one seed.
 
     Attributes:
-        order: the tasks as they arrive; a method to which the order says nothing has one trial, in the order listed.
+        order: the tasks as they arrive; a method that ignores the order has one trial, in the order listed.
         scores: the jobs of scores by (stage, task); stage 0 is the base.
-        staged: it has a model after each stage, and so numbers of forgetting.
+        jobs: the same, each once, in the order of the stages.
     """
 
     kind: Kind
     method: str
     order: tuple[str, ...]
     seed: int
-    staged: bool
     scores: Mapping[tuple[int, str], Scores] = field(repr=False)
     jobs: tuple[Scores, ...] = field(repr=False)
-    """The same, by model: in the order of the stages."""
 
 
 @dataclass(frozen=True)
 class Design:
-    """A scenario with its rows read and all that it asks for."""
+    """A scenario with its rows read, and its trials.
+
+    Attributes:
+        experts: (seed, task) -> the score of that task's own expert.
+        train_rows: how many rows each task is trained on.
+    """
 
     scenario: Scenario
     trials: tuple[Trial, ...]
     questions: Mapping[str, Question]
     experts: Mapping[tuple[int, str], Scores]
-    """(seed, task) -> the score of that task's own expert."""
     base: Base
     train_rows: Mapping[str, int]
-    """How many rows each task is trained on."""
 
 
 def make_design(scenario: Scenario) -> Design:
@@ -89,14 +87,15 @@ def make_design(scenario: Scenario) -> Design:
         spec.name: Question(spec.name, tuple(spec.rows or ()), spec.metric, scenario.template, scoring.dtype, scoring.batch_size)
         for spec in specs
     }
-    maker = _Maker(scenario, base, train, questions)
-    trials = tuple(maker.trials())
-    experts = {(seed, task): maker.own_score(task, seed) for seed in scenario.seeds for task in train}
-    return Design(scenario, trials, questions, experts, base, {task: len(rows) for task, rows in train.items()})
+    jobs = _Jobs(scenario, base, train, questions)
+    experts = {
+        (seed, task): jobs.scores(f"the expert of {task}", jobs.expert(task, seed), [task]) for seed in scenario.seeds for task in train
+    }
+    return Design(scenario, tuple(jobs.trials()), questions, experts, base, {task: len(rows) for task, rows in train.items()})
 
 
 def _check_lengths(scenario: Scenario, base: Base, train: Mapping[str, Sequence[Row]], specs: Sequence[TaskSpec], faults: Faults) -> None:
-    """Whether the base can read all rows, those to train on as each way of training cuts them."""
+    """Check that the base can read all rows whole, or as each way of training cuts them."""
     from recall_merge.evaluation.scores import check_lengths, window_of
     from recall_merge.models.load import load_tokenizer
     from recall_merge.training.fine_tuning import check_rows
@@ -105,7 +104,7 @@ def _check_lengths(scenario: Scenario, base: Base, train: Mapping[str, Sequence[
         faults.extend(check_lengths(base.folder, specs, template=scenario.template))
         window = window_of(base.folder, load_tokenizer(base.folder))
         settings = [scenario.settings(entry, 0) for entry in (None, *scenario.methods)]
-        for way in {(one.max_length, str(one.arguments.get("completion_only_loss"))): one for one in settings}.values():
+        for way in {(s.max_length, str(s.arguments.get("completion_only_loss"))): s for s in settings}.values():
             for task, rows in train.items():
                 with faults.collect():
                     try:
@@ -133,39 +132,23 @@ def _check_methods(scenario: Scenario, faults: Faults) -> None:
         if entry.training:
             faults.add("a merge has no training of its own: it shares the experts", where=f"methods, {entry.name}", fix="leave it out")
         for number in sorted(_numbers_merged(scenario)):
-            with faults.collect():
-                make_rules(_stand_in(entry, number))
+            with faults.collect():  # a run of as many experts, to have the options checked before there are any
+                experts = [{"name": f"expert {i}", "path": "."} for i in range(number)]
+                make_rules(parse(MergeRun, {**_run_of(entry), "base": ".", "experts": experts}, where=f"methods, {entry.name}"))
 
 
 def _numbers_merged(scenario: Scenario) -> set[int]:
-    """How many experts a merge of this scenario has."""
-    numbers: set[int] = set()
-    if "multi-model" in scenario.kinds:
-        stages = range(2, len(scenario.tasks) + 1) if scenario.scoring.stages != "last" else [len(scenario.tasks)]
-        numbers |= set(stages) - {1}
-    if "sequential" in scenario.kinds and len(scenario.tasks) > 1:
-        numbers.add(2)
-    if "single-model" in scenario.kinds:
-        numbers.add(1)
-    return numbers
-
-
-def _stand_in(entry: MethodEntry, number: int) -> MergeRun:
-    """A run of an entry's method over so many experts, to have its options checked before there are any."""
-    experts = [{"name": f"expert {i}", "path": "."} for i in range(number)]
-    return parse(MergeRun, {**_run_of(entry), "base": ".", "experts": experts}, where=f"methods, {entry.name}")
-
-
-def _method_of(entry: MethodEntry) -> Method:
-    method = method_named(entry.method)
-    assert method is not None  # the scenario was checked
-    return method
+    """How many experts a merge of this scenario may have."""
+    count = len(scenario.tasks)
+    one_shot = [count] if scenario.scoring.stages == "last" else range(2, count + 1)
+    numbers = {"multi-model": [n for n in one_shot if n > 1], "sequential": [2] if count > 1 else [], "single-model": [1]}
+    return {number for kind in scenario.kinds for number in numbers[kind]}
 
 
 def _run_of(entry: MethodEntry) -> dict[str, Any]:
-    told = entry.model_dump(mode="json")
-    around = {key: told[key] for key in ("scale_by_layer", "prune") if told[key] is not None}
-    return {"method": entry.method, "options": entry.options, "weights": told["weights"], **around}
+    """An entry's part of a run."""
+    keys = entry.model_dump(mode="json", include={"weights", "scale_by_layer", "prune"})
+    return {"method": entry.method, "options": entry.options, **{key: value for key, value in keys.items() if value is not None}}
 
 
 def _baseline_options(entry: MethodEntry) -> EwcOptions | ReplayOptions | None:
@@ -182,115 +165,103 @@ def _baseline_options(entry: MethodEntry) -> EwcOptions | ReplayOptions | None:
     return None
 
 
-class _Maker:
+@dataclass(frozen=True)
+class _Jobs:
     """Makes the jobs of a scenario's trials."""
 
-    def __init__(self, scenario: Scenario, base: Base, train: Mapping[str, tuple[Row, ...]], questions: Mapping[str, Question]) -> None:
-        self.scenario, self.base, self.train, self.questions = scenario, base, train, questions
-        self.unseen = [task.name for task in scenario.unseen]
+    scenario: Scenario
+    base: Base
+    train: Mapping[str, tuple[Row, ...]]
+    questions: Mapping[str, Question]
 
     def trials(self) -> Iterator[Trial]:
         """The first order for every method, then the second: stopped at any time, the methods are compared on the same orders."""
-        for kind, (seed, drawn) in itertools.product(self.scenario.kinds, self._seeds()):
-            orders = [[(entry, order) for order in self._orders(entry, kind, drawn)] for entry in self.scenario.methods]
-            for round_ in itertools.zip_longest(*orders):
-                yield from (self._trial(entry, kind, order, seed) for entry, order in filter(None, round_))
-
-    def _seeds(self) -> list[tuple[int, list[tuple[str, ...]]]]:
-        """Each seed with the orders that it is tried on."""
-        orders = self.scenario.task_orders
-        if self.scenario.trials == "paired":
-            return [(seed, [order]) for seed, order in zip(self.scenario.seeds, orders, strict=True)]
-        return [(seed, orders) for seed in self.scenario.seeds]
+        seeds, drawn = self.scenario.seeds, self.scenario.task_orders
+        paired = self.scenario.trials == "paired"
+        pairs = [(s, [order]) for s, order in zip(seeds, drawn, strict=True)] if paired else [(s, drawn) for s in seeds]
+        for kind, (seed, orders) in itertools.product(self.scenario.kinds, pairs):
+            columns = [[(entry, order) for order in self._orders(entry, kind, orders)] for entry in self.scenario.methods]
+            for row in itertools.zip_longest(*columns):
+                yield from (self._trial(entry, kind, order, seed) for entry, order in filter(None, row))
 
     def _orders(self, entry: MethodEntry, kind: Kind, drawn: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-        """The orders that a method is tried on: in the single-model scenario each task alone; one where the order says nothing."""
+        """The orders that a method is tried on: in the single-model scenario each task alone; one where the order does not matter."""
         if kind == "single-model":
             return [(task,) for task in self.train] if entry.method == "experts" or not entry.is_baseline else []
         return [tuple(self.train)] if entry.method in {"experts", "joint"} else drawn
 
     def _trial(self, entry: MethodEntry, kind: Kind, order: tuple[str, ...], seed: int) -> Trial:
         last = len(order)
-        unseen = [*(task for task in self.train if task not in order), *self.unseen]
-        jobs = [self._scores("the base", self.base, [*order, *unseen])]
-        scores = {(0, task): jobs[0] for task in [*order, *unseen]}
-
-        def add(stage: int, label: str, model: Model, tasks: Sequence[str]) -> None:
-            jobs.append(self._scores(label, model, tasks))
-            scores.update({(stage, task): jobs[-1] for task in tasks})
-
+        unseen = [*(task for task in self.train if task not in order), *(task.name for task in self.scenario.unseen)]
+        scored: list[tuple[int, Scores]] = [(0, self.scores("the base", self.base, [*order, *unseen]))]
         if entry.method == "experts" and kind != "single-model":
-            for task in order:
-                add(last, f"the expert of {task}", self.expert(task, seed), [task])
-            return Trial(kind, entry.name, order, seed, False, scores, tuple(jobs))
-        if entry.method == "joint":
-            add(last, f"{entry.name}, seed {seed}", self._joint(entry, seed), [*order, *unseen])
-            return Trial(kind, entry.name, order, seed, False, scores, tuple(jobs))
-        for stage, model in enumerate(self._models(entry, kind, order, seed), start=1):
-            if tasks := self._asked(order, stage, unseen):
-                add(stage, f"{entry.name} after {' > '.join(order[:stage])}", model, tasks)
-        return Trial(kind, entry.name, order, seed, self.scenario.scoring.stages != "last" and last > 1, scores, tuple(jobs))
+            scored += [(last, self.scores(f"the expert of {task}", self.expert(task, seed), [task])) for task in order]
+        elif entry.method == "joint":
+            rows = _numbered([row for rows in self.train.values() for row in rows])
+            model = Trained(f"{entry.name}, seed {seed}", self.base, rows, self.scenario.settings(entry, seed))
+            scored.append((last, self.scores(model.label, model, [*order, *unseen])))
+        else:
+            for stage, model in enumerate(self._models(entry, kind, order, seed), start=1):
+                if tasks := self._scored_tasks(order, stage, unseen):
+                    scored.append((stage, self.scores(f"{entry.name} after {' > '.join(order[:stage])}", model, tasks)))
+        scores = {(stage, question.task): job for stage, job in scored for question in job.questions}
+        return Trial(kind, entry.name, order, seed, scores, tuple(job for _, job in scored))
 
-    def _asked(self, order: tuple[str, ...], stage: int, unseen: list[str]) -> list[str]:
+    def scores(self, label: str, model: Model, tasks: Sequence[str]) -> Scores:
+        return Scores(label, model, tuple(self.questions[task] for task in tasks))
+
+    def _scored_tasks(self, order: tuple[str, ...], stage: int, unseen: list[str]) -> list[str]:
         """The tasks that the model after a stage is scored on."""
         scoring = self.scenario.scoring
         if stage == len(order):
             return [*order, *unseen]
-        ahead = order[stage : stage + 1] if scoring.unlearnt else ()
         match scoring.stages:
             case "all":
                 return [*order[:stage], *(order[stage:] if scoring.unlearnt else ())]
             case "learnt":
-                return [order[stage - 1], *ahead]
+                return [order[stage - 1], *(order[stage : stage + 1] if scoring.unlearnt else ())]
             case "last":
                 return []
 
-    def _models(self, entry: MethodEntry, kind: Kind, order: tuple[str, ...], seed: int) -> list[Model]:
+    def _models(self, entry: MethodEntry, kind: Kind, order: tuple[str, ...], seed: int) -> Iterator[Model]:
         """The model after each stage."""
-        if entry.method in {"sequential", "ewc", "replay"}:
-            return list(self._fine_tuned(entry, order, seed))
-        if kind == "single-model":
+        if entry.is_baseline and entry.method != "experts":
+            yield from self._fine_tuned(entry, order, seed)
+        elif kind == "single-model":
             expert = self.expert(order[0], seed)
-            return [expert if entry.method == "experts" else self._merge(entry, [(order[0], expert)], seed, f"{entry.name} of {order[0]}")]
-        if kind == "multi-model":
-            return [self._one_shot(entry, order[:stage], seed) for stage in range(1, len(order) + 1)]
-        return list(self._chain(entry, order, seed))
+            yield expert if entry.method == "experts" else self._merge(entry, [(order[0], expert)], seed, f"{entry.name} of {order[0]}")
+        elif kind == "multi-model":
+            yield from (self._one_shot(entry, order[:stage], seed) for stage in range(1, len(order) + 1))
+        else:
+            yield from self._chain(entry, order, seed)
 
     def expert(self, task: str, seed: int) -> Trained:
         return Trained(f"the expert of {task}, seed {seed}", self.base, self.train[task], self.scenario.settings(None, seed))
 
-    def own_score(self, task: str, seed: int) -> Scores:
-        return self._scores(f"the expert of {task}", self.expert(task, seed), [task])
-
-    def _joint(self, entry: MethodEntry, seed: int) -> Trained:
-        rows = [row for rows in self.train.values() for row in rows]
-        return Trained(f"{entry.name}, seed {seed}", self.base, _numbered(rows), self.scenario.settings(entry, seed))
-
     def _fine_tuned(self, entry: MethodEntry, order: tuple[str, ...], seed: int) -> Iterator[Trained]:
-        """One task after another: the same adapter, or the same weights, go on."""
+        """One task after another: the same adapter, or the same weights, are trained further."""
         settings, options = self.scenario.settings(entry, seed), _baseline_options(entry)
         model: Trained | None = None
         anchor: Anchor | None = None
+        strength = 0.0
         for number, task in enumerate(order):
-            rows, label = self.train[task], f"{entry.name} after {' > '.join(order[: number + 1])}"
+            rows = self.train[task]
             if isinstance(options, ReplayOptions):
                 rows = _numbered([*rows, *(row for old in order[:number] for row in replayed(self.train[old], options.share, seed))])
             if isinstance(options, EwcOptions) and model is not None:
-                before = self.train[order[number - 1]][: options.rows]
-                anchor = Anchor(f"what {order[number - 1]} needs, {model.label}", model, before, anchor)
-                model = Trained(label, self.base, rows, settings, model, anchor, options.strength)
-            else:
-                model = Trained(label, self.base, rows, settings, model)
+                before = order[number - 1]
+                anchor = Anchor(f"what {before} needs, {model.label}", model, self.train[before][: options.rows], anchor)
+                strength = options.strength
+            model = Trained(f"{entry.name} after {' > '.join(order[: number + 1])}", self.base, rows, settings, model, anchor, strength)
             yield model
 
     def _one_shot(self, entry: MethodEntry, learnt: tuple[str, ...], seed: int) -> Model:
         """All experts so far, merged at once. A single one is the model itself: there is nothing to merge."""
         if len(learnt) == 1:
             return self.expert(learnt[0], seed)
-        experts: list[tuple[str, Model]] = [(task, self.expert(task, seed)) for task in learnt]
-        if not self._order_counts(entry):  # in the order listed, so that the same set of tasks is the same job
-            experts.sort(key=lambda expert: list(self.train).index(expert[0]))
-        return self._merge(entry, experts, seed, f"{entry.name} after {' > '.join(learnt)}")
+        # without an order of their own they come in the order listed, so that the same set of tasks is the same job
+        tasks = learnt if self._order_matters(entry) else [task for task in self.train if task in learnt]
+        return self._merge(entry, [(task, self.expert(task, seed)) for task in tasks], seed, f"{entry.name} after {' > '.join(learnt)}")
 
     def _chain(self, entry: MethodEntry, order: tuple[str, ...], seed: int) -> Iterator[Model]:
         """The last merge and the newest expert, merged."""
@@ -300,41 +271,42 @@ class _Maker:
             label = f"{entry.name} of the last merge and {task}, {' > '.join(order[: number + 1])}"
             newest: Model = self.expert(task, seed)
             if self.scenario.sequential.start == "merge":
-                base = self._whole(last)
-                newest = self._whole(replace(newest, label=f"{task} from the last merge of {entry.name}", base=base))
+                base = _whole(last)
+                newest = _whole(replace(newest, label=f"{task} from the last merge of {entry.name}", base=base))
             last = self._merge(entry, [("last", last), (task, newest)], seed, label)
             yield last
 
-    def _whole(self, model: Model) -> Base | Merged:
-        """A model with weights of its own: an adapter on its base is written out."""
-        if not isinstance(model, Trained):
-            return model
-        return Merged(f"{model.label}, written out", model.base, (("adapter", model),), {"method": "linear", "out": {"dtype": "float32"}})
-
-    def _merge(self, entry: MethodEntry, experts: list[tuple[str, Model]], seed: int, label: str) -> Merged:
+    def _merge(self, entry: MethodEntry, experts: Sequence[tuple[str, Model]], seed: int, label: str) -> Merged:
+        method = method_named(entry.method)
+        assert method is not None  # the scenario was checked
         run = {**_run_of(entry), "seed": seed, "out": {"dtype": "float32"}}
         samples = {**self.scenario.samples, "template": self.scenario.template}
-        statistics: tuple[tuple[str, StatisticsJob], ...] = ()
-        if _method_of(entry).informed:
-            trained = [(name, model) for name, model in experts if isinstance(model, Trained)]
-            statistics = tuple(
-                (name, StatisticsJob(f"the input statistics of {name}, seed {seed}", model, samples)) for name, model in trained
-            )
-        if not self._has_samples(entry):
+        statistics = tuple(
+            (name, StatisticsJob(f"the input statistics of {name}, seed {seed}", model, samples))
+            for name, model in experts
+            if method.informed and isinstance(model, Trained)
+        )
+        if not _has_samples(entry):
             return Merged(label, self.base, tuple(experts), run, statistics=statistics)
         return Merged(label, self.base, tuple(experts), {**run, "samples": samples}, self.train[experts[-1][0]], statistics)
 
-    def _has_samples(self, entry: MethodEntry) -> bool:
-        from recall_merge.maths.methods import ALIASES
+    def _order_matters(self, entry: MethodEntry) -> bool:
+        """Whether a merge depends on the order of its experts: by the method, by its weights, or by the newest one's samples."""
+        method = method_named(entry.method)
+        return (method is not None and method.ordered) or _has_samples(entry) or isinstance(entry.weights, list | ByLayer)
 
-        return entry.method in ALIASES or isinstance(entry.weights, FromHiddenStates | FromLosses)
 
-    def _order_counts(self, entry: MethodEntry) -> bool:
-        """Whether a merge of the same experts depends on their order: by the method, by its weights, or by the newest one's samples."""
-        return _method_of(entry).ordered or self._has_samples(entry) or isinstance(entry.weights, list | ByLayer)
+def _has_samples(entry: MethodEntry) -> bool:
+    from recall_merge.maths.methods import ALIASES
 
-    def _scores(self, label: str, model: Model, tasks: Sequence[str]) -> Scores:
-        return Scores(label, model, tuple(self.questions[task] for task in tasks))
+    return entry.method in ALIASES or isinstance(entry.weights, FromHiddenStates | FromLosses)
+
+
+def _whole(model: Model) -> Base | Merged:
+    """A model with weights of its own: an adapter on its base is written out."""
+    if not isinstance(model, Trained):
+        return model
+    return Merged(f"{model.label}, written out", model.base, (("adapter", model),), {"method": "linear", "out": {"dtype": "float32"}})
 
 
 def replayed(rows: Sequence[Row], share: float, seed: int) -> list[Row]:
@@ -345,9 +317,9 @@ def replayed(rows: Sequence[Row], share: float, seed: int) -> list[Row]:
     (2, True)
     """
     count = max(1, round(share * len(rows)))
-    return [rows[place] for place in sorted(random.Random(seed).sample(range(len(rows)), count))]
+    return [rows[number] for number in sorted(random.Random(seed).sample(range(len(rows)), count))]
 
 
 def _numbered(rows: Sequence[Row]) -> tuple[Row, ...]:
-    """Rows of several files as of one."""
+    """Rows of several files, numbered as if they came from one."""
     return tuple(replace(row, index=index) for index, row in enumerate(rows))

@@ -1,219 +1,266 @@
-"""From jobs to results: R of every trial, the numbers of continual learning, one tidy table of scores, a page in Markdown, pictures."""
+"""The results of a bench: a table of scores, a table of trials, and what pages and terminals print of both."""
 
 from __future__ import annotations
 
 import json
 import math
-import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from recall_merge.bench.design import Design, Trial
-from recall_merge.bench.jobs import Store
-from recall_merge.maths.metrics import FORMULAS, continual_metrics
+from recall_merge.bench.jobs import Merged, Store
+from recall_merge.files.durable import write_whole
+from recall_merge.maths.metrics import METRICS
+from recall_merge.maths.r_matrix import score_table, table_metrics
+from recall_merge.runtime.errors import DataError
 
 if TYPE_CHECKING:
-    import numpy as np
+    from pandas import DataFrame
 
-NUMBERS = tuple(FORMULAS)
-OF_STAGES = ("learning_accuracy", "backward_transfer", "forgetting", "forward_transfer")  # what a model without stages does not have
-
-
-@dataclass(frozen=True)
-class ScoreRow:
-    """One row of the tidy table: one model on one task."""
-
-    kind: str
-    method: str
-    seed: int
-    order: str
-    """The tasks as they arrive, with ' > ' between them."""
-    stage: int
-    learnt: str
-    """The task of this stage; empty for the base."""
-    task: str
-    seen: bool
-    """The model, or one that it is merged from, was trained on this task."""
-    metric: str
-    score: float
-    stderr: float | None
-    n: int
+TRIAL = {"kind": "str", "method": "str", "seed": "int64", "order": "str"}
+# stage 0 is the base; seen: the model, or one that it is merged from, was trained on the task
+SCORES = TRIAL | {"stage": "int64", "learnt": "str", "task": "str", "seen": "bool", "metric": "str"}
+SCORES |= {"score": "float64", "stderr": "float64", "n": "int64"}
+# all work behind a trial, its last merge alone, and the mean over its experts of what input statistics take
+COSTS = ("seconds", "merge_seconds", "statistics_bytes", "statistics_seconds")
+NUMBERS = TRIAL | dict.fromkeys((*METRICS, "item_error", *COSTS), "float64")
+ARROW = " > "  # between the tasks of an order
+NAN = math.nan
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A trial with its numbers; those that its scores do not give are NaN.
+class Spread(NamedTuple):
+    """A number over trials.
 
     Attributes:
-        scores: R, (T + 1, T).
-        item_error: standard error of the average performance over test items, the tasks being given.
+        mean: over the trials that have the number; NaN where none has.
+        deviation: standard deviation over them (n - 1); NaN for a single one.
     """
 
-    trial: Trial
-    scores: np.ndarray
-    numbers: Mapping[str, float]
-    item_error: float
+    mean: float = NAN
+    deviation: float = NAN
+    trials: int = 0
+    signed: bool = False
+
+    def __str__(self) -> str:
+        """
+        >>> str(Spread(0.5, 0.1, 2)), str(Spread(0.5, trials=1, signed=True)), str(Spread())
+        ('0.500 ± 0.100', '+0.500', '-')
+        """
+        if math.isnan(self.mean):
+            return "-"
+        return f"{self.mean:{'+' if self.signed else ''}.3f}" + ("" if math.isnan(self.deviation) else f" ± {self.deviation:.3f}")
 
 
 @dataclass(frozen=True)
-class MethodRow:
-    """A method's numbers over its orders and seeds."""
+class MethodResults:
+    """A method over its orders and seeds, in one kind of scenario.
+
+    Attributes:
+        numbers: by the columns of the table of trials.
+        final: the score of each task at the end, unseen ones too.
+    """
 
     kind: str
     method: str
     trials: int
-    mean: Mapping[str, float]
-    spread: Mapping[str, float]
-    """Standard deviation over the trials (n - 1); NaN for a single one."""
-    item_error: float
-    """Of the average performance: the mean over the trials, which share their test items."""
-    final: Mapping[str, float]
-    """Mean score of each task at the end, unseen ones too."""
-    final_spread: Mapping[str, float]
-    """Its standard deviation over the trials."""
+    numbers: Mapping[str, Spread]
+    final: Mapping[str, Spread]
+
+
+class Table(NamedTuple):
+    """A table to print. Each row begins with a name; `str` puts what follows in words."""
+
+    head: list[str]
+    rows: list[list[Any]]
 
 
 @dataclass(frozen=True)
-class Summary:
-    """All results of a bench, of the trials that are complete."""
+class Results:
+    """All results of a bench, of the trials that are complete.
+
+    Attributes:
+        scores: one row per score, with the columns `SCORES`.
+        numbers: one row per trial, with the columns `NUMBERS`; NaN where the scores do not give a number.
+        experts: mean over seeds of the score of each task's own expert; NaN where it is not known yet.
+        unfinished: (kind, method) -> trials that are not complete.
+    """
 
     folder: Path
-    rows: tuple[ScoreRow, ...]
-    measured: tuple[Measured, ...]
-    methods: tuple[MethodRow, ...]
-    experts: Mapping[str, float]
-    """Mean over seeds of the score of each task's own expert; NaN where it is not known yet."""
-    unfinished: Mapping[tuple[str, str], int]
-    """(kind, method) -> trials that are not complete."""
+    scores: DataFrame
+    numbers: DataFrame
+    experts: Mapping[str, float] = field(default_factory=dict)
+    unfinished: Mapping[tuple[str, str], int] = field(default_factory=dict)
+
+    @property
+    def kinds(self) -> list[str]:
+        return list(dict.fromkeys(self.numbers["kind"]))
+
+    @cached_property
+    def methods(self) -> list[MethodResults]:
+        """All methods of all kinds, in the order of the scenario."""
+        ends = self.scores[self.scores["stage"] == self.scores["order"].str.count(ARROW) + 1]
+        ends = ends[ends["seen"] | (ends["kind"] != "single-model")]  # where each task is a trial, its own score counts
+        final: dict[Any, dict[str, Spread]] = {}
+        for (kind, method, task), scores in ends.groupby(["kind", "method", "task"], sort=False)["score"]:
+            final.setdefault((kind, method), {})[task] = _spread(scores)
+        return [
+            MethodResults(*key, len(rows), {name: _spread(rows[name], name) for name in NUMBERS if name not in TRIAL}, final[key])
+            for key, rows in self.numbers.groupby(["kind", "method"], sort=False)
+        ]
+
+    def of_kind(self, kind: str) -> list[MethodResults]:
+        return [row for row in self.methods if row.kind == kind]
+
+    @property
+    def base_scores(self) -> dict[str, float]:
+        """The base's score on each task."""
+        rows = self.scores[self.scores["stage"] == 0]
+        return dict(zip(rows["task"], rows["score"], strict=True))
+
+    def known(self, kind: str) -> list[str]:
+        """The numbers of continual learning that a method has."""
+        return [name for name in METRICS if any(row.numbers[name].trials for row in self.of_kind(kind))]
+
+    def numbers_table(self, kind: str) -> Table:
+        names = self.known(kind)
+        rows = [[row.method, row.trials, *(row.numbers[name] for name in names)] for row in self.of_kind(kind)]
+        return Table(["method", "trials", *(METRICS[name].short for name in names)], rows)
+
+    def final_table(self, kind: str) -> Table:
+        """The score of each task at the end and, for the base, before: the tasks that are learnt first, then the others."""
+        learnt = set(self.scores["task"][self.scores["seen"]])
+        finals = {"the base": {task: Spread(score, trials=1) for task, score in self.base_scores.items()}}
+        finals |= {row.method: row.final for row in self.of_kind(kind)}
+        tasks = sorted(dict.fromkeys(task for final in finals.values() for task in final), key=lambda task: task not in learnt)
+        head = ["method", *(task if task in learnt else f"{task} (unseen)" for task in tasks)]
+        return Table(head, [[name, *(final.get(task, Spread()) for task in tasks)] for name, final in finals.items()])
+
+    def costs_table(self, kind: str) -> Table:
+        """What the last merges took, and the input statistics that they were made by."""
+        rows = []
+        for row in self.of_kind(kind):
+            merge, size, seconds = (row.numbers[name].mean for name in COSTS[1:])
+            if not math.isnan(merge):
+                statistics = ["-", "-"] if math.isnan(size) else [f"{size / 1e6:.1f} MB", f"{seconds:.0f} s"]
+                rows.append([row.method, f"{merge:.1f} s", *statistics])
+        return Table(["method", "weights and merge", "input statistics", "made in"], rows)
+
+    def item_errors(self, kind: str) -> list[float]:
+        """The standard error of each method's average performance over test items."""
+        return [row.numbers["item_error"].mean for row in self.of_kind(kind) if row.numbers["item_error"].trials]
+
+    def matrices(self) -> list[dict[str, Any]]:
+        """R of every trial: a row per stage from the base on, a column per task in the order of learning; None where no score was taken."""
+        found = []
+        for (kind, method, seed, order), rows in self.scores.groupby(list(TRIAL), sort=False):
+            tasks = order.split(ARROW)
+            taken = dict(zip(zip(rows["stage"], rows["task"], strict=True), rows["score"], strict=True))
+            r = score_table(taken, tasks, experts={})[:-1].tolist()
+            values = [[_known(round(score, 6)) for score in row] for row in r]
+            found.append({"kind": kind, "method": method, "seed": seed, "order": tasks, "stages": ["base", *tasks], "R": values})
+        return found
+
+    def write(self) -> None:
+        """Write `scores` and `numbers` as CSV and Parquet, where an unknown number is empty, and `R.json`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name, table in (("scores", self.scores), ("numbers", self.numbers)):
+            table.to_parquet(self.folder / f"{name}.parquet", index=False)
+            table.to_csv(self.folder / f"{name}.csv", index=False)
+        write_whole(self.folder / "R.json", json.dumps(self.matrices(), indent=1) + "\n")
 
     def to_json(self) -> dict[str, Any]:
+        def plain(numbers: Mapping[str, Spread]) -> dict[str, Any]:
+            return {name: {key: _known(value) for key, value in spread._asdict().items()} for name, spread in numbers.items()}
+
         return {
             "folder": str(self.folder),
-            "methods": [_plain(asdict(row)) for row in self.methods],
-            "experts": _plain(dict(self.experts)),
+            "methods": [vars(row) | {"numbers": plain(row.numbers), "final": plain(row.final)} for row in self.methods],
+            "experts": {task: _known(score) for task, score in self.experts.items()},
             "unfinished": [{"kind": kind, "method": method, "trials": left} for (kind, method), left in self.unfinished.items()],
         }
 
 
-def summarise(design: Design, store: Store, folder: Path, *, command: str = "") -> Summary:
-    """Write the results of all trials that are complete: `scores` and `numbers` as CSV and Parquet, `R.json`, `summary.md`, pictures."""
-    from recall_merge.bench.markdown import write_page
+def gather(design: Design, store: Store, folder: Path) -> Results:
+    """The results of all trials that are complete."""
+    from pandas import DataFrame
 
-    complete = [trial for trial in design.trials if not any(store.missing(job) for job in trial.jobs)]
-    rows = [row for trial in complete for row in _score_rows(trial, design, store)]
-    experts = {key: _expert(key, design, store) for key in design.experts}
-    measured = [_measure(trial, design, store, experts) for trial in complete]
-    unfinished: dict[tuple[str, str], int] = {}
-    for trial in design.trials:
-        if trial not in complete:
-            unfinished[trial.kind, trial.method] = unfinished.get((trial.kind, trial.method), 0) + 1
-    means = {task: _mean([score for (_, name), score in experts.items() if name == task]) for task in dict.fromkeys(t for _, t in experts)}
-    summary = Summary(folder, tuple(rows), tuple(measured), tuple(_methods(measured, rows)), means, unfinished)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_table(folder / "scores", [asdict(row) for row in rows])
-    _write_table(folder / "numbers", [_number_row(one, store.seconds(one.trial.jobs)) for one in measured])
-    (folder / "R.json").write_text(json.dumps([_matrix(one) for one in measured], indent=1) + "\n", "utf-8")
-    write_page(summary, design, store, command)
-    return summary
-
-
-def _score_rows(trial: Trial, design: Design, store: Store) -> list[ScoreRow]:
-    rows = []
-    for (stage, task), job in trial.scores.items():
-        score = store.score(job, design.questions[task])
-        learnt = trial.order[stage - 1] if stage else ""
-        # a model without stages is there at the end, with all tasks in it
-        seen = task in trial.order[:stage]
-        told = (score["metric"], score["score"], score["stderr"], score["n"])
-        rows.append(ScoreRow(trial.kind, trial.method, trial.seed, " > ".join(trial.order), stage, learnt, task, seen, *told))
-    return rows
-
-
-def _expert(key: tuple[int, str], design: Design, store: Store) -> float:
-    job = design.experts[key]
-    return float("nan") if store.missing(job) else store.score(job, design.questions[key[1]])["score"]
-
-
-def _measure(trial: Trial, design: Design, store: Store, experts: Mapping[tuple[int, str], float]) -> Measured:
-    import numpy as np
-
-    last = len(trial.order)
-
-    def taken(stage: int, task: str) -> dict[str, Any]:
-        job = trial.scores.get((stage, task))
-        return store.score(job, design.questions[task]) if job is not None else {"score": float("nan"), "stderr": float("nan")}
-
-    scores = np.array([[taken(stage, task)["score"] for task in trial.order] for stage in range(last + 1)], dtype=np.float64)
-    unseen = [task for stage, task in trial.scores if stage == last and task not in trial.order]
-    ends = tuple([taken(stage, task)["score"] for task in unseen] for stage in (0, last))
-    own = [experts[trial.seed, task] for task in trial.order]
-    numbers = continual_metrics(scores, experts=own, unseen=(ends[0], ends[1]) if unseen else None)
-    for name in NUMBERS:
-        if name not in numbers or (name in OF_STAGES and not trial.staged):
-            numbers[name] = float("nan")
-    errors = [taken(last, task)["stderr"] for task in trial.order]
-    known = [float("nan") if error is None else error for error in errors]
-    return Measured(trial, scores, numbers, math.sqrt(sum(error**2 for error in known)) / last)
-
-
-def _methods(measured: Sequence[Measured], rows: Sequence[ScoreRow]) -> list[MethodRow]:
-    found = []
-    for kind, method in dict.fromkeys((one.trial.kind, one.trial.method) for one in measured):
-        own = [one for one in measured if (one.trial.kind, one.trial.method) == (kind, method)]
-        values = {name: [one.numbers[name] for one in own] for name in NUMBERS}
-        last = [row for row in rows if (row.kind, row.method) == (kind, method) and row.stage == len(row.order.split(" > "))]
-        if kind == "single-model":
-            last = [row for row in last if row.seen or " > " in row.order]
-        tasks = dict.fromkeys(row.task for row in last)
-        ends = {task: [row.score for row in last if row.task == task] for task in tasks}
-        final, final_spread = ({task: of(scores) for task, scores in ends.items()} for of in (_mean, _spread))
-        mean = {name: _mean(numbers) for name, numbers in values.items()}
-        spread = {name: _spread(numbers) for name, numbers in values.items()}
-        found.append(MethodRow(kind, method, len(own), mean, spread, _mean([one.item_error for one in own]), final, final_spread))
-    return found
-
-
-def _mean(values: Sequence[float]) -> float:
-    return statistics.fmean(values) if values else float("nan")
-
-
-def _spread(values: Sequence[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 and not any(map(math.isnan, values)) else float("nan")
-
-
-def _number_row(one: Measured, seconds: float | None) -> dict[str, Any]:
-    trial = one.trial
-    where = {"kind": trial.kind, "method": trial.method, "seed": trial.seed, "order": " > ".join(trial.order)}
-    return {**where, **{name: one.numbers[name] for name in NUMBERS}, "item_error": one.item_error, "seconds": seconds}
-
-
-def _matrix(one: Measured) -> dict[str, Any]:
-    trial = one.trial
-    rows = [[None if math.isnan(score) else round(score, 6) for score in row] for row in one.scores.tolist()]
-    return {
-        "kind": trial.kind,
-        "method": trial.method,
-        "seed": trial.seed,
-        "order": list(trial.order),
-        "stages": ["base", *trial.order],
-        "R": rows,
+    unfinished = Counter[tuple[str, str]]()
+    own = {
+        (seed, task): NAN if store.missing(job) else store.score(job, design.questions[task])["score"]
+        for (seed, task), job in design.experts.items()
     }
+    scores: list[dict[str, Any]] = []
+    numbers: list[dict[str, Any]] = []
+    for trial in design.trials:
+        if any(store.missing(job) for job in trial.jobs):
+            unfinished[trial.kind, trial.method] += 1
+            continue
+        named = {"kind": trial.kind, "method": trial.method, "seed": trial.seed, "order": ARROW.join(trial.order)}
+        taken = {(stage, task): store.score(job, design.questions[task]) for (stage, task), job in trial.scores.items()}
+        for (stage, task), score in taken.items():
+            at = {"stage": stage, "learnt": trial.order[stage - 1] if stage else "", "task": task, "seen": task in trial.order[:stage]}
+            scores.append(named | at | {key: score[key] for key in ("metric", "score", "stderr", "n")})
+        numbers.append(named | _metrics(trial, taken, {task: own[trial.seed, task] for task in trial.order}) | _costs(trial, store))
+    tables = (DataFrame(rows, columns=list(types)).astype(types) for rows, types in ((scores, SCORES), (numbers, NUMBERS)))
+    experts = {name: [score for (_, task), score in own.items() if task == name] for _, name in own}
+    return Results(folder, *tables, {task: sum(values) / len(values) for task, values in experts.items()}, unfinished)
 
 
-def _write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """The same table as Parquet and as CSV, where a number that is not known is empty."""
-    import pyarrow
-    from pyarrow import csv, parquet
+def read_results(folder: Path) -> Results:
+    """The results in a folder, from its tables.
 
-    table = pyarrow.Table.from_pylist([_plain(row) for row in rows])
-    parquet.write_table(table, path.with_suffix(".parquet"))
-    csv.write_csv(table, path.with_suffix(".csv"))
+    Raises:
+        DataError: if a table cannot be read, or lacks a column.
+    """
+    return Results(folder, _read(folder / "scores.csv", SCORES), _read(folder / "numbers.csv", NUMBERS))
 
 
-def _plain(value: Any) -> Any:
-    """NaN as None, also inside."""
-    if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
+def _read(path: Path, types: Mapping[str, str]) -> DataFrame:
+    import pandas
+
+    empty = {name: [""] for name, kind in types.items() if kind == "float64"}  # no other: a method may be named 'nan'
+    fix = "write it again: recall bench SCENARIO.yaml --summary"
+    try:
+        rows = pandas.read_csv(path, dtype=dict(types), keep_default_na=False, na_values=empty)
+    except (OSError, ValueError) as error:
+        raise DataError(f"this table cannot be read: {error}", where=path, fix=fix) from error
+    if missing := sorted({name for name in types if name not in COSTS} - set(rows)):
+        raise DataError(f"the table lacks the column '{missing[0]}'", where=path, fix=fix)
+    return rows.reindex(columns=list(types))
+
+
+def _metrics(trial: Trial, taken: Mapping[tuple[int, str], Mapping[str, Any]], experts: Mapping[str, float]) -> dict[str, float]:
+    """The numbers of a trial; those that need stages only where a model between the base and the last was scored."""
+    last = len(trial.order)
+    unseen = [task for stage, task in taken if stage == last and task not in trial.order]
+    table = score_table({key: score["score"] for key, score in taken.items()}, trial.order, experts=experts, unseen=unseen)
+    staged = any(0 < stage < last for stage, _ in taken)
+    numbers = {name: NAN if METRICS[name].needs_stages and not staged else value for name, value in table_metrics(table).items()}
+    errors = [taken[last, task]["stderr"] for task in trial.order]
+    return numbers | {"item_error": NAN if None in errors else math.hypot(*errors) / last}
+
+
+def _costs(trial: Trial, store: Store) -> dict[str, float | None]:
+    """The columns `COSTS`, as far as they are known."""
+    merge, costs = trial.jobs[-1].model, {"seconds": store.seconds(trial.jobs)}
+    if isinstance(merge, Merged):
+        costs["merge_seconds"] = store.read("merges", merge.key).get("seconds")
+        jobs = [job for _, job in merge.statistics if store.is_done(job)]
+        if jobs:
+            sizes = [file.stat().st_size for job in jobs for file in store.path_of(job).glob("stats.*")]
+            costs["statistics_bytes"] = sum(sizes) / len(jobs)
+            costs["statistics_seconds"] = sum(store.read("notes", job.key)["seconds"] for job in jobs) / len(jobs)
+    return costs
+
+
+def _spread(values: Any, name: str = "") -> Spread:
+    return Spread(float(values.mean()), float(values.std()), int(values.count()), name in METRICS and METRICS[name].signed)
+
+
+def _known(value: float) -> float | None:
+    """A number for JSON: None for NaN."""
+    return None if math.isnan(value) else value

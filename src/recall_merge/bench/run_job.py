@@ -1,54 +1,70 @@
-"""How a job is done. Each function reads what it needs from the store and leaves there what it makes, whole or not at all."""
+"""How a job is done. It reads what it needs from the store and leaves there what it makes, whole or not at all."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from recall_merge.bench.jobs import Anchor, Job, Merged, Model, Scores, StatisticsJob, Store, Trained, full_run
+from recall_merge.bench.jobs import Anchor, Job, Merged, Model, Question, Scores, StatisticsJob, Store, Trained
+from recall_merge.continual.steps import merge_models, score_model, take_statistics, train_expert
+from recall_merge.evaluation.tasks import TaskSpec
+from recall_merge.merging.merge import merge_in_memory
+from recall_merge.merging.plan import make_plan
 from recall_merge.merging.run import MergeRun
 from recall_merge.runtime.progress import Progress
 
 
-def do(job: Job, store: Store, progress: Progress | None = None) -> float:
+def run_job(job: Job, store: Store, progress: Progress | None = None) -> float:
     """Do a job whose needs are done, and note what it took.    -> seconds"""
-    start, done = time.monotonic(), job
+    start, cost = time.monotonic(), job.cost
     match job:
         case Trained():
             _train(job, store, progress)
         case Anchor():
             _anchor(job, store)
-        case StatisticsJob():
-            _statistics(job, store, progress)
+        case StatisticsJob(model=model):
+            samples = {**job.samples, "path": str(store.keep_rows(model.rows))}
+            experts = [{"name": "expert", "path": str(store.path_of(model)), "same_base": True}]
+            run = {"base": str(store.folder_of(model.base)), "experts": experts, "samples": samples}
+            run |= {"seed": model.settings.seed, "threads": 1}
+            take_statistics(MergeRun.model_validate(run), store.path_of(job), progress=progress)
         case Merged():
-            _write(job, store, progress)
+            run = make_run(job, store)
+            out = run.out.model_copy(update={"path": store.path_of(job), "overwrite": True})
+            merge_models(run.model_copy(update={"out": out}), progress=progress)
         case Scores():
-            done = replace(job, questions=tuple(store.missing(job)))
-            _score(done, store, progress)
+            missing = store.missing(job)
+            cost = replace(job, questions=tuple(missing)).cost
+            _score(job, missing, store, progress)
     seconds = time.monotonic() - start
-    store.note(job, done.cost, seconds)
+    store.write("notes", job.key, {"kind": job.kind, "label": job.label, "cost": cost, "seconds": round(seconds, 2)})
     return seconds
 
 
-def _train(job: Trained, store: Store, progress: Progress | None) -> None:
-    from recall_merge.training.fine_tuning import train
+def make_run(merged: Merged, store: Store) -> MergeRun:
+    """The run of a merge whose models, rows and statistics lie in the store."""
+    statistics = {name: str(store.path_of(job)) for name, job in merged.statistics}
+    experts = [
+        {"name": name, "path": str(store.folder_of(model)), "same_base": True, "stats": statistics.get(name)}
+        for name, model in merged.experts
+    ]
+    run = {**merged.run, "base": str(store.folder_of(merged.base)), "experts": experts, "threads": 1}
+    if merged.samples:
+        run["samples"] = {**run["samples"], "path": str(store.keep_rows(merged.samples))}
+    return MergeRun.model_validate(run)
 
+
+def _train(job: Trained, store: Store, progress: Progress | None) -> None:
     callbacks: list[Any] = []
     if job.anchor is not None:
         from recall_merge.training.ewc import Consolidation, load_anchor
 
-        callbacks.append(Consolidation(load_anchor(store.place(job.anchor)), job.strength))
-    train(
-        store.where(job.base),
-        job.rows,
-        store.place(job),
-        job.settings,
-        init_from=store.place(job.start) if job.start is not None else None,
-        overwrite=True,
-        progress=progress,
-        callbacks=callbacks,
-    )
+        callbacks.append(Consolidation(load_anchor(store.path_of(job.anchor)), job.strength))
+    start = store.path_of(job.start) if job.start is not None else None
+    base = store.folder_of(job.base)
+    train_expert(base, job.rows, store.path_of(job), job.settings, init_from=start, callbacks=callbacks, progress=progress)
 
 
 def _anchor(job: Anchor, store: Store) -> None:
@@ -56,74 +72,35 @@ def _anchor(job: Anchor, store: Store) -> None:
     from recall_merge.models.tokens import encode_rows
     from recall_merge.training.ewc import anchored, fisher, load_anchor, save_anchor, values_of
 
-    base, settings = store.where(job.model.base), job.model.settings
-    model = load_trainable(store.place(job.model), base, dtype=settings.dtype)
+    base, settings = store.folder_of(job.model.base), job.model.settings
+    model = load_trainable(store.path_of(job.model), base, dtype=settings.dtype)
     rows = [(row.input_ids, row.labels) for row in encode_rows(job.rows, load_tokenizer(base), **settings.encoding)]
-    before = load_anchor(store.place(job.before)) if job.before is not None else None
-    save_anchor(anchored(fisher(model, rows), values_of(model), before), store.place(job))
+    before = load_anchor(store.path_of(job.before)) if job.before is not None else None
+    save_anchor(anchored(fisher(model, rows), values_of(model), before), store.path_of(job))
 
 
-def _statistics(job: StatisticsJob, store: Store, progress: Progress | None) -> None:
-    from recall_merge.merging.statistics import make_statistics
-
-    model = job.model
-    samples = {**job.samples, "path": str(store.keep_rows(model.rows))}
-    expert = {"name": "expert", "path": str(store.place(model)), "same_base": True}
-    run = {"base": str(store.where(model.base)), "experts": [expert], "samples": samples, "seed": model.settings.seed, "threads": 1}
-    make_statistics(MergeRun.model_validate(run), folder=store.place(job), progress=progress)
-
-
-def _write(job: Merged, store: Store, progress: Progress | None) -> None:
-    from recall_merge.merging.merge import merge
-
-    run = _run(job, store)
-    out = run.out.model_copy(update={"path": store.place(job), "overwrite": True})
-    merge(run.model_copy(update={"out": out}), progress=progress)
-
-
-def _score(job: Scores, store: Store, progress: Progress | None) -> None:
-    from recall_merge.evaluation.scores import evaluate
-    from recall_merge.evaluation.tasks import TaskSpec
-
-    if not job.questions:
-        return
-    first = job.questions[0]
-    model, tokenizer = _load(job.model, store, first.dtype, progress)
-    for question in job.questions:
-        spec = TaskSpec(question.task, question.rows, question.metric)
-        told = {"batch_size": question.batch_size, "template": question.template}
-        (score,) = evaluate(model, [spec], tokenizer=tokenizer, progress=progress, **told)
-        store.keep_score(job, question, score.to_json())
+def _score(job: Scores, missing: Sequence[Question], store: Store, progress: Progress | None) -> None:
+    first, questions = job.questions[0], {question.task: question for question in missing}
+    score_model(
+        lambda: _load(job.model, store, first.dtype, progress),
+        [TaskSpec(question.task, question.rows, question.metric) for question in questions.values()],
+        lambda task, score: store.write("scores", job.score_key(questions[task]), score),
+        batch_size=first.batch_size,
+        template=first.template,
+        progress=progress,
+    )
 
 
 def _load(model: Model, store: Store, dtype: str, progress: Progress | None) -> tuple[Any, Any]:
-    """A model as it is scored, and its tokenizer. Merges, and adapters on their bases, are put together in memory, in float32."""
-    from recall_merge.files.adapter import is_adapter
-    from recall_merge.models.load import build_model, load_tokenizer
+    """A model as it is scored, and its tokenizer. Merges that are not written are made in memory, in float32."""
+    from recall_merge.models.load import build_model, load_model, load_tokenizer
 
-    if isinstance(model, Trained) and is_adapter(store.place(model)):
-        model = Merged(model.label, model.base, (("adapter", model),), {"method": "linear", "out": {"dtype": "float32"}})
-    folder = store.where(model)
-    if not isinstance(model, Merged) or folder.exists():
-        return build_model(folder, dtype=dtype), load_tokenizer(folder)
-    base = store.where(model.base)
-    return build_model(base, _merged_tensors(model, store, progress), dtype=dtype), load_tokenizer(base)
-
-
-def _merged_tensors(merged: Merged, store: Store, progress: Progress | None) -> dict[str, Any]:
-    """The tensors of a merge."""
-    from recall_merge.merging.merge import merge_in_memory
-    from recall_merge.merging.plan import make_plan
-
-    plan = make_plan(_run(merged, store), writes=False)
+    if not isinstance(model, Merged) or store.path_of(model).exists():
+        base = store.folder_of(model.base) if isinstance(model, Trained) else None
+        return load_model(store.folder_of(model), base, device="cpu", dtype=dtype)
+    plan = make_plan(make_run(model, store), writes=False)
     start = time.monotonic()
     tensors, _ = merge_in_memory(plan, progress)
-    store.note_merge(merged, time.monotonic() - start)
-    return tensors
-
-
-def _run(merged: Merged, store: Store) -> Any:
-    folders = {name: store.where(model) for name, model in merged.experts}
-    samples = store.keep_rows(merged.samples) if merged.samples else None
-    statistics = {name: store.place(stats) for name, stats in merged.statistics}
-    return full_run(merged, folders, store.where(merged.base), samples, statistics)
+    store.write("merges", model.key, {"seconds": round(time.monotonic() - start, 2)})
+    base = store.folder_of(model.base)
+    return build_model(base, tensors, dtype=dtype), load_tokenizer(base)

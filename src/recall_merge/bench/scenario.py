@@ -15,6 +15,11 @@ from recall_merge.runtime.sections import Section, assign, parse, read_mapping
 from recall_merge.training.settings import TrainSettings
 
 Kind = Literal["multi-model", "sequential", "single-model"]
+KINDS = {
+    "multi-model": "Experts trained on their own from the base, merged in one shot after each task; a single expert is taken as it is.",
+    "sequential": "After each task the last merge and the newest expert are merged; the first expert is taken as it is.",
+    "single-model": "The base and one expert: each task is a trial of its own, and all other tasks count as unseen.",
+}
 BASELINES = {
     "experts": "each task by the expert trained on it alone: as many models as tasks, an upper reference",
     "sequential": "fine-tuning one task after another, no merging",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,14 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from recall_merge.cli import terminal_charts
+from recall_merge.cli.console import err, print_json
+from recall_merge.cli.console import out as console
 from recall_merge.cli.options import AsJson, ExecutorName, Quiet, Sets, settings_of
 
 if TYPE_CHECKING:
     from recall_merge.bench.bench import JobDone
-    from recall_merge.bench.results import MethodRow, Summary
+    from recall_merge.bench.results import Results
     from recall_merge.bench.scenario import Scenario
 
-PLACES = {"model": "MODEL", "data": "DATA"}  # keys whose values are folders of this machine
+PLACEHOLDERS = {"model": "MODEL", "data": "DATA"}  # for keys whose values are folders of this machine
 
 
 def bench(
@@ -36,79 +37,58 @@ def bench(
     """
     from recall_merge.bench import bench as run
     from recall_merge.bench.design import make_design
-    from recall_merge.bench.results import summarise
     from recall_merge.bench.scenario import load_scenario
 
     overrides = settings_of(sets)
-    told = load_scenario(scenario, overrides | ({"out": str(out)} if out is not None else {}))
-    words = [f"--set {key}={PLACES.get(key, value)}" for key, value in overrides.items() if key != "out"]
+    loaded = load_scenario(scenario, overrides | ({"out": str(out)} if out is not None else {}))
+    words = [f"--set {key}={PLACEHOLDERS.get(key, value)}" for key, value in overrides.items() if key != "out"]
     command = " ".join(["recall bench", scenario.name, *words])
     if plan:
-        _planned(told, as_json=as_json)
+        _plan(loaded, as_json=as_json)
     elif summary:
-        _show(summarise(make_design(told), run.store_of(told), run.out_of(told), command=command), as_json=as_json)
+        _show(run.write_results(make_design(loaded), run.store_of(loaded), command=command), as_json=as_json)
     else:
-        _show(
-            run.bench(told, executor=executor, command=command, listener=(lambda _: None) if quiet or as_json else _tell), as_json=as_json
-        )
+        listener = (lambda _: None) if quiet or as_json else _report_job
+        _show(run.bench(loaded, executor=executor, command=command, listener=listener), as_json=as_json)
 
 
-def _planned(scenario: Scenario, *, as_json: bool) -> None:
+def _plan(scenario: Scenario, *, as_json: bool) -> None:
     from recall_merge.bench.bench import make_agenda, seconds_left, store_of
     from recall_merge.bench.design import make_design
-    from recall_merge.cli.console import out, print_json
 
     design, store = make_design(scenario), store_of(scenario)
     agenda = make_agenda(design, store)
-    left = Counter(type(job).__name__.lower() for job in agenda.left)
+    left = Counter(job.kind for job in agenda.left)
     seconds = seconds_left(agenda.left, store, scenario.workers)
     if as_json:
         return print_json({"trials": len(design.trials), "jobs": len(agenda.jobs), "left": dict(left), "seconds_left": round(seconds)})
     words = ", ".join(f"{kind} {count}" for kind, count in left.items()) or "nothing"
-    guess = "from the jobs done so far" if store.notes() else "a rough guess, until jobs have been done"
-    out().print(f"trials: {len(design.trials)}, of {len(agenda.jobs)} jobs; left: {words}; about {_time(seconds)} ({guess})")
-    out().print("no faults found; nothing was done.")
-    return None
+    guess = "estimated from the jobs done so far" if store.notes() else "a rough guess, until jobs have been done"
+    console().print(f"{len(design.trials)} trials with {len(agenda.jobs)} jobs; left: {words}; about {_time(seconds)} ({guess})")
+    return console().print("no faults found; nothing was done.")
 
 
-def _show(summary: Summary, *, as_json: bool) -> None:
-    from recall_merge.bench.markdown import SHORT, shown
-    from recall_merge.cli.console import err, out, print_json
-
+def _show(results: Results, *, as_json: bool) -> None:
     if as_json:
-        return print_json(summary.to_json())
-    console = out()
-    for kind in dict.fromkeys(row.kind for row in summary.methods):
-        rows = [row for row in summary.methods if row.kind == kind]
-        known = [name for name in SHORT.values() if any(shown(row)[name] != "-" for row in rows)]
-        numbers = [
-            (row.method, [terminal_charts.Cell(text) for text in (str(row.trials), *(shown(row)[name] for name in known))]) for row in rows
-        ]
-        tasks = list(dict.fromkeys(task for row in rows for task in row.final))
-        scores = [(row.method, [_score(row, task) for task in tasks]) for row in rows]
-        for title, head, lines in (("", ["method", "trials", *known], numbers), (", each task at the end", ["method", *tasks], scores)):
-            console.print(f"{kind}{title}: mean ± standard deviation over trials")
-            for table in terminal_charts.heat(head, lines, console.width):
-                console.print(table)
-    for (kind, method), count in summary.unfinished.items():
-        err().print(f"note: not finished: {method} ({kind}), {count} trials", markup=False)
-    out().print(f"results: {summary.folder / 'summary.md'}", markup=False)
-    return None
+        return print_json(results.to_json())
+    for kind in results.kinds:
+        for title, table, share in (("", results.numbers_table(kind), False), (", each task at the end", results.final_table(kind), True)):
+            console().print(f"{kind}{title}: mean ± standard deviation over trials")
+            rows = [
+                (name, [terminal_charts.Cell(str(value), value.mean if share and value.trials else None) for value in values])
+                for name, *values in table.rows
+            ]
+            for part in terminal_charts.heat(table.head, rows, console().width):
+                console().print(part)
+    for (kind, method), count in results.unfinished.items():
+        err().print(f"note: not finished: {method} ({kind}), {count} trials")
+    return console().print(f"results: {results.folder / 'summary.md'}")
 
 
-def _score(row: MethodRow, task: str) -> terminal_charts.Cell:
-    mean, spread = row.final.get(task), row.final_spread.get(task, math.nan)
-    if mean is None or math.isnan(mean):
-        return terminal_charts.Cell("-")
-    return terminal_charts.Cell(f"{mean:.3f}" + ("" if math.isnan(spread) else f" ± {spread:.3f}"), mean)
-
-
-def _tell(done: JobDone) -> None:
-    """A line a job, on a terminal and in a log alike: jobs take minutes."""
-    from recall_merge.cli.console import err
-
+def _report_job(done: JobDone) -> None:
+    """One line per job, on a terminal and in a log alike: jobs take minutes."""
     left = f"; about {_time(done.seconds_left)} left" if done.number < done.total else ""
-    err().print(f"{done.number}/{done.total} {done.kind}: {done.label} ({_time(done.seconds)}){left}", markup=False)
+    err().print(f"{done.number}/{done.total} {done.kind}: {done.label} ({_time(done.seconds)}){left}")
 
 
 def _time(seconds: float) -> str:

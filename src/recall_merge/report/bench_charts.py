@@ -1,107 +1,55 @@
-"""Charts of a bench: the numbers of each method with their spread, and R of each method as a heat map.
-
-`summary` is the recipe's own, `bench.results.Summary`; pictures know what they show by its fields alone.
-"""
+"""Charts of a bench: methods against tasks and orders, their numbers with every trial, two numbers against each other, and R."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from recall_merge.report.pictures import altair, save_chart
-from recall_merge.report.theme import SEQUENTIAL, WON, model_colours
-
-WIDTH = 860
-SHOWN = {  # number -> its title
-    "average_performance": "average performance",
-    "retention": "retention of the experts' gains",
-    "backward_transfer": "backward transfer",
-    "unseen_delta": "tasks not trained on, less the base",
-}
+from recall_merge.report.pictures import altair
+from recall_merge.report.theme import SEQUENTIAL, WIDTH, WON, model_colours
 
 
-def draw_numbers(summary: Any, path: Path) -> Path:
-    """Save the numbers of every method, a panel each: the mean as a bar, every trial as a point.
-
-    Raises:
-        MissingExtra: without the `report` extra.
-        OutputError: if the suffix of `path` is not one of a picture.
-    """
+def matrix(scores: Sequence[Sequence[float | None]], stages: Sequence[str], title: str) -> Any:
+    """R of one trial: a row per stage, a column per task.    scores: R, None where no score was taken; stages: the base, then the tasks."""
     alt = altair()
-    points = [
-        {"kind": one.trial.kind, "method": one.trial.method, "number": name, "value": one.numbers[name]}
-        for one in summary.measured
-        for name in SHOWN
-        if not math.isnan(one.numbers[name])
+    rows = [stages[0], *(f"{number} {task}" for number, task in enumerate(stages[1:], start=1))]
+    cells = [
+        {"stage": stage, "task": task, "score": score}
+        for stage, row in zip(rows, scores, strict=True)
+        for task, score in zip(stages[1:], row, strict=True)
+        if score is not None
     ]
-    methods = list(dict.fromkeys(row.method for row in summary.methods))
-    panels = []
-    for name, title in SHOWN.items():
-        values = [point for point in points if point["number"] == name]
-        if not values:
-            continue
-        base = alt.Chart(alt.Data(values=values)).encode(y=alt.Y("method:N", sort=methods, title=None, axis=alt.Axis(labelLimit=260)))
-        x = alt.X("value:Q", title=title)
-        bars = base.mark_bar(color="#9ecae1", height={"band": 0.7}).encode(x=alt.X("mean(value):Q", title=title))
-        dots = base.mark_point(filled=True, size=34, color="#08306b", opacity=0.8).encode(x=x)
-        panel = alt.layer(bars, dots).properties(width=300, height=22 * len(methods))
-        kinds = list(dict.fromkeys(point["kind"] for point in values))
-        panels.append(panel.facet(row=alt.Row("kind:N", title=None)) if len(kinds) > 1 else panel)
-    rows = [alt.hconcat(*panels[start : start + 2]) for start in range(0, len(panels), 2)]
-    return save_chart(alt.vconcat(*rows), path)
+    base = alt.Chart(alt.Data(values=cells)).encode(
+        x=alt.X("task:N", title=None, scale=alt.Scale(domain=list(stages[1:])), axis=alt.Axis(labelAngle=-35)),
+        y=alt.Y("stage:N", title="after stage", scale=alt.Scale(domain=rows)),
+    )
+    return _scored(base, "score").properties(width=260, height=180, title=title)
 
 
-def draw_matrices(summary: Any, path: Path) -> Path:
-    """Save R of the first trial of every method that has stages, as heat maps: a row a stage, a column a task.
-
-    Raises:
-        MissingExtra: without the `report` extra.
-        OutputError: if the suffix of `path` is not one of a picture.
-    """
+def grid(charts: Sequence[Any], columns: int) -> Any:
+    """Charts side by side, so many in a row; None if there are none."""
     alt = altair()
-    first: dict[tuple[str, str], Any] = {}
-    for one in summary.measured:
-        if one.trial.staged:
-            first.setdefault((one.trial.kind, one.trial.method), one)
-    panels = []
-    for (kind, method), one in first.items():
-        stages = ["base", *(f"{number} {task}" for number, task in enumerate(one.trial.order, start=1))]
-        jobs = [
-            {"stage": stage, "task": task, "score": score, "text": f"{score:.2f}"}
-            for stage, row in zip(stages, one.scores.tolist(), strict=True)
-            for task, score in zip(one.trial.order, row, strict=True)
-            if not math.isnan(score)
-        ]
-        base = alt.Chart(alt.Data(values=jobs)).encode(
-            x=alt.X("task:N", sort=list(one.trial.order), title=None, axis=alt.Axis(labelAngle=-35)),
-            y=alt.Y("stage:N", sort=stages, title="after stage"),
-        )
-        tiles = base.mark_rect().encode(color=alt.Color("score:Q", scale=alt.Scale(domain=[0, 1], scheme="blues"), title="score"))
-        dark = alt.condition("datum.score > 0.6", alt.value("white"), alt.value("black"))
-        words = base.mark_text(fontSize=12).encode(text="text:N", color=dark)
-        title = f"{method}, seed {one.trial.seed}" + (f" ({kind})" if len({k for k, _ in first}) > 1 else "")
-        panels.append(alt.layer(tiles, words).properties(width=260, height=180, title=title))
-    if not panels:
-        return draw_numbers(summary, path)
-    rows = [alt.hconcat(*panels[start : start + 3]) for start in range(0, len(panels), 3)]
-    return save_chart(alt.vconcat(*rows), path)
+    rows = [alt.hconcat(*charts[start : start + columns]) for start in range(0, len(charts), columns)]
+    return alt.vconcat(*rows) if rows else None
 
 
-def methods_by_tasks(jobs: Sequence[Mapping[str, Any]], methods: Sequence[str], tasks: Sequence[str]) -> Any:
-    """Scores at the end, a row a method and a column a task.    jobs: method, task, score (mean over trials), shown."""
+def methods_by_tasks(cells: Sequence[Mapping[str, Any]], methods: Sequence[str], tasks: Sequence[str]) -> Any:
+    """Scores at the end, a row per method and a column per task.    cells: method, task, score (mean over trials), shown."""
     alt = altair()
-    base = alt.Chart(alt.Data(values=list(jobs))).encode(
+    base = alt.Chart(alt.Data(values=list(cells))).encode(
         x=alt.X("task:N", title=None, scale=alt.Scale(domain=list(tasks)), axis=alt.Axis(labelAngle=-90, orient="top", labelOverlap=False)),
         y=alt.Y("method:N", title=None, scale=alt.Scale(domain=list(methods))),
-    )
-    tiles = base.mark_rect().encode(
-        color=alt.Color("score:Q", scale=alt.Scale(domain=[0, 1], scheme=SEQUENTIAL), title="score at the end"),
         tooltip=[alt.Tooltip("method:N"), alt.Tooltip("task:N"), alt.Tooltip("shown:N", title="score")],
     )
-    words = base.mark_text(fontSize=11).encode(text=alt.Text("score:Q", format=".2f"), color=_ink_on_tiles(alt, "score > 0.6"))
-    return alt.layer(tiles, words).properties(width=WIDTH, height=30 * len(methods))
+    return _scored(base, "score at the end").properties(width=WIDTH, height=30 * len(methods))
+
+
+def _scored(base: Any, title: str) -> Any:
+    """Tiles coloured by `score`, with the number on each."""
+    alt = altair()
+    tiles = base.mark_rect().encode(color=alt.Color("score:Q", scale=alt.Scale(domain=[0, 1], scheme=SEQUENTIAL), title=title))
+    numbers = base.mark_text(fontSize=11).encode(text=alt.Text("score:Q", format=".2f"), color=_ink_on_tiles(alt, "score > 0.6"))
+    return alt.layer(tiles, numbers)
 
 
 def dots(points: Sequence[Mapping[str, Any]], methods: Sequence[str], title: str) -> Any:
@@ -115,11 +63,11 @@ def dots(points: Sequence[Mapping[str, Any]], methods: Sequence[str], title: str
     return alt.layer(bars, trials).properties(width=WIDTH, height=28 * len(methods))
 
 
-def ranks(jobs: Sequence[Mapping[str, Any]], methods: Sequence[str], orders: Sequence[str]) -> Any:
-    """Each method's place by average performance in each order; 1 is the best.    jobs: method, trial, rank, value, order."""
+def ranks(cells: Sequence[Mapping[str, Any]], methods: Sequence[str], orders: Sequence[str]) -> Any:
+    """Each method's place by average performance in each order; 1 is the best.    cells: method, trial, rank, value, order."""
     alt = altair()
-    most = max(job["rank"] for job in jobs)
-    base = alt.Chart(alt.Data(values=list(jobs))).encode(
+    most = max(cell["rank"] for cell in cells)
+    base = alt.Chart(alt.Data(values=list(cells))).encode(
         x=alt.X("trial:N", title="order and seed", scale=alt.Scale(domain=list(orders)), axis=alt.Axis(labelAngle=0)),
         y=alt.Y("method:N", title=None, scale=alt.Scale(domain=list(methods))),
     )
@@ -128,8 +76,8 @@ def ranks(jobs: Sequence[Mapping[str, Any]], methods: Sequence[str], orders: Seq
         color=alt.Color("rank:Q", scale=scale, title="place; 1 is the best", legend=alt.Legend(format="d", tickMinStep=1)),
         tooltip=[alt.Tooltip("method:N"), alt.Tooltip("order:N"), alt.Tooltip("rank:Q"), alt.Tooltip("value:Q", format=".3f")],
     )
-    words = base.mark_text().encode(text="rank:Q", color=_ink_on_tiles(alt, f"rank < {1 + 0.4 * (max(2, most) - 1)}"))
-    return alt.layer(tiles, words).properties(width=min(WIDTH, 190 * len(orders)), height=30 * len(methods))
+    numbers = base.mark_text().encode(text="rank:Q", color=_ink_on_tiles(alt, f"rank < {1 + 0.4 * (max(2, most) - 1)}"))
+    return alt.layer(tiles, numbers).properties(width=min(WIDTH, 190 * len(orders)), height=30 * len(methods))
 
 
 def against(points: Sequence[Mapping[str, Any]], methods: Sequence[str], x_title: str, y_title: str, *, log: bool = False) -> Any:
