@@ -18,15 +18,6 @@ from recall_merge.report.page import Block, Cell, Code, Figure, Matrix, Text
 from recall_merge.report.words import Words
 
 DRAWS = 500  # of the bootstrap
-NAMES = {
-    "average_performance": "average performance (AP)",
-    "learning_accuracy": "learning accuracy",
-    "backward_transfer": "backward transfer (BWT)",
-    "forgetting": "forgetting",
-    "forward_transfer": "forward transfer (FWT)",
-    "retention": "retention",
-    "unseen_delta": "unseen-task delta",
-}
 
 
 class BranchScores:
@@ -132,7 +123,7 @@ def _curves(branch: BranchScores) -> Figure:
 
 
 def _numbers(branch: BranchScores) -> Iterator[Figure]:
-    from recall_merge.maths.metrics import FORMULAS
+    from recall_merge.maths.metrics import METRICS
 
     numbers = {name: value for name, value in branch.branch.numbers.items() if value is not None}
     if not numbers:
@@ -141,9 +132,10 @@ def _numbers(branch: BranchScores) -> Iterator[Figure]:
     rows = []
     for at, (name, value) in enumerate(numbers.items()):
         low, high = (bound if math.isfinite(bound) else None for bound in intervals.get(name, (math.nan, math.nan)))
-        rows.append({"at": at, "name": NAMES[name], "value": value, "low": low, "high": high})
+        label, short = METRICS[name].label, METRICS[name].short
+        rows.append({"at": at, "name": f"{label} ({short})" if short.isupper() else label, "value": value, "low": low, "high": high})
     shown = [
-        [row["name"], *(_number(row[key]) for key in ("value", "low", "high")), FORMULAS[name]]
+        [row["name"], *(_number(row[key]) for key in ("value", "low", "high")), METRICS[name].formula]
         for name, row in zip(numbers, rows, strict=True)
     ]
     says = f"Bars are 95 % bootstrap intervals over test items ({DRAWS} draws), the tasks and their order being given."

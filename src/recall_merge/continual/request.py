@@ -1,4 +1,4 @@
-"""A stage as it is asked for, and the stage that it makes of a workspace's head."""
+"""A request to learn a task, and the stage that it describes."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from recall_merge.runtime.paths import exists, path_of
 
 @dataclass(frozen=True)
 class Request:
-    """A stage as it is asked for.
+    """A request to learn a task.
 
     Attributes:
         task: its name, everywhere.
         train, test: files of rows. `train` may be left out where an expert is given and the method compares no representations.
         start: what the expert is fine-tuned from, the base or the last merge.
-        expert: an expert that is trained already: a folder or a hub name.
+        expert: an expert that is already trained: a folder or a hub name.
         same_base: that expert was trained on this base, although its config names another.
-        unseen: tasks to score beside it, and from now on, that nothing is trained on: FILE, NAME=FILE, or a name that lm-eval knows.
+        unseen: further tasks to score, from now on, that nothing is trained on: FILE, NAME=FILE, or a name that lm-eval knows.
         method, sets: for this stage alone: the merge method, and any setting by its dotted key.
     """
 
@@ -39,31 +39,24 @@ class Request:
 
 
 def draft(folder: Path, state: State | None, request: Request) -> StageSpec:
-    """A request as a stage, without the hashes of its files, which the checks fill in."""
-    overrides = ({"method": request.method} if request.method is not None else {}) | dict(request.sets)
-    known = {task.name: task for stage in (state.lineage() if state else ())[-1:] for task in stage.unseen}
-    asked = [_unseen(folder, word) for word in request.unseen]
-    inherited = [task for name, task in known.items() if name not in {request.task, *(task.name for task in asked)}]
+    """A request as a stage, without the hashes of its files, which validation fills in."""
+
+    def unread(path: Path) -> DataFile:
+        return DataFile(path=stored_path(folder, path), sha256="")
+
+    unseen = [Task(name=name, test=unread(file) if file else None) for name, file in map(task_word, request.unseen)]
+    names = {request.task, *(task.name for task in unseen)}
+    inherited = [task for stage in (state.lineage() if state else ())[-1:] for task in stage.unseen if task.name not in names]
+    expert = request.expert
+    if expert is not None and exists(path_of(expert)):
+        expert = stored_path(folder, path_of(expert))
     return StageSpec(
         id=len(state.stages) + 1 if state else 1,
         parent=state.head if state else 0,
-        task=Task(name=request.task, metric=request.metric, test=_unread(folder, request.test)),
-        train=_unread(folder, request.train) if request.train else None,
+        task=Task(name=request.task, metric=request.metric, test=unread(request.test)),
+        train=unread(request.train) if request.train else None,
         start=request.start,
-        given=Model(path=_place(folder, request.expert), fingerprint="") if request.expert else None,
-        unseen=(*inherited, *asked),
-        overrides=overrides,
+        given=Model(path=expert, fingerprint="") if expert else None,
+        unseen=(*inherited, *unseen),
+        overrides=({"method": request.method} if request.method is not None else {}) | dict(request.sets),
     )
-
-
-def _unseen(folder: Path, word: str) -> Task:
-    name, file = task_word(word)
-    return Task(name=name, test=None if file is None else _unread(folder, file))
-
-
-def _unread(folder: Path, path: Path) -> DataFile:
-    return DataFile(path=stored_path(folder, path), sha256="")
-
-
-def _place(folder: Path, reference: str) -> str:
-    return stored_path(folder, path_of(reference)) if exists(path_of(reference)) else reference

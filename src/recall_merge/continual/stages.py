@@ -74,36 +74,28 @@ def learn(folder: Path, request: Request | None = None, *, progress: Progress | 
         RecallError: with every fault that can be found before the work begins, the disk as it was; or with what went wrong later.
     """
     command = shlex.join(["recall", "learn", str(folder), *(["--task", request.task] if request else [])])
-    with ExitStack() as stack:
-        state, stage = _validate(folder, request, command, stack)
-        return StageRunner(folder, state, stage, progress or Silent()).run()
-
-
-def _validate(folder: Path, request: Request | None, command: str, stack: ExitStack) -> tuple[State, ValidatedStage]:
-    """Lock the workspace as long as the stack lasts, and check everything."""
     faults, state = Faults(), None
-    if request is not None:
+    with ExitStack() as stack:
         with faults.collect():
             state = stack.enter_context(opened(folder, command))
-        spec = draft(folder, state, request)
-    else:
-        state = stack.enter_context(opened(folder, command))
-        if state.unfinished is None:
+        if request is None and state is not None and state.unfinished is None:
             fix = "say what to learn: --task, --train and --test"
-            raise WorkspaceError("nothing is unfinished, and nothing new is asked for", where=folder, fix=fix)
-        spec = state.unfinished
-    stage = StageValidation(folder, state, spec, faults, same_base=request is not None and request.same_base).run()
-    assert state is not None, "a workspace that cannot be opened is a fault"
-    return state, stage
+            faults.add("nothing is unfinished, and nothing new is asked for", where=folder, fix=fix)
+        spec = draft(folder, state, request) if request else state.unfinished if state else None
+        if spec is None:
+            faults.raise_any(WorkspaceError)
+            raise AssertionError("without a stage there is a fault")
+        stage = StageValidation(folder, state, spec, faults, same_base=request is not None and request.same_base).run()
+        return StageRunner(folder, stage, progress or Silent()).run()
 
 
 class StageRunner:
     """The parts of a stage, in order. Each is skipped where its result is there already."""
 
-    def __init__(self, folder: Path, state: State, stage: ValidatedStage, progress: Progress) -> None:
+    def __init__(self, folder: Path, stage: ValidatedStage, progress: Progress) -> None:
         self._folder = folder.absolute().resolve()
-        self._state, self._stage, self._spec, self._settings = state, stage, stage.spec, stage.settings
-        self._lineage = state.lineage()
+        self._state, self._stage, self._spec, self._settings = stage.state, stage, stage.spec, stage.settings
+        self._lineage = stage.state.lineage()
         self._progress = progress
         self._name = f"{self._spec.id}-{self._spec.task.name}"  # of the stage's folders
         self._rows = str(found_path(self._folder, self._spec.train.path)) if self._spec.train else None
@@ -113,10 +105,8 @@ class StageRunner:
         self._begin()
         with self._noted("train"):
             expert = self._train()
-        stats = None
-        if self._rows is not None and self._settings.stats_rank:
-            with self._noted("stats"):
-                stats = self._take_statistics(expert)
+        with self._noted("stats"):
+            stats = self._take_statistics(expert)
         with self._noted("merge"):
             result = self._merge(expert, stats)
             merged = self._model(result.path)
@@ -146,8 +136,10 @@ class StageRunner:
                 copy_adapter(source, target)
         return self._model(target)
 
-    def _take_statistics(self, expert: Model) -> str:
+    def _take_statistics(self, expert: Model) -> str | None:
         """What the expert leaves behind about its rows, which no later stage reads, for methods that merge by statistics."""
+        if self._rows is None or not self._settings.stats_rank:
+            return None
         target = self._folder / "statistics" / self._name
         plain = self._settings.model_copy(update={"method": "linear", "options": {}, "weights": "uniform"})
         run = plain.run(base=str(self._stage.base), experts=[self._entry(self._spec, expert)], rows=self._rows, out=str(target))

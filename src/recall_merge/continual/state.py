@@ -1,6 +1,6 @@
-"""A workspace on disk: `workspace.json`, all that is known, replaced in one step; and `journal.jsonl`, what was begun and done, and when.
+"""A workspace on disk: `workspace.json`, its state, replaced in one step; and `journal.jsonl`, what was begun and done, and when.
 
-The state is for people too: it names every expert, merge and score by a path, relative to the workspace where it lies inside.
+The state is for people too: it names every expert, merge and score by its path, relative to the workspace if it lies inside.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from recall_merge.files.checkpoint import read_json
 from recall_merge.files.durable import append_line, write_whole
 from recall_merge.files.hub import locate
 from recall_merge.files.lock import lock
-from recall_merge.runtime.errors import Fault, WorkspaceError
+from recall_merge.runtime.errors import CheckpointError, Fault, WorkspaceError
 
 STATE, JOURNAL, LOCK = "workspace.json", "journal.jsonl", "lock"
 FORMAT = 2
-MAX_STATE = 64_000_000  # bytes
 NAME = re.compile(r"\w[\w.-]{0,63}")  # of a task; folders are called after it
 Start = Literal["base", "last"]
 
@@ -35,14 +35,14 @@ class Part(BaseModel):
 
 
 class DataFile(Part):
-    """Rows, and their bytes' hash."""
+    """A file of rows, and its hash."""
 
     path: str
     sha256: str
 
 
 class Model(Part):
-    """A model: a folder, or a hub name with its commit, and what tells it from others."""
+    """A model: a folder, or a hub name with its commit; and its fingerprint."""
 
     path: str
     fingerprint: str
@@ -114,13 +114,13 @@ class Stage(StageSpec):
 
 
 class State(Part):
-    """All that is known of a workspace."""
+    """The state of a workspace."""
 
     format: Literal[2] = FORMAT
     base: Model
     settings: dict[str, Any]
     stages: tuple[Stage, ...] = ()
-    """In the order of their numbers, from 1. None is ever taken out."""
+    """In the order of their numbers, from 1. None is ever removed."""
     head: int = 0
     """The stage whose merge is the workspace's model now; 0 is the base."""
     unfinished: StageSpec | None = None
@@ -152,54 +152,46 @@ def read_state(folder: Path) -> State:
     """The state of a workspace.
 
     Raises:
-        WorkspaceError: if the folder is none, the state is damaged, or a newer version wrote it.
+        WorkspaceError: if the folder is no workspace, its state is damaged, or another version's format.
     """
-    path = folder / STATE
+    path, fix = folder / STATE, "put back what was there; the journal beside it says what was done last"
     if not is_workspace(folder):
         what = "this is no workspace" if folder.exists() else "there is no such workspace"
         raise WorkspaceError(what, where=folder, fix="make one: recall init WORKSPACE --base MODEL")
-    damaged = "put back what was there; the journal beside it tells what was done last"
     try:
-        with path.open("rb") as file:
-            text = file.read(MAX_STATE + 1).decode("utf-8")
-        if len(text) > MAX_STATE:
-            raise WorkspaceError(f"the workspace's state is longer than {MAX_STATE:,} bytes", where=path, fix=damaged)
-        data = json.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
-        raise WorkspaceError(f"the workspace's state cannot be read: {error}", where=path, fix=damaged) from error
-    found = data.get("format") if isinstance(data, dict) else None
-    if isinstance(data, dict) and "format" not in data:
-        raise WorkspaceError("the workspace's state is damaged: it does not say its format", where=path, fix=damaged)
-    if isinstance(found, int) and found > FORMAT:
-        what = f"this workspace was written by a newer version of recall-merge: its format is {found}, this version knows {FORMAT}"
-        raise WorkspaceError(what, where=path, fix="pip install --upgrade recall-merge")
-    if isinstance(found, int) and 0 < found < FORMAT:
-        what = f"this workspace was written by an older version of recall-merge: its format is {found}, this version knows {FORMAT}"
-        raise WorkspaceError(what, where=path, fix="use the version that wrote it, or learn its tasks again in a new workspace")
+        data = read_json(path)
+    except CheckpointError as error:
+        raise WorkspaceError(f"the workspace's state cannot be read: {error.faults[0].what}", where=path, fix=fix) from error
+    version = data.get("format", 0)
+    if type(version) is int and version != FORMAT:
+        if not version:
+            raise WorkspaceError("the workspace's state is damaged: it does not say its format", where=path, fix=fix)
+        author, fix = "a newer", "pip install --upgrade recall-merge"
+        if version < FORMAT:
+            author, fix = "an older", "use the version that wrote it, or learn its tasks again in a new workspace"
+        what = f"this workspace was written by {author} version of recall-merge: its format is {version}, this version knows {FORMAT}"
+        raise WorkspaceError(what, where=path, fix=fix)
     try:
-        state = State.model_validate_json(text)
+        state = State.model_validate_json(json.dumps(data))  # subtle: from JSON, strict models take lists for tuples
     except ValidationError as error:
-        details = [(".".join(map(str, detail["loc"])), detail["msg"]) for detail in error.errors()]
-        raise WorkspaceError(
-            Fault(f"the workspace's state is damaged: {key + ': ' if key else ''}{message}", str(path), damaged) for key, message in details
-        ) from None
-    if wrong := _wrong_stages(state):
-        raise WorkspaceError(f"the workspace's state is damaged: {wrong}", where=path, fix=damaged)
+        wrong = [": ".join(filter(None, (".".join(map(str, detail["loc"])), detail["msg"]))) for detail in error.errors()]
+        raise WorkspaceError(Fault(f"the workspace's state is damaged: {what}", str(path), fix) for what in wrong) from None
+    if what := _stage_error(state):
+        raise WorkspaceError(f"the workspace's state is damaged: {what}", where=path, fix=fix)
     return state
 
 
-def _wrong_stages(state: State) -> str:
-    """What is wrong with numbers and names of stages; nothing, if the lineage of each leads to the base, and each can name a folder."""
+def _stage_error(state: State) -> str:
+    """What is wrong with numbers and names of stages; empty if every lineage leads to the base, and every task can name a folder."""
     for number, stage in enumerate(state.stages, start=1):
         if stage.id != number or not 0 <= stage.parent < number:
             return f"stage {stage.id}, of parent {stage.parent}, stands in place {number}"
+    spec = state.unfinished
+    for stage in (*state.stages, *([spec] if spec else [])):
         if not NAME.fullmatch(stage.task.name):
             return f"stage {stage.id} has a task of the name {stage.task.name!r}"
-    stage_spec = state.unfinished
-    if stage_spec is not None and not NAME.fullmatch(stage_spec.task.name):
-        return f"the unfinished stage has a task of the name {stage_spec.task.name!r}"
-    if stage_spec is not None and (stage_spec.id != len(state.stages) + 1 or stage_spec.parent != state.head):
-        return f"the unfinished stage is {stage_spec.id}, of parent {stage_spec.parent}"
+    if spec is not None and (spec.id != len(state.stages) + 1 or spec.parent != state.head):
+        return f"the unfinished stage is {spec.id}, of parent {spec.parent}"
     return "" if 0 <= state.head <= len(state.stages) else f"there is no stage {state.head} to be the head"
 
 
@@ -228,7 +220,7 @@ def opened(folder: Path, command: str) -> Iterator[State]:
     """A workspace's state, with the workspace locked as long as the context lasts.
 
     Raises:
-        WorkspaceError: if it is none, damaged, or in use.
+        WorkspaceError: if the folder is no workspace, its state is damaged, or it is in use.
     """
     read_state(folder)  # before a lock file is made in a folder that is no workspace
     if not os.access(folder, os.W_OK):
@@ -244,14 +236,10 @@ def note(folder: Path, **facts: Any) -> None:
 
 def read_journal(folder: Path) -> list[dict[str, Any]]:
     """The journal's lines, without one that a stop cut short."""
-    path = folder / JOURNAL
-    entries = []
+    path, entries = folder / JOURNAL, []
     for line in path.read_text("utf-8", errors="replace").splitlines() if path.exists() else []:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        entries.append(entry)
+        with suppress(ValueError):
+            entries.append(json.loads(line))
     return entries
 
 

@@ -39,11 +39,7 @@ def train_expert(
     callbacks: Sequence[Any] = (),
     progress: Progress | None = None,
 ) -> TrainResult:
-    """Fine-tune a base on rows. Another expert of ours in `folder` is replaced.
-
-    Args:
-        init_from: an expert to go on from, of the same kind.
-        callbacks: transformers' TrainerCallbacks.
+    """Fine-tune a base on rows, or go on from the expert `init_from`. Another expert of ours in `folder` is replaced.
 
     Raises:
         RecallError: if settings, rows or models cannot be used, or something that is not ours lies in `folder`.
@@ -80,13 +76,7 @@ def merge_models(run: MergeRun, *, progress: Progress | None = None) -> MergeRes
 
 
 def scores_key(models: Mapping[str, Any], tasks: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """The key of scores.
-
-    Args:
-        models: the fingerprint of each, and what else tells what it is asked.
-        tasks: the hash of each task's rows, and its metric.
-        asked: how models are asked, as far as it matters to the scores.
-    """
+    """The key of scores: of each model its fingerprint, of each task its rows' hash and metric, and how models are asked."""
     return key_of({"format": SCORES_FORMAT, "models": models, "tasks": tasks, "asked": asked, "versions": versions()})
 
 

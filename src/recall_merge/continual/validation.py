@@ -28,6 +28,7 @@ RESERVED = ("base", "merged")  # words that stand beside the names of tasks
 class ValidatedStage:
     """A stage that has passed all checks, and what they have read."""
 
+    state: State
     spec: StageSpec
     settings: Settings
     base: Path
@@ -74,7 +75,7 @@ class StageValidation:
         filled = {"task": self._tests[self._spec.task.name], "train": self._train, "given": self._given, "unseen": unseen}
         spec = self._spec.model_copy(update=filled)
         self._refuse_other(self._state, spec)
-        return ValidatedStage(spec, self._settings, self._base, self._train_rows, self._task_specs(), self._has_before)
+        return ValidatedStage(self._state, spec, self._settings, self._base, self._train_rows, self._task_specs(), self._has_before)
 
     def _check_names(self) -> None:
         add, names = self._faults.add, [task.name for task in self._asked]
