@@ -15,7 +15,6 @@ from recall_merge.maths.metrics import (
     forward_transfer,
     item_changes,
     learning_accuracy,
-    retained,
     retention,
     score_matrix,
     unseen_delta,
@@ -37,12 +36,11 @@ def test_every_number_worked_by_hand():
     assert backward_transfer(HAND) == pytest.approx((-0.30 + 0.05) / 2)
     assert forgetting(HAND) == pytest.approx(((0.90 - 0.60) + (0.80 - 0.85)) / 2)
     assert forward_transfer(HAND) == pytest.approx(((0.25 - 0.20) + (0.30 - 0.10)) / 2)
-    assert retained(HAND, EXPERTS)[:2] == pytest.approx([0.10 / 0.45, 0.65 / 0.55])
     assert retention(HAND, EXPERTS) == pytest.approx((0.10 / 0.45 + 0.65 / 0.55) / 2)
     assert unseen_delta([0.3, 0.4], [0.5, 0.3]) == pytest.approx(0.05)
 
 
-def test_the_base_counts_as_a_stage_in_forgetting_unless_told_otherwise():
+def test_the_base_counts_as_a_stage_in_forgetting_by_default():
     r = [[0.95, 0.2], [0.90, 0.2], [0.60, 0.9]]
     assert forgetting(r) == pytest.approx(0.35)
     assert forgetting(r, first=1) == pytest.approx(0.30)
@@ -68,7 +66,7 @@ def test_one_task_has_no_transfer_and_no_forgetting():
 
 
 def test_an_expert_that_gained_nothing_has_no_share_to_keep():
-    assert np.isnan(retained(HAND, EXPERTS)).tolist() == [False, False, True]
+    assert retention(HAND, EXPERTS) == retention([row[:2] for row in HAND[:2] + HAND[3:]], EXPERTS[:2])
     assert math.isnan(retention([[0.5], [0.9]], [0.5]))
     assert math.isnan(retention([[0.5], [0.9]], [0.4]))
 
@@ -103,7 +101,7 @@ def test_a_matrix_of_another_shape_is_refused(r):
 
 
 def test_scores_that_do_not_fit_each_other_are_refused():
-    with pytest.raises(ValueError, match="one expert's score a task"):
+    with pytest.raises(ValueError, match="one expert's score per task"):
         retention(HAND, [0.9, 0.8])
     with pytest.raises(ValueError, match="the same tasks"):
         unseen_delta([0.1], [0.1, 0.2])

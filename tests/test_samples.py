@@ -129,7 +129,7 @@ def test_one_row():
 
 
 def test_float32_is_clustered_in_float64():
-    """Far from 0 the rows differ by less than float32 can average."""
-    points = np.float32(2**20) + np.array([[0.0], [0.125], [0.375], [1000.0]], dtype=np.float32)  # mean of three at 1/6: row 1
-    assert points.dtype == np.float32
-    assert typical_samples(points, 2) == Typical((1, 3), (3, 1)) == typical_samples(points.astype(np.float64), 2)
+    """The first four rows have the mean (0, 0). Row 0 is 2^24 + 1/64 away from it, squared, row 1 is 2^24: one and the same in float32."""
+    cluster = [[4096.0, 0.125], [-4096.0, 0.0], [8192.0, -0.125], [-8192.0, 0.0]]
+    points = np.array(cluster + [[2.0**20, 0.0]] * 4)
+    assert typical_samples(points, 2) == typical_samples(points.astype(np.float32), 2) == Typical((1, 4), (4, 4))

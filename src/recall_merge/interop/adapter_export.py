@@ -131,7 +131,7 @@ def plan_adapter(
 
 def write_adapter(target: Path, plan: AdapterPlan, base_name: str, progress: Progress) -> ExportedAdapter:
     """Write a planned adapter, whole or not at all; its config names the base `base_name`."""
-    from recall_merge.maths.low_rank import lost
+    from recall_merge.maths.low_rank import squared_error
 
     specs, layers = plan.specs(), plan.base.layers
     missed, sizes = [0.0] * (layers.last + 1), [0.0] * (layers.last + 1)
@@ -148,7 +148,7 @@ def write_adapter(target: Path, plan: AdapterPlan, base_name: str, progress: Pro
                 down, up = (factors.up.mT, factors.down.mT) if place.transposed else (factors.down, factors.up)
                 add(f"{PREFIX}{place.module}.lora_A.weight", down.contiguous())
                 add(f"{PREFIX}{place.module}.lora_B.weight", up.contiguous())
-                part, size = lost(delta, factors)
+                part, size = squared_error(delta, factors)
                 missed[layers.of(name)] += part
                 sizes[layers.of(name)] += size
             for key, name in plan.whole_keys().items():
@@ -198,7 +198,7 @@ def _delta(plan: AdapterPlan, name: str) -> Tensor:
 def _factors(plan: AdapterPlan, name: str) -> LowRank:
     """The factors of one linear layer, in the base's orientation."""
     from recall_merge.maths.deltas import LowRank
-    from recall_merge.maths.low_rank import truncated
+    from recall_merge.maths.low_rank import truncate
     from recall_merge.maths.singular_vectors import combined
 
     rank = plan.ranks[name]
@@ -209,8 +209,8 @@ def _factors(plan: AdapterPlan, name: str) -> LowRank:
         pairs = [(delta, share) for delta, share in zip(deltas, shares, strict=True) if delta is not None]
         together = combined([delta for delta, _ in pairs], [share for _, share in pairs])
         if isinstance(together, LowRank):
-            return together if together.rank == rank else truncated(together, rank)
-    return truncated(_delta(plan, name), rank)
+            return together if together.rank == rank else truncate(together, rank)
+    return truncate(_delta(plan, name), rank)
 
 
 def _config(plan: AdapterPlan, base_name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Layer: which parameters belong to the embedding (0), to block i (1..L), and to the final norm and head (L + 1)."""
+"""The layer of each tensor, from its name: 0 for the embedding, i = 1..L for block i, L + 1 for the final norm and head."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 
 _INPUT_SIDE = re.compile(
     r"emb|wte|wpe|position_bias|input_hidden|per_layer|altup_proj"  # of text
-    r"|vision|visual|image|audio|multi_modal"  # of what else a model may take in
+    r"|vision|visual|image|audio|multi_modal"  # of other inputs
 )
 _NORM = re.compile(r"norm|(^|[._])ln([._\d]|$)", re.IGNORECASE)
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
@@ -20,9 +20,11 @@ _OUTPUT_SIDE = re.compile(r"(^|\.)(lm_head|embed_out|output_embeddings?|embeddin
 
 @dataclass(frozen=True)
 class Layers:
-    """Where the blocks of a decoder-only model lie among its tensor names.
+    """Where the blocks of a decoder-only model are among its tensor names.
 
-    `prefix` is the dotted name of the list of blocks ('model.layers', 'h', ...), `blocks` their number L.
+    Attributes:
+        prefix: the dotted name of the list of blocks ('model.layers', 'h', ...).
+        blocks: their number L.
 
     >>> layers = Layers("model.layers", 2)
     >>> [layers.of(f"model.{name}") for name in ("embed_tokens.weight", "layers.0.mlp.weight", "layers.1.mlp.weight", "norm.weight")]
@@ -38,11 +40,11 @@ class Layers:
         return self.blocks + 1
 
     def of(self, name: str) -> int:
-        """The layer of one tensor, from its name.
+        """The layer of one tensor.
 
-        Outside the blocks, what comes before them says so in its name in nearly every decoder of transformers (embed_tokens, wte, wpe,
-        word_embeddings_layernorm, ...); the rest follows the blocks. What comes after may be named after an embedding too: embed_out, or
-        LFM2's embedding_norm, its final norm. A slow test compares this with the order in which the models of transformers compute.
+        Outside the blocks, tensors whose names speak of embeddings (embed_tokens, wte, word_embeddings_layernorm, ...) come before
+        the blocks, except outputs such as embed_out or LFM2's embedding_norm, its final norm; all others come after them. A slow test
+        compares this with the order of computation in every decoder of transformers.
         """
         if name.startswith(self.prefix + "."):
             number = name[len(self.prefix) + 1 :].split(".", 1)[0]
@@ -51,7 +53,7 @@ class Layers:
         return 0 if _INPUT_SIDE.search(name) and not _OUTPUT_SIDE.search(name) else self.last
 
     def kind_of(self, name: str) -> Literal["attention", "mlp", "norm", "embedding", "head", "other"]:
-        """What kind of module a tensor belongs to, from its name. A norm inside of an attention (q_norm) is a norm.
+        """The kind of module that a tensor belongs to. A norm inside attention (q_norm) is a norm.
 
         >>> layers = Layers("h", 1)
         >>> [layers.kind_of(name) for name in ("wte.weight", "h.0.ln_1.bias", "h.0.attn.c_proj.weight", "h.0.mlp.c_fc.weight")]
@@ -67,11 +69,10 @@ class Layers:
 
 
 def find_layers(names: Iterable[str], blocks: int) -> Layers:
-    """Find the list of blocks from the tensor names alone: the one prefix whose numbers are exactly 0..L-1.
+    """Find the list of blocks among the tensor names of a checkpoint: the one prefix whose numbers are exactly 0..L-1.
 
     Args:
-        names: the tensor names of one checkpoint.
-        blocks: L, as the model's config says; a mixture of experts numbers its experts too, inside the blocks.
+        blocks: L, from the model's config. Names alone do not tell: a mixture of experts numbers its experts too.
 
     Raises:
         ValueError: if no prefix, or more than one, has exactly the numbers 0..blocks-1.
@@ -82,11 +83,11 @@ def find_layers(names: Iterable[str], blocks: int) -> Layers:
     numbers: defaultdict[str, set[int]] = defaultdict(set)
     for name in names:
         parts = name.split(".")
-        first = next((place for place, part in enumerate(parts) if part.isdecimal()), None)
-        if first:  # subtle: only the first number of a name counts, so nested lists (experts) cannot pose as blocks
+        first = next((position for position, part in enumerate(parts) if part.isdecimal()), None)
+        if first:  # subtle: only the first number of a name counts, so nested lists (experts) are never taken for blocks
             numbers[".".join(parts[:first])].add(int(parts[first]))
-    matching = sorted(prefix for prefix, found in numbers.items() if len(found) == blocks == max(found) + 1)
+    matching = sorted(prefix for prefix, indices in numbers.items() if len(indices) == blocks == max(indices) + 1)
     if len(matching) != 1:
-        seen = ", ".join(f"{prefix} ({len(found)})" for prefix, found in sorted(numbers.items())) or "none"
-        raise ValueError(f"the config says {blocks} blocks; numbered lists among the tensor names: {seen}")
+        lists = ", ".join(f"{prefix} ({len(indices)})" for prefix, indices in sorted(numbers.items())) or "none"
+        raise ValueError(f"the config says {blocks} blocks; numbered lists among the tensor names: {lists}")
     return Layers(matching[0], blocks)

@@ -1,21 +1,22 @@
-"""The best low-rank version of a change, and how much of the change it loses."""
+"""The best low-rank approximation of a delta, and how much of the delta it loses."""
 
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from recall_merge.maths.deltas import Delta, LowRank
 
 
-def truncated(delta: Delta, rank: int) -> LowRank:
-    """The nearest matrix of a rank to a delta: its first singular directions.    (o, i) -> up (o, rank), down (rank, i), float64
+def truncate(delta: Delta, rank: int) -> LowRank:
+    """The nearest matrix of a given rank to a delta: its leading singular directions.    (o, i) -> up (o, rank), down (rank, i), float64
 
-    delta = U diag(s) V^T,  up = U_r diag(s_r)^(1/2),  down = diag(s_r)^(1/2) V_r^T: both factors are of the same size. By Eckart and Young
-    1936, doi:10.1007/BF02288367, none of this rank is nearer in the Frobenius norm. A rank of min(o, i) or more gives the delta itself,
-    to the rounding of float64. Factors (o, k), (k, i) cost O((o + i) k^2), a dense delta O(o i min(o, i)).
+    delta = U diag(s) V^T,  up = U_r diag(s_r)^(1/2),  down = diag(s_r)^(1/2) V_r^T, so that both factors have the same norm. By Eckart
+    and Young 1936, doi:10.1007/BF02288367, no matrix of this rank is nearer in the Frobenius norm. A rank of min(o, i) or more gives the
+    delta itself, up to rounding. Cost: O((o + i) k^2) for factors (o, k), (k, i); O(o i min(o, i)) for a dense delta.
 
-    >>> truncated(torch.diag(torch.tensor([4.0, 1.0])), 1).dense()
+    >>> truncate(torch.diag(torch.tensor([4.0, 1.0])), 1).dense()
     tensor([[4., 0.],
             [0., 0.]], dtype=torch.float64)
     """
@@ -30,12 +31,12 @@ def truncated(delta: Delta, rank: int) -> LowRank:
     return LowRank(u[:, :rank] * roots, roots.unsqueeze(1) * vt[:rank])
 
 
-def lost(delta: Tensor, kept: LowRank) -> tuple[float, float]:
-    """|delta - kept|^2 and |delta|^2, in float64, for relative errors over one tensor or many.    (o, i)
+def squared_error(delta: Float[Tensor, "o i"], approximation: LowRank) -> tuple[float, float]:
+    """|delta - approximation|_F^2 and |delta|_F^2, in float64: summed, they give relative errors over one tensor or many.
 
-    >>> lost(torch.tensor([[3.0, 4.0]]), LowRank(torch.tensor([[1.0]]), torch.tensor([[3.0, 0.0]])))
+    >>> squared_error(torch.tensor([[3.0, 4.0]]), LowRank(torch.tensor([[1.0]]), torch.tensor([[3.0, 0.0]])))
     (16.0, 25.0)
     """
     delta = delta.double()
-    difference = torch.addmm(delta, kept.up.double(), kept.down.double(), alpha=-1)
+    difference = torch.addmm(delta, approximation.up.double(), approximation.down.double(), alpha=-1)
     return float(difference.square().sum()), float(delta.square().sum())

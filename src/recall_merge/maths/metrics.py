@@ -1,8 +1,8 @@
-"""The numbers of continual learning: what a matrix of scores says was learnt, kept, forgotten and generalised.
+"""The numbers of continual learning: what was learnt, kept, forgotten and transferred, from a matrix of scores.
 
-Throughout, R is the matrix of scores: R[i, j] = score on task j after stage i. Stage 0 is the base, stage j is the one that learns
-task j, T is the number of tasks, and b_j = R[0, j]. As an array R is (T + 1, T): row i is stage i, column j - 1 is task j.
-A score that was never taken is NaN; a number that needs it is NaN, except where a docstring says otherwise.
+R[i, j] is the score on task j after stage i. Stage 0 is the base, stage j learns task j; T is the number of tasks, b_j = R[0, j].
+As an array R is (T + 1, T): row i is stage i, column j - 1 is task j. A score that was not taken is NaN, and so is a number that
+needs it, except where a docstring says otherwise.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float64
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
@@ -24,9 +25,9 @@ class Metric:
     Attributes:
         label: its name in words.
         short: its name in a narrow table.
-        formula: what is averaged over what: formula, denominator and variant. Print it wherever the number is printed.
-        signed: it is a difference of scores, so that its sign matters.
-        needs_stages: it needs scores after each stage, not only at the end.
+        formula: with denominator and variant; print it wherever the number is printed, since libraries differ.
+        signed: it is a difference of scores.
+        needs_stages: it needs scores after every stage, not only at the end.
     """
 
     label: str
@@ -65,7 +66,7 @@ METRICS = {
         "unseen-task delta", "unseen delta", "mean over the K tasks not trained on of R[T, k] - b_k, b_k the base's score", signed=True
     ),
 }
-"""The numbers of `continual_metrics`, by name."""
+"""The numbers of `continual_metrics`, by their names there."""
 
 FORMULAS = {name: metric.formula for name, metric in METRICS.items()}
 
@@ -73,9 +74,12 @@ FORMULAS = {name: metric.formula for name, metric in METRICS.items()}
 def continual_metrics(
     scores: ArrayLike, *, experts: ArrayLike | None = None, unseen: tuple[ArrayLike, ArrayLike] | None = None
 ) -> dict[str, float]:
-    """All numbers that the given scores allow, by the names of `METRICS`.
+    """All numbers that the scores allow, by the names of `METRICS`.
 
-    scores is R, (T + 1, T); experts holds E_j, (T,); unseen = (base's scores, final scores), (K,) each, on tasks never trained on.
+    Args:
+        scores: R, (T + 1, T).
+        experts: E_j, each expert's score on its own task, (T,).
+        unseen: scores of the base and of the final model on tasks that were not trained on, (K,) each.
 
     >>> numbers = continual_metrics([[.2, .4], [.8, .5], [.6, .9]], experts=[.8, .9])
     >>> for name, value in numbers.items(): print(f"{name} {value:.3f}")
@@ -101,11 +105,15 @@ def continual_metrics(
     return numbers
 
 
-def as_matrix(scores: ArrayLike) -> Array:
-    """R as a float64 array, refused unless it is (T + 1, T) with T >= 1."""
+def as_matrix(scores: ArrayLike) -> Float64[np.ndarray, "stages T"]:
+    """R as an array.
+
+    Raises:
+        ValueError: unless it is (T + 1, T) with T >= 1.
+    """
     r = np.asarray(scores, dtype=np.float64)
     if r.ndim != 2 or r.shape[1] < 1 or r.shape[0] != r.shape[1] + 1:
-        raise ValueError(f"R must be (T + 1, T), the base's row and then one row a stage; this is {r.shape}")
+        raise ValueError(f"R must be (T + 1, T), the base's row and then one row per stage; this is {r.shape}")
     return r
 
 
@@ -119,33 +127,33 @@ def average_performance(scores: ArrayLike) -> float:
 
 
 def learning_accuracy(scores: ArrayLike) -> float:
-    """Mean score on each task just after it was learnt: mean_j R[j, j], over T tasks (Riemer et al. 2019).    R (T + 1, T)
+    """Mean score on each task right after it was learnt: mean_j R[j, j], over T tasks (Riemer et al. 2019).    R (T + 1, T)
 
     >>> round(learning_accuracy([[.2, .4], [.8, .5], [.6, .9]]), 3)    # (.8 + .9) / 2
     0.85
     """
-    return _mean(_just_learnt(as_matrix(scores)))
+    return _mean(np.diagonal(as_matrix(scores)[1:]))
 
 
 def backward_transfer(scores: ArrayLike) -> float:
-    """What later stages did to earlier tasks: sum_{j<T} (R[T, j] - R[j, j]) / (T - 1); below 0 is loss.    R (T + 1, T)
+    """Effect of later stages on earlier tasks: sum_{j<T} (R[T, j] - R[j, j]) / (T - 1); below 0 is loss.    R (T + 1, T)
 
-    Lopez-Paz & Ranzato 2017. The last task is left out, since nothing came after it; some libraries divide by T instead, which
-    brings the number nearer 0. With one task there is no earlier one: NaN.
+    Lopez-Paz & Ranzato 2017. The last task is left out, since nothing came after it. Some libraries divide by T, which brings the
+    number nearer to 0. NaN for one task.
 
     >>> round(backward_transfer([[.2, .4], [.8, .5], [.6, .9]]), 3)    # .6 - .8
     -0.2
     """
     r = as_matrix(scores)
-    return _mean((r[-1] - _just_learnt(r))[:-1])
+    return _mean((r[-1] - np.diagonal(r[1:]))[:-1])
 
 
 def forgetting(scores: ArrayLike, *, first: int = 0) -> float:
     """How far each earlier task is below its best: mean_{j<T} ( max_{first <= i < T} R[i, j] - R[T, j] ).    R (T + 1, T)
 
-    Over T - 1 tasks, the last left out; below 0 where tasks are best at the end. `first=0` counts the base among the stages, so
-    that what the base could do and the end cannot is forgotten too; Chaudhry et al. 2018 have no base in R: `first=1`.
-    The maximum is over the stages that were scored, since a task's test rows may not exist before the task. With one task: NaN.
+    Over T - 1 tasks, the last left out; below 0 where tasks are best at the end. `first=0` counts the base as a stage, so that lost
+    abilities of the base are forgotten too; Chaudhry et al. 2018 have no base in R: `first=1`. The maximum is over the stages that
+    were scored, since a task's test rows may not exist before the task. NaN for one task.
 
     >>> round(forgetting([[.9, .4], [.8, .5], [.6, .9]]), 3)    # max(.9, .8) - .6
     0.3
@@ -161,10 +169,10 @@ def forgetting(scores: ArrayLike, *, first: int = 0) -> float:
 
 
 def forward_transfer(scores: ArrayLike) -> float:
-    """What earlier stages did for a task before it was learnt: mean_{j>=2} ( R[j-1, j] - b_j ), over T - 1 tasks.    R (T + 1, T)
+    """Effect of earlier stages on a task before it is learnt: mean_{j>=2} ( R[j-1, j] - b_j ), over T - 1 tasks.    R (T + 1, T)
 
-    Lopez-Paz & Ranzato 2017, with the base in place of a random model. "Forward transfer" is also the name of a gain in the speed
-    of learning (Wolczyk et al. 2021): another quantity. With one task: NaN.
+    Lopez-Paz & Ranzato 2017, with the base in place of a random model. Wolczyk et al. 2021 use "forward transfer" for another
+    quantity, the gain in learning speed. NaN for one task.
 
     >>> round(forward_transfer([[.2, .4], [.8, .5], [.6, .9]]), 3)    # .5 - .4
     0.1
@@ -174,71 +182,65 @@ def forward_transfer(scores: ArrayLike) -> float:
 
 
 def retention(scores: ArrayLike, experts: ArrayLike) -> float:
-    """Share of the experts' gains that the end still has: mean_j ( R[T, j] - b_j ) / ( E_j - b_j ).    R (T + 1, T), experts (T,)
+    """Share of the experts' gains that is left at the end: mean_j ( R[T, j] - b_j ) / ( E_j - b_j ).    R (T + 1, T), experts (T,)
 
-    1 = as good as every expert on its own task, 0 = no better than the base. Over the tasks whose expert beats the base: where it
-    does not, there is no gain to keep a share of. NaN when no expert beats the base.
+    1 = as good as every expert on its own task, 0 = no better than the base. Over the tasks whose expert beats the base, since
+    elsewhere there is no gain to keep. NaN where no expert beats the base.
 
     >>> round(retention([[.2, .4], [.8, .5], [.6, .9]], [.8, .9]), 3)    # (.4 / .6 + .5 / .5) / 2
     0.833
     """
-    shares = retained(scores, experts)
-    no_gain = np.asarray(experts, dtype=np.float64) <= as_matrix(scores)[0]
-    return _mean(shares[~no_gain])  # subtle: a share that is NaN because a score is missing stays in, and makes the mean NaN
-
-
-def retained(scores: ArrayLike, experts: ArrayLike) -> Array:
-    """The share of each task's gain: ( R[T, j] - b_j ) / ( E_j - b_j ), NaN where E_j <= b_j.    R (T + 1, T), experts (T,) -> (T,)
-
-    >>> retained([[.25, .5], [.75, .5], [.5, 1]], [.75, .5])    # .25 / .5; the second expert is no better than the base
-    array([0.5, nan])
-    """
     r, own = as_matrix(scores), np.asarray(experts, dtype=np.float64)
     if own.shape != (r.shape[1],):
-        raise ValueError(f"there must be one expert's score a task: R has {r.shape[1]} tasks, the experts' scores are {own.shape}")
-    gain = own - r[0]
-    return (r[-1] - r[0]) / np.where(gain > 0, gain, np.nan)
+        raise ValueError(f"there must be one expert's score per task: R has {r.shape[1]} tasks, the experts' scores are {own.shape}")
+    gains = own - r[0]
+    counted = ~(gains <= 0)  # subtle: a gain that is NaN because a score is missing counts, and makes the mean NaN
+    return _mean((r[-1] - r[0])[counted] / gains[counted])
 
 
 def unseen_delta(base: ArrayLike, final: ArrayLike) -> float:
-    """What the work did to tasks that no expert was trained on: mean_k R[T, k] - b_k, over K tasks.    base (K,), final (K,)
+    """Change on tasks that no expert was trained on: mean_k R[T, k] - b_k, over K tasks.    base (K,), final (K,)
 
     >>> round(unseen_delta([.3, .5], [.4, .6]), 3)
     0.1
     """
     before, after = np.asarray(base, dtype=np.float64), np.asarray(final, dtype=np.float64)
     if before.ndim != 1 or before.shape != after.shape:
-        raise ValueError(f"the base and the end must be scored on the same tasks: {before.shape} and {after.shape}")
+        raise ValueError(f"base and final model must be scored on the same tasks: {before.shape} and {after.shape}")
     return _mean(after - before)
 
 
 class ItemChanges(NamedTuple):
-    """What happened to single test items between two stages, as shares of all items."""
+    """Shares of all test items that changed between two stages.
+
+    Attributes:
+        forgotten: 1 -> 0, minus `chance`.
+        gained: 0 -> 1, minus `chance`.
+        chance: the share of either change that guessing alone would give.
+    """
 
     forgotten: float
-    """1 -> 0, less what chance would give."""
     gained: float
-    """0 -> 1, less what chance would give."""
     chance: float
-    """What chance would give of either; it is subtracted."""
 
 
 def item_changes(before: ArrayLike, after: ArrayLike, *, choices: ArrayLike | None = None) -> ItemChanges:
     """Per-item forgetting and backward transfer: the shares of items that went 1 -> 0 and 0 -> 1 (Harmon et al. 2025, arXiv:2510.17776).
 
-    before, after: right (1) or wrong (0) for the same n items at two stages, (n,). A mean hides items that change places: .5 -> .5
-    may be nothing lost, or all of it lost and replaced. Items scored in between (token F1) count by the part of a point that they
-    lost or won, which is the same thing for 0 and 1 (ours).
+    The mean hides items that change places: .5 -> .5 may be nothing lost, or everything lost and replaced.
 
-    choices: how many answers an item offers, one number or (n,). A model that knows a share p and guesses the rest is right on
-    a = p + (1 - p) / k, so 1 - p = (1 - a) k / (k - 1). An item guessed both times goes 1 -> 0, or 0 -> 1, with chance
-    (1/k) (1 - 1/k), so guessing alone gives of either
+    Args:
+        before, after: right (1) or wrong (0) for the same n items at two stages, (n,). Scores in between (token F1) count by the part
+            of a point that was lost or won, which is the same for 0 and 1 (ours).
+        choices: the number of answers that an item offers, one number or (n,); None if there is nothing to guess from.
+
+    A model that knows a share p and guesses the rest is right on a = p + (1 - p) / k, so 1 - p = (1 - a) k / (k - 1). An item guessed
+    at both stages goes 1 -> 0, or 0 -> 1, with probability (1/k) (1 - 1/k), so guessing alone gives of either
 
         (1 - p) (1 - p') (k - 1) / k^2  =  (1 - a) (1 - a') / (k - 1)
 
-    which is subtracted; below 0 is set to 0. It takes guesses, and what is known, to be independent at the two stages: where both
-    know the same items it takes off too little. Items with different k are corrected by group, each group counting by its size
-    (ours). None = nothing to guess from: nothing is subtracted.
+    which is subtracted, down to 0. This takes guesses and knowledge as independent between the stages; where both stages know the same
+    items, it subtracts too little. Items with different k are corrected in groups, weighted by size (ours).
 
     >>> item_changes([1, 1, 0, 0], [0, 1, 1, 0])    # one of four each way
     ItemChanges(forgotten=0.25, gained=0.25, chance=0.0)
@@ -248,7 +250,7 @@ def item_changes(before: ArrayLike, after: ArrayLike, *, choices: ArrayLike | No
     """
     old, new = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
     if old.ndim != 1 or old.shape != new.shape or not old.size:
-        raise ValueError(f"two stages are compared on the same items, and at least one: {old.shape} and {new.shape}")
+        raise ValueError(f"two stages are compared on the same items, at least one: {old.shape} and {new.shape}")
     chance = 0.0
     if choices is not None:
         offered = np.broadcast_to(np.asarray(choices), old.shape)
@@ -279,13 +281,13 @@ def bootstrap(
 ) -> Interval:
     """Percentile bootstrap interval of any statistic (Efron 1979).
 
-    samples: arrays (..., n_s). The last axis of each is drawn again with replacement, every array on its own:
-      over items   samples[j] = the scores of task j's items at every stage, (T + 1, n_j), and the statistic a metric of
-                   `score_matrix(samples)`; an item stays paired with itself over the stages, and the tasks are kept;
-      over orders  one array of values, (n,), and the statistic its mean; two methods on the same orders are (2, n), so paired.
+    samples: arrays (..., n_s); the last axis of each is resampled with replacement, every array on its own:
+      over items   samples[j] = the scores of task j's items at every stage, (T + 1, n_j), and a metric of `score_matrix(samples)`:
+                   an item stays paired with itself over the stages;
+      over orders  one array of values, (n,), and their mean; two methods on the same orders are (2, n), so paired.
       (or seeds)
-    The bounds are the (1 - level) / 2 and (1 + level) / 2 quantiles of the statistic over the draws (Philox, keyed by the seed);
-    draws that leave it undefined (NaN) are left out. With a single thing to draw from, nothing is known: NaN bounds.
+    The bounds are the (1 - level) / 2 and (1 + level) / 2 quantiles over the draws (Philox, keyed by the seed). Draws where the
+    statistic is NaN are left out. Arrays of one item each give no bounds: NaN.
 
     >>> bootstrap(lambda s: float(s[0].mean()), [[0.5, 0.5, 0.5]])
     Interval(estimate=0.5, low=0.5, high=0.5)
@@ -298,8 +300,8 @@ def bootstrap(
     if max((array.shape[-1] for array in arrays), default=0) < 2:
         return unknown
     rng = np.random.Generator(np.random.Philox(key=seed))
-    drawn = ([a[..., rng.integers(a.shape[-1], size=a.shape[-1])] for a in arrays] for _ in range(draws))
-    values = np.array([statistic(again) for again in drawn])
+    resamples = ([a[..., rng.integers(a.shape[-1], size=a.shape[-1])] for a in arrays] for _ in range(draws))
+    values = np.array([statistic(resample) for resample in resamples])
     values = values[~np.isnan(values)]
     if not values.size:
         return unknown
@@ -307,22 +309,17 @@ def bootstrap(
     return Interval(estimate, float(low), float(high))
 
 
-def score_matrix(items: Sequence[Array]) -> Array:
-    """R from the items: the mean of each task's items at each stage.    T arrays of (T + 1, n_j) -> (T + 1, T)
+def score_matrix(items: Sequence[Array]) -> Float64[np.ndarray, "stages T"]:
+    """R from single items: the mean of each task's items at each stage.    T arrays of (T + 1, n_j) -> (T + 1, T)
 
-    For a metric of the whole corpus (BLEU, chrF) the mean over sentences is not the score, only near it: fit for the width of an
-    interval, not for the number in its middle.
+    For corpus metrics (BLEU, chrF) the mean over sentences is only near the score: good for the width of an interval, not for its
+    middle.
 
     >>> score_matrix([np.array([[0., 1.], [1., 1.]])])
     array([[0.5],
            [1. ]])
     """
     return np.stack([np.asarray(task, dtype=np.float64).mean(axis=-1) for task in items], axis=1)
-
-
-def _just_learnt(r: Array) -> Array:
-    """R[j, j] for every task.    (T + 1, T) -> (T,)"""
-    return np.diagonal(r[1:])
 
 
 def _mean(values: Array) -> float:

@@ -127,7 +127,7 @@ def cosine(h: Float[Tensor, "n m d"]) -> Float[Tensor, " n"]:
 def _cosine_to_newest(products: Float[Tensor, "n ..."], norms: Float[Tensor, "n ..."]) -> Float[Tensor, "n ..."]:
     """<a_q, a_N> / (|a_q| |a_N|); 1 where both norms are 0, and 0 where one of them is."""
     both = norms * norms[-1]
-    return torch.where(both > 0, products / both.clamp(min=torch.finfo(both.dtype).tiny), (norms == norms[-1]).to(both.dtype))
+    return torch.where(both > 0, products / both, (norms == norms[-1]).to(both.dtype))
 
 
 def _median_squared_distance(h: Float[Tensor, "n m d"]) -> Float[Tensor, ""]:
