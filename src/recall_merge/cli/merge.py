@@ -197,12 +197,19 @@ def _plan_facts(plan: Plan, estimate: Estimate) -> dict[str, Any]:
     from recall_merge.merging.cost import passes, peak_memory
     from recall_merge.merging.run import SampleWeights
 
+    rule: Any = plan.weights
+    if isinstance(rule, SampleWeights):
+        weights = rule.compares
+    elif isinstance(rule[0], tuple):
+        weights = {f"layer {layer}": list(row) for layer, row in enumerate(rule)}
+    else:
+        weights = list(rule)
     facts = {
         "base": plan.run.base,
         "experts": {expert.name: str(plan.located[expert.name].folder) for expert in plan.experts},
         "method": plan.name,
         "options": dict(plan.options),
-        "weights": _rule(plan.weights),
+        "weights": weights,
         "blocks": plan.base.layers.blocks,
         "tensors": len(plan.specs),
         "shards": len(plan.shards),
@@ -214,15 +221,7 @@ def _plan_facts(plan: Plan, estimate: Estimate) -> dict[str, Any]:
         "seconds": round(estimate.seconds, 1),
         "notes": plan.notes,
     }
-    return facts | ({"weights_options": plan.weights.model_dump()} if isinstance(plan.weights, SampleWeights) else {})
-
-
-def _rule(weights: Any) -> Any:
-    from recall_merge.merging.run import SampleWeights
-
-    if isinstance(weights, SampleWeights):
-        return weights.compares
-    return {f"layer {layer}": list(row) for layer, row in enumerate(weights)} if isinstance(weights[0], tuple) else list(weights)
+    return facts | ({"weights_options": rule.model_dump()} if isinstance(rule, SampleWeights) else {})
 
 
 def _in_words(name: str, value: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from inspect import Parameter
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -12,65 +12,48 @@ from recall_merge.cli.options import AsJson
 from recall_merge.runtime.errors import RunError, did_you_mean
 
 
-def methods(
-    name: Annotated[str | None, typer.Argument(help="A method; all of them by default.")] = None,
-    as_json: AsJson = False,
-) -> None:
+def methods(name: Annotated[str | None, typer.Argument(help="A method; all of them by default.")] = None, as_json: AsJson = False) -> None:
     """List the merge methods, or explain one of them.
 
     Example: recall methods recall
     """
-    known = _descriptions()
+    from recall_merge.maths.methods import ALIASES, METHODS
+
+    known = {**ALIASES, **METHODS}
     if name is not None and name not in known:
         raise RunError(f"there is no method '{name}'", fix=did_you_mean(name, known))
     if name is not None:
-        return _show(name, *known[name], as_json=as_json)
-    summaries = {method: (source, doc.splitlines()[0]) for method, (source, doc) in known.items()}
+        return _explain(name, as_json=as_json)
     if as_json:
-        return print_json({method: {"source": source, "summary": summary} for method, (source, summary) in summaries.items()})
+        return print_json({entry.name: {"source": entry.source, "summary": entry.doc.splitlines()[0]} for entry in known.values()})
     rows = table("method", "what it does", "source")
-    for method, (source, summary) in summaries.items():
-        rows.add_row(method, summary, source)
+    for entry in known.values():
+        rows.add_row(entry.name, entry.doc.splitlines()[0], entry.source)
     return out().print(rows)
 
 
-def _descriptions() -> dict[str, tuple[str, str]]:
-    """Source and docstring of each name that a run can give as its method."""
+def _explain(name: str, *, as_json: bool) -> None:
     from recall_merge.maths.methods import ALIASES, METHODS
-
-    aliases = {name: (alias.source, alias.doc) for name, alias in ALIASES.items()}
-    return aliases | {name: (method.source, method.doc) for name, method in METHODS.items() if name not in aliases}
-
-
-def _show(name: str, source: str, doc: str, *, as_json: bool) -> None:
-    from recall_merge.maths.methods import ALIASES
     from recall_merge.maths.methods.registry import explained
     from recall_merge.maths.similarity import KERNELS
-    from recall_merge.merging.rules import WEIGHT_OPTIONS, method_named
+    from recall_merge.merging.rules import WEIGHT_OPTIONS
 
-    method, fields = method_named(name), WEIGHT_OPTIONS[ALIASES[name].weights].model_fields if name in ALIASES else {}
-    assert method is not None
+    alias = ALIASES.get(name)
+    entry, method = alias or METHODS[name], METHODS[alias.method if alias else name]
+    fields = WEIGHT_OPTIONS[alias.weights].model_fields if alias else {}
     kernels = KERNELS.values() if "kernel" in fields else ()
     if as_json:
         options = {key: str(parameter.default) for key, parameter in method.options.items()}
         weights = {key: (str(field.default), field.description or "") for key, field in fields.items()}
-        facts = {"name": name, "source": source, "doc": doc, "options": options, "weights": weights}
-        return print_json(facts | {"kernels": {kernel.name: {"source": kernel.source, "summary": kernel.summary} for kernel in kernels}})
-    console = out()
-    console.print(f"{name}\n\n{doc}\n\nsource: {source}")
-    if fields:
-        own = [explained(parameter) for parameter in method.options.values()]
-        lines = [*own, *(explained(_parameter(key, field)) for key, field in fields.items())]
-        console.print("\nOptions:\n" + "\n".join(f"    {line}" for line in lines))
-        if kernels:
-            console.print(
-                "\nKernels:\n" + "\n".join(f"    {kernel.name}: {kernel.summary.rstrip('.')}; {kernel.source}" for kernel in kernels)
-            )
-        console.print(f"\nIt is short for `method: {method.name}` with `weights: {{{ALIASES[name].weights}: ...}}`.")
-    return None
-
-
-def _parameter(name: str, field: Any) -> Parameter:
-    """A setting of the weights in the form of a method's option."""
-    annotation = Annotated[field.annotation, *field.metadata, field.description]
-    return Parameter(name, Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation)
+        summaries = {kernel.name: {"source": kernel.source, "summary": kernel.summary} for kernel in kernels}
+        facts = {"name": name, "source": entry.source, "doc": entry.doc, "options": options, "weights": weights}
+        return print_json(facts | {"kernels": summaries})
+    lines = [name, "", f"{entry.doc}{method.options_doc if alias else ''}"]
+    for key, field in fields.items():
+        annotation = Annotated[field.annotation, *field.metadata, field.description]
+        lines.append(f"    {explained(Parameter(key, Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation))}")
+    lines += ["", "Kernels:"] if kernels else []
+    lines += [f"    {kernel.name}: {kernel.summary.rstrip('.')}; {kernel.source}" for kernel in kernels]
+    lines += ["", f"Source: {entry.source}"]
+    lines += [f"Short for `method: {method.name}` with `weights: {{{alias.weights}: ...}}`."] if alias else []
+    return out().print("\n".join(lines), soft_wrap=False)

@@ -75,7 +75,7 @@ def learn(
     if as_json:
         facts = {"path": str(workspace), "model": str(model), "stage": stage.model_dump(mode="json")}
         return print_json({**facts, **_branch_json(line), "notes": list(learned.notes)})
-    out().print(_changes(line))
+    _print_changes(line)
     if not quiet:
         _print_metrics(line)
         print_notes(learned.notes)
@@ -133,7 +133,7 @@ def _request(task: str | None, test: Path | None, options: dict[str, Any]) -> Re
 
 def _status_json(folder: Path, now: Status) -> dict[str, Any]:
     from recall_merge.continual.state import current_model
-    from recall_merge.maths.metrics import FORMULAS
+    from recall_merge.maths.metrics import METRICS
 
     unfinished = None
     if now.unfinished is not None:
@@ -146,7 +146,7 @@ def _status_json(folder: Path, now: Status) -> dict[str, Any]:
         "in_use": str(now.holder) if now.holder else None,
         "missing": list(now.missing),
         "branches": [_branch_json(line) for line in now.branches],
-        "formulas": FORMULAS,
+        "formulas": {name: metric.formula for name, metric in METRICS.items()},
     }
 
 
@@ -210,7 +210,7 @@ def _matrix(line: Branch, console: Any) -> Iterator[Any]:
     return terminal_charts.heat(head, rows, console.width, below=below)
 
 
-def _changes(line: Branch) -> Any:
+def _print_changes(line: Branch) -> None:
     """What the last stage did to each task."""
     rows = table("task", "base", "before", "now", "change", "its expert")
     names = (*line.tasks, *(f"{name} (unseen)" for name in line.unseen))
@@ -220,15 +220,15 @@ def _changes(line: Branch) -> Any:
         base, before, now = scores[0], scores[-2], scores[-1]
         change = "-" if before is None or now is None else f"{now - before:+.3f}"
         rows.add_row(name, _number(base), _number(before), _number(now), change, _number(expert))
-    return rows
+    out().print(rows)
 
 
 def _print_metrics(line: Branch) -> None:
-    from recall_merge.maths.metrics import FORMULAS
+    from recall_merge.maths.metrics import METRICS
 
     for name, value in line.numbers.items():
         if value is not None:  # backward transfer, for example, is not defined for a single task
-            out().print(f"{name.replace('_', ' ')}: {value:.3f}   ({FORMULAS[name]})")
+            out().print(f"{METRICS[name].label}: {value:.3f}   ({METRICS[name].formula})")
 
 
 def _number(value: float | None) -> str:

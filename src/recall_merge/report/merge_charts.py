@@ -5,17 +5,17 @@ Tables have the form of `record.json`: `{"experts": [..], "layers": [..], "rows"
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from recall_merge.report.pictures import altair, chart_of, save_chart
-from recall_merge.report.theme import DIVERGING, MODELS, SEQUENTIAL, WIDTH, model_colours
+from recall_merge.report.theme import DIVERGING, SEQUENTIAL, WIDTH, model_colours
 
-Points = list[dict[str, Any]]
+LAYER = "layer (0 = embedding)"
 
 
-def points_of(table: Mapping[str, Any], name: str) -> Points:
+def points_of(table: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
     """A table as one point per number."""
     return [
         {"layer": layer, "model": model, name: value}
@@ -45,14 +45,15 @@ def similarity_and_weights(similarity: Mapping[str, Any] | None, weights: Mappin
     parts = []
     if similarity:
         colour = alt.Color("similarity:Q", scale=alt.Scale(scheme=SEQUENTIAL), title="similarity to the newest")
-        parts.append(_heat(alt, similarity, "similarity", colour, at_layer, last=weights["layers"][-1]))
+        parts.append(_heat(similarity, "similarity", colour, at_layer, last=weights["layers"][-1]))
     spread = max(abs(value - even) for row in weights["rows"] for value in row) or 0.1
     scale = alt.Scale(scheme=DIVERGING, domain=[even - spread, even + spread], domainMid=even)
     colour = alt.Color("weight:Q", scale=scale, title=f"weight (even share: {even:.3f})", legend=alt.Legend(format=".3f"))
     if any(row != weights["rows"][0] for row in weights["rows"]) or not parts:
-        parts.append(_heat(alt, weights, "weight", colour, at_layer, last=weights["layers"][-1]))
+        parts.append(_heat(weights, "weight", colour, at_layer, last=weights["layers"][-1]))
     base = chart_of(points_of(weights, "weight"))
-    lines = _lines(alt, base, weights, "weight", "weight", chosen).add_params(chosen)
+    lines = _lines(base, weights, "weight", alt.Y("weight:Q", title="weight")).add_params(chosen)
+    lines = lines.encode(opacity=alt.condition(chosen, alt.value(1), alt.value(0.15)))
     rule = base.mark_rule(aria=False).encode(x="layer:Q", opacity=alt.condition(at_layer, alt.value(0.3), alt.value(0)))
     parts[0] = parts[0].add_params(at_layer)
     parts.append(alt.layer(lines, rule).properties(width=WIDTH, height=220))
@@ -83,17 +84,24 @@ def explore(similarity: Mapping[str, Any], merge_weights: Mapping[str, Any]) -> 
         .transform_joinaggregate(total="sum(power)", groupby=["layer"])
         .transform_calculate(weight="lambda * datum.power / datum.total")
     )
-    lines = _lines(alt, drawn, similarity, "weight", "lambda x weight", None)
+    lines = _lines(drawn, similarity, "weight", alt.Y("weight:Q", title="lambda x weight"))
     return lines.add_params(tau, *([width] if rbf else []), scale).properties(width=WIDTH, height=240)
 
 
-def delta_sizes(sizes: Mapping[str, Any]) -> Any:
-    """How far each expert and the merge are from the base at every layer, relative to the base's own size."""
+def lines(table: Mapping[str, Any], name: str, title: str, *, log: bool = False, last_is_merge: bool = False) -> Any:
+    """The numbers of a table over the layers, one line per model.
+
+    Args:
+        log: on a logarithmic scale, which leaves out zeros.
+        last_is_merge: draw the last model dashed and grey.
+    """
     alt = altair()
-    base = chart_of([point for point in points_of(sizes, "size") if point["size"] > 0])
-    lines = _lines(alt, base, sizes, "size", "|delta| / |base|, log", None, last_is_merge=True)
-    y = alt.Y("size:Q", title="|delta| / |base| (log)", scale=alt.Scale(type="log"), axis=alt.Axis(tickCount=5, format="~g"))
-    return lines.encode(y=y).properties(width=WIDTH, height=240)
+    y = alt.Y(f"{name}:Q", title=title)
+    points = points_of(table, name)
+    if log:
+        points = [point for point in points if point[name] > 0]
+        y = alt.Y(f"{name}:Q", title=f"{title} (log)", scale=alt.Scale(type="log"), axis=alt.Axis(tickCount=5, format="~g"))
+    return _lines(chart_of(points), table, name, y, last_is_merge=last_is_merge).properties(width=WIDTH, height=240)
 
 
 def delta_cosines(cosines: Mapping[str, Any]) -> Any:
@@ -102,39 +110,18 @@ def delta_cosines(cosines: Mapping[str, Any]) -> Any:
     largest = max((abs(point["cosine"]) for point in points_of(cosines, "cosine")), default=0.0) or 1.0
     scale = alt.Scale(scheme=DIVERGING, domain=[-largest, largest], domainMid=0)
     colour = alt.Color("cosine:Q", scale=scale, title="cosine; 0 = at right angles", legend=alt.Legend(format=".2f"))
-    return _heat(alt, cosines, "cosine", colour, None, last=cosines["layers"][-1]).properties(width=WIDTH)
+    return _heat(cosines, "cosine", colour, None, last=cosines["layers"][-1]).properties(width=WIDTH)
 
 
-def residuals(missed: Mapping[str, Any]) -> Any:
-    """How much of each expert's delta is missed on its own typical inputs: 0 = nothing, 1 = all."""
-    alt = altair()
-    return _lines(alt, chart_of(points_of(missed, "missed")), missed, "missed", "share missed", None).properties(width=WIDTH, height=220)
-
-
-def conditions(layers: Sequence[int], worst: Sequence[float]) -> Any:
-    """The bound on the condition number of the systems solved at each layer: the worst of its tensors."""
-    alt = altair()
-    values = [{"layer": layer, "condition": value} for layer, value in zip(layers, worst, strict=True)]
-    return (
-        chart_of(values)
-        .mark_line(color=MODELS[0], point=alt.OverlayMarkDef(size=34, filled=True, color=MODELS[0]))
-        .encode(
-            x=alt.X("layer:Q", title="layer", axis=_axis(alt), scale=alt.Scale(nice=False)),
-            y=alt.Y("condition:Q", title="at most (log)", scale=alt.Scale(type="log"), axis=alt.Axis(format="~e", tickCount=5, grid=False)),
-            tooltip=[alt.Tooltip("layer:Q"), alt.Tooltip("condition:Q", format=".3g")],
-        )
-        .properties(width=WIDTH, height=180)
-    )
-
-
-def _heat(alt: Any, table: Mapping[str, Any], name: str, colour: Any, at_layer: Any, *, last: int) -> Any:
+def _heat(table: Mapping[str, Any], name: str, colour: Any, at_layer: Any, *, last: int) -> Any:
     """Layers to the right, models down; one tile per number."""
+    alt = altair()
     points = [point | {"from": point["layer"] - 0.5, "to": point["layer"] + 0.5} for point in points_of(table, name)]
     chart = (
         chart_of(points)
         .mark_rect()
         .encode(
-            x=alt.X("from:Q", title="layer (0 = embedding)", scale=alt.Scale(domain=[-0.5, last + 0.5], nice=False), axis=_axis(alt)),
+            x=alt.X("from:Q", title=LAYER, scale=alt.Scale(domain=[-0.5, last + 0.5], nice=False), axis=_axis()),
             x2="to:Q",
             y=alt.Y("model:N", title=None, scale=alt.Scale(domain=list(table["experts"]))),
             color=colour,
@@ -147,23 +134,23 @@ def _heat(alt: Any, table: Mapping[str, Any], name: str, colour: Any, at_layer: 
     return chart.encode(strokeWidth=alt.condition(at_layer, alt.value(2), alt.value(0)), stroke=alt.value("#d8358c"))
 
 
-def _lines(alt: Any, base: Any, table: Mapping[str, Any], name: str, title: str, chosen: Any, *, last_is_merge: bool = False) -> Any:
+def _lines(base: Any, table: Mapping[str, Any], name: str, y: Any, *, last_is_merge: bool = False) -> Any:
     """One line per model over the layers, distinguished by colour, shape and dash."""
-    order, ends = list(table["experts"]), [table["layers"][0] - 0.5, table["layers"][-1] + 0.5]  # as in the maps
+    alt = altair()
+    order, ends = list(table["experts"]), [table["layers"][0] - 0.5, table["layers"][-1] + 0.5]  # as in the heat maps
     colours = model_colours(order)
     dashes = [[1, 0]] * len(order)
     if last_is_merge:
         colours, dashes = {**colours, "range": [*colours["range"][:-1], "#888888"]}, [*dashes[:-1], [6, 3]]
-    marks = base.mark_line(point=alt.OverlayMarkDef(size=34, filled=True), strokeWidth=2).encode(
-        x=alt.X("layer:Q", title="layer (0 = embedding)", axis=_axis(alt), scale=alt.Scale(domain=ends, nice=False)),
-        y=alt.Y(f"{name}:Q", title=title),
+    return base.mark_line(point=alt.OverlayMarkDef(size=34, filled=True), strokeWidth=2).encode(
+        x=alt.X("layer:Q", title=LAYER, axis=_axis(), scale=alt.Scale(domain=ends, nice=False)),
+        y=y,
         color=alt.Color("model:N", scale=alt.Scale(**colours), title="model"),
         shape=alt.Shape("model:N", scale=alt.Scale(domain=order), title="model"),
         strokeDash=alt.StrokeDash("model:N", scale=alt.Scale(domain=order, range=dashes), title="model"),
         tooltip=[alt.Tooltip("model:N"), alt.Tooltip("layer:Q"), alt.Tooltip(f"{name}:Q", format=".4f")],
     )
-    return marks if chosen is None else marks.encode(opacity=alt.condition(chosen, alt.value(1), alt.value(0.15)))
 
 
-def _axis(alt: Any) -> Any:
-    return alt.Axis(tickMinStep=1, format="d", grid=False)
+def _axis() -> Any:
+    return altair().Axis(tickMinStep=1, format="d", grid=False)

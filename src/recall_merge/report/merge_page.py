@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from recall_merge.maths.layers import find_layers
+from recall_merge.merging.rules import make_rules
 from recall_merge.merging.run import MergeRun, RecallWeights
 from recall_merge.report import merge_charts as charts
 from recall_merge.report.page import Block, Code, Figure, Page, Section, Table, Text
@@ -40,8 +41,9 @@ class MergeFacts:
 
 def merge_page(facts: MergeFacts, title: str) -> Page:
     """The page of a result."""
-    sections = list(merge_sections(facts))
-    return Page(f"Merge: {title}", _subject(facts.record), lede(facts.record), sections, about(facts.record))
+    record, experts = facts.record, [entry["name"] for entry in facts.record["run"]["experts"]]
+    subject = f"base {record['run']['base']}; experts {', '.join(experts)}; made {record['created']}"
+    return Page(f"Merge: {title}", subject, lede(record), list(merge_sections(facts)), about(record))
 
 
 def merge_sections(facts: MergeFacts, prefix: str = "") -> Iterator[Section]:
@@ -87,23 +89,6 @@ def about(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     return facts + [(name, version) for name, version in record["versions"].items()]
 
 
-def representations_of(record: Mapping[str, Any]) -> RecallWeights | None:
-    """The options of RECALL's weights; None if the weights come from elsewhere."""
-    from recall_merge.merging.rules import make_rules
-
-    try:
-        rule = make_rules(parse(MergeRun, dict(record["run"]), where="record.json")).weights
-    except RecallError:  # written by a version with other options
-        return None
-    return rule if isinstance(rule, RecallWeights) else None
-
-
-def _subject(record: Mapping[str, Any]) -> str:
-    return (
-        f"base {record['run']['base']}; experts {', '.join(entry['name'] for entry in record['run']['experts'])}; made {record['created']}"
-    )
-
-
 def _weights_figure(record: Mapping[str, Any], prefix: str) -> Figure:
     similarity, weights = record.get("similarity"), record["weights"]
     says = "The weights of a layer sum to 1. Choose a model in the legend to make it stand out."
@@ -124,8 +109,11 @@ def _weights_figure(record: Mapping[str, Any], prefix: str) -> Figure:
 
 
 def _explore(record: Mapping[str, Any], prefix: str) -> list[Block]:
-    rule = representations_of(record)
-    if rule is None or not record.get("similarity"):
+    try:
+        rule = make_rules(parse(MergeRun, dict(record["run"]), where="record.json")).weights
+    except RecallError:  # written by a version with other options
+        return []
+    if not isinstance(rule, RecallWeights) or not record.get("similarity"):
         return []
     says = (
         "Move a slider to compute the weights again from the stored similarity, here in the page. Nothing is merged: for a model with"
@@ -136,15 +124,11 @@ def _explore(record: Mapping[str, Any], prefix: str) -> list[Block]:
     if rule.ablation != "none":
         says += f" The merge itself used the ablation '{rule.ablation}' instead of these weights."
     similarity = record["similarity"]
-    chart = charts.explore(similarity, rule.model_dump())
-    rows = [[str(layer), *_numbers(row)] for layer, row in zip(similarity["layers"], similarity["rows"], strict=True)]
-    head = ["layer", *(f"S {name}" for name in similarity["experts"])]
-    where = "options" if record["method"]["name"] == "recall" else "weights"
-    command = (
-        f"recall merge RUN.yaml --set {where}.temperature=0.5 --set {where}.bandwidth=1.0 --set options.scale=1.5 --set out.path=again"
-    )
+    title, chart = "Weights for another temperature, bandwidth and lambda", charts.explore(similarity, rule.model_dump())
+    key = "options" if record["method"]["name"] == "recall" else "weights.recall"
+    command = f"recall merge RUN.yaml --set {key}.temperature=0.5 --set {key}.bandwidth=1.0 --set options.scale=1.5 --set out.path=again"
     return [
-        Figure(f"{prefix}explore-weights", "Weights for another temperature, bandwidth and lambda", says, chart, head, rows),
+        _figure(f"{prefix}explore-weights", title, says, chart, similarity),
         Text("For such a model, merge again. There, the bandwidth is a rule, or a number in the units of the hidden states:"),
         Code(command),
     ]
@@ -156,38 +140,41 @@ def _changes(facts: MergeFacts, prefix: str) -> Iterator[Block]:
         yield Text(f"What the experts changed is not shown: {facts.lacking}.")
     else:
         says = "Frobenius norm of each delta, relative to the norm of the base, over all merged tensors of a layer."
-        yield _figure(f"{prefix}delta-sizes", "Size of each delta by layer", says, charts.delta_sizes, tables["sizes"])
+        chart = charts.lines(tables["sizes"], "size", "|delta| / |base|", log=True, last_is_merge=True)
+        yield _figure(f"{prefix}delta-sizes", "Size of each delta by layer", says, chart, tables["sizes"])
         if tables["cosines"]["experts"]:
             says = "Near 0, the experts changed different directions; above 0 they agree, below 0 they oppose each other."
-            yield _figure(f"{prefix}delta-cosines", "Do the deltas agree? Cosine by layer", says, charts.delta_cosines, tables["cosines"])
+            chart = charts.delta_cosines(tables["cosines"])
+            yield _figure(f"{prefix}delta-cosines", "Do the deltas agree? Cosine by layer", says, chart, tables["cosines"])
         if tables["missed"]["experts"]:
             says = (
                 "From the experts' input statistics: the squared distance between the outputs of merge and expert on the expert's typical"
                 " inputs, divided by that between base and expert. 0: the merge answers as the expert does; 1: as far off as the base."
             )
-            yield _figure(f"{prefix}missed", "What the merge misses of each expert, by layer", says, charts.residuals, tables["missed"])
-    condition = record.get("statistics", {}).get("condition")
-    if condition:
-        by_layer = _worst_by_layer(condition, record)
+            chart = charts.lines(tables["missed"], "missed", "share missed")
+            yield _figure(f"{prefix}missed", "What the merge misses of each expert, by layer", says, chart, tables["missed"])
+    if condition := record.get("statistics", {}).get("condition"):
         says = (
             "A bound on the condition number of the solved systems, for the worst tensor of each layer; at 1e16, float64 loses all digits."
         )
-        rows = [[str(layer), f"{value:.3g}"] for layer, value in by_layer.items()]
-        chart = charts.conditions(list(by_layer), list(by_layer.values()))
-        yield Figure(f"{prefix}condition", "Conditioning of the solved systems, by layer", says, chart, ["layer", "at most"], rows)
+        table = _worst_by_layer(condition, record["weights"]["layers"][-1] - 1)
+        chart = charts.lines(table, "condition", "at most", log=True)
+        yield _figure(f"{prefix}condition", "Conditioning of the solved systems, by layer", says, chart, table, form=".3g")
 
 
-def _figure(name: str, title: str, says: str, draw: Any, table: Mapping[str, Any]) -> Figure:
-    rows = [[str(layer), *_numbers(row)] for layer, row in zip(table["layers"], table["rows"], strict=True)]
-    return Figure(name, title, says, draw(table), ["layer", *table["experts"]], rows)
+def _figure(name: str, title: str, says: str, chart: Any, table: Mapping[str, Any], form: str = ".4f") -> Figure:
+    rows = [[str(layer), *_numbers(row, form)] for layer, row in zip(table["layers"], table["rows"], strict=True)]
+    return Figure(name, title, says, chart, ["layer", *table["experts"]], rows)
 
 
-def _worst_by_layer(condition: Mapping[str, float], record: Mapping[str, Any]) -> dict[int, float]:
-    layers = find_layers(condition, record["weights"]["layers"][-1] - 1)
+def _worst_by_layer(condition: Mapping[str, float], blocks: int) -> dict[str, Any]:
+    """The largest condition number of each layer, as a table with one column."""
+    layers = find_layers(condition, blocks)
     worst: dict[int, float] = {}
     for name, value in condition.items():
         worst[layers.of(name)] = max(value, worst.get(layers.of(name), 0.0))
-    return dict(sorted(worst.items()))
+    numbers = sorted(worst)
+    return {"experts": ["worst tensor"], "layers": numbers, "rows": [[worst[layer]] for layer in numbers]}
 
 
 def _samples(facts: MergeFacts) -> Table:
@@ -211,8 +198,8 @@ def _cost(facts: MergeFacts) -> Table:
     return Table("Time, bytes and memory of this merge", ["part", "cost"], rows)
 
 
-def _numbers(row: Sequence[float | None]) -> list[str]:
-    return ["-" if value is None else f"{value:.4f}" for value in row]
+def _numbers(row: Sequence[float | None], form: str = ".4f") -> list[str]:
+    return ["-" if value is None else format(value, form) for value in row]
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from recall_merge.report.pictures import altair, save_chart
 from recall_merge.report.theme import PAGE_INK, spec_of
@@ -30,7 +30,6 @@ class Figure:
         chart: by Altair; its width is a maximum.
     """
 
-    kind: ClassVar[str] = "figure"
     name: str
     title: str
     says: str
@@ -45,7 +44,6 @@ class Figure:
 class Table:
     """A table; the first column names the row. Long texts are shown in a box that scrolls."""
 
-    kind: ClassVar[str] = "table"
     caption: str
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -55,7 +53,6 @@ class Table:
 class Text:
     """A paragraph."""
 
-    kind: ClassVar[str] = "text"
     text: str
 
 
@@ -63,7 +60,6 @@ class Text:
 class Code:
     """A command to type."""
 
-    kind: ClassVar[str] = "code"
     text: str
 
 
@@ -107,7 +103,6 @@ class Items:
 class Matrix:
     """R as a heat map whose cells open their items. It is a table, so it can be read aloud and used by keyboard."""
 
-    kind: ClassVar[str] = "matrix"
     caption: str
     columns: Sequence[str]
     rows: Sequence[tuple[str, Sequence[Cell]]]
@@ -118,11 +113,11 @@ class Matrix:
 class Tree:
     """Lineage: nested lists of (label, is it the current stage, children)."""
 
-    kind: ClassVar[str] = "tree"
     nodes: Sequence[Any]
 
 
 Block = Figure | Table | Text | Code | Matrix | Tree
+"""What a section consists of. The template tells them apart by the names of their classes."""
 
 
 @dataclass(frozen=True)

@@ -19,33 +19,16 @@ FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', sans-serif"
 def config(ink: str, background: str | None) -> dict[str, Any]:
     """Vega-Lite's configuration: text and lines in `ink`."""
     title = {"titleColor": ink, "titleFontSize": 13, "titleFontWeight": "normal"}
-    label = {"labelColor": ink, "labelFontSize": 12}
+    label = {"labelColor": ink, "labelFontSize": 12, "labelLimit": 150}
+    colours = {f"{part}Color": ink for part in ("domain", "tick", "grid")}
+    opacities = {"domainOpacity": 0.5, "tickOpacity": 0.5, "gridOpacity": 0.12}
+    legend = {"orient": "top", "symbolOpacity": 1, "columns": 4, "titleLimit": 260, "gradientLength": 160}
     return {
         "background": background,
         "font": FONT,
         "view": {"stroke": None},
-        "axis": {
-            **title,
-            **label,
-            "labelLimit": 150,
-            "domainColor": ink,
-            "domainOpacity": 0.5,
-            "tickColor": ink,
-            "tickOpacity": 0.5,
-            "gridColor": ink,
-            "gridOpacity": 0.12,
-            "labelOverlap": True,
-        },
-        "legend": {
-            **title,
-            **label,
-            "labelLimit": 150,
-            "orient": "top",
-            "symbolOpacity": 1,
-            "columns": 4,
-            "titleLimit": 260,
-            "gradientLength": 160,
-        },
+        "axis": title | label | colours | opacities | {"labelOverlap": True},
+        "legend": title | label | legend,
         "header": {"titleColor": ink, "labelColor": ink, "labelFontSize": 12},
         "title": {"color": ink, "fontSize": 13, "anchor": "start"},
         "text": {"color": ink, "fontSize": 12},
