@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from recall_merge.files.rows import FORMATS
 from recall_merge.merging.run import LayerScale, Prune, Weights
 from recall_merge.runtime.sections import Section, assign, parse, read_mapping
 from recall_merge.training.settings import TrainSettings
@@ -33,7 +34,7 @@ class TestRows(Section):
     """A task that models are scored on."""
 
     name: str = Field(min_length=1)
-    test: str = Field(description="rows to score on: .jsonl, .json, .parquet, looked for under `data`")
+    test: str = Field(description=f"rows to score on: {', '.join(FORMATS)}, looked for under `data`")
     metric: str | None = Field(default=None, description="acc for rows with choices, exact_match for rows without, by default")
     kind: str = Field(default="", description="a word for the tables: sentiment, translation, ...")
     test_rows: int | None = Field(default=None, ge=1, description="of this task, in place of `rows.test`")

@@ -13,7 +13,7 @@ from recall_merge.continual.state import NAME, DataFile, Model, StageSpec, State
 from recall_merge.evaluation.tasks import TaskSpec, check_tasks
 from recall_merge.files.experts import hash_file
 from recall_merge.files.hub import Located, locate
-from recall_merge.files.rows import Row, read_rows
+from recall_merge.files.rows import FORMATS, Row, read_rows
 from recall_merge.files.statistics import STATS
 from recall_merge.merging.plan import make_plan
 from recall_merge.merging.rules import Rules
@@ -94,7 +94,7 @@ class StageValidation:
         """A file with its hash, and its rows."""
         if file is None:
             return None, []
-        path, rows, fix = found_path(self._folder, file.path), [], "give the path of a .jsonl, .json or .parquet file"
+        path, rows, fix = found_path(self._folder, file.path), [], f"give the path of a file of rows: {', '.join(FORMATS)}"
         if file.sha256:
             fix = f"put back the file of SHA-256 {file.sha256}, or write where it lies now into workspace.json"
         if not path.is_file():

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from recall_merge.evaluation import scoring
-from recall_merge.files.rows import Row
+from recall_merge.files.rows import FORMATS, Row
 from recall_merge.models.tokens import render
 from recall_merge.runtime.errors import CheckpointError, DataError, Faults, RunError, did_you_mean
 
@@ -70,7 +70,7 @@ def task_word(word: str) -> tuple[str, Path | None]:
     if equals:
         return name, Path(file)
     path = Path(word)
-    return (path.stem, path) if path.suffix in {".jsonl", ".json", ".parquet"} or path.is_file() else (word, None)
+    return (path.stem, path) if path.suffix in FORMATS or path.is_file() else (word, None)
 
 
 def check_tasks(tasks: Iterable[TaskSpec]) -> Faults:

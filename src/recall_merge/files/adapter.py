@@ -9,15 +9,13 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from recall_merge.files.checkpoint import Checkpoint, files_in, open_checkpoint, read_json
+from recall_merge.files.checkpoint import Checkpoint, files_in, read_json
 from recall_merge.files.edits import Edit
-from recall_merge.files.hashing import same_weights
 from recall_merge.files.names import Names
 from recall_merge.files.safetensors import Remote, Stored, read_header
 from recall_merge.runtime.errors import CheckpointError, Faults, short
@@ -110,37 +108,6 @@ def open_adapter(folder: Path, base: Checkpoint, remote: Mapping[str, Remote] = 
     parts.check(faults)
     faults.raise_any(CheckpointError)
     return Adapter(folder, config, dict(parts.edits))
-
-
-def check_adapter_base(expert: str, adapter: Adapter, base: Checkpoint, base_reference: str, same_base: bool) -> None:
-    """Check that an adapter was trained on the run's base: that its config names it, or names a model here that is the same.
-
-    Args:
-        expert: the expert's name.
-        base_reference: the base as the run names it, a folder or a name on the hub.
-        same_base: the user vouches for it.
-
-    Raises:
-        CheckpointError: if the config names another model, one that is not here to be compared, or none.
-    """
-    from recall_merge.files.hub import Reference, cached_folder, meaning
-
-    if same_base:
-        return
-    named, revision = adapter.config.get("base_model_name_or_path"), adapter.config.get("revision")
-    where, fix = adapter.folder / CONFIG, "set `same_base: true` on the expert if it is the same model under another name"
-    if not isinstance(named, str) or not named:
-        raise CheckpointError(f"the adapter '{expert}' does not say which model it was trained on", where=where, fix=fix)
-    theirs, ours = meaning(named, revision), meaning(base_reference)
-    if theirs is not None and ours is not None and (theirs == ours or (isinstance(theirs, Reference) and theirs.covers(ours))):
-        return
-    folder = cached_folder(theirs) if isinstance(theirs, Reference) else theirs
-    if folder is not None:
-        with suppress(CheckpointError):  # a folder that is no model that we could merge is not the base either
-            if same_weights(open_checkpoint(folder), base):
-                return
-    what = f"the adapter '{expert}' was trained on '{named}', the run's base is '{base_reference}'"
-    raise CheckpointError(what + ("" if folder else ", and the former is not here to be compared"), where=where, fix=fix)
 
 
 def _check_config(folder: Path, config: Mapping[str, Any], faults: Faults) -> None:

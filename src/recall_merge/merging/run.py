@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from recall_merge.files.rows import FORMATS
 from recall_merge.runtime.errors import did_you_mean
 from recall_merge.runtime.paths import exists, path_of
 from recall_merge.runtime.sections import NonNegative, Positive, Section, assign, parse, read_mapping
@@ -45,7 +46,7 @@ class ExpertEntry(Section):
 class Samples(Section):
     """The newest expert's own data, and how its typical samples are chosen."""
 
-    path: str = Field(description="rows of the newest expert's data: .jsonl, .json, .parquet, or a `datasets` name")
+    path: str = Field(description=f"rows of the newest expert's data: {', '.join(FORMATS)}, or a `datasets` name")
     split: str = Field("train", description="split, for a `datasets` name")
     count: int = Field(20, ge=1, description="number of typical samples, the paper's m")
     pool: int = Field(2000, ge=1, description="maximum rows to embed, drawn by the seed")
