@@ -1,4 +1,4 @@
-"""Layers: hand-made names, every tiny family, and (slow) every causal language model of transformers against the order it computes in."""
+"""Layers from names: by hand, in every tiny family, and (slow) in every causal language model of transformers, by order of computation."""
 
 import pytest
 import torch
@@ -30,7 +30,22 @@ def test_names_worked_by_hand():
     assert layers.last == 4
 
 
-def test_experts_and_other_lists_inside_the_blocks_are_no_blocks():
+def test_kinds_of_modules():
+    layers = Layers("model.layers", 2)
+    expected = {
+        "model.embed_tokens.weight": "embedding",
+        "model.layers.0.self_attn.q_proj.weight": "attention",
+        "model.layers.0.self_attn.q_norm.weight": "norm",
+        "model.layers.1.mlp.experts.3.up_proj.weight": "mlp",
+        "model.layers.1.mamba.in_proj.weight": "other",
+        "model.layers.1.input_layernorm.weight": "norm",
+        "model.norm.weight": "norm",
+        "lm_head.weight": "head",
+    }
+    assert {name: layers.kind_of(name) for name in expected} == expected
+
+
+def test_lists_inside_blocks_such_as_experts_are_not_blocks():
     names = [f"model.layers.{block}.experts.{expert}.w" for block in range(2) for expert in range(2)]
     assert find_layers([*names, "model.norm.weight"], 2) == Layers("model.layers", 2)
     assert find_layers(["0.w", "1.w", "x.0.w", "x.1.w"], 2) == Layers("x", 2)  # a list at the very top has no name
@@ -52,7 +67,7 @@ def test_blocks_that_cannot_be_found(names, blocks, what):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_tiny_families_compute_in_the_order_of_their_depths(bases, family):
+def test_tiny_families_compute_in_the_order_of_their_layers(bases, family):
     model = load_model(bases(family))
     layers = find_layers(load_tensors(bases(family)), block_count(model.config.to_dict()))
     assert_order(model, layers, torch.tensor([[1, 5, 9]]))
@@ -64,6 +79,7 @@ def assert_order(model, layers, tokens):
     inside = {id(parameter) for parameter in blocks.parameters()}
     begun: list[int] = []
     wrong: dict[str, tuple[int, int]] = {}
+    seen: set[int] = set()  # a head that is tied to the embedding runs after the blocks, but is an embedding
 
     def note(name, module):
         def hook(*_):
@@ -75,7 +91,6 @@ def assert_order(model, layers, tokens):
 
         return hook
 
-    seen: set[int] = set()  # a head that is tied to the embedding runs after the blocks, and is an embedding
     hooks = [block.register_forward_pre_hook(lambda *_: begun.append(1)) for block in blocks]
     hooks += [module.register_forward_pre_hook(note(name, module)) for name, module in model.named_modules()]
     try:
@@ -88,9 +103,9 @@ def assert_order(model, layers, tokens):
     assert begun and seen
 
 
-# What follows needs transformers' whole table of architectures. The weights live on torch's meta device, so that sizes do not matter.
+# The rest needs transformers' whole table of architectures. The weights are on torch's meta device, so that sizes do not matter.
 
-SETTINGS = {  # where transformers' defaults give no model
+SETTINGS = {  # where transformers' defaults do not give a model
     "deepseek_v2": {"num_experts_per_tok": 2, "moe_intermediate_size": 1408},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
@@ -111,11 +126,11 @@ REFUSED = {  # architecture -> why it cannot be merged
     "inkling2_text": "two more lists of as many tensors as there are blocks",
     "mllama": "its embedding has more rows than the config says: images",
     "moshi": "its embedding has more rows than the config says: audio",
-    "musicgen": "no text in: it has an embedding for each codebook",
-    "musicgen_melody": "no text in: it has an embedding for each codebook",
-    "xlm": "attention, networks and norms lie in lists side by side",
+    "musicgen": "its input is not text: it has an embedding for each codebook",
+    "musicgen_melody": "its input is not text: it has an embedding for each codebook",
+    "xlm": "attention, networks and norms are in separate lists",
 }
-NOT_BUILT = {  # architecture -> why there is no model to look at
+NOT_BUILT = {  # architecture -> why there is no model to test
     "cohere_compass_text": "the defaults lack rope parameters",
     "dbrx": "the defaults are incomplete",
     "dots1": "the defaults are incomplete",
@@ -125,7 +140,7 @@ NOT_BUILT = {  # architecture -> why there is no model to look at
     "qwen4_exp": "the defaults are incomplete",
     "qwen4_exp_text": "the defaults are incomplete",
 }
-NOT_RUN = {"jetmoe", "longcat_flash", "xlnet", "xmod"}  # their forward pass looks at numbers, of which the meta device has none
+NOT_RUN = {"jetmoe", "longcat_flash", "xlnet", "xmod"}  # their forward pass reads numbers, and the meta device has none
 
 
 def architectures():
@@ -135,16 +150,16 @@ def architectures():
 
 
 def build(kind):
-    """A model of transformers' own defaults, without numbers."""
+    """A model from transformers' own defaults, without numbers."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
     from tiny import quiet
 
     with quiet():
         config = CONFIG_MAPPING[kind](**SETTINGS.get(kind, {}))
-        found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        architecture = found[0] if isinstance(found, tuple) else found
-        if not issubclass(architecture.config_class, type(config)):  # a model of text, for a config of text and other things
+        classes = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        architecture = classes[0] if isinstance(classes, tuple) else classes
+        if not issubclass(architecture.config_class, type(config)):  # a text model whose config covers more than text
             config = config.get_text_config()
         config._attn_implementation = "eager"
         with torch.device("meta"):
@@ -152,7 +167,7 @@ def build(kind):
 
 
 def as_checkpoint(model):
-    """The checkpoint that the model would be saved as: names of files, not of memory."""
+    """The checkpoint that the model would be saved as: names as in files, not as in memory."""
     from pathlib import Path
 
     from transformers.core_model_loading import revert_weight_conversion
@@ -203,5 +218,5 @@ def test_every_causal_language_model_of_transformers(kind, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_tables_above_speak_of_architectures_that_exist():
+def test_the_tables_above_name_existing_architectures():
     assert not (set(SETTINGS) | set(REFUSED) | set(NOT_BUILT) | NOT_RUN) - set(architectures())

@@ -9,7 +9,7 @@ import torch
 from recall_merge import MergeRun, RecallError, make_plan, merge
 from recall_merge.files.statistics import open_statistics
 from recall_merge.maths.methods.informed import aligned, condition, regmean
-from recall_merge.maths.moments import Moment, compress, identity
+from recall_merge.maths.moments import compress
 from recall_merge.merging.statistics import make_statistics
 from recall_merge.models.input_moments import input_moments
 from recall_merge.models.tokens import EncodedRow
@@ -49,23 +49,6 @@ def moment(seed, size=12, rows=40):
         size, size, generator=torch.Generator().manual_seed(seed + 9)
     )
     return x.mT @ x / rows
-
-
-def test_compression_keeps_the_diagonal_and_at_full_rank_everything():
-    wanted = moment(1)
-    torch.testing.assert_close(compress(wanted, 12).dense(), wanted, rtol=1e-4, atol=1e-3)
-    for rank in (0, 3):
-        small = compress(wanted, rank)
-        assert small.factor.shape == (12, rank)
-        torch.testing.assert_close(small.diagonal, wanted.diagonal(), rtol=1e-5, atol=1e-5)
-
-
-def test_shrunk_scales_the_mean_diagonal_to_one():
-    wanted = moment(2).double()
-    found = compress(wanted, 12).shrunk(0.9).dense() * wanted.diagonal().mean()
-    expected = 0.9 * wanted + 0.1 * torch.diag(wanted.diagonal())
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
-    assert torch.equal(Moment(torch.zeros(3, 1), torch.zeros(3)).shrunk(0.9).dense(), identity(3).dense())
 
 
 def test_aligned_is_regmean_on_scaled_moments_solved_another_way():
