@@ -7,9 +7,7 @@ import torch
 
 from recall_merge import MergeRun, RecallError, make_plan, merge
 from recall_merge.continual.settings import check_method, make_settings
-from recall_merge.maths.layers import Layers
 from recall_merge.maths.methods import ALIASES, METHODS
-from recall_merge.maths.weights import along_blocks
 from recall_merge.merging.merge import reuse
 from recall_merge.merging.rules import choose_method
 from recall_merge.merging.statistics import make_statistics
@@ -194,34 +192,6 @@ def test_a_ramp(world, tmp_path):
     share = [0.5, 0.5, 0.0, 0.0]  # of a: the first block's at the embedding, the last one's at norm and head
     check(world, tmp_path / "out", lambda theta, a, b, layer: theta + share[layer] * a + (1 - share[layer]) * b)
     assert result.weights[:, 0].tolist() == share
-
-
-def test_a_ramp_through_several_points():
-    assert [row[0] for row in along_blocks([[0.0], [1.0], [0.0]], 5)] == [0.0, 0.0, 0.5, 1.0, 0.5, 0.0, 0.0]
-    assert along_blocks([[0.0], [2.0]], 1) == [[2.0]] * 3
-
-
-KINDS = {
-    "model.embed_tokens.weight": "embedding",
-    "model.layers.0.self_attn.q_proj.weight": "attention",
-    "model.layers.0.self_attn.q_norm.weight": "norm",
-    "model.layers.0.input_layernorm.weight": "norm",
-    "model.layers.0.post_attention_layernorm.weight": "norm",
-    "model.layers.1.mlp.down_proj.weight": "mlp",
-    "model.layers.1.block_sparse_moe.experts.0.w1.weight": "mlp",
-    "model.layers.1.mlp.experts.gate_up_proj": "mlp",
-    "model.layers.1.mixer.in_proj.weight": "other",
-    "model.norm.weight": "norm",
-    "lm_head.weight": "head",
-}
-
-
-def test_kinds():
-    layers = Layers("model.layers", 2)
-    assert {name: layers.kind_of(name) for name in KINDS} == KINDS
-    gpt2 = Layers("h", 1)
-    names = ("wte.weight", "wpe.weight", "h.0.ln_1.weight", "h.0.attn.c_attn.bias", "h.0.mlp.c_fc.weight", "ln_f.weight")
-    assert [gpt2.kind_of(name) for name in names] == ["embedding", "embedding", "norm", "attention", "mlp", "norm"]
 
 
 PARTS = [

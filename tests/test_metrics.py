@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from recall_merge.maths.metrics import (
-    FORMULAS,
+    METRICS,
     average_performance,
     backward_transfer,
     bootstrap,
@@ -88,7 +88,7 @@ def test_a_score_that_was_not_taken_stays_unknown():
 
 def test_all_numbers_have_a_formula_and_come_under_its_name():
     numbers = continual_metrics(HAND, experts=EXPERTS, unseen=([0.3], [0.4]))
-    assert list(numbers) == list(FORMULAS)
+    assert list(numbers) == list(METRICS)
     assert numbers["retention"] == retention(HAND, EXPERTS)
     assert numbers["unseen_delta"] == pytest.approx(0.1)
     assert "retention" not in continual_metrics(HAND)

@@ -30,19 +30,27 @@ def test_names_worked_by_hand():
     assert layers.last == 4
 
 
+KINDS = {
+    "model.embed_tokens.weight": "embedding",
+    "model.layers.0.self_attn.q_proj.weight": "attention",
+    "model.layers.0.self_attn.q_norm.weight": "norm",
+    "model.layers.0.input_layernorm.weight": "norm",
+    "model.layers.0.post_attention_layernorm.weight": "norm",
+    "model.layers.1.mlp.down_proj.weight": "mlp",
+    "model.layers.1.block_sparse_moe.experts.0.w1.weight": "mlp",
+    "model.layers.1.mlp.experts.gate_up_proj": "mlp",
+    "model.layers.1.mixer.in_proj.weight": "other",
+    "model.norm.weight": "norm",
+    "lm_head.weight": "head",
+}
+
+
 def test_kinds_of_modules():
     layers = Layers("model.layers", 2)
-    expected = {
-        "model.embed_tokens.weight": "embedding",
-        "model.layers.0.self_attn.q_proj.weight": "attention",
-        "model.layers.0.self_attn.q_norm.weight": "norm",
-        "model.layers.1.mlp.experts.3.up_proj.weight": "mlp",
-        "model.layers.1.mamba.in_proj.weight": "other",
-        "model.layers.1.input_layernorm.weight": "norm",
-        "model.norm.weight": "norm",
-        "lm_head.weight": "head",
-    }
-    assert {name: layers.kind_of(name) for name in expected} == expected
+    assert {name: layers.kind_of(name) for name in KINDS} == KINDS
+    gpt2 = Layers("h", 1)
+    names = ("wte.weight", "wpe.weight", "h.0.ln_1.weight", "h.0.attn.c_attn.bias", "h.0.mlp.c_fc.weight", "ln_f.weight")
+    assert [gpt2.kind_of(name) for name in names] == ["embedding", "embedding", "norm", "attention", "mlp", "norm"]
 
 
 def test_lists_inside_blocks_such_as_experts_are_not_blocks():

@@ -99,7 +99,7 @@ class Branch:
         experts: E, each expert's score on its own task.
         unseen: tasks that nothing was trained on.
         r_unseen: T + 1 rows of their scores.
-        numbers: the numbers of continual learning, by the names of `metrics.FORMULAS`; None where they are not defined.
+        numbers: the numbers of continual learning, by the names of `metrics.METRICS`; None where they are not defined.
     """
 
     stages: tuple[Stage, ...]

@@ -68,8 +68,6 @@ METRICS = {
 }
 """The numbers of `continual_metrics`, by their names there."""
 
-FORMULAS = {name: metric.formula for name, metric in METRICS.items()}
-
 
 def continual_metrics(
     scores: ArrayLike, *, experts: ArrayLike | None = None, unseen: tuple[ArrayLike, ArrayLike] | None = None

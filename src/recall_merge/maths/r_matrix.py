@@ -34,7 +34,7 @@ def score_table(
 
 
 def table_metrics(table: Array) -> dict[str, float]:
-    """The numbers of continual learning, by the names of `metrics.FORMULAS`; NaN where a score is missing.    (T + 2, T + K)"""
+    """The numbers of continual learning, by the names of `metrics.METRICS`; NaN where a score is missing.    (T + 2, T + K)"""
     t = len(table) - 2
     unseen = (table[0, t:], table[t, t:]) if table.shape[1] > t else None
     return continual_metrics(table[: t + 1, :t], experts=table[t + 1, :t], unseen=unseen)
