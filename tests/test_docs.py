@@ -161,7 +161,7 @@ def test_run_page_lists_every_key():
         MergeRun.model_validate(yaml.safe_load(block))
 
 
-@pytest.mark.parametrize("page", [*PAGES[2:], ROOT / "SECURITY.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "SECURITY.md"], ids=lambda page: page.name)
 def test_tests_named_in_a_page_exist(page):
     for file, name in re.findall(r"`(?:tests/)?(test_\w+\.py)(?:::(\w+))?`", page.read_text("utf-8")):
         test = ROOT / "tests" / file
