@@ -159,7 +159,7 @@ STATE: dict[str, Any] = {
     "head": 0,
     "unfinished": None,
 }
-LESSON: dict[str, Any] = {
+SPEC: dict[str, Any] = {
     "id": 1,
     "parent": 0,
     "task": {"name": "a", "metric": None, "test": None},
@@ -169,7 +169,7 @@ LESSON: dict[str, Any] = {
     "unseen": [],
     "overrides": {},
 }
-STAGE: dict[str, Any] = LESSON | {
+STAGE: dict[str, Any] = SPEC | {
     "expert": {"path": "experts/1-a", "fingerprint": ""},
     "stats": None,
     "merged": {"path": "merges/1", "fingerprint": ""},
@@ -675,8 +675,8 @@ def of_workspace() -> Iterator[tuple[str, bytes | None]]:
         "a stage twice": {"stages": [STAGE, STAGE]},
         "a task above": {"stages": [STAGE | {"task": {"name": "../../up"}}]},
         "a task of no name": {"stages": [STAGE | {"task": {"name": ""}}]},
-        "an unfinished stage of another number": {"unfinished": LESSON | {"id": 5}},
-        "an unfinished stage above": {"unfinished": LESSON | {"task": {"name": "../../../up", "metric": None, "test": None}}},
+        "an unfinished stage of another number": {"unfinished": SPEC | {"id": 5}},
+        "an unfinished stage above": {"unfinished": SPEC | {"task": {"name": "../../../up", "metric": None, "test": None}}},
         "scores of text": {"stages": [STAGE | {"scores": STAGE["scores"] | {"merged": {"a": "good"}}}]},
         "a start that is none": {"stages": [STAGE | {"start": "middle"}]},
     }.items():

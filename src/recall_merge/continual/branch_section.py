@@ -9,10 +9,9 @@ from typing import Any
 
 from recall_merge.continual.items import Change, change_of, changed_items, pairs_of
 from recall_merge.continual.scores import StageScores
-from recall_merge.continual.state import DataFile, found_path
+from recall_merge.continual.state import unchanged_path
 from recall_merge.continual.workspace import Branch, scores_by_row
-from recall_merge.files.experts import hash_file
-from recall_merge.files.rows import Row, read_rows
+from recall_merge.files.rows import read_rows
 from recall_merge.report import workspace_charts as charts
 from recall_merge.report.page import Block, Cell, Code, Figure, Matrix, Text
 from recall_merge.report.words import Words
@@ -67,7 +66,8 @@ def _matrix(branch: BranchScores, words: Words) -> Matrix:
     rows, panels = [], []
     stages = branch.branch.stages
     tests = {task.name: task.test for task in (*stages[-1].unseen, *(stage.task for stage in stages))}
-    texts = {name: _test_rows(branch.folder, test) if words.wanted else {} for name, test in tests.items()}
+    paths = {name: unchanged_path(branch.folder, test) if words.wanted else None for name, test in tests.items()}
+    texts = {name: {row.index: row for row in read_rows(path)} if path else {} for name, path in paths.items()}
     for number, name in enumerate(branch.rows):
         cells = []
         for column, task in enumerate(branch.tasks):
@@ -86,13 +86,6 @@ def _matrix(branch: BranchScores, words: Words) -> Matrix:
     metrics = {task: score["metric"] for (_, task), score in branch.scores.items()}
     columns = [f"{task} ({metrics[task]})" + (" unseen" if task in branch.branch.unseen else "") for task in branch.tasks]
     return Matrix(caption, columns, rows, panels)
-
-
-def _test_rows(folder: Path, test: DataFile | None) -> dict[int, Row]:
-    """The test rows of a task by their positions; none where the file is gone, or is not what was scored."""
-    if test is None or not (path := found_path(folder, test.path)).is_file() or hash_file(path) != test.sha256:
-        return {}
-    return {row.index: row for row in read_rows(path)}
 
 
 def _picture(branch: BranchScores) -> Figure:

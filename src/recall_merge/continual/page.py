@@ -9,10 +9,9 @@ from typing import Any
 from recall_merge.continual.branch_section import BranchScores, branch_blocks
 from recall_merge.continual.keys import fingerprint
 from recall_merge.continual.scores import read_scores
-from recall_merge.continual.state import Stage, State, found_path, locate_model, read_journal
+from recall_merge.continual.state import Stage, State, found_path, locate_model, read_journal, unchanged_path
 from recall_merge.continual.workspace import Status, status
 from recall_merge.files.checkpoint import open_checkpoint, read_json
-from recall_merge.files.experts import hash_file
 from recall_merge.files.record import RECORD
 from recall_merge.report import workspace_charts as charts
 from recall_merge.report.anatomy import Models, anatomy
@@ -137,11 +136,5 @@ def _merge_facts(folder: Path, state: State, stage: Stage, text: bool, cache: Pa
         base = locate_model(folder, state.base)
         identities = [fingerprint(path) for path in (base, *experts.values())]
         tables = anatomy(merged, Models(base, experts, statistics), cache, progress, identities=identities)
-    return MergeFacts(record, open_checkpoint(merged).nbytes, tables, lacking, _sample_texts(folder, stage) if text else {})
-
-
-def _sample_texts(folder: Path, stage: Stage) -> dict[int, str]:
-    """The texts of a stage's typical samples; none where its training rows are gone or have changed."""
-    if stage.train is None or not (rows := found_path(folder, stage.train.path)).is_file() or hash_file(rows) != stage.train.sha256:
-        return {}
-    return sample_texts(rows, stage.samples)
+    texts = sample_texts(rows, stage.samples) if text and (rows := unchanged_path(folder, stage.train)) else {}
+    return MergeFacts(record, open_checkpoint(merged).nbytes, tables, lacking, texts)

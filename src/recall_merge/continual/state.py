@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from recall_merge.files.checkpoint import read_json
 from recall_merge.files.durable import append_line, write_whole
+from recall_merge.files.experts import hash_file
 from recall_merge.files.hub import locate
 from recall_merge.files.lock import lock
 from recall_merge.runtime.errors import CheckpointError, Fault, WorkspaceError
@@ -193,6 +194,13 @@ def _stage_error(state: State) -> str:
     if spec is not None and (spec.id != len(state.stages) + 1 or spec.parent != state.head):
         return f"the unfinished stage is {spec.id}, of parent {spec.parent}"
     return "" if 0 <= state.head <= len(state.stages) else f"there is no stage {state.head} to be the head"
+
+
+def unchanged_path(folder: Path, file: DataFile | None) -> Path | None:
+    """Where a file of rows is; None if it is gone or has changed."""
+    if file is None or not (path := found_path(folder, file.path)).is_file() or hash_file(path) != file.sha256:
+        return None
+    return path
 
 
 def current_model(folder: Path, state: State | None = None) -> str:

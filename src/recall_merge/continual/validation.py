@@ -129,7 +129,7 @@ class StageValidation:
         before = {task.name: task for stage in self._lineage[-1:] for task in stage.unseen}
         for task in (self._tests[task.name] for task in self._asked):
             old = before.get(task.name)
-            if old is not None and (_hash(old), old.metric) != (_hash(task), task.metric):
+            if old is not None and (old.test and old.test.sha256, old.metric) != (task.test and task.test.sha256, task.metric):
                 what = f"'{task.name}' was scored before with another file or metric"
                 self._faults.add(what, where=task.test.path if task.test else task.name, fix="give it as it was, or another name")
 
@@ -241,10 +241,6 @@ def _check_same(folder: Path, model: Model, what: str, since: str) -> None:
         raise CheckpointError(f"{what} is missing", where=folder, fix="put it back")
     if fingerprint(folder) != model.fingerprint:
         raise CheckpointError(f"{what} has changed since {since}", where=folder, fix="put back what was there")
-
-
-def _hash(task: Task) -> str | None:
-    return task.test.sha256 if task.test else None
 
 
 def _content(row: Row) -> tuple[Any, ...]:

@@ -148,7 +148,7 @@ def test_the_samples_are_rows_of_the_newest_experts_training_rows(ws, data):
     rollback(folder, 1)
     learned = teach(folder, data, "b", sets={"keep_samples": True}, method="linear")
     assert holding_text() == [Path("samples/3-b.jsonl")]  # unless asked
-    assert len(learned.stage.samples) == SETTINGS["samples.count"]  # of the input statistics, where the method compares no representations
+    assert len(learned.stage.samples) == SETTINGS["samples.count"]  # of the input statistics, where the method compares no hidden states
 
 
 def test_older_rows_are_never_read_again(ws, data, tmp_path):
@@ -218,7 +218,7 @@ def test_settings_of_one_stage_are_its_own(ws, data):
     assert teach(folder, data, "c").merge.record["method"]["name"] == "recall"
 
 
-def test_every_expert_leaves_a_card_so_a_later_stage_may_merge_by_cards(ws, data):
+def test_every_expert_leaves_statistics_so_a_later_stage_may_merge_by_them(ws, data):
     folder = ws("linear")
     stage = teach(folder, data, "b", method="aligned", start="last").stage
     assert (read_state(folder).stages[0].stats, stage.stats) == ("statistics/1-a", "statistics/2-b")
