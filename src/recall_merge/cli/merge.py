@@ -87,7 +87,7 @@ def plan(
     rows = table(show_header=False)
     for name, value in facts.items():
         if name != "notes":
-            rows.add_row(name.replace("_", " "), _in_words(name, value))
+            rows.add_row({"seconds": "time", "memory": "peak memory"}.get(name, name.replace("_", " ")), _in_words(name, value))
     console().print(rows)
     print_notes(merge_plan.notes)
     return console().print("no faults found; nothing was written. The time is estimated from a short probe of this machine.")
@@ -228,7 +228,7 @@ def _in_words(name: str, value: Any) -> str:
     if name.startswith("bytes") or name == "memory":
         return f"{value / 1e6:,.1f} MB"
     if name == "seconds":
-        return f"about {value:,.1f}"
+        return f"about {value:,.1f} s"
     if isinstance(value, dict):
         return "\n".join(f"{key}: {inner}" for key, inner in value.items()) or "defaults"
     return str(value)

@@ -1,10 +1,13 @@
-"""A result in another tool's form: a run file for mergekit, or an adapter for PEFT."""
+"""A result in another tool's form: a run file for mergekit (github.com/arcee-ai/mergekit), or an adapter for PEFT."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from recall_merge.files.adapter import open_adapter
 from recall_merge.files.checkpoint import open_checkpoint
@@ -14,7 +17,7 @@ from recall_merge.files.hub import Located
 from recall_merge.files.output import OutputFolder
 from recall_merge.files.safetensors import FLOATS
 from recall_merge.interop.adapter_export import ExportedAdapter, plan_adapter, write_adapter
-from recall_merge.interop.mergekit_export import linear_run
+from recall_merge.maths.layers import Layers
 from recall_merge.merging.result import Result, check_model, coefficients, find_models, open_result
 from recall_merge.runtime.errors import Faults, OutputError, ResultError
 from recall_merge.runtime.progress import Progress, Silent
@@ -72,7 +75,7 @@ def export_mergekit(
     for expert, column in zip(result.experts, shares.T.tolist(), strict=True):
         by_model[f"{names['base']}+{names[expert]}" if result.is_adapter(expert) else names[expert]] = column
     merged, kept = [[name for name in result.checkpoint.tensors if result.merges(name) is wanted] for wanted in (True, False)]
-    run = linear_run(by_model, merged, kept, result.checkpoint.layers, dtypes.pop())
+    run = _linear_run(by_model, merged, kept, result.checkpoint.layers, dtypes.pop())
     lora = " --lora-merge-dtype float32" if any(map(result.is_adapter, result.experts)) else ""
     text = f"# mergekit-yaml {target.name} FOLDER{lora}\n{run}"
     try:
@@ -142,3 +145,25 @@ def _reference(place: Located | str) -> str:
     if set(path) & set("+@"):
         raise ResultError("mergekit cannot read a path with + or @ in it", where=path, fix="rename the folder")
     return path
+
+
+def _linear_run(shares: Mapping[str, Sequence[float]], merged: Sequence[str], kept: Sequence[str], layers: Layers, dtype: str) -> str:
+    """The text of a run file, from each model's share at every layer 0..L+1, the base first. `kept` tensors stay the base's.
+
+    mergekit's `linear` takes a weight per model, a list of weights over the blocks, or either of them per part of a tensor's name. A list
+    is read at i / (L - 1), so a list of L numbers is exact. Tensors outside the blocks would get the first block's number, so each is
+    listed by name. Sums run in float32.
+    """
+    outside = [name for name in merged if not 1 <= layers.of(name) <= layers.blocks]
+    base = next(iter(shares))
+    models = []
+    for reference, numbers in shares.items():
+        weight: list[dict[str, Any]] = [{"filter": name, "value": 1.0 if reference == base else 0.0} for name in kept]
+        weight += [{"filter": name, "value": float(numbers[layers.of(name)])} for name in outside]
+        inside = [float(number) for number in numbers[1:-1]]
+        weight.append({"value": inside if len(set(inside)) > 1 else inside[0]})
+        models.append({"model": reference, "parameters": {"weight": weight}})
+    if not kept and not any(shares[base]):
+        del models[0]
+    run = {"merge_method": "linear", "models": models, "parameters": {"normalize": False}, "dtype": "float32", "out_dtype": dtype}
+    return yaml.safe_dump(run | {"tokenizer_source": base}, sort_keys=False, width=140, default_flow_style=None)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from recall_merge.files.durable import replacing, write_whole
 from recall_merge.report.theme import PAPER_INK, spec_of
 from recall_merge.runtime.errors import MissingExtra, OutputError
 
@@ -44,12 +45,11 @@ def save_chart(chart: Any, path: Path, description: str = "") -> Path:
     if path.suffix not in SUFFIXES:
         raise OutputError(f"a picture cannot be saved as '{path.suffix}'", where=path, fix=f"use one of {', '.join(SUFFIXES)}")
     spec = spec_of(chart, ink=PAPER_INK, background="white", description=description)
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".png":
-        path.write_bytes(vl_convert.vegalite_to_png(spec, ppi=144))
+        with replacing(path) as partial:
+            partial.write_bytes(vl_convert.vegalite_to_png(spec, ppi=144))
     elif path.suffix == ".json":
-        path.write_text(json.dumps(spec, indent=1, ensure_ascii=False) + "\n", "utf-8")
+        write_whole(path, json.dumps(spec, indent=1, ensure_ascii=False) + "\n")
     else:
-        drawn = vl_convert.vegalite_to_svg(spec) if path.suffix == ".svg" else vl_convert.vegalite_to_html(spec, bundle=True)
-        path.write_text(drawn, "utf-8")
+        write_whole(path, vl_convert.vegalite_to_svg(spec) if path.suffix == ".svg" else vl_convert.vegalite_to_html(spec, bundle=True))
     return path
