@@ -7,15 +7,11 @@ needs it, except where a docstring says otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
-from numpy.typing import ArrayLike, NDArray
-
-Array = NDArray[np.float64]
+from numpy.typing import ArrayLike
 
 
 @dataclass(frozen=True)
@@ -208,117 +204,5 @@ def unseen_delta(base: ArrayLike, final: ArrayLike) -> float:
     return _mean(after - before)
 
 
-class ItemChanges(NamedTuple):
-    """Shares of all test items that changed between two stages.
-
-    Attributes:
-        forgotten: 1 -> 0, minus `chance`.
-        gained: 0 -> 1, minus `chance`.
-        chance: the share of either change that guessing alone would give.
-    """
-
-    forgotten: float
-    gained: float
-    chance: float
-
-
-def item_changes(before: ArrayLike, after: ArrayLike, *, choices: ArrayLike | None = None) -> ItemChanges:
-    """Per-item forgetting and backward transfer: the shares of items that went 1 -> 0 and 0 -> 1 (Harmon et al. 2025, arXiv:2510.17776).
-
-    The mean hides items that change places: .5 -> .5 may be nothing lost, or everything lost and replaced.
-
-    Args:
-        before, after: right (1) or wrong (0) for the same n items at two stages, (n,). Scores in between (token F1) count by the part
-            of a point that was lost or won, which is the same for 0 and 1 (ours).
-        choices: the number of answers that an item offers, one number or (n,); None if there is nothing to guess from.
-
-    A model that knows a share p and guesses the rest is right on a = p + (1 - p) / k, so 1 - p = (1 - a) k / (k - 1). An item guessed
-    at both stages goes 1 -> 0, or 0 -> 1, with probability (1/k) (1 - 1/k), so guessing alone gives of either
-
-        (1 - p) (1 - p') (k - 1) / k^2  =  (1 - a) (1 - a') / (k - 1)
-
-    which is subtracted, down to 0. This takes guesses and knowledge as independent between the stages; where both stages know the same
-    items, it subtracts too little. Items with different k are corrected in groups, weighted by size (ours).
-
-    >>> item_changes([1, 1, 0, 0], [0, 1, 1, 0])    # one of four each way
-    ItemChanges(forgotten=0.25, gained=0.25, chance=0.0)
-    >>> lost, won, chance = item_changes([1, 1, 1, 0, 0], [0, 0, 1, 0, 1], choices=4)
-    >>> f"{chance:.2f} {lost:.2f} {won:.2f}"    # (1 - 3/5) (1 - 2/5) / 3;  2/5 and 1/5 less that
-    '0.08 0.32 0.12'
-    """
-    old, new = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
-    if old.ndim != 1 or old.shape != new.shape or not old.size:
-        raise ValueError(f"two stages are compared on the same items, at least one: {old.shape} and {new.shape}")
-    chance = 0.0
-    if choices is not None:
-        offered = np.broadcast_to(np.asarray(choices), old.shape)
-        if (offered < 2).any():
-            raise ValueError("an item must offer at least two choices")
-        for k in np.unique(offered):
-            same = offered == k
-            chance += float(same.mean() * (1 - old[same].mean()) * (1 - new[same].mean()) / (k - 1))
-    lost, won = np.maximum(old - new, 0).mean(), np.maximum(new - old, 0).mean()
-    return ItemChanges(max(0.0, float(lost) - chance), max(0.0, float(won) - chance), chance)
-
-
-class Interval(NamedTuple):
-    """An estimate and the bounds of its bootstrap interval."""
-
-    estimate: float
-    low: float
-    high: float
-
-
-def bootstrap(
-    statistic: Callable[[list[Array]], float],
-    samples: Sequence[ArrayLike],
-    *,
-    draws: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> Interval:
-    """Percentile bootstrap interval of any statistic (Efron 1979).
-
-    samples: arrays (..., n_s); the last axis of each is resampled with replacement, every array on its own:
-      over items   samples[j] = the scores of task j's items at every stage, (T + 1, n_j), and a metric of `score_matrix(samples)`:
-                   an item stays paired with itself over the stages;
-      over orders  one array of values, (n,), and their mean; two methods on the same orders are (2, n), so paired.
-      (or seeds)
-    The bounds are the (1 - level) / 2 and (1 + level) / 2 quantiles over the draws (Philox, keyed by the seed). Draws where the
-    statistic is NaN are left out. Arrays of one item each give no bounds: NaN.
-
-    >>> bootstrap(lambda s: float(s[0].mean()), [[0.5, 0.5, 0.5]])
-    Interval(estimate=0.5, low=0.5, high=0.5)
-    >>> bootstrap(lambda s: float(s[0].mean()), [[0.7]])
-    Interval(estimate=0.7, low=nan, high=nan)
-    """
-    arrays = [np.asarray(sample, dtype=np.float64) for sample in samples]
-    estimate = float(statistic(arrays))
-    unknown = Interval(estimate, float("nan"), float("nan"))
-    if max((array.shape[-1] for array in arrays), default=0) < 2:
-        return unknown
-    rng = np.random.Generator(np.random.Philox(key=seed))
-    resamples = ([a[..., rng.integers(a.shape[-1], size=a.shape[-1])] for a in arrays] for _ in range(draws))
-    values = np.array([statistic(resample) for resample in resamples])
-    values = values[~np.isnan(values)]
-    if not values.size:
-        return unknown
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(estimate, float(low), float(high))
-
-
-def score_matrix(items: Sequence[Array]) -> Float64[np.ndarray, "stages T"]:
-    """R from single items: the mean of each task's items at each stage.    T arrays of (T + 1, n_j) -> (T + 1, T)
-
-    For corpus metrics (BLEU, chrF) the mean over sentences is only near the score: good for the width of an interval, not for its
-    middle.
-
-    >>> score_matrix([np.array([[0., 1.], [1., 1.]])])
-    array([[0.5],
-           [1. ]])
-    """
-    return np.stack([np.asarray(task, dtype=np.float64).mean(axis=-1) for task in items], axis=1)
-
-
-def _mean(values: Array) -> float:
+def _mean(values: Float64[np.ndarray, " k"]) -> float:
     return float(values.mean()) if values.size else float("nan")

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from recall_merge.maths.metrics import bootstrap, continual_metrics, score_matrix
+from recall_merge.maths.bootstrap import bootstrap, score_matrix
+from recall_merge.maths.metrics import continual_metrics
 
 Array = NDArray[np.float64]
 

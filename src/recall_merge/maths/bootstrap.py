@@ -1,0 +1,71 @@
+"""Bootstrap intervals, and R from single test items, which they resample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float64
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+
+
+class Interval(NamedTuple):
+    """An estimate and the bounds of its bootstrap interval."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+def bootstrap(
+    statistic: Callable[[list[Array]], float],
+    samples: Sequence[ArrayLike],
+    *,
+    draws: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Percentile bootstrap interval of any statistic (Efron 1979).
+
+    samples: arrays (..., n_s); the last axis of each is resampled with replacement, every array on its own:
+      over items   samples[j] = the scores of task j's items at every stage, (T + 1, n_j), and a metric of `score_matrix(samples)`:
+                   an item stays paired with itself over the stages;
+      over orders  one array of values, (n,), and their mean; two methods on the same orders are (2, n), so paired.
+      (or seeds)
+    The bounds are the (1 - level) / 2 and (1 + level) / 2 quantiles over the draws (Philox, keyed by the seed). Draws where the
+    statistic is NaN are left out. Arrays of one item each give no bounds: NaN.
+
+    >>> bootstrap(lambda s: float(s[0].mean()), [[0.5, 0.5, 0.5]])
+    Interval(estimate=0.5, low=0.5, high=0.5)
+    >>> bootstrap(lambda s: float(s[0].mean()), [[0.7]])
+    Interval(estimate=0.7, low=nan, high=nan)
+    """
+    arrays = [np.asarray(sample, dtype=np.float64) for sample in samples]
+    estimate = float(statistic(arrays))
+    unknown = Interval(estimate, float("nan"), float("nan"))
+    if max((array.shape[-1] for array in arrays), default=0) < 2:
+        return unknown
+    rng = np.random.Generator(np.random.Philox(key=seed))
+    resamples = ([a[..., rng.integers(a.shape[-1], size=a.shape[-1])] for a in arrays] for _ in range(draws))
+    values = np.array([statistic(resample) for resample in resamples])
+    values = values[~np.isnan(values)]
+    if not values.size:
+        return unknown
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(estimate, float(low), float(high))
+
+
+def score_matrix(items: Sequence[Array]) -> Float64[np.ndarray, "stages T"]:
+    """R from single items: the mean of each task's items at each stage.    T arrays of (T + 1, n_j) -> (T + 1, T)
+
+    For corpus metrics (BLEU, chrF) the mean over sentences is only near the score: good for the width of an interval, not for its
+    middle.
+
+    >>> score_matrix([np.array([[0., 1.], [1., 1.]])])
+    array([[0.5],
+           [1. ]])
+    """
+    return np.stack([np.asarray(task, dtype=np.float64).mean(axis=-1) for task in items], axis=1)
