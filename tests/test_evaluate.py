@@ -14,10 +14,12 @@ import pytest
 import torch
 import yaml
 
-from recall_merge.evaluation.lm_eval_model import Engine
-from recall_merge.evaluation.scores import TaskScore, check_lengths, evaluate, window_of
+from recall_merge.evaluation.lm_eval_private import LocalModel, silence, window_of
+from recall_merge.evaluation.lm_eval_tasks import check_named
+from recall_merge.evaluation.scores import TaskScore, check_lengths, score_tasks
 from recall_merge.evaluation.tasks import SPARE_TOKENS, TaskSpec, check_tasks, define, export_task
 from recall_merge.files.rows import Row, parse_rows
+from recall_merge.models import load
 from recall_merge.models.load import load_tokenizer
 from recall_merge.models.tokens import render
 from recall_merge.runtime.errors import CheckpointError, DataError, RunError
@@ -58,13 +60,10 @@ def loglikelihood(model, tokenizer, prompt: str, text: str) -> float:
     return sum(float(torch.log_softmax(logits[i - 1], -1)[ids[i]]) for i in range(len(start), len(ids)))
 
 
-def engine(model, tokenizer, batch_size: int = 2):
-    from recall_merge.evaluation.lm_eval_model import Engine
-    from recall_merge.runtime.progress import Silent
-
-    made = Engine(model, tokenizer, batch_size=batch_size, progress=Silent())
-    made.add_bos_token = False
-    return made
+def local_model(model, tokenizer, batch_size: int = 2):
+    local = LocalModel(model, tokenizer, batch_size=batch_size, progress=Silent())
+    local.add_bos_token = False
+    return local
 
 
 class Asked:
@@ -79,7 +78,7 @@ class Asked:
 @pytest.mark.parametrize("template", [False, True])
 def test_the_likeliest_choice_is_taken(model, template):
     tokenizer = make_tokenizer(template=template)
-    [score] = evaluate(model, [TaskSpec("choices", CHOICES)], tokenizer=tokenizer)
+    [score] = score_tasks(model, tokenizer, [TaskSpec("choices", CHOICES)])
     right = []
     for row, item in zip(CHOICES, score.items, strict=True):
         prompt = render(row, tokenizer).prompt
@@ -95,11 +94,11 @@ def test_the_likeliest_choice_is_taken(model, template):
 
 
 def test_the_standard_error_is_that_of_a_mean(model, tokenizer):
-    [score] = evaluate(model, [TaskSpec("choices", CHOICES)], tokenizer=tokenizer)
+    [score] = score_tasks(model, tokenizer, [TaskSpec("choices", CHOICES)])
     mean = score.score
     by_hand = (sum((item.score - mean) ** 2 for item in score.items if item.score is not None) / 3 / 4) ** 0.5
     assert score.stderr == pytest.approx(by_hand)
-    [alone] = evaluate(model, [TaskSpec("choices", CHOICES)], tokenizer=tokenizer, limit=1)
+    [alone] = score_tasks(model, tokenizer, [TaskSpec("choices", CHOICES)], limit=1)
     assert (alone.n, alone.stderr) == (1, None)
 
 
@@ -118,9 +117,9 @@ def test_choices_that_share_a_prompt_answer_as_if_each_ran_alone(bases, family):
     ]
     texts += [("the dog", " is"), ("the fox", " is"), ("is it?", " no")]
     asked = [Asked(context, text) for context, text in texts]
-    with at_rest():
+    with silence():
         theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, add_bos_token=False).loglikelihood(asked, disable_tqdm=True)
-        ours = engine(model, tokenizer).loglikelihood(asked)
+        ours = local_model(model, tokenizer).loglikelihood(asked)
     assert [likelihood for likelihood, _ in ours] == pytest.approx([likelihood for likelihood, _ in theirs], abs=1e-4)
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
     assert ours[1] == ours[-1]
@@ -130,8 +129,10 @@ def test_a_prompt_runs_once_for_all_of_its_choices(model, tokenizer):
     ran = []
     hook = model.register_forward_pre_hook(lambda _, args, kwargs: ran.append(args[0].numel()), with_kwargs=True)
     try:
-        with at_rest():
-            engine(model, tokenizer).loglikelihood([Asked("the quick brown fox", choice) for choice in (" is it", " is he", " is the")])
+        with silence():
+            local_model(model, tokenizer).loglikelihood(
+                [Asked("the quick brown fox", choice) for choice in (" is it", " is he", " is the")]
+            )
     finally:
         hook.remove()
     [prompt, tails] = ran
@@ -144,9 +145,9 @@ def test_choices_of_one_token_take_one_pass(model, tokenizer):
     ran = []
     hook = model.register_forward_pre_hook(lambda _, args, kwargs: ran.append(tuple(args[0].shape)), with_kwargs=True)
     try:
-        with at_rest():
+        with silence():
             asked = [Asked(context, choice) for context in ("is it", "if it", "so") for choice in ("y", "n", "!")]
-            engine(model, tokenizer).loglikelihood(asked)
+            local_model(model, tokenizer).loglikelihood(asked)
     finally:
         hook.remove()
     assert sorted(shape[0] for shape in ran) == [1, 2], "two prompts of one length together, the third alone, and nothing more"
@@ -159,9 +160,9 @@ def test_what_is_longer_than_the_window_is_left_to_lm_eval(tokenizer):
     long = "the fox: " + "!?" * 4
     asked = [Asked(long + "!", " y"), Asked(long + "!", " n"), Asked(long, " y"), Asked(long, " n")]
     assert [len(tokenizer("".join(one.args))["input_ids"]) for one in asked[1:3]] == [18, 17], "17 and 16 are read"
-    with at_rest():
+    with silence():
         theirs = HFLM(pretrained=small, tokenizer=tokenizer, batch_size=1, add_bos_token=False).loglikelihood(asked, disable_tqdm=True)
-        ours = engine(small, tokenizer).loglikelihood(asked)
+        ours = local_model(small, tokenizer).loglikelihood(asked)
     assert [likelihood for likelihood, _ in ours] == pytest.approx([likelihood for likelihood, _ in theirs], abs=1e-4)
 
 
@@ -170,7 +171,7 @@ def test_answers_are_what_the_model_generates_greedily(model, template):
     tokenizer = make_tokenizer(template=template)
     task = TaskSpec("answers", ANSWERS)
     longest = max(len(tokenizer(render(row, tokenizer).completion)["input_ids"]) for row in ANSWERS)
-    [score] = evaluate(model, [task], tokenizer=tokenizer, batch_size=4)
+    [score] = score_tasks(model, tokenizer, [task], batch_size=4)
     for row, item in zip(ANSWERS, score.items, strict=True):
         ids = tokenizer(render(row, tokenizer).prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
         with torch.no_grad():
@@ -212,7 +213,7 @@ def test_what_is_written_after_the_end_is_not_read(tokenizer):
     model = obedient(tokenizer, {prompts[0]: " fox</s>", prompts[1]: " the fox and it is</s>"})
     model.generation_config.eos_token_id = None  # as in a model that never had one
     rows = [*ANSWERS[:1], replace(ANSWERS[1], completion=" the fox and it is")]
-    [score] = evaluate(model, [TaskSpec("t", rows)], tokenizer=tokenizer, batch_size=2)
+    [score] = score_tasks(model, tokenizer, [TaskSpec("t", rows)], batch_size=2)
     assert [item.prediction for item in score.items] == ["fox", "the fox and it is"]
     assert score.score == 1.0
 
@@ -221,8 +222,8 @@ def test_a_line_ends_an_answer_where_right_answers_have_one_line(tokenizer):
     prompt = ANSWERS[0].plain
     model = obedient(tokenizer, {prompt: " fox\nit is</s>"})
     one, two = replace(ANSWERS[0]), replace(ANSWERS[0], completion=" fox\nit is")
-    [short] = evaluate(model, [TaskSpec("t", [one])], tokenizer=tokenizer)
-    [long] = evaluate(model, [TaskSpec("t", [two])], tokenizer=tokenizer)
+    [short] = score_tasks(model, tokenizer, [TaskSpec("t", [one])])
+    [long] = score_tasks(model, tokenizer, [TaskSpec("t", [two])])
     assert (short.items[0].prediction, short.score) == ("fox", 1.0)
     assert (long.items[0].prediction, long.score) == ("fox\nit is", 1.0)
 
@@ -231,7 +232,7 @@ def test_the_batch_size_changes_no_score(model, chat_tokenizer):
     rows = [replace(row, index=i, prompt=(("user", f"{'the dog ' * (i % 5)}{row.plain}"),)) for i, row in enumerate(CHOICES * 4)]
     asked = [replace(row, index=i, prompt=(("user", f"{'the fox ' * (i % 5)}{row.plain}"),)) for i, row in enumerate(ANSWERS * 4)]
     tasks = [TaskSpec("choices", rows), TaskSpec("f1", asked, "f1"), TaskSpec("chrf", asked, "chrf")]
-    first, *others = (evaluate(model, tasks, tokenizer=chat_tokenizer, batch_size=size) for size in (1, 3, 16))
+    first, *others = (score_tasks(model, chat_tokenizer, tasks, batch_size=size) for size in (1, 3, 16))
     assert len({item.prediction for item in first[1].items}) > 1
     for other in others:
         assert other == first
@@ -240,14 +241,14 @@ def test_the_batch_size_changes_no_score(model, chat_tokenizer):
 def test_bfloat16_choices_do_not_depend_on_the_batch_size_either(tokenizer):
     model = make_model(dtype="bfloat16")
     asked = [Asked(row.plain, choice) for row in CHOICES * 2 for choice in row.choices]
-    with at_rest():
-        assert engine(model, tokenizer, 1).loglikelihood(asked) == engine(model, tokenizer, 8).loglikelihood(asked)
+    with silence():
+        assert local_model(model, tokenizer, 1).loglikelihood(asked) == local_model(model, tokenizer, 8).loglikelihood(asked)
 
 
 def test_a_model_and_its_tokenizer_are_left_as_they_were(tokenizer):
     model = make_model().train()
     tokenizer.pad_token = None
-    evaluate(model, [TaskSpec("choices", CHOICES), TaskSpec("answers", ANSWERS)], tokenizer=tokenizer)
+    score_tasks(model, tokenizer, [TaskSpec("choices", CHOICES), TaskSpec("answers", ANSWERS)])
     assert model.training
     assert tokenizer.pad_token is None
 
@@ -255,11 +256,9 @@ def test_a_model_and_its_tokenizer_are_left_as_they_were(tokenizer):
 def test_a_folder_is_scored_as_the_model_in_it(tmp_path, model, tokenizer):
     folder = save_model(model, tmp_path / "m", tokenizer=tokenizer)
     tasks = [TaskSpec("choices", CHOICES), TaskSpec("answers", ANSWERS, "f1")]
-    assert evaluate(folder, tasks, device="cpu") == evaluate(model, tasks, tokenizer=tokenizer)
+    assert score_tasks(*load.load_model(folder, device="cpu"), tasks) == score_tasks(model, tokenizer, tasks)
     with pytest.raises(CheckpointError):
-        evaluate(tmp_path, tasks)
-    with pytest.raises(RunError, match="without its tokenizer"):
-        evaluate(model, tasks)
+        load.load_model(tmp_path)
 
 
 @pytest.mark.parametrize("template", [False, True])
@@ -273,7 +272,7 @@ def test_no_tokens_are_added_to_a_rendered_text(model, template):
     seen = []
     hook = model.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args or (kwargs["input_ids"],))[0]), with_kwargs=True)
     try:
-        evaluate(model, [TaskSpec("choices", CHOICES[:1]), TaskSpec("answers", ANSWERS[:1])], tokenizer=tokenizer)
+        score_tasks(model, tokenizer, [TaskSpec("choices", CHOICES[:1]), TaskSpec("answers", ANSWERS[:1])])
     finally:
         hook.remove()
     whole = [ids[0].tolist() for ids in seen if ids.shape[1] > 4]
@@ -302,15 +301,15 @@ def test_a_definition_says_how_answers_end(chat_tokenizer):
 
 
 def test_further_right_answers_count(model, tokenizer):
-    [before] = evaluate(model, [TaskSpec("t", ANSWERS)], tokenizer=tokenizer)
+    [before] = score_tasks(model, tokenizer, [TaskSpec("t", ANSWERS)])
     said = before.items[2].prediction
     assert before.items[2].score == 0.0
-    [after] = evaluate(model, [TaskSpec("t", ANSWERS, answers={2: ["so", said]})], tokenizer=tokenizer)
+    [after] = score_tasks(model, tokenizer, [TaskSpec("t", ANSWERS, answers={2: ["so", said]})])
     assert [item.score for item in after.items] == [item.score for item in before.items[:2]] + [1.0, before.items[3].score]
 
 
 def test_scores_survive_json(model, tokenizer):
-    scores = evaluate(model, [TaskSpec("choices", CHOICES), TaskSpec("answers", ANSWERS, "f1")], tokenizer=tokenizer)
+    scores = score_tasks(model, tokenizer, [TaskSpec("choices", CHOICES), TaskSpec("answers", ANSWERS, "f1")])
     assert [TaskScore.from_json(json.loads(json.dumps(score.to_json()))) for score in scores] == scores
 
 
@@ -324,7 +323,7 @@ def test_it_tells_of_every_answer_and_prints_nothing(model, tokenizer, capfd, ca
             yield told[-1][2].append
 
     with caplog.at_level(logging.INFO):
-        evaluate(model, [TaskSpec("choices", CHOICES), TaskSpec("answers", ANSWERS)], tokenizer=tokenizer, progress=Listener())
+        score_tasks(model, tokenizer, [TaskSpec("choices", CHOICES), TaskSpec("answers", ANSWERS)], progress=Listener())
     choices = sum(len(row.choices) for row in CHOICES)
     assert [(label, total, sum(done)) for label, total, done in told] == [
         ("scoring choices", choices, choices),
@@ -359,18 +358,18 @@ def test_all_faults_of_tasks_are_found_at_once():
 def test_rows_that_the_model_cannot_hold_are_refused(model, tokenizer):
     long = [replace(row, prompt=(("user", "the dog " * 200),)) for row in CHOICES[1:2]]
     with pytest.raises(DataError, match=r"1 of 2 rows of 'long' are longer than the 256 tokens[^$]*'long', row 2"):
-        evaluate(model, [TaskSpec("long", [CHOICES[0], *long])], tokenizer=tokenizer)
+        score_tasks(model, tokenizer, [TaskSpec("long", [CHOICES[0], *long])])
     edge = replace(ANSWERS[0], prompt=(("user", "!" * (256 - SPARE_TOKENS - 3)),))
     with pytest.raises(DataError, match="longer than the 256 tokens"):
-        evaluate(model, [TaskSpec("edge", [edge])], tokenizer=tokenizer)
+        score_tasks(model, tokenizer, [TaskSpec("edge", [edge])])
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
 def test_the_window_is_known_before_there_are_weights(bases, family, tmp_path):
     folder = shutil.copytree(bases(family), tmp_path / family, ignore=shutil.ignore_patterns("*.safetensors"))
     tokenizer = load_tokenizer(folder)
-    engine = Engine(load_model(bases(family)), tokenizer, batch_size=1, progress=Silent())
-    assert window_of(folder, tokenizer) == engine.max_length == 128
+    local = LocalModel(load_model(bases(family)), tokenizer, batch_size=1, progress=Silent())
+    assert window_of(folder, tokenizer) == local.max_length == 128
     long = [replace(row, prompt=(("user", "the dog " * 200),)) for row in CHOICES[1:2]]
     assert [fault.where for fault in check_lengths(folder, [TaskSpec("long", [CHOICES[0], *long])])] == ["task 'long', row 2"]
 
@@ -402,8 +401,8 @@ def test_lm_eval_by_itself_scores_an_exported_task_alike(tmp_path, model, templa
     tasks = [TaskSpec("choices", CHOICES), TaskSpec("f1", ANSWERS, "f1"), TaskSpec("bleu", ANSWERS, "bleu")]
     for task in tasks:
         export_task(task, tmp_path / "tasks", tokenizer)
-    ours = evaluate(folder, tasks)
-    with at_rest():
+    ours = score_tasks(*load.load_model(folder), tasks)
+    with silence():
         results = simple_evaluate(
             model="hf",
             model_args={"pretrained": str(folder), "dtype": "float32", "add_bos_token": False},
@@ -434,7 +433,7 @@ def test_lm_evals_command_line_gives_the_same_score(tmp_path, model):
     subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
     [written] = (tmp_path / "out").rglob("results_*.json")
     results = json.loads(written.read_text())["results"]
-    for score in evaluate(folder, tasks):
+    for score in score_tasks(*load.load_model(folder), tasks):
         assert results[score.task][f"{score.metric},none"] == pytest.approx(score.score, abs=1e-12)
 
 
@@ -450,25 +449,25 @@ def named(tmp_path, monkeypatch, tokenizer):
     (tmp_path / "tasks" / "far.yaml").write_text("task: far\ntag: distant\ndataset_path: nobody/nothing\noutput_type: multiple_choice\n")
     (tmp_path / "tasks" / "farther.yaml").write_text("include: far.yaml\ntask: farther\n")
     manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
-    monkeypatch.setattr("recall_merge.evaluation.scores._manager", lambda: manager)
+    monkeypatch.setattr("recall_merge.evaluation.lm_eval_tasks.task_manager", lambda: manager)
 
 
 def test_a_task_of_lm_evals_is_asked_by_its_name(named, model, tokenizer):
-    own = evaluate(model, [TaskSpec("choices", CHOICES), TaskSpec("f1", ANSWERS, "f1")], tokenizer=tokenizer)
-    theirs = evaluate(model, [TaskSpec("f1"), TaskSpec("choices")], tokenizer=tokenizer)
+    own = score_tasks(model, tokenizer, [TaskSpec("choices", CHOICES), TaskSpec("f1", ANSWERS, "f1")])
+    theirs = score_tasks(model, tokenizer, [TaskSpec("f1"), TaskSpec("choices")])
     assert [score.task for score in theirs] == ["f1", "choices"], "the order of the tasks"
     for ours, score in zip(own, reversed(theirs), strict=True):
         assert (score.metric, score.n, dict(score.others)) == (ours.metric, ours.n, dict(ours.others))
         assert (score.score, score.stderr) == (ours.score, pytest.approx(ours.stderr))
         assert score.items == ours.items
-    [other] = evaluate(model, [TaskSpec("choices", metric="acc_norm")], tokenizer=tokenizer, limit=2)
+    [other] = score_tasks(model, tokenizer, [TaskSpec("choices", metric="acc_norm")], limit=2)
     assert (other.metric, other.n, set(other.others)) == ("acc_norm", 2, {"acc"})
     with pytest.raises(RunError, match=r"has no metric 'acc_nrom'\n  fix: did you mean 'acc_norm'\?"):
-        evaluate(model, [TaskSpec("choices", metric="acc_nrom")], tokenizer=tokenizer)
+        score_tasks(model, tokenizer, [TaskSpec("choices", metric="acc_nrom")])
 
 
 def test_a_group_of_lm_evals_has_one_score_over_its_tasks(named, model, tokenizer):
-    [both, rows] = evaluate(model, [TaskSpec("both"), TaskSpec("rows", CHOICES)], tokenizer=tokenizer)
+    [both, rows] = score_tasks(model, tokenizer, [TaskSpec("both"), TaskSpec("rows", CHOICES)])
     right = [item.score for item in rows.items]
     assert [item.id for item in both.items] == [f"choices/{i}" for i in range(4)] + [f"more/{i}" for i in range(2)]
     assert [item.score for item in both.items] == right + right[:2]
@@ -478,7 +477,7 @@ def test_a_group_of_lm_evals_has_one_score_over_its_tasks(named, model, tokenize
 
 def test_a_name_that_means_no_one_task_is_refused(named, model, tokenizer):
     with pytest.raises(RunError) as caught:
-        evaluate(model, [TaskSpec("choces"), TaskSpec("distant"), TaskSpec("zzz")], tokenizer=tokenizer)
+        score_tasks(model, tokenizer, [TaskSpec("choces"), TaskSpec("distant"), TaskSpec("zzz")])
     first, second, third = map(str, caught.value.faults)
     assert "no task 'choces'" in first
     assert "did you mean 'choices'?" in first
@@ -486,20 +485,10 @@ def test_a_name_that_means_no_one_task_is_refused(named, model, tokenizer):
     assert "far, farther" in second
     assert "did you mean" not in third
     with pytest.raises(DataError, match=r"lm-eval cannot load its tasks[^$]*where: far"):
-        evaluate(model, [TaskSpec("far")], tokenizer=tokenizer)
+        score_tasks(model, tokenizer, [TaskSpec("far")])
 
 
 def test_the_names_are_those_of_the_installed_lm_eval():
-    from recall_merge.evaluation.scores import check_named
-
     [fault] = check_named([TaskSpec("hellaswag"), TaskSpec("helaswag"), TaskSpec("rows", CHOICES)])
     assert fault.what == "lm-eval has no task 'helaswag', and there is no such file"
     assert "did you mean 'hellaswag'?" in fault.fix
-
-
-@contextmanager
-def at_rest():
-    from recall_merge.evaluation.lm_eval_model import silence
-
-    with silence():
-        yield

@@ -13,15 +13,18 @@ import sacrebleu
 
 from recall_merge.evaluation import scoring
 from recall_merge.evaluation.scoring import (
+    METRICS,
     corpus_bleu,
     corpus_chrf,
-    corpus_stderr,
     exact_match,
     f1,
     last_number,
-    mean_stderr,
+    metric,
     squad_match,
 )
+from recall_merge.evaluation.standard_errors import corpus_stderr, mean_stderr
+from recall_merge.evaluation.tasks import TaskSpec, check_tasks, define
+from recall_merge.files.rows import parse_rows
 
 
 @pytest.mark.parametrize(
@@ -156,3 +159,35 @@ assert not [name for name in sys.modules if name.startswith(("recall_merge", "to
     documents = module.documents(file="t.jsonl", version=1)["test"]
     assert documents["prompt"] == ["a\u2028b", "c"]
     assert documents["answers"] == [["1"], ["2", "3"]]
+
+
+@pytest.fixture
+def new_metric():
+    """A metric that somebody adds, with a score of its own for a corpus."""
+
+    @metric("longest", corpus=lambda pairs: max(len(prediction) for prediction, _ in pairs) / 10)
+    def longest(prediction, answers):
+        return len(prediction) / 10
+
+    yield
+    del METRICS["longest"]
+
+
+def test_one_function_adds_a_metric(new_metric, tokenizer):
+    rows = parse_rows([{"prompt": "is it?", "completion": " yes"}] * 3, where="rows")
+    task = TaskSpec("t", rows, "longest")
+    assert not list(check_tasks([task]))
+    config = define(task, tokenizer).config
+    assert (config["process_results"], config["metric_list"][0]["aggregation"]) == ("process_longest", "corpus_longest")
+    pairs = [config["process_results"].resolved({"answers": ["yes"]}, [said])["longest"] for said in (" no ", "maybe", "y")]
+    assert pairs == [("no", ["yes"]), ("maybe", ["yes"]), ("y", ["yes"])]
+    assert config["metric_list"][0]["aggregation"].resolved(pairs) == 0.5
+    assert corpus_stderr("longest", pairs) == pytest.approx(0.13, abs=0.03)  # the longest of a draw: 5, 2 or 1 letters
+    with pytest.raises(ValueError, match="two metrics 'longest'"):
+        metric("longest")(exact_match)
+    with pytest.raises(AttributeError, match="process_shortest"):
+        _ = scoring.process_shortest
+
+
+def test_f1_is_reported_with_squads_match():
+    assert scoring.process_f1({"answers": ["a fox"]}, [" the fox "]) == {"f1": 1.0, "squad_match": 1.0}

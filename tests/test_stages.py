@@ -23,10 +23,11 @@ from recall_merge.continual.request import Request
 from recall_merge.continual.stages import learn
 from recall_merge.continual.state import read_journal, read_state
 from recall_merge.continual.workspace import rollback, status
-from recall_merge.evaluation.scores import evaluate
+from recall_merge.evaluation.scores import score_tasks
 from recall_merge.evaluation.tasks import TaskSpec
 from recall_merge.files.rows import read_rows
 from recall_merge.merging.statistics import RANK
+from recall_merge.models.load import load_model
 from recall_merge.runtime.errors import RecallError
 from tiny import load_tensors, lora, make_model, merged_by_peft, save_model, write_rows
 from workspaces import SETTINGS, essence, make_workspace, request, teach, tree, write_tasks
@@ -183,9 +184,9 @@ def test_scores_are_those_of_the_models(ws, data):
     assert set(scores.merged) == {"a", "b", "c", "strange"}
     assert set(scores.base) == set(scores.before) == {"c", "strange"}
     assert set(scores.expert) == {"c"}
-    again = evaluate(folder / "merges" / "3", [specs[name] for name in "abcd"])
+    again = score_tasks(*load_model(folder / "merges" / "3"), [specs[name] for name in "abcd"])
     assert [found.score for found in again] == [scores.merged[name] for name in ("a", "b", "c", "strange")]
-    before = evaluate(folder / "merges" / "2", [specs["c"], specs["d"]])
+    before = score_tasks(*load_model(folder / "merges" / "2"), [specs["c"], specs["d"]])
     assert [found.score for found in before] == [scores.before["c"], scores.before["strange"]]
     items = json.loads((folder / "scores" / "3.json").read_text())["scores"]["merged"]["a"]["items"]
     assert [item["score"] for item in items] == [item.score for item in again[0].items]

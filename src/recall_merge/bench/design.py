@@ -96,7 +96,8 @@ def make_design(scenario: Scenario) -> Design:
 
 def _check_lengths(scenario: Scenario, base: Base, train: Mapping[str, Sequence[Row]], specs: Sequence[TaskSpec], faults: Faults) -> None:
     """Check that the base can read all rows whole, or as each way of training cuts them."""
-    from recall_merge.evaluation.scores import check_lengths, window_of
+    from recall_merge.evaluation.lm_eval_private import window_of
+    from recall_merge.evaluation.scores import check_lengths
     from recall_merge.models.load import load_tokenizer
     from recall_merge.training.fine_tuning import check_rows
 

@@ -96,14 +96,14 @@ def score_model(
         load: gives the model, and its tokenizer.
         tasks: those that are not scored yet.
         keep: called with a task's name and its score, items included, as soon as it is known.
-        batch_size, limit, template: as for `evaluation.scores.evaluate`.
+        batch_size, limit, template: as for `evaluation.scores.score_tasks`.
     """
     if not tasks:
         return
-    from recall_merge.evaluation.scores import evaluate
+    from recall_merge.evaluation.scores import score_tasks
 
     model, tokenizer = load()
     asked: dict[str, Any] = {"batch_size": batch_size, "limit": limit, "template": template}
     for task in tasks:
-        [score] = evaluate(model, [task], tokenizer=tokenizer, progress=progress, **asked)
+        [score] = score_tasks(model, tokenizer, [task], progress=progress, **asked)
         keep(task.name, score.to_json())

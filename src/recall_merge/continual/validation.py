@@ -120,7 +120,7 @@ class StageValidation:
         specs = [spec for spec in self._task_specs().values() if spec.rows != []]
         self._faults.extend(check_tasks(specs))
         if any(spec.rows is None for spec in specs):
-            from recall_merge.evaluation.scores import check_named
+            from recall_merge.evaluation.lm_eval_tasks import check_named
 
             self._faults.extend(check_named(specs))
 
@@ -169,7 +169,8 @@ class StageValidation:
         """Whether the base can read all rows: those to train on, and those of all tasks."""
         if self._base is None or self._settings is None or find_spec("lm_eval") is None:
             return
-        from recall_merge.evaluation.scores import check_lengths, window_of
+        from recall_merge.evaluation.lm_eval_private import window_of
+        from recall_merge.evaluation.scores import check_lengths
         from recall_merge.models.load import load_tokenizer
         from recall_merge.training.fine_tuning import check_rows
 

@@ -1,40 +1,38 @@
-"""Score a model on tasks: lm-eval asks, greedily and so deterministically, and every item's result is kept."""
+"""Score a model on tasks: lm-eval asks, greedily and so deterministically, and the result of every item is kept."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from recall_merge.evaluation import scoring
+from recall_merge.evaluation.lm_eval_tasks import check_named, load_named
+from recall_merge.evaluation.scoring import METRICS
+from recall_merge.evaluation.standard_errors import corpus_stderr, mean_stderr
 from recall_merge.evaluation.tasks import Definition, TaskSpec, build_task, check_tasks, define
-from recall_merge.files.rows import Row, numbered
-from recall_merge.models.load import build_model, load_config, load_tokenizer
+from recall_merge.files.rows import numbered
+from recall_merge.models.load import load_tokenizer
 from recall_merge.runtime.errors import DataError, Faults, RunError, did_you_mean
 from recall_merge.runtime.progress import Progress, Silent
 
-if TYPE_CHECKING:
-    from recall_merge.evaluation.lm_eval_model import Engine
-
 FEWSHOT_SEED = 1234  # lm-eval's own default
-BOOTSTRAP_DRAWS = 1000  # for the standard error of those of lm-eval's tasks that are no mean over items
+BOOTSTRAP_DRAWS = 1000  # for the standard errors of lm-eval's tasks whose score is no mean over items
 
 
 @dataclass(frozen=True)
 class Item:
-    """What became of one row."""
+    """The result of one row."""
 
     id: int | str
     """The row's position in its file; for a group of lm-eval's tasks `task/position`."""
     score: float | None
-    """From 0 to 1; 0 or 1 where it is right or wrong. None where the metric has no value for one item."""
+    """From 0 to 1. None where the metric has no value for a single item."""
     prediction: str
     """The choice that was taken, or the answer that was written."""
     choices: int = 0
-    """How many there were to choose from; 0 for a written answer."""
+    """The number of choices; 0 for a written answer."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +42,13 @@ class TaskScore:
     task: str
     metric: str
     score: float
-    """From 0 to 1 for every task from rows, BLEU and chrF too: scores of different tasks are averaged."""
+    """From 0 to 1 for every task from rows, BLEU and chrF too, so that scores of different tasks can be averaged."""
     stderr: float | None
     """Standard error of the score over items; None where it is not known, as for a single item."""
     n: int
     items: tuple[Item, ...]
     others: Mapping[str, float]
-    """What else was measured on the way, e.g. `acc_norm` beside `acc`."""
+    """What else was measured, e.g. `acc_norm` beside `acc`."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -60,123 +58,55 @@ class TaskScore:
         return cls(**{**data, "items": tuple(Item(**item) for item in data["items"])})
 
 
-def evaluate(
-    model: Path | Any,
+def score_tasks(
+    model: Any,
+    tokenizer: Any,
     tasks: Sequence[TaskSpec],
     *,
-    tokenizer: Any = None,
     batch_size: int = 8,
     limit: int | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
     template: bool = True,
     progress: Progress | None = None,
 ) -> list[TaskScore]:
-    """The score of a model on each task, in the order of the tasks.
+    """The score of a loaded model on each task, in the order of the tasks.
 
-    The batch size changes the time, and no score. (Written answers keep this promise in float32; in bfloat16 the last bits, which
-    depend on the shapes that are multiplied, are coarse enough to turn a close word.)
+    The batch size changes the time, and no score. (For written answers this holds in float32. In bfloat16 the last bits depend on the
+    shapes that are multiplied, and are coarse enough to change a close word.)
 
     Args:
-        model: a folder, or a loaded model, whose device and dtype are taken as they are.
-        tokenizer: a loaded model's; a folder has its own.
-        batch_size: prompts at a time.
+        batch_size: prompts per batch.
         limit: only the first rows of each task.
-        device: a folder's; by default a GPU if there is one.
-        dtype: a folder's; by default float32 on a CPU, and on a GPU what the folder has.
-        template: put the prompts of tasks from rows into the model's chat template, if it has one. Tasks that come with lm-eval are
-            asked without, as lm-eval does.
+        template: apply the model's chat template, if it has one, to tasks from rows. Tasks that come with lm-eval are asked without it, as
+            lm-eval does.
 
     Raises:
         RunError: if a task is not known, or a metric does not fit.
         DataError: if rows cannot be scored, or do not fit the model.
-        CheckpointError: if the folder cannot be loaded.
     """
     check_tasks(tasks).raise_any(RunError)
     check_named(tasks).raise_any(RunError)
-    from recall_merge.evaluation.lm_eval_model import Engine, silence
+    from recall_merge.evaluation.lm_eval_private import LocalModel, silence
 
-    own, named = [task for task in tasks if task.rows is not None], [task for task in tasks if task.rows is None]
-    with silence():
-        theirs = _load_named(named)
-        if isinstance(model, str | Path):
-            model, tokenizer = _load(Path(model), device, dtype), tokenizer or load_tokenizer(Path(model))
-        elif tokenizer is None:
-            raise RunError("a loaded model comes without its tokenizer", fix="give `tokenizer` too")
-        definitions = {task.name: define(task, tokenizer, template=template) for task in own}
+    from_rows, named = [task for task in tasks if task.rows is not None], [task for task in tasks if task.rows is None]
+    with silence(), _restored(model, tokenizer):
+        objects = load_named(named)
+        definitions = {task.name: define(task, tokenizer, template=template) for task in from_rows}
+        local = LocalModel(model, tokenizer, batch_size=batch_size, progress=progress or Silent())
+        _check_lengths(definitions, tokenizer, local.max_length).raise_any(DataError)
         scores: dict[str, TaskScore] = {}
-        with _left_as_it_was(model, tokenizer):
-            executor = Engine(model, tokenizer, batch_size=batch_size, progress=progress or Silent())
-            _too_long(definitions, tokenizer, executor.max_length).raise_any(DataError)
-            if own:
-                executor.add_bos_token = False  # a rendered text has its special tokens
-                results = _ask(executor, {name: build_task(definition) for name, definition in definitions.items()}, {}, limit)
-                scores |= {task.name: _own_score(task, results) for task in own}
-            if named:
-                executor.add_bos_token = None  # whatever the tokenizer does, which is lm-eval's way
-                results = _ask(executor, theirs["tasks"], theirs["groups"], limit)
-                scores |= {task.name: _named_score(task, results) for task in named}
+        if from_rows:
+            local.add_bos_token = False  # a rendered text has its special tokens
+            results = _run(local, {name: build_task(definition) for name, definition in definitions.items()}, {}, limit)
+            scores |= {task.name: _score_rows(task, results) for task in from_rows}
+        if named:
+            local.add_bos_token = None  # the tokenizer decides, as in lm-eval
+            results = _run(local, objects["tasks"], objects["groups"], limit)
+            scores |= {task.name: _score_named(task, results) for task in named}
     return [scores[task.name] for task in tasks]
 
 
-def check_named(tasks: Sequence[TaskSpec]) -> Faults:
-    """What is wrong with the names of tasks that should come with lm-eval."""
-    faults = Faults()
-    for task in (task for task in tasks if task.rows is None):
-        index = _manager().task_index
-        if task.name not in index:
-            from difflib import get_close_matches
-
-            close = get_close_matches(task.name, index, n=1)
-            fix = (f"did you mean '{close[0]}'? " if close else "") + "`lm_eval ls tasks` lists them; rows are given as a file"
-            faults.add(f"lm-eval has no task '{task.name}', and there is no such file", fix=fix)
-        elif index[task.name].tags and index[task.name].yaml_path is None:
-            members = ", ".join(sorted(index[task.name].tags))
-            faults.add(f"'{task.name}' is a tag of lm-eval's for several tasks", fix=f"name the ones that are meant: {members}")
-    return faults
-
-
-@cache
-def _manager() -> Any:
-    """lm-eval's list of tasks; it reads some ten thousand files."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager()
-
-
-def _load_named(tasks: Sequence[TaskSpec]) -> dict[str, Any]:
-    """lm-eval's task objects, which fetch their data when they are made."""
-    if not tasks:
-        return {}
-    try:
-        return _manager().load([task.name for task in tasks])
-    except Exception as error:  # the hub, `datasets` and a task's own code each raise their own
-        what = f"lm-eval cannot load its tasks: {' '.join(str(error).split())}"
-        raise DataError(
-            what, where=", ".join(task.name for task in tasks), fix="their data come from the hub: is there a network?"
-        ) from error
-
-
-def _load(folder: Path, device: str | None, dtype: str | None) -> Any:
-    import torch
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return build_model(folder, dtype=dtype or ("float32" if device == "cpu" else "auto")).to(device)
-
-
-@contextmanager
-def _left_as_it_was(model: Any, tokenizer: Any) -> Iterator[None]:
-    """lm-eval puts a model into evaluation mode and gives a tokenizer without a padding token another token for one."""
-    training, pad = model.training, tokenizer.pad_token
-    try:
-        yield
-    finally:
-        model.train(training)
-        tokenizer.pad_token = pad
-
-
 def check_lengths(folder: Path, tasks: Sequence[TaskSpec], *, template: bool = True) -> Faults:
-    """Which rows a model cannot be scored on, since its window does not hold them: known before there are weights.
+    """The rows that do not fit into a model's window, known before the model has weights.
 
     Args:
         folder: the model, or another with its config and tokenizer.
@@ -185,21 +115,15 @@ def check_lengths(folder: Path, tasks: Sequence[TaskSpec], *, template: bool = T
         DataError: if rows cannot be scored at all.
         CheckpointError: if config or tokenizer cannot be used.
     """
+    from recall_merge.evaluation.lm_eval_private import window_of
+
     tokenizer = load_tokenizer(folder)
     definitions = {task.name: define(task, tokenizer, template=template) for task in tasks if task.rows is not None}
-    return _too_long(definitions, tokenizer, window_of(folder, tokenizer))
+    return _check_lengths(definitions, tokenizer, window_of(folder, tokenizer))
 
 
-def window_of(folder: Path, tokenizer: Any) -> int:
-    """How many tokens the model of a folder reads at most, as lm-eval takes it from its config."""
-    from recall_merge.evaluation.lm_eval_model import HFLM, resolve_max_length, silence
-
-    with silence():
-        return resolve_max_length(load_config(folder), tokenizer, default=HFLM._DEFAULT_MAX_LENGTH)
-
-
-def _too_long(definitions: Mapping[str, Definition], tokenizer: Any, window: int) -> Faults:
-    """Rows that the model's window cannot hold: lm-eval would cut the beginning of the prompt."""
+def _check_lengths(definitions: Mapping[str, Definition], tokenizer: Any, window: int) -> Faults:
+    """The rows that do not fit into a window: lm-eval would cut the beginning of their prompts."""
     faults = Faults()
     for name, definition in definitions.items():
         room = definition.config.get("generation_kwargs", {}).get("max_gen_toks", -1)  # the last token of a choice is not read
@@ -213,65 +137,79 @@ def _too_long(definitions: Mapping[str, Definition], tokenizer: Any, window: int
     return faults
 
 
-def _ask(executor: Engine, tasks: Mapping[str, Any], groups: Mapping[str, Any], limit: int | None) -> dict[str, Any]:
-    """Ask all tasks, and return what lm-eval makes of the answers."""
-    from lm_eval.evaluator import evaluate as run
+@contextmanager
+def _restored(model: Any, tokenizer: Any) -> Iterator[None]:
+    """Undo what lm-eval changes: it puts a model into evaluation mode, and gives a tokenizer without a padding token another one."""
+    training, pad = model.training, tokenizer.pad_token
+    try:
+        yield
+    finally:
+        model.train(training)
+        tokenizer.pad_token = pad
+
+
+def _run(local: Any, tasks: Mapping[str, Any], groups: Mapping[str, Any], limit: int | None) -> dict[str, Any]:
+    """Ask all tasks. Gives lm-eval's results."""
+    from lm_eval.evaluator import evaluate
 
     for task in tasks.values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
     try:
-        results = run(lm=executor, task_dict={"tasks": dict(tasks), "groups": dict(groups)}, limit=limit, bootstrap_iters=BOOTSTRAP_DRAWS)
-    except ValueError as error:  # code that is not trusted, images for a model without eyes
+        results = evaluate(lm=local, task_dict={"tasks": dict(tasks), "groups": dict(groups)}, limit=limit, bootstrap_iters=BOOTSTRAP_DRAWS)
+    except ValueError as error:  # code that is not trusted, images for a model that reads none
         raise RunError(f"lm-eval refuses: {' '.join(str(error).split())}", where=", ".join(tasks)) from error
     assert results is not None, "there is one process"
     return dict(results)
 
 
-def _own_score(task: TaskSpec, results: Mapping[str, Any]) -> TaskScore:
+def _score_rows(task: TaskSpec, results: Mapping[str, Any]) -> TaskScore:
     """The score of a task from rows."""
-    metric, samples = task.chosen_metric, results["samples"][task.name]
-    found = {name: value for (name, _), value in _metrics(results["results"][task.name]).items()}
     assert task.rows is not None
-    items = tuple(_own_item(task.rows[sample["doc_id"]], sample, _item_score(metric, sample[metric])) for sample in samples)
-    if metric in scoring.CORPUS_METRICS:
-        stderr = scoring.corpus_stderr(metric, [sample[metric] for sample in samples])
-    else:
-        stderr = scoring.mean_stderr([float(sample[metric]) for sample in samples])
-    return TaskScore(task.name, metric, found.pop(metric), stderr, len(items), items, found)
+    name = task.chosen_metric
+    corpus = METRICS[name] if name in METRICS and METRICS[name].corpus else None
+    measured = {metric: value for (metric, _), value in _metrics(results["results"][task.name]).items()}
+    samples, items = results["samples"][task.name], []
+    for sample in samples:
+        row = task.rows[sample["doc_id"]]
+        prediction = row.choices[_likeliest(sample)] if row.choices else str(sample["filtered_resps"][0])
+        score = corpus.score(*sample[name]) if corpus else float(sample[name])
+        items.append(Item(row.index, score, prediction.strip(), len(row.choices)))
+    values = [sample[name] for sample in samples]
+    stderr = corpus_stderr(name, values) if corpus else mean_stderr([float(value) for value in values])
+    return TaskScore(task.name, name, measured.pop(name), stderr, len(items), tuple(items), measured)
 
 
-def _named_score(task: TaskSpec, results: Mapping[str, Any]) -> TaskScore:
+def _score_named(task: TaskSpec, results: Mapping[str, Any]) -> TaskScore:
     """The score of a task or a group that comes with lm-eval, with lm-eval's own standard error."""
     entry = results["results"][task.name]
-    found = _metrics(entry)
-    names = {",".join(key) if [k for k, _ in found].count(key[0]) > 1 else key[0]: key for key in found}
-    metric = task.metric or next(iter(names), "")
-    if metric not in names:
-        raise RunError(f"task '{task.name}' has no metric '{metric}'", fix=did_you_mean(metric, names))
-    name, chosen = names[metric]
-    stderr = entry.get(f"{name}_stderr,{chosen}")
-    parts = _leaves(task.name, results["group_subtasks"])
-    items = []
-    for part in parts:
-        for sample in (sample for sample in results["samples"][part] if sample["filter"] in {chosen, "none"}):
-            place = sample["doc_id"] if parts == [task.name] else f"{part}/{sample['doc_id']}"
-            items.append(_named_item(place, sample, sample.get(name)))
-    others = {other: found[key] for other, key in names.items() if other != metric}
-    return TaskScore(
-        task.name, metric, found[name, chosen], stderr if isinstance(stderr, float) else None, len(items), tuple(items), others
-    )
+    measured = _metrics(entry)
+    repeated = [name for name, _ in measured]
+    keys = {",".join(key) if repeated.count(key[0]) > 1 else key[0]: key for key in measured}
+    metric = task.metric or next(iter(keys), "")
+    if metric not in keys:
+        raise RunError(f"task '{task.name}' has no metric '{metric}'", fix=did_you_mean(metric, keys))
+    name, answer_filter = keys[metric]
+    stderr = entry.get(f"{name}_stderr,{answer_filter}")
+    leaves, items = _leaves(task.name, results["group_subtasks"]), []
+    for leaf in leaves:
+        for sample in (sample for sample in results["samples"][leaf] if sample["filter"] in {answer_filter, "none"}):
+            row = sample["doc_id"] if leaves == [task.name] else f"{leaf}/{sample['doc_id']}"
+            items.append(_named_item(row, sample, sample.get(name)))
+    others = {other: measured[key] for other, key in keys.items() if other != metric}
+    stderr = stderr if isinstance(stderr, float) else None
+    return TaskScore(task.name, metric, measured[name, answer_filter], stderr, len(items), tuple(items), others)
 
 
 def _metrics(entry: Mapping[str, Any]) -> dict[tuple[str, str], float]:
-    """(metric, filter) -> value, of what lm-eval writes as 'metric,filter'."""
+    """(metric, filter) -> value, from lm-eval's 'metric,filter'."""
     pairs = ((key.partition(","), value) for key, value in entry.items() if "," in key)
-    return {(name, chosen): float(value) for (name, _, chosen), value in pairs if not name.endswith("_stderr")}
+    return {(name, answer_filter): float(value) for (name, _, answer_filter), value in pairs if not name.endswith("_stderr")}
 
 
 def _leaves(name: str, groups: Mapping[str, Sequence[str]]) -> list[str]:
-    """The tasks of a group, and of its groups; a task is its own.
+    """The tasks of a group and of the groups in it; a task is its own.
 
     >>> _leaves("a", {"a": ["b", "c"], "c": ["d"]})
     ['b', 'd']
@@ -279,26 +217,17 @@ def _leaves(name: str, groups: Mapping[str, Sequence[str]]) -> list[str]:
     return [leaf for child in groups[name] for leaf in _leaves(child, groups)] if groups.get(name) else [name]
 
 
-def _own_item(row: Row, sample: Mapping[str, Any], score: float) -> Item:
-    prediction = row.choices[_likeliest(sample)] if row.choices else str(sample["filtered_resps"][0])
-    return Item(row.index, score, prediction.strip(), len(row.choices))
-
-
-def _named_item(place: int | str, sample: Mapping[str, Any], value: Any) -> Item:
+def _named_item(row: int | str, sample: Mapping[str, Any], value: Any) -> Item:
     answers = sample["filtered_resps"]
     score = float(value) if isinstance(value, bool | int | float) else None
-    if len(answers) > 1:  # one log-likelihood a choice, which stands in the continuation, or else in the context
+    if len(answers) > 1:  # one log-likelihood per choice; choices differ in their continuations, or else in their contexts
         choices = [tuple(map(str, arguments)) for arguments in sample["arguments"]]
-        at = 1 if len({choice[1] for choice in choices}) > 1 else 0
-        return Item(place, score, choices[_likeliest(sample)][at].strip(), len(answers))
-    return Item(place, score, str(answers[0]).strip())
+        part = 1 if len({choice[1] for choice in choices}) > 1 else 0
+        return Item(row, score, choices[_likeliest(sample)][part].strip(), len(answers))
+    return Item(row, score, str(answers[0]).strip())
 
 
 def _likeliest(sample: Mapping[str, Any]) -> int:
-    """The choice of the highest log-likelihood, the first of equals, as lm-eval takes it."""
+    """The choice with the highest log-likelihood, the first of equals, as in lm-eval."""
     likelihoods = [likelihood for likelihood, _ in sample["filtered_resps"]]
     return likelihoods.index(max(likelihoods))
-
-
-def _item_score(metric: str, value: Any) -> float:
-    return scoring.ITEM_METRICS[metric](*value) if metric in scoring.CORPUS_METRICS else float(value)

@@ -1,6 +1,9 @@
-"""How a generated answer is scored, and the functions that a task's definition for lm-eval names.
+"""Metrics of written answers, and the functions that a task's definition for lm-eval names.
 
-`export_task` copies this file beside a task, so that lm-eval's own command line scores by the very same code: it imports nothing of
+To add a metric, decorate a function (prediction, right answers) -> score from 0 to 1 with `@metric`. The validation of tasks, the help of
+`recall evaluate` and the definitions for lm-eval follow from `METRICS`.
+
+`export_task` copies this file beside a task, so that lm-eval's own command line scores by the same code. It therefore imports nothing of
 this package, and sacrebleu only where it is needed.
 """
 
@@ -13,17 +16,50 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+CHOICE_METRICS = ("acc", "acc_norm")
+"""lm-eval's own, for rows with choices: the choice with the highest log-likelihood, in total, or per character."""
 NO_ANSWER = frozenset({"", "unanswerable", "no answer", "not answerable"})
-"""What counts as saying that the question has no answer, once normalised."""
+"""Normalised answers that say that the question has none."""
 
 _NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
-DRAWS = 1000  # of the bootstrap of a corpus metric
+
+Pair = tuple[str, Sequence[str]]
+"""A prediction and its right answers."""
 
 
+class Metric(NamedTuple):
+    """How written answers are scored."""
+
+    score: Callable[[str, Sequence[str]], float]
+    """Of one answer, from 0 to 1."""
+    corpus: Callable[[Sequence[Pair]], float] | None
+    """Of all answers together, where that is not the mean over answers."""
+    beside: tuple[str, ...]
+    """Metrics that are reported with this one."""
+
+
+METRICS: dict[str, Metric] = {}
+
+
+def metric(
+    name: str, *, corpus: Callable[[Sequence[Pair]], float] | None = None, beside: tuple[str, ...] = ()
+) -> Callable[[Callable[[str, Sequence[str]], float]], Callable[[str, Sequence[str]], float]]:
+    """Register a function of METRICS."""
+
+    def register(score: Callable[[str, Sequence[str]], float]) -> Callable[[str, Sequence[str]], float]:
+        if name in METRICS or name in CHOICE_METRICS:
+            raise ValueError(f"there are two metrics '{name}'")
+        METRICS[name] = Metric(score, corpus, beside)
+        return score
+
+    return register
+
+
+@metric("exact_match")
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """1 if the prediction is one of the answers, letter by letter, but for white space at the ends and how much is between words.
+    """1 if the prediction is one of the answers, letter by letter. White space at the ends and its amount between words do not count.
 
     >>> exact_match(" New  York ", ["New York"]), exact_match("new york", ["New York"])
     (1.0, 0.0)
@@ -31,6 +67,7 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
     return float(_words(prediction) in map(_words, answers))
 
 
+@metric("squad_match")
 def squad_match(prediction: str, answers: Sequence[str]) -> float:
     """1 if the prediction is one of the answers after SQuAD's normalisation (SQuAD's "exact match").
 
@@ -40,6 +77,7 @@ def squad_match(prediction: str, answers: Sequence[str]) -> float:
     return max(float(_squad(prediction) == _squad(answer)) for answer in answers)
 
 
+@metric("f1", beside=("squad_match",))
 def f1(prediction: str, answers: Sequence[str]) -> float:
     """Overlap of words, SQuAD's F1: 2 p r / (p + r), the best over the answers (Rajpurkar et al. 2018).
 
@@ -54,85 +92,60 @@ def f1(prediction: str, answers: Sequence[str]) -> float:
     return max(_f1(_squad(prediction), _squad(answer)) for answer in answers)
 
 
+@metric("last_number")
 def last_number(prediction: str, answers: Sequence[str]) -> float:
-    """1 if the last number of the prediction is the last number of an answer, as numbers: 48 = 48.0, 1,200 = 1200; a comma sets off
-    thousands, a point decimals. 0 where the prediction has no number.
+    """1 if the last number of the prediction equals the last number of an answer: 48 = 48.0, 1,200 = 1200. Commas set off thousands, a
+    point sets off decimals. 0 if the prediction has no number.
 
     >>> last_number("169 - (69+52) = 48.0 factories", ["= 48"]), last_number("none", ["= 48"])
     (1.0, 0.0)
     """
-    found = _last_number(prediction)
-    return float(found is not None and found in map(_last_number, answers))
+    number = _last_number(prediction)
+    return float(number is not None and number in map(_last_number, answers))
 
 
+def corpus_bleu(pairs: Sequence[Pair]) -> float:
+    """BLEU of all answers together, from 0 to 1: sacrebleu's, at its defaults, / 100."""
+    return make_sacrebleu("bleu").corpus_score(*columns(pairs)).score / 100
+
+
+def corpus_chrf(pairs: Sequence[Pair]) -> float:
+    """chrF2 of all answers together, from 0 to 1: sacrebleu's, at its defaults, / 100."""
+    return make_sacrebleu("chrf").corpus_score(*columns(pairs)).score / 100
+
+
+@metric("bleu", corpus=corpus_bleu)
 def bleu(prediction: str, answers: Sequence[str]) -> float:
-    """BLEU of one sentence, from 0 to 1: for looking at single items. The score of a task is that of the corpus (`corpus_bleu`)."""
+    """BLEU of one sentence, for looking at single answers."""
     import sacrebleu
 
     return sacrebleu.sentence_bleu(prediction, list(answers)).score / 100
 
 
+@metric("chrf", corpus=corpus_chrf)
 def chrf(prediction: str, answers: Sequence[str]) -> float:
-    """chrF2 of one sentence, from 0 to 1: for looking at single items. The score of a task is that of the corpus (`corpus_chrf`)."""
+    """chrF2 of one sentence, for looking at single answers."""
     import sacrebleu
 
     return sacrebleu.sentence_chrf(prediction, list(answers)).score / 100
 
 
-ITEM_METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
-    "exact_match": exact_match,
-    "f1": f1,
-    "bleu": bleu,
-    "chrf": chrf,
-    "last_number": last_number,
-}
-"""Metrics of generated answers, each from 0 to 1: (prediction, right answers) -> score of one item."""
+def make_sacrebleu(name: str) -> Any:
+    """sacrebleu's metric of this name."""
+    import sacrebleu
 
-Pair = tuple[str, Sequence[str]]
+    return {"bleu": sacrebleu.BLEU, "chrf": sacrebleu.CHRF}[name]()
 
 
-def corpus_bleu(pairs: Sequence[Pair]) -> float:
-    """BLEU of all (prediction, answers) together, from 0 to 1: sacrebleu's, at its defaults, / 100."""
-    return _metric("bleu").corpus_score(*_columns(pairs)).score / 100
+def columns(pairs: Sequence[Pair]) -> tuple[list[str], list[list[str | None]]]:
+    """Predictions, and as many lists of references as an item has at most: what sacrebleu takes."""
+    most = max(len(answers) for _, answers in pairs)
+    references = [[answers[i] if i < len(answers) else None for _, answers in pairs] for i in range(most)]
+    return [prediction for prediction, _ in pairs], references
 
 
-def corpus_chrf(pairs: Sequence[Pair]) -> float:
-    """chrF2 of all (prediction, answers) together, from 0 to 1: sacrebleu's, at its defaults, / 100."""
-    return _metric("chrf").corpus_score(*_columns(pairs)).score / 100
-
-
-CORPUS_METRICS = {"bleu": corpus_bleu, "chrf": corpus_chrf}
-"""Metrics that are no mean over items: their score is taken over all items at once."""
-
-
-def corpus_stderr(metric: str, pairs: Sequence[Pair]) -> float | None:
-    """Standard error of a corpus metric: the standard deviation of the score over 1000 draws of as many items, with replacement and a
-    fixed seed; None for a single item."""
-    import numpy as np
-
-    if len(pairs) < 2:
-        return None
-    sacrebleu = _metric(metric)
-    counts = np.array(sacrebleu._extract_corpus_statistics(*_columns(pairs)), dtype=np.float64)  # (n, counts), which add up
-    rng = np.random.default_rng(0)
-    draws = (counts[rng.integers(len(counts), size=len(counts))].sum(axis=0) for _ in range(DRAWS))
-    return float(np.std([sacrebleu._compute_score_from_stats(list(draw)).score for draw in draws], ddof=1)) / 100
-
-
-def mean_stderr(scores: Sequence[float]) -> float | None:
-    """Standard error of a mean: sqrt( sum (x - mean)^2 / (n - 1) / n ); None for a single item.
-
-    >>> mean_stderr([1, 0, 1, 0])    # sqrt(1 / 3 / 4)
-    0.28867513459481287
-    """
-    n = len(scores)
-    if n < 2:
-        return None
-    mean = sum(scores) / n
-    return (sum((score - mean) ** 2 for score in scores) / (n - 1) / n) ** 0.5
-
-
-# What a definition names with `!function`. lm-eval calls the first with `dataset_kwargs`, the others with a document and [prediction].
+# What a definition names with `!function`. lm-eval calls `documents` with `dataset_kwargs`, `process_NAME` with a document and
+# [prediction], and `corpus_NAME` with the pairs of all documents.
 
 
 def documents(file: str, **_: Any) -> dict[str, Any]:
@@ -143,24 +156,22 @@ def documents(file: str, **_: Any) -> dict[str, Any]:
         return {"test": datasets.Dataset.from_list([json.loads(line) for line in lines])}
 
 
-def _process(metric: str) -> Callable[[Mapping[str, Any], Sequence[str]], dict[str, Any]]:
+def __getattr__(name: str) -> Any:
+    """`process_NAME` of every metric, `corpus_NAME` of those with a score of their own for a corpus."""
+    kind, _, of = name.partition("_")
+    if kind == "process" and of in METRICS:
+        return _process(of)
+    if kind == "corpus" and of in METRICS and METRICS[of].corpus:
+        return METRICS[of].corpus
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _process(name: str) -> Callable[[Mapping[str, Any], Sequence[str]], dict[str, Any]]:
     def process(document: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
-        prediction, answers = results[0].strip(), document["answers"]
-        return {metric: (prediction, answers) if metric in CORPUS_METRICS else ITEM_METRICS[metric](prediction, answers)}
+        pair = results[0].strip(), document["answers"]
+        return {each: pair if METRICS[each].corpus else METRICS[each].score(*pair) for each in (name, *METRICS[name].beside)}
 
     return process
-
-
-process_exact_match = _process("exact_match")
-process_last_number = _process("last_number")
-process_bleu = _process("bleu")
-process_chrf = _process("chrf")
-
-
-def process_f1(document: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """F1, and beside it the match that SQuAD reports with it."""
-    prediction, answers = results[0].strip(), document["answers"]
-    return {"f1": f1(prediction, answers), "squad_match": squad_match(prediction, answers)}
 
 
 def _words(text: str) -> str:
@@ -168,33 +179,20 @@ def _words(text: str) -> str:
 
 
 def _squad(text: str) -> str:
-    """SQuAD's normalisation: lower case, no punctuation, no articles, single spaces; '' where it says that there is no answer."""
-    kept = "".join(letter for letter in text.lower() if letter not in string.punctuation)
-    words = _words(re.sub(r"\b(a|an|the)\b", " ", kept))
+    """SQuAD's normalisation: lower case, no punctuation, no articles, single spaces; '' where the text says that there is no answer."""
+    letters = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    words = _words(re.sub(r"\b(a|an|the)\b", " ", letters))
     return "" if words in NO_ANSWER else words
 
 
 def _f1(prediction: str, answer: str) -> float:
-    said, right = prediction.split(), answer.split()
-    if not said or not right:
-        return float(said == right)
-    common = sum((Counter(said) & Counter(right)).values())
-    return 2 * common / (len(said) + len(right))  # = 2 p r / (p + r)
+    predicted, right = prediction.split(), answer.split()
+    if not predicted or not right:
+        return float(predicted == right)
+    common = sum((Counter(predicted) & Counter(right)).values())
+    return 2 * common / (len(predicted) + len(right))  # = 2 p r / (p + r)
 
 
 def _last_number(text: str) -> Decimal | None:
-    found = _NUMBER.findall(text)
-    return Decimal(found[-1].replace(",", "")) if found else None
-
-
-def _metric(name: str) -> Any:
-    import sacrebleu
-
-    return {"bleu": sacrebleu.BLEU, "chrf": sacrebleu.CHRF}[name]()
-
-
-def _columns(pairs: Sequence[Pair]) -> tuple[list[str], list[list[str | None]]]:
-    """Predictions, and as many lists of references as an item has at most, as sacrebleu takes them."""
-    widest = max(len(answers) for _, answers in pairs)
-    references = [[answers[i] if i < len(answers) else None for _, answers in pairs] for i in range(widest)]
-    return [prediction for prediction, _ in pairs], references
+    numbers = _NUMBER.findall(text)
+    return Decimal(numbers[-1].replace(",", "")) if numbers else None

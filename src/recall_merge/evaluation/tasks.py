@@ -13,14 +13,11 @@ from typing import Any
 import yaml
 
 from recall_merge.evaluation import scoring
+from recall_merge.evaluation.scoring import CHOICE_METRICS, METRICS
 from recall_merge.files.rows import FORMATS, Row
 from recall_merge.models.tokens import render
 from recall_merge.runtime.errors import CheckpointError, DataError, Faults, RunError, did_you_mean
 
-CHOICE_METRICS = ("acc", "acc_norm")
-"""For rows with choices: the choice of the highest log-likelihood, in sum, or for each of its characters."""
-ANSWER_METRICS = tuple(scoring.ITEM_METRICS)
-"""For rows without choices: the model writes an answer, greedily."""
 SPARE_TOKENS = 8  # that an answer may have beyond the longest right one
 SCORING_FILE = "recall_scoring.py"
 
@@ -102,7 +99,7 @@ def _check_rows(task: TaskSpec, rows: Sequence[Row]) -> None:
             faults.add("a row of plain text asks nothing", where=place, fix="give it a prompt and a completion")
         if row.choices and (len(row.choices) < 2 or not all(choice.strip() for choice in row.choices)):
             faults.add("a row's choices must be two or more, and none empty", where=place, fix="give each choice its words")
-    metrics = CHOICE_METRICS if any(with_choices) else ANSWER_METRICS
+    metrics = CHOICE_METRICS if any(with_choices) else tuple(METRICS)
     if rows and task.chosen_metric not in metrics:
         kind = "rows with choices" if any(with_choices) else "rows without choices"
         faults.add(f"'{task.metric}' is no metric of {kind}", where=where, fix=did_you_mean(task.chosen_metric, metrics))
@@ -128,7 +125,7 @@ def define(task: TaskSpec, tokenizer: Any, *, template: bool = True) -> Definiti
         kind: dict[str, Any] = {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "answer"}
     else:
         documents = [_answer_document(row, task.answers.get(row.index, ()), tokenizer, template) for row in task.rows]
-        names = [task.chosen_metric] + (["squad_match"] if task.chosen_metric == "f1" else [])
+        names = [task.chosen_metric, *METRICS[task.chosen_metric].beside]
         metrics = [{"metric": name, "aggregation": _aggregation(name), "higher_is_better": True} for name in names]
         kind = {
             "output_type": "generate_until",
@@ -198,7 +195,7 @@ def _generation(rows: Sequence[Row], tokenizer: Any, template: bool) -> dict[str
 
 
 def _aggregation(metric: str) -> Any:
-    return Function(f"corpus_{metric}") if metric in scoring.CORPUS_METRICS else "mean"
+    return Function(f"corpus_{metric}") if METRICS[metric].corpus else "mean"
 
 
 def build_task(definition: Definition) -> Any:

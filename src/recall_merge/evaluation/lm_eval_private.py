@@ -1,5 +1,13 @@
-"""lm-eval's wrapper of a Hugging Face model, with three changes: choices that share a prompt run it once, prompts are not padded to
-score them, and it tells of its progress instead of printing."""
+"""lm-eval's wrapper of a Hugging Face model, with three changes: choices with the same prompt run it once, prompts are scored without
+padding, and progress is reported instead of printed.
+
+The one place that uses private parts of lm-eval. Checked with lm-eval 0.4.13 (tests/test_dependencies.py):
+
+- `HFLM._loglikelihood_tokens` is overridden: it gets (request, context tokens, continuation tokens) and gives (log-likelihood, is greedy).
+- `HFLM.cache_hook.add_partial` is called for each answer; `HFLM.backend`, `max_length`, `batch_size` and `add_bos_token` are attributes.
+- `HFLM._DEFAULT_MAX_LENGTH` and `models.huggingface.resolve_max_length` give the number of tokens that a model reads.
+- `tqdm` is a global of `api.task`, `api.model` and `models.huggingface`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import lm_eval.api.model
@@ -16,42 +25,42 @@ import lm_eval.api.task
 import lm_eval.models.huggingface
 import torch
 import tqdm
-from torch import Tensor
 from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
-from recall_merge.models.load import quiet
+from recall_merge.models.hidden_states import padded
+from recall_merge.models.load import load_config, quiet
+from recall_merge.models.transformers_private import is_stateful
 from recall_merge.runtime.progress import Progress
 
 Tokens = list[int]
-Request = tuple[Any, Tokens, Tokens]  # what was asked, the tokens of the context and of the continuation: as lm-eval has it
-Answer = tuple[float, bool]  # log-likelihood of the continuation, and whether greedy decoding would have said it
+Request = tuple[Any, Tokens, Tokens]  # lm-eval's request, the tokens of the context and of the continuation
+Answer = tuple[float, bool]  # log-likelihood of the continuation, and whether greedy decoding would write it
 HFLM: Any = lm_eval.models.huggingface.HFLM
-resolve_max_length: Any = lm_eval.models.huggingface.resolve_max_length
 
 
-class Engine(HFLM):
-    """A loaded model, as lm-eval asks it questions."""
+class LocalModel(HFLM):
+    """A loaded model, as lm-eval sees it."""
 
     def __init__(self, model: Any, tokenizer: Any, *, batch_size: int, progress: Progress) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
         self._progress = progress
-        # subtle: a state that is not kept position by position (Mamba's) cannot be shared by continuations
-        self._shares = isinstance(model, PreTrainedModel) and self.backend == "causal" and not model._is_stateful
-        self._takes_few = self._shares and "logits_to_keep" in inspect.signature(model.forward).parameters
+        # subtle: a state that is not kept by position (Mamba's) cannot be shared by continuations
+        self._shares = isinstance(model, PreTrainedModel) and self.backend == "causal" and not is_stateful(model)
+        self._can_skip_logits = self._shares and "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[Answer]:
-        with self._telling("scoring choices", len(requests)):
+        with self._report_answers("scoring choices", len(requests)):
             return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        with self._telling("writing answers", len(requests)):
+        with self._report_answers("writing answers", len(requests)):
             return super().generate_until(requests, disable_tqdm=disable_tqdm)
 
     @contextmanager
-    def _telling(self, label: str, total: int) -> Iterator[None]:
+    def _report_answers(self, label: str, total: int) -> Iterator[None]:
         with self._progress.stage(label, total, "answers") as advance:
-            before, self.cache_hook = self.cache_hook, _Told(advance)
+            before, self.cache_hook = self.cache_hook, _Counter(advance)
             try:
                 yield
             finally:
@@ -60,10 +69,10 @@ class Engine(HFLM):
     def _loglikelihood_tokens(self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None) -> list[Answer]:
         """The answer to each request, in their order.
 
-        lm-eval runs context and continuation of every request (or of one in place of all whose continuations are single tokens).
+        lm-eval runs context and continuation of every request, except that requests whose continuations are single tokens share one run.
         Here a context runs once, and its keys and values serve all of its continuations: with four choices after a long prompt, a
-        quarter of the work. Contexts run together only with others of their length, so none is padded; one whose continuations
-        have several tokens runs alone, so that the shapes of what is computed do not depend on the batch size.
+        quarter of the work. Contexts run together only with others of the same length, so none is padded. A context with continuations
+        of several tokens runs alone, so that no shape depends on the batch size.
         """
         groups: dict[tuple[int, ...], list[int]] = {}
         for number, (_, context, _) in enumerate(requests):
@@ -81,36 +90,38 @@ class Engine(HFLM):
         return [answers[number] for number in range(len(requests))]
 
     def _fits(self, request: Request) -> bool:
-        """The model's window holds it; what is longer is cut as lm-eval cuts it."""
+        """Whether the model's window holds a request; a longer one is cut, as lm-eval cuts it."""
         _, context, continuation = request
         return bool(context and continuation) and len(context) + len(continuation) - 1 <= self.max_length
 
     @torch.no_grad()
     def _score(self, requests: Sequence[Request], batch: Sequence[_Group]) -> Iterator[tuple[int, Answer]]:
-        """The answers of some groups with equally many shared tokens, p; or of one group whose requests have tokens of their own.
+        """The answers of groups that share equally many tokens, p; or of one group whose requests have tokens of their own.
 
         Position i predicts token i + 1: the shared tokens predict up to token p, each request's own tokens predict the rest.
         """
         p = len(batch[0].tokens)
-        keep = p - min(group.context for group in batch) + 1  # the positions that predict something of a continuation
-        few = {"logits_to_keep": keep} if self._takes_few else {}
+        keep = p - min(group.context for group in batch) + 1  # positions that predict something of a continuation
+        options = {"logits_to_keep": keep} if self._can_skip_logits else {}
         longer = [n for n in batch[0].numbers if batch[0].tails[n]]
-        out = self.model(torch.tensor([group.tokens for group in batch], device=self.device), use_cache=bool(longer), **few)
+        out = self.model(torch.tensor([group.tokens for group in batch], device=self.device), use_cache=bool(longer), **options)
         shared = log_softmax(out.logits[:, -keep:].float(), dim=-1)  # (B, keep, V), of the positions p - keep .. p - 1
         own = shared[:0]
         if longer:
             out.past_key_values.batch_repeat_interleave(len(longer))
-            tails = _pad([batch[0].tails[n] for n in longer], self.device)
-            own = log_softmax(self.model(tails, past_key_values=out.past_key_values).logits.float(), dim=-1)  # (R, t, V), from p on
+            # padding is on the right, after all that is scored, so causal attention never sees it
+            tails, _, _ = padded([batch[0].tails[n] for n in longer])
+            logits = self.model(tails.to(self.device), past_key_values=out.past_key_values).logits
+            own = log_softmax(logits.float(), dim=-1)  # (R, t, V), from p on
         for row, group in enumerate(batch):
             for n in group.numbers:
                 predicted = shared[row, group.context - 1 - (p - keep) :]
                 if n in longer:
                     predicted = torch.cat([predicted, own[longer.index(n)]])
-                said = torch.tensor(requests[n][2], device=self.device)
-                predicted = predicted[: len(said)]
-                total = predicted.gather(1, said.unsqueeze(1)).sum()
-                yield n, (float(total), bool((predicted.argmax(1) == said).all()))
+                continuation = torch.tensor(requests[n][2], device=self.device)
+                predicted = predicted[: len(continuation)]
+                total = predicted.gather(1, continuation.unsqueeze(1)).sum()
+                yield n, (float(total), bool((predicted.argmax(1) == continuation).all()))
 
 
 @dataclass(frozen=True)
@@ -119,24 +130,24 @@ class _Group:
 
     numbers: list[int]
     tokens: Tokens
-    """The longest beginning that all of them have in common, of the tokens that are read."""
+    """The longest common beginning of the tokens that they read."""
     context: int
     """How many of `tokens` are the context; the others begin every continuation."""
     tails: dict[int, Tokens]
-    """What each reads after `tokens`."""
+    """What each request reads after `tokens`."""
 
     @classmethod
     def of(cls, requests: Sequence[Request], numbers: list[int]) -> _Group:
         read = {n: requests[n][1] + requests[n][2][:-1] for n in numbers}
-        one = read[numbers[0]]
+        first = read[numbers[0]]
         common = min(map(len, read.values()))
-        while any(tokens[:common] != one[:common] for tokens in read.values()):
+        while any(tokens[:common] != first[:common] for tokens in read.values()):
             common -= 1
-        return cls(numbers, one[:common], len(requests[numbers[0]][1]), {n: tokens[common:] for n, tokens in read.items()})
+        return cls(numbers, first[:common], len(requests[numbers[0]][1]), {n: tokens[common:] for n, tokens in read.items()})
 
 
 def _batches(groups: Iterable[_Group], size: int) -> Iterator[list[_Group]]:
-    """Groups without tails, at most `size` at a time and all with equally many tokens; groups with tails alone. The longest first."""
+    """Groups without tails, at most `size` at a time and all with equally many tokens; groups with tails alone. The longest come first."""
     batch: list[_Group] = []
     for group in sorted(groups, key=lambda group: (any(group.tails.values()), -len(group.tokens), group.tokens)):
         if batch and (len(batch) == size or any(group.tails.values()) or len(batch[0].tokens) != len(group.tokens)):
@@ -147,14 +158,8 @@ def _batches(groups: Iterable[_Group], size: int) -> Iterator[list[_Group]]:
         yield batch
 
 
-def _pad(rows: Sequence[Tokens], device: Any) -> Tensor:
-    """(R, t), padded on the right: what stands there is after all that is asked for, so causal attention never sees it."""
-    widest = max(map(len, rows))
-    return torch.tensor([row + [0] * (widest - len(row)) for row in rows], device=device)
-
-
-class _Told:
-    """In the place of lm-eval's cache of answers, which hears of every answer: it tells how many there are."""
+class _Counter:
+    """Takes the place of lm-eval's cache, which is called for every answer, and counts the answers."""
 
     def __init__(self, advance: Callable[[int], None]) -> None:
         self._advance = advance
@@ -163,8 +168,14 @@ class _Told:
         self._advance(1)
 
 
+def window_of(folder: Path, tokenizer: Any) -> int:
+    """How many tokens the model of a folder reads at most, as lm-eval takes it from its config."""
+    with silence():
+        return lm_eval.models.huggingface.resolve_max_length(load_config(folder), tokenizer, default=HFLM._DEFAULT_MAX_LENGTH)
+
+
 class _NoBar(tqdm.tqdm):
-    """A progress bar that shows nothing, whatever it is told."""
+    """A progress bar that never shows."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "disable": True})
@@ -172,18 +183,18 @@ class _NoBar(tqdm.tqdm):
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """Keep lm-eval's bars, hints and prints, and transformers', off the terminal; what matters is raised."""
-    places: list[Any] = [lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface, tqdm]
-    bars = [place.tqdm for place in places]
+    """Keep the bars, hints and prints of lm-eval and transformers off the terminal; what matters is raised."""
+    modules: list[Any] = [lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface, tqdm]
+    bars = [module.tqdm for module in modules]
     log = logging.getLogger("lm_eval")
     level = log.level
     log.setLevel(logging.ERROR)
-    for place in places:
-        place.tqdm = _NoBar
+    for module in modules:
+        module.tqdm = _NoBar
     try:
         with quiet(), redirect_stdout(StringIO()):
             yield
     finally:
         log.setLevel(level)
-        for place, bar in zip(places, bars, strict=True):
-            place.tqdm = bar
+        for module, bar in zip(modules, bars, strict=True):
+            module.tqdm = bar
