@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,11 +13,13 @@ from transformers import TrainerCallback
 
 from recall_merge.files.record import verify_files
 from recall_merge.files.rows import parse_rows
+from recall_merge.models.load import hushed
 from recall_merge.models.tokens import encode_rows
 from recall_merge.runtime.errors import CheckpointError, DataError, OutputError, RunError
-from recall_merge.training.fine_tuning import _discard, _open_work, train
-from recall_merge.training.settings import TrainSettings, check_arguments, hushed
-from recall_merge.training.trainer import LikeLengths
+from recall_merge.training.checkpoints import open_folder, remove_folder
+from recall_merge.training.fine_tuning import train
+from recall_merge.training.settings import TrainSettings, check_arguments
+from recall_merge.training.trl_private import SimilarLengths
 from tiny import edit_json, fine_tuned, load_model, load_tensors, lora, make_model, make_tokenizer, save_model
 
 ANIMALS = ["dog", "fox", "lazy dog", "quick brown fox", "other dog", "good dog", "bad fox", "brown dog"]
@@ -63,7 +66,7 @@ def test_the_loss_is_that_of_trl(base, tmp_path):
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
-    from recall_merge.training.trainer import Trainer
+    from recall_merge.training.trl_private import Trainer
 
     rows = encode_rows(ROWS, make_tokenizer(template=True), **SMALL.encoding)
     data = Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
@@ -80,7 +83,7 @@ def test_the_loss_is_that_of_trl(base, tmp_path):
         losses[kind] = (loss.detach(), model.model.layers[0].mlp.up_proj.weight.grad)
     for ours, theirs in zip(losses[Trainer], losses[SFTTrainer], strict=True):
         torch.testing.assert_close(ours, theirs)
-    assert trainer._few
+    assert trainer._skips_logits
 
 
 def test_an_expert_learns_and_is_a_plain_peft_adapter_on_its_base(base, expert):
@@ -169,7 +172,7 @@ def test_an_expert_of_something_else_is_not_used(base, expert, tmp_path, change)
 def test_folders_that_are_not_ours_are_left_alone(base, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(OutputError, match="none of ours, and is not replaced"):
+    with pytest.raises(OutputError, match="not ours, and is not replaced"):
         train(base, ROWS, tmp_path / "mine", SMALL, overwrite=True)
     (tmp_path / "x.training.partial").mkdir()
     (tmp_path / "x.training.partial" / "thesis.txt").write_text("years of work")
@@ -202,25 +205,25 @@ def test_a_stop_while_the_folder_of_checkpoints_is_made_or_removed(tmp_path, num
     work = tmp_path / "x.training.partial"
 
     def all_of_it():
-        assert _open_work(work, "one") is None
+        assert open_folder(work, "one") is None
         (work / "checkpoint-1").mkdir()
         for name in ("optimizer.pt", "trainer_state.json"):
             (work / "checkpoint-1" / name).write_text("{}")
-        assert _open_work(work, "one") == work / "checkpoint-1"
-        _open_work(work, "two")
+        assert open_folder(work, "one") == work / "checkpoint-1"
+        open_folder(work, "two")
         (work / "log.txt").write_text("")
-        _discard(work)
+        remove_folder(work)
 
     if not stopped_before(number, work, all_of_it):
         assert number > 12 and not work.exists()
     for key in ("one", "two"):
-        found = _open_work(work, key)  # never refused, and never in pieces
+        found = open_folder(work, key)  # never refused, and never in pieces
         assert found is None or (found / "optimizer.pt").exists()
 
 
 def test_checkpoints_that_a_stop_left_beside_a_finished_expert_go(base, expert, tmp_path):
     target = shutil.copytree(expert.folder, tmp_path / "expert")
-    _open_work(tmp_path / "expert.training.partial", "key")
+    open_folder(tmp_path / "expert.training.partial", "key")
     assert train(base, ROWS, target, SMALL).reused
     assert [path.name for path in tmp_path.iterdir()] == ["expert"]
 
@@ -232,9 +235,16 @@ def test_an_adapters_config_is_the_same_in_every_process(expert):
 
 
 def test_progress_is_told_step_by_step_and_nothing_is_printed(base, tmp_path, capfd):
-    heard = []
-    result = train(base, ROWS, tmp_path / "expert", SMALL, on_step=lambda *step: heard.append(step))
-    assert heard == [(i, 12, loss) for i, loss in enumerate(result.losses, start=1)]
+    told = []
+
+    class Listener:
+        @contextmanager
+        def stage(self, label, total, unit):
+            told.append((label, total, unit))
+            yield told.append
+
+    train(base, ROWS, tmp_path / "expert", SMALL, progress=Listener())
+    assert told == [("training", 12, "steps"), 0, *[1] * 12]
     assert capfd.readouterr() == ("", "")
 
 
@@ -266,11 +276,11 @@ def test_going_on_from_an_adapter(base, expert, tmp_path):
 
 def test_an_adapter_to_go_on_from_keeps_its_form(base, tmp_path):
     other = lora(base, tmp_path / "other", r=4, lora_alpha=4, target_modules=["q_proj"])
-    with pytest.raises(RunError, match=r"`rank` is 2, but the adapter to go on from has 4"):
+    with pytest.raises(RunError, match=r"`rank` is 2, but the adapter to continue from has 4"):
         train(base, ROWS, tmp_path / "on", SMALL, init_from=other)
-    with pytest.raises(RunError, match="an adapter is to be trained, but what to go on from is none"):
+    with pytest.raises(RunError, match="an adapter is to be trained, but the model to continue from is none"):
         train(base, ROWS, tmp_path / "on", SMALL, init_from=base)
-    with pytest.raises(RunError, match="all weights are to be trained, but what to go on from is an adapter"):
+    with pytest.raises(RunError, match="all weights are to be trained, but the model to continue from is an adapter"):
         train(base, ROWS, tmp_path / "on", TrainSettings(kind="full"), init_from=other)
 
 
@@ -286,10 +296,10 @@ def test_arguments_of_trl_pass_through(base, tmp_path):
     [
         ({"weight_decai": 0.1}, "trl's SFTConfig has no argument 'weight_decai'\n  fix: did you mean 'weight_decay'?"),
         ({"zzz": 0.1}, "no argument 'zzz'\n  fix: see trl's documentation"),
-        ({"learning_rate": 0.1}, "'learning_rate' is not to be given under `arguments`\n  fix: give it as `learning_rate`"),
+        ({"learning_rate": 0.1}, "'learning_rate' is a setting of its own, not one of `arguments`\n  fix: give it as `learning_rate`"),
         ({"num_train_epochs": 1}, "fix: give it as `epochs`"),
         ({"output_dir": "x"}, "'output_dir' cannot be changed: checkpoints lie beside the expert"),
-        ({"packing": True}, "packing needs to know how long a pack is"),
+        ({"packing": True}, "packing needs the length of a pack"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(arguments, message):
@@ -331,7 +341,7 @@ def test_a_base_that_cannot_be_used(base, tmp_path):
 
 def test_batches_of_like_length():
     lengths = [1, 9, 2, 8, 3, 7, 4, 6, 5]
-    sampler = LikeLengths(lengths, 2, seed=0)
+    sampler = SimilarLengths(lengths, 2, seed=0)
     order = list(sampler)
     assert sorted(order) == list(range(9))
     assert order == list(sampler), "the same epoch, the same order"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,7 +58,7 @@ def load_trainable(folder: Path, base: Path, *, dtype: str = "float32") -> Any:
         return build_model(folder, dtype=dtype)
     import peft
 
-    with quiet():
+    with hushed():
         return peft.PeftModel.from_pretrained(build_model(base, dtype=dtype), str(folder), is_trainable=True).eval()
 
 
@@ -146,6 +147,15 @@ def quiet() -> Iterator[None]:
         noise.set_verbosity(level)
         if bars:
             noise.enable_progress_bar()
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """As `quiet`, and without other packages' warnings of future changes."""
+    with quiet(), warnings.catch_warnings():
+        for kind in (FutureWarning, DeprecationWarning):
+            warnings.simplefilter("ignore", kind)
+        yield
 
 
 def _first_line(error: Exception) -> str:

@@ -1,0 +1,61 @@
+"""The folder in which a training keeps its checkpoints until the expert is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from recall_merge.files.checkpoint import read_json
+from recall_merge.files.durable import is_partial, write_whole
+from recall_merge.runtime.errors import CheckpointError, OutputError
+
+SUFFIX = ".training.partial"  # of the folder's name, after the expert's
+NOTE = "key.json"  # in the folder: the key of the training, and a sign that the folder is ours
+
+
+def open_folder(folder: Path, key: str) -> Path | None:
+    """Make the folder, or find its last whole checkpoint. Checkpoints of a training with another key are removed.
+
+    Raises:
+        OutputError: if the folder is not ours.
+    """
+    note = folder / NOTE
+    if folder.exists():
+        if not note.is_file() and not all(is_partial(file, note) for file in folder.iterdir()):
+            raise OutputError("a folder that is not ours lies where checkpoints are to be kept", where=folder, fix="move it away")
+        with suppress(CheckpointError):
+            if read_json(note).get("key") == key:
+                return _last_checkpoint(folder)
+        remove_folder(folder)
+    folder.mkdir(parents=True)
+    write_whole(note, json.dumps({"key": key}) + "\n")
+    return None
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove the folder. The note is emptied first and removed last: a folder half removed still counts as ours, and as without a key."""
+    note = folder / NOTE
+    write_whole(note, "{}\n")
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path != note:
+            path.unlink()
+    note.unlink()
+    folder.rmdir()
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    whole = []
+    for checkpoint in folder.glob("checkpoint-*"):
+        with suppress(CheckpointError):
+            read_json(checkpoint / "trainer_state.json")  # written last, so all the rest is there too
+            whole.append(checkpoint)
+    return max(whole, key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])
