@@ -55,5 +55,4 @@ class KeyedFile:
 
     def write(self) -> None:
         """Put the content in its place, in one step."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self._path, json.dumps({"key": self._key, **self.content}, ensure_ascii=False, indent=1) + "\n")

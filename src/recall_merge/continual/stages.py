@@ -232,7 +232,6 @@ class StageRunner:
 
     def _write_samples(self, samples: tuple[int, ...]) -> None:
         file = self._folder / "samples" / f"{self._name}.jsonl"
-        file.parent.mkdir(exist_ok=True)
         chosen = [row for row in self._stage.rows if row.index in set(samples)]
         lines = (json.dumps({"row": row.index, "prompt": row.prompt, "completion": row.completion}, ensure_ascii=False) for row in chosen)
         write_whole(file, "".join(line + "\n" for line in lines))
