@@ -131,7 +131,7 @@ def test_factors_are_exact_where_the_result_is_rounded(adapters, tmp_path):
     assert any("rounded to bfloat16" in note for note in made.notes)
 
 
-def test_weights_by_depth_reach_the_factors(adapters, tmp_path):
+def test_weights_by_layer_reach_the_factors(adapters, tmp_path):
     base, experts = adapters
     rows = write_rows(tmp_path / "rows.jsonl", ROWS)
     settings = {"method": "recall", "options": {"temperature": 0.05, "base_in_pool": "always"}, "samples": {"path": str(rows), "count": 3}}
@@ -140,7 +140,7 @@ def test_weights_by_depth_reach_the_factors(adapters, tmp_path):
     assert relative(load_tensors(merged_by_peft(base, made.path, tmp_path / "again")), load_tensors(result)) < 1e-6
 
 
-def test_a_scale_by_depth_reaches_the_factors(adapters, tmp_path):
+def test_a_scale_by_layer_reaches_the_factors(adapters, tmp_path):
     base, experts = adapters
     result = merged(tmp_path, base, experts, scale_by_layer={"alpha": 0.5, "beta": 1})
     made = export_adapter(result, models=places(base, experts))

@@ -19,15 +19,15 @@ def methods(name: Annotated[str | None, typer.Argument(help="A method; all of th
     """
     from recall_merge.maths.methods import ALIASES, METHODS
 
-    known = {**ALIASES, **METHODS}
-    if name is not None and name not in known:
-        raise RunError(f"there is no method '{name}'", fix=did_you_mean(name, known))
+    entries = {**ALIASES, **METHODS}
+    if name is not None and name not in entries:
+        raise RunError(f"there is no method '{name}'", fix=did_you_mean(name, entries))
     if name is not None:
         return _explain(name, as_json=as_json)
     if as_json:
-        return print_json({entry.name: {"source": entry.source, "summary": entry.doc.splitlines()[0]} for entry in known.values()})
+        return print_json({entry.name: {"source": entry.source, "summary": entry.doc.splitlines()[0]} for entry in entries.values()})
     rows = table("method", "what it does", "source")
-    for entry in known.values():
+    for entry in entries.values():
         rows.add_row(entry.name, entry.doc.splitlines()[0], entry.source)
     return out().print(rows)
 

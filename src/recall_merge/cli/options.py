@@ -106,11 +106,11 @@ def pairs(option: str, form: str, words: list[str] | None) -> list[tuple[str, st
     Raises:
         RunError: with every word that has no '='.
     """
-    faults, found = Faults(), []
+    faults, named = Faults(), []
     for word in words or []:
         name, equals, value = word.partition("=")
         if not equals:
             faults.add(f"{option} {word}: there is no '=' in it", fix=f"write {option} {form}")
-        found.append((name, value))
+        named.append((name, value))
     faults.raise_any(RunError)
-    return found
+    return named

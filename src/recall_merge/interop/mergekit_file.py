@@ -171,10 +171,10 @@ def check_file(file: MergekitFile) -> None:
         if part.base_model not in (None, file.base_model):
             where = f"slices.{number}.base_model"
             faults.add("a slice with its own base model is not supported", where=where, fix="give one `base_model`")
-    known = PARAMETERS.get(method, {})
+    supported = PARAMETERS.get(method, {})
     for where, settings in _all_settings(file) if method in PARAMETERS else ():
-        for name in (name for name in settings if name not in known):
-            fix = did_you_mean(name, known) if known else "leave it out: mergekit ignores it too"
+        for name in (name for name in settings if name not in supported):
+            fix = did_you_mean(name, supported) if supported else "leave it out: mergekit ignores it too"
             if method == "karcher" and name in ("max_iter", "tol"):
                 fix = "leave it out: here the mean is iterated until it no longer moves"
             faults.add(f"`{method}` has no supported parameter '{name}'", where=where, fix=fix)
@@ -235,18 +235,18 @@ def values_of(file: MergekitFile, slices: Sequence[LayerSlice], tensor: str, lay
     else:
         part = next(part for part in slices if part.first <= layer - 1 < part.end)
         t = part.position(layer - 1)
-    outer, known = (part.parameters, file.parameters), PARAMETERS[file.merge_method]
+    outer, parameters = (part.parameters, file.parameters), PARAMETERS[file.merge_method]
 
     def value(name: str, scopes: Sequence[Settings], where: str) -> float | bool:
         for scope in scopes:
-            if name in scope and (setting := _evaluated(scope[name], known[name], tensor, t, where)) is not None:
+            if name in scope and (setting := _evaluated(scope[name], parameters[name], tensor, t, where)) is not None:
                 return setting
-        if (default := known[name].default) is None:
+        if (default := parameters[name].default) is None:
             raise RunError(f"'{name}' is missing for {where}", where=tensor, fix=f"give `{name}` under `parameters`")
         return default
 
-    shared = {name: value(name, outer, name) for name, parameter in known.items() if not parameter.per_model}
-    own = {name: parameter for name, parameter in known.items() if parameter.per_model}
+    shared = {name: value(name, outer, name) for name, parameter in parameters.items() if not parameter.per_model}
+    own = {name: parameter for name, parameter in parameters.items() if parameter.per_model}
     by_model = {
         source.model: {
             name: value(name, (source.parameters, *outer), f"{name} of {source.model}")

@@ -80,16 +80,16 @@ def lineage(stages: Sequence[Mapping[str, Any]], edges: Sequence[Mapping[str, An
     newest, lanes = max(stage["at"] for stage in stages), max(stage["lane"] for stage in stages)
     x = {"scale": alt.Scale(domain=[-0.35, newest + 0.6], nice=False), "axis": None}
     y = {"scale": alt.Scale(domain=[lanes + 0.5, -1 if back else -0.4], nice=False), "axis": None}
-    place = {"x": alt.X("at:Q", **x), "y": alt.Y("lane:Q", **y)}
-    lines = chart_of(forward).mark_rule(strokeWidth=2, aria=False).encode(**place, x2="to_at:Q", y2="to_lane:Q")
+    position = {"x": alt.X("at:Q", **x), "y": alt.Y("lane:Q", **y)}
+    lines = chart_of(forward).mark_rule(strokeWidth=2, aria=False).encode(**position, x2="to_at:Q", y2="to_lane:Q")
     bows = [
         {"way": way, "step": step, "at": at, "lane": lane} for way, edge in enumerate(back) for step, (at, lane) in enumerate(_bow(edge))
     ]
     ways = chart_of(bows).mark_line(interpolate="natural", strokeDash=[5, 4], strokeWidth=2, color=LOST)
-    ways = ways.encode(**place, order="step:Q", detail="way:N")
-    heads = chart_of([bow for bow in bows if bow["step"] == 2]).encode(**place)
+    ways = ways.encode(**position, order="step:Q", detail="way:N")
+    heads = chart_of([bow for bow in bows if bow["step"] == 2]).encode(**position)
     ways += heads.mark_point(shape="triangle-down", filled=True, size=90, color=LOST, opacity=1, aria=False)
-    base = chart_of(stages).encode(**place)
+    base = chart_of(stages).encode(**position)
     colour = alt.condition("datum.now", alt.value(LOST), alt.value(WON))
     dots = base.mark_circle(size=320, opacity=1).encode(color=colour, tooltip=[alt.Tooltip("name:N")])
     above, below = base.transform_filter("datum.lane == 0"), base.transform_filter("datum.lane > 0")
