@@ -1,6 +1,9 @@
-"""What the package claims to run with is what its tests run with."""
+"""What the package claims to run with is what its tests run with; and the private parts of libraries that it uses exist."""
 
+import importlib
+import inspect
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -20,10 +23,108 @@ USED = [Requirement(word) for word in PROJECT["dependencies"]]
 USED += [Requirement(word) for extra, words in PROJECT["optional-dependencies"].items() if extra != "dev" for word in words]
 
 
-@pytest.mark.parametrize("requirement", [one for one in USED if one.name != "recall-merge"], ids=str)
+@pytest.mark.parametrize("requirement", [used for used in USED if used.name != "recall-merge"], ids=str)
 def test_the_lowest_version_that_is_claimed_is_the_one_that_is_tested(requirement):
     pin = PINS[canonicalize_name(requirement.name)]
     assert pin in requirement.specifier
-    [lowest] = [Version(one.version) for one in requirement.specifier if one.operator == ">="]
+    [lowest] = [Version(bound.version) for bound in requirement.specifier if bound.operator == ">="]
     assert lowest == pin
-    assert any(one.operator in ("<", "==") for one in requirement.specifier) or requirement.name in CALENDAR
+    assert any(bound.operator in ("<", "==") for bound in requirement.specifier) or requirement.name in CALENDAR
+
+
+def find(name: str) -> object:
+    """What a dotted name means: a module's attribute, or a class's."""
+    words = name.split(".")
+    for cut in range(len(words) - 1, 0, -1):
+        try:
+            found = importlib.import_module(".".join(words[:cut]))
+        except ModuleNotFoundError:
+            continue
+        for word in words[cut:]:
+            found = getattr(found, word)
+        return found
+    raise AttributeError(name)
+
+
+def check(library: str, parameters: dict[str, str], attributes: dict[str, str] | None = None) -> None:
+    """Fail with the library's version and every private part that is gone or takes something else.
+
+    Args:
+        parameters: the first ones that each function must take, or must know by these names after a `*`.
+        attributes: which ones the source of each class must set or read as `self.NAME`.
+    """
+    where, gone = f"breaks on {library} {version(library)}", []
+    for name, wanted in parameters.items():
+        first, _, named = wanted.partition("*")
+        try:
+            known = list(inspect.signature(find(name)).parameters)  # type: ignore[arg-type]
+        except AttributeError:
+            gone.append(f"{name} is gone")
+            continue
+        if known[: len(first.split())] != first.split() or not set(named.split()) <= set(known):
+            gone.append(f"{name} takes ({', '.join(known)}), not ({wanted})")
+    for name, wanted in (attributes or {}).items():
+        source = inspect.getsource(find(name))  # type: ignore[arg-type]
+        gone += [f"{name}.{attribute} is gone" for attribute in wanted.split() if f"self.{attribute}" not in source]
+    assert not gone, f"{where}: {'; '.join(gone)}"
+
+
+def test_private_parts_of_transformers():
+    check(
+        "transformers",
+        {
+            "transformers.core_model_loading.convert_and_load_state_dict_in_model": "model state_dict load_config",
+            "transformers.conversion_mapping.get_model_conversion_mapping": "model",
+            "transformers.modeling_utils.LoadStateDictConfig": "* dtype dtype_plan weight_mapping",
+            "transformers.PreTrainedModel._get_dtype_plan": "self dtype",
+            "transformers.Trainer._get_train_sampler": "self train_dataset",
+        },
+        {"transformers.Trainer": "_train_batch_size"},
+    )
+    assert isinstance(find("transformers.PreTrainedModel._is_stateful"), bool)
+
+
+def test_private_parts_of_trl():
+    trainer = "trl.trainer.sft_trainer.SFTTrainer"
+    check(
+        "trl",
+        {f"{trainer}.compute_loss": "self model inputs return_outputs num_items_in_batch"},
+        {trainer: "aux_loss_enabled padding_free"},
+    )
+
+
+def test_private_parts_of_lm_eval():
+    model = "lm_eval.models.huggingface.HFLM"
+    check(
+        "lm_eval",
+        {
+            f"{model}._loglikelihood_tokens": "self requests disable_tqdm override_bs",
+            f"{model}.generate_until": "self requests disable_tqdm",
+            f"{model}.loglikelihood": "self requests disable_tqdm",
+            "lm_eval.models.huggingface.resolve_max_length": "config tokenizer * default",
+        },
+        {model: "backend batch_size max_length add_bos_token", "lm_eval.api.model.TemplateLM": "_loglikelihood_tokens"},
+    )
+    check("lm_eval", {}, {"lm_eval.api.model.LM": "cache_hook"})
+    assert isinstance(find(f"{model}._DEFAULT_MAX_LENGTH"), int)
+    for module in ("lm_eval.api.task", "lm_eval.api.model", "lm_eval.models.huggingface"):
+        assert find(f"{module}.tqdm"), f"breaks on lm_eval {version('lm_eval')}"
+
+
+@pytest.mark.parametrize("metric", ["BLEU", "CHRF"])
+def test_private_parts_of_sacrebleu(metric):
+    names = {"_extract_corpus_statistics": "self hypotheses references", "_compute_score_from_stats": "self stats"}
+    check("sacrebleu", {f"sacrebleu.{metric}.{name}": parameters for name, parameters in names.items()})
+
+
+def test_a_private_part_that_is_gone_is_named_with_the_version():
+    with pytest.raises(AssertionError) as caught:
+        check(
+            "sacrebleu",
+            {"sacrebleu.BLEU._gone": "self", "sacrebleu.BLEU.corpus_score": "self pairs"},
+            {"sacrebleu.BLEU": "lowercase nothing"},
+        )
+    said = str(caught.value)
+    assert f"breaks on sacrebleu {version('sacrebleu')}: sacrebleu.BLEU._gone is gone; " in said
+    assert "corpus_score takes (self, hypotheses, references, n_bootstrap), not (self pairs)" in said
+    assert "sacrebleu.BLEU.nothing is gone" in said and "lowercase" not in said

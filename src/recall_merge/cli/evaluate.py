@@ -9,6 +9,7 @@ import typer
 
 from recall_merge.cli.console import out, print_json, progress, table
 from recall_merge.cli.options import AsJson, ExecutorName, Quiet, pairs
+from recall_merge.evaluation.scoring import CHOICE_METRICS, METRICS
 
 
 def evaluate(
@@ -16,7 +17,10 @@ def evaluate(
     tasks: Annotated[str, typer.Option(metavar="A,B,..", help="FILE, NAME=FILE, a task of lm-eval, or paper:NAME.")],
     metric: Annotated[
         list[str] | None,
-        typer.Option(metavar="TASK=METRIC", help="Metric of a task, instead of acc or exact_match; repeat."),
+        typer.Option(
+            metavar="TASK=METRIC",
+            help=f"Metric of a task, repeatable: {', '.join(CHOICE_METRICS)} of rows with choices; else {', '.join(METRICS)}.",
+        ),
     ] = None,
     base: Annotated[str | None, typer.Option(help="Base of an adapter, if not the one that it names.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Score only the first rows of each task.")] = None,
