@@ -1,8 +1,8 @@
-"""What tells one state of a model from every other: a hash of all of its bytes, remembered for as long as its files are untouched.
+"""Hashes of files and models. A model's hash covers all of its bytes, and is remembered while its files are untouched.
 
-A file counts as untouched while its device, inode, size, and times of change (of content and of inode, to the nanosecond) are the same, and
-only if it was older than two seconds when it was read, since a clock's tick may hide a change that follows at once. What a disk changes by
-itself, behind the file system's back, such times do not tell: `recall verify` reads every byte each time that it is asked.
+A file counts as untouched while its device, inode, size and times of change (of content and inode, in nanoseconds) are the same, and only if
+it was older than two seconds when it was read, since a clock's tick may hide a change that follows at once. A disk that changes bytes behind
+the file system's back goes unnoticed here; `recall verify` reads every byte each time.
 """
 
 from __future__ import annotations
@@ -10,109 +10,81 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+
+from blake3 import blake3
 
 from recall_merge.files.checkpoint import Checkpoint
 from recall_merge.files.durable import write_whole
-from recall_merge.files.safetensors import Stored
-from recall_merge.runtime.errors import CheckpointError, Faults
+from recall_merge.files.safetensors import StoredTensor
+from recall_merge.runtime.errors import CheckpointError
 from recall_merge.runtime.parallel import cores, in_order
 
 FORM = 1  # of what is remembered
 PIECE = 1 << 24  # bytes that are read at a time
-SETTLED = 2.0  # seconds since the last change of a file from which its times tell of the next one
-NOT_OURS = ("_name_or_path",)  # keys of a config that say where a model lay, not what it is
+SETTLED = 2.0  # seconds since the last change of a file after which its times show the next change
+LOCAL_KEYS = ("_name_or_path",)  # keys of a config that say where a model was, not what it is
 
 
-def content_of(checkpoint: Checkpoint) -> str:
-    """SHA-256 of a model: its weights, to the bit, and its config. How the tensors lie in shards makes no difference.
+def hash_file(path: Path) -> str:
+    """SHA-256, as `sha256sum` and the hub compute it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_result(path: Path) -> str:
+    """BLAKE3 of a file of a result, as `b3sum` computes it."""
+    digest = blake3()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def hash_model(checkpoint: Checkpoint) -> str:
+    """SHA-256 of a model: its weights, to the bit, and its config. The division into shards makes no difference.
 
     Raises:
         CheckpointError: if the weights are not downloaded, or change while they are read.
     """
-    config = {key: value for key, value in checkpoint.config.items() if key not in NOT_OURS}
-    return hashlib.sha256(json.dumps([weights_of(checkpoint), config], sort_keys=True).encode()).hexdigest()
+    config = {key: value for key, value in checkpoint.config.items() if key not in LOCAL_KEYS}
+    return hashlib.sha256(json.dumps([hash_weights(checkpoint), config], sort_keys=True).encode()).hexdigest()
 
 
-def weights_of(checkpoint: Checkpoint) -> str:
+def hash_weights(checkpoint: Checkpoint) -> str:
     """SHA-256 over names, dtypes, shapes and all bytes of a model's tensors."""
-    before = _files(checkpoint)
-    note = _memory() / hashlib.sha256(json.dumps([FORM, sorted(checkpoint.tensors), before]).encode()).hexdigest()
+    from platformdirs import user_cache_path
+
+    before = _stats(checkpoint)
+    key = hashlib.sha256(json.dumps([FORM, sorted(checkpoint.tensors), before]).encode()).hexdigest()
+    note = user_cache_path("recall-merge", appauthor=False) / "contents" / key
     with suppress(OSError, UnicodeDecodeError):
-        if len(known := note.read_text("ascii")) == 64:
-            return known
+        if len(remembered := note.read_text("ascii")) == 64:
+            return remembered
     started = time.time()
-    found = _read(checkpoint)
-    if _files(checkpoint) != before:
+    digest = _read(checkpoint)
+    if _stats(checkpoint) != before:
         raise CheckpointError("the model's files changed while they were read", where=checkpoint.folder, fix="wait until that is done")
     if all(started - max(mtime, ctime) / 1e9 >= SETTLED for _, _, _, mtime, ctime in before):
-        with suppress(OSError):  # what cannot be remembered is read again
-            write_whole(note, found)
-    return found
+        with suppress(OSError):  # without the note, the model is read again
+            write_whole(note, digest)
+    return digest
 
 
 def same_weights(one: Checkpoint, other: Checkpoint) -> bool:
-    """Whether two checkpoints hold the same weights, to the bit; where one is still on the hub, by a look at a few tensors."""
+    """Whether two checkpoints hold the same weights, to the bit; if one is still on the hub, judged by a few tensors."""
     if not any(stored.remote for model in (one, other) for stored in model.tensors.values()):
         if one.specs != other.specs:
             return False
-        similarity_rows = all(stored.identity() == other.tensors[name].identity() for name, stored in one.tensors.items())
-        return similarity_rows and weights_of(one) == weights_of(other)
+        same_starts = all(stored.identity() == other.tensors[name].identity() for name, stored in one.tensors.items())
+        return same_starts and hash_weights(one) == hash_weights(other)
     if one.fingerprint == other.fingerprint:
         return True
     if one.specs != other.specs:
         return False
     names = list(one.tensors)
     return all(one.tensors[name].same_bytes(other.tensors[name]) for name in (names[0], names[len(names) // 2], names[-1]))
-
-
-@dataclass(frozen=True)
-class Watch:
-    """The files of some folders, and single ones, as they were."""
-
-    files: Mapping[Path, tuple[int, int, int, int]]
-
-    def check(self) -> None:
-        """Refuse what was read meanwhile if it is not what it was: another file in its place, another size, another time of change.
-
-        Raises:
-            CheckpointError: with every file that changed.
-        """
-        faults = Faults()
-        for file, state in self.files.items():
-            if _state(file) != state:
-                faults.add("the file changed while it was read", where=file, fix="wait until that is done, and run again")
-        faults.raise_any(CheckpointError)
-
-    def check_elsewhere(self) -> None:
-        """Refuse, on another machine than the one that looked first, what is not of the same size and time of change there.
-
-        Raises:
-            CheckpointError: with every file that is another, or missing.
-        """
-        faults = Faults()
-        for file, (_, _, *state) in self.files.items():
-            if [*_state(file)[2:]] != state:
-                fix = "models and samples must lie on a file system that all machines share, under the same path"
-                faults.add("a machine of the cluster finds another file here, or none", where=file, fix=fix)
-        faults.raise_any(CheckpointError)
-
-
-def watch(places: Iterable[Path]) -> Watch:
-    """Remember how the files of these folders, and these files, are now."""
-    files = [file for place in places for file in (sorted(place.iterdir()) if place.is_dir() else [place])]
-    return Watch({file: _state(file) for file in files if file.is_file()})
-
-
-def _state(file: Path) -> tuple[int, int, int, int]:
-    try:
-        found = file.stat()
-    except OSError:
-        return (0, 0, 0, 0)
-    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def _read(checkpoint: Checkpoint) -> str:
@@ -123,7 +95,7 @@ def _read(checkpoint: Checkpoint) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _hash(stored: Stored) -> str:
+def _hash(stored: StoredTensor) -> str:
     digest, buffer = hashlib.sha256(), memoryview(bytearray(min(PIECE, stored.spec.nbytes)))
     for start in range(0, stored.spec.nbytes, PIECE):
         piece = buffer[: stored.spec.nbytes - start]
@@ -132,14 +104,7 @@ def _hash(stored: Stored) -> str:
     return digest.hexdigest()
 
 
-def _files(checkpoint: Checkpoint) -> list[tuple[int, int, int, int, int]]:
-    """What the file system says of the weight files."""
-    found = [file.stat() for file in sorted({stored.file for stored in checkpoint.tensors.values()})]
-    return [(one.st_dev, one.st_ino, one.st_size, one.st_mtime_ns, one.st_ctime_ns) for one in found]
-
-
-def _memory() -> Path:
-    """The user's cache folder."""
-    from platformdirs import user_cache_path
-
-    return user_cache_path("recall-merge", appauthor=False) / "contents"
+def _stats(checkpoint: Checkpoint) -> list[tuple[int, int, int, int, int]]:
+    """What the file system says about the weight files."""
+    stats = [file.stat() for file in sorted({stored.file for stored in checkpoint.tensors.values()})]
+    return [(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats]

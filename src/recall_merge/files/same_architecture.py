@@ -1,0 +1,68 @@
+"""Whether an expert that is a whole checkpoint fits the base: the same settings, tensors and shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+from recall_merge.files.checkpoint import Checkpoint
+from recall_merge.files.hashing import same_weights
+from recall_merge.runtime.errors import CheckpointError, Faults
+
+HARMLESS = {  # settings of a config that may differ from the base's without changing what the weights mean
+    "_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout", "attn_pdrop", "auto_map", "bos_token_id",
+    "dtype", "embd_pdrop", "eos_token_id", "hidden_dropout", "hidden_dropout_prob", "initializer_range", "max_length",
+    "output_router_logits", "pad_token_id", "resid_pdrop", "router_aux_loss_coef", "task_specific_params", "tokenizer_class",
+    "torch_dtype", "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache", "vocab_size",
+}  # fmt: skip
+
+
+def check_checkpoint(
+    name: str, expert: Checkpoint, base: Checkpoint, skipped: Callable[[str], bool] = lambda _: False, *, is_base: bool = False
+) -> None:
+    """Check that a checkpoint has the base's architecture, tensor by tensor; token tensors may differ in their rows.
+
+    Args:
+        skipped: whether the run does not merge a tensor: an expert may lack it, or have it in another shape.
+        is_base: the run says that this expert is the base.
+
+    Raises:
+        CheckpointError: with every difference (the first few of each kind).
+    """
+    faults, where = Faults(), expert.folder
+    if (expert.folder.resolve() == base.folder.resolve() or same_weights(expert, base)) != is_base:
+        what = f"expert '{name}' is not the base, though `is_base` says so" if is_base else f"expert '{name}' is the base itself"
+        fix = "leave `is_base` out" if is_base else "list only models that were fine-tuned from the base, or say `is_base: true`"
+        raise CheckpointError(what, where=where, fix=fix)
+    fix = "experts must be fine-tuned from the base, with the same architecture"
+    for key, theirs, ours in [*_differences(expert.config, base.config)][:8]:
+        faults.add(f"expert '{name}' has {key} {theirs!r}; the base has {ours!r}", where=where / "config.json", fix=fix)
+    fix = "fine-tune it from this base, or name the tensor under `skip:` to keep the base's"
+    theirs_all, ours_all = ({tensor for tensor in model.tensors if not skipped(tensor)} for model in (expert, base))
+    for kind, names in (("lacks", ours_all - theirs_all), ("has the extra", theirs_all - ours_all)):
+        for tensor in sorted(names)[:3]:
+            faults.add(f"expert '{name}' {kind} tensor '{tensor}'" + _more(names), where=where, fix=fix)
+    tokens = set(base.token_tensors) & set(expert.token_tensors)
+    shapes = {tensor: (expert.tensors[tensor].spec.shape, base.tensors[tensor].spec.shape) for tensor in sorted(theirs_all & ours_all)}
+    wrong = [tensor for tensor, (theirs, ours) in shapes.items() if theirs[tensor in tokens :] != ours[tensor in tokens :]]
+    for tensor in wrong[:3]:
+        theirs, ours = shapes[tensor]
+        what = f"expert '{name}' has '{tensor}' of shape {theirs}; the base has {ours}" + _more(wrong)
+        faults.add(what, where=expert.tensors[tensor].file, fix=fix)
+    faults.raise_any(CheckpointError)
+
+
+def _differences(expert: Mapping[str, Any], base: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Settings that differ. One that a config leaves out has its default; if that mattered, the shapes of the weights would differ."""
+    for key, ours in base.items():
+        theirs = expert.get(key)
+        if key in HARMLESS or ours is None or theirs is None or ours == theirs:
+            continue
+        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+            yield from _differences(theirs, ours, f"{prefix}{key}.")
+        else:
+            yield prefix + key, theirs, ours
+
+
+def _more(names: Collection[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
