@@ -106,9 +106,9 @@ def llamas(
 
 def sparse_llamas(bench: Bench, name: str, shape: Shape, count: int) -> list[Path]:
     """bfloat16 Llamas that take no disk space: zeros, except for one number of each tensor that differs between the models."""
-    from recall_merge.files.safetensors import Spec, encode_header
+    from recall_merge.files.safetensors import TensorSpec, encode_header
 
-    specs = {tensor: Spec("BF16", sides) for tensor, sides in llama_shapes(shape).items()}
+    specs = {tensor: TensorSpec("BF16", sides) for tensor, sides in llama_shapes(shape).items()}
 
     def fill(number: int, folder: Path) -> None:
         with (folder / "model.safetensors").open("wb") as file:
@@ -207,10 +207,10 @@ def write_rows(path: Path, count: int, characters: int) -> Path:
 
 def _write(path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str, original: Any, noise: Any, zeros: set[str]) -> None:
     """Write one file, tensor by tensor, so that models of any size can be made."""
-    from recall_merge.files.safetensors import Spec, bytes_of, encode_header
+    from recall_merge.files.safetensors import TensorSpec, bytes_of, encode_header
 
     code = {"float32": "F32", "bfloat16": "BF16"}[dtype]
-    specs = {name: Spec(code, sides) for name, sides in shapes.items()}
+    specs = {name: TensorSpec(code, sides) for name, sides in shapes.items()}
     with path.open("wb") as file:
         file.write(encode_header(specs))
         for name, spec in specs.items():

@@ -44,7 +44,7 @@ def pass_alone(run: Any) -> None:
     Off: hashes of inputs and output, the search for numbers that are not finite or far too large, the check of the result, record and
     model card, and the wait until the disk has everything.
     """
-    from recall_merge.files.experts import Digest
+    from recall_merge.files.digest import ModelDigest
     from recall_merge.files.output import WeightWriter
     from recall_merge.merging.merge import Timings, merge_into
     from recall_merge.merging.plan import make_plan
@@ -55,7 +55,7 @@ def pass_alone(run: Any) -> None:
     unchecked = patch("recall_merge.merging.tensors.is_finite", lambda _: True)
     read, written = (patch(f"recall_merge.files.{module}.blake3", NoHash) for module in ("experts", "output"))
     with read, written, unchecked, WeightWriter(plan.target, plan.shards) as writer:
-        merge_into(writer, plan, Digest(), Timings(), Silent())
+        merge_into(writer, plan, ModelDigest(), Timings(), Silent())
 
 
 class NoHash:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from recall_merge.files.checkpoint import INDEX, SINGLE, block_count, open_checkpoint, read_json
 from recall_merge.files.hashing import same_weights
 from recall_merge.files.names import named_like
-from recall_merge.files.safetensors import Remote, Spec
+from recall_merge.files.safetensors import RemoteFile, TensorSpec
 from recall_merge.runtime.errors import CheckpointError
 from tiny import FAMILIES, edit_json, fine_tuned, load_tensors, make_model, save_model
 
@@ -49,7 +49,7 @@ def test_every_tensor_of_every_family(bases, family):
     checkpoint, tensors = open_checkpoint(bases(family)), load_tensors(bases(family))
     assert checkpoint.tensors.keys() == tensors.keys()
     assert all(torch.equal(checkpoint.read(name), tensor) for name, tensor in tensors.items())
-    assert checkpoint.specs == {name: Spec("F32", tuple(tensor.shape)) for name, tensor in tensors.items()}
+    assert checkpoint.specs == {name: TensorSpec("F32", tuple(tensor.shape)) for name, tensor in tensors.items()}
     assert checkpoint.nbytes == sum(tensor.nbytes for tensor in tensors.values())
     assert checkpoint.dtypes == {"float32"} and checkpoint.vocabulary_size == 96
     assert checkpoint.layers.blocks == block_count(checkpoint.config) == (3 if family.startswith("gemma") else 2)
@@ -83,7 +83,7 @@ def test_models_on_the_hub_are_compared_by_a_look(llama, tmp_path):
     def remote(folder):
         data = (folder / SINGLE).read_bytes()
         start = data[: 8 + int.from_bytes(data[:8], "little")]
-        files = {SINGLE: Remote(start, len(data), "hash", lambda begin, count: data[begin : begin + count])}
+        files = {SINGLE: RemoteFile(start, len(data), "hash", lambda begin, count: data[begin : begin + count])}
         bare = shutil.copytree(folder, tmp_path / f"{folder.name}-remote", ignore=shutil.ignore_patterns("*.safetensors"))
         return open_checkpoint(bare, files)
 

@@ -10,18 +10,10 @@ from safetensors.torch import save_file
 
 from recall_merge.files.adapter import open_adapter
 from recall_merge.files.checkpoint import open_checkpoint
-from recall_merge.files.experts import (
-    AdapterExpert,
-    BaseExpert,
-    Digest,
-    FullExpert,
-    check_checkpoint,
-    hash_expert,
-    hash_file,
-    hash_tensor,
-    own_tensors,
-)
-from recall_merge.files.hashing import content_of
+from recall_merge.files.digest import ModelDigest, hash_tensor
+from recall_merge.files.experts import AdapterExpert, BaseExpert, FullExpert, hash_expert, own_tensors
+from recall_merge.files.hashing import hash_file, hash_model
+from recall_merge.files.same_architecture import check_checkpoint
 from recall_merge.maths.deltas import dense
 from recall_merge.runtime.errors import CheckpointError
 from tiny import edit_json, fine_tuned, load_tensors, lora, make_model, make_tokenizer, merged_by_peft, save_model
@@ -53,7 +45,7 @@ def test_a_checkpoint_differs_everywhere(base, tuned):
         own = base.read(name)
         assert torch.equal(expert.delta(name, own.clone()), theirs[name] - own)
         assert torch.equal(expert.own(name, own), theirs[name]) and expert.spec(name) == base.tensors[name].spec
-    expected = Digest()
+    expected = ModelDigest()
     for name in sorted(theirs, reverse=True):
         expected.add(name, theirs[name])
     assert expert.hashes() == {"tensors": expected.hexdigest()}
@@ -109,7 +101,7 @@ def test_a_digest_knows_content_and_not_order(tmp_path):
     a, b = torch.arange(4.0), torch.ones(2, 2)
 
     def digest(*pairs):
-        found = Digest()
+        found = ModelDigest()
         for name, tensor in pairs:
             found.add(name, tensor)
         return found.hexdigest()
@@ -126,7 +118,7 @@ def test_a_digest_knows_content_and_not_order(tmp_path):
 def test_an_experts_state(base, tuned, adapter, llama, tmp_path):
     full, part = FullExpert("math", open_checkpoint(tuned)), AdapterExpert("math", open_adapter(adapter, base))
     again = AdapterExpert("other name", open_adapter(shutil.copytree(adapter, tmp_path / "copy"), base))
-    assert hash_expert(full) == content_of(open_checkpoint(tuned))
+    assert hash_expert(full) == hash_model(open_checkpoint(tuned))
     assert hash_expert(part) == hash_expert(again) != hash_expert(full)
     lora(llama, tmp_path / "other", r=4, target_modules=["q_proj"], modules_to_save=["norm"], seed=1)
     assert hash_expert(AdapterExpert("math", open_adapter(tmp_path / "other", base))) != hash_expert(part)

@@ -11,9 +11,9 @@ from recall_merge.bench.jobs import Base, Store
 from recall_merge.continual.keys import fingerprint
 from recall_merge.files import hashing as content
 from recall_merge.files.checkpoint import SINGLE, open_checkpoint
-from recall_merge.files.experts import check_checkpoint
-from recall_merge.files.hashing import content_of, same_weights, weights_of
-from recall_merge.files.safetensors import Stored
+from recall_merge.files.hashing import hash_model, hash_weights, same_weights
+from recall_merge.files.safetensors import StoredTensor
+from recall_merge.files.same_architecture import check_checkpoint
 from recall_merge.runtime.errors import CheckpointError, OutputError
 from tiny import edit_json, make_model, save_model
 
@@ -37,39 +37,39 @@ def flip(file, place, bit=0):
 def test_any_bit_of_any_tensor_makes_another_model(folder):
     """The fingerprint reads 256 bytes of each tensor; the content all of them."""
     first, draws = open_checkpoint(folder), random.Random(0)
-    known = content_of(first)
+    known = hash_model(first)
     for stored in first.tensors.values():
         place, bit = stored.begin + draws.randrange(stored.spec.nbytes), draws.randrange(8)
         flip(folder / SINGLE, place, bit)
-        assert content_of(open_checkpoint(folder)) != known
+        assert hash_model(open_checkpoint(folder)) != known
         flip(folder / SINGLE, place, bit)
-        assert content_of(open_checkpoint(folder)) == known
+        assert hash_model(open_checkpoint(folder)) == known
 
 
 def test_shards_and_places_make_no_difference_and_a_config_does(folder, tmp_path):
-    known = content_of(open_checkpoint(folder))
+    known = hash_model(open_checkpoint(folder))
     shards = save_model(make_model(), tmp_path / "shards", max_shard_size=40_000)
     edit_json(shards / "config.json", _name_or_path="/home/somebody/model")
-    assert content_of(open_checkpoint(shards)) == known
+    assert hash_model(open_checkpoint(shards)) == known
     edit_json(shards / "config.json", rms_norm_eps=0.5)
-    assert content_of(open_checkpoint(shards)) != known and weights_of(open_checkpoint(shards)) == weights_of(open_checkpoint(folder))
+    assert hash_model(open_checkpoint(shards)) != known and hash_weights(open_checkpoint(shards)) == hash_weights(open_checkpoint(folder))
 
 
 def test_a_model_is_read_once_for_as_long_as_its_files_are_untouched(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     real = time.time()
-    now, reads, fill = [real + 60], [], Stored.fill
+    now, reads, fill = [real + 60], [], StoredTensor.fill
     monkeypatch.setattr(content.time, "time", lambda: now[0])
-    monkeypatch.setattr(Stored, "fill", lambda stored, *args: (reads.append(stored), fill(stored, *args)))
+    monkeypatch.setattr(StoredTensor, "fill", lambda stored, *args: (reads.append(stored), fill(stored, *args)))
     checkpoint = open_checkpoint(folder)
-    known = weights_of(checkpoint)
+    known = hash_weights(checkpoint)
     count = len(reads)
-    assert count >= len(checkpoint.tensors) and weights_of(open_checkpoint(folder)) == known and len(reads) == count
+    assert count >= len(checkpoint.tensors) and hash_weights(open_checkpoint(folder)) == known and len(reads) == count
     flip(folder / SINGLE, checkpoint.tensors["model.norm.weight"].begin + 70)
-    assert weights_of(open_checkpoint(folder)) != known and len(reads) == 2 * count  # same size, same time of change
+    assert hash_weights(open_checkpoint(folder)) != known and len(reads) == 2 * count  # same size, same time of change
     now[0] = real
     flip(folder / SINGLE, checkpoint.tensors["model.norm.weight"].begin + 71)
-    weights_of(open_checkpoint(folder)), weights_of(open_checkpoint(folder))
+    hash_weights(open_checkpoint(folder)), hash_weights(open_checkpoint(folder))
     assert len(reads) == 4 * count  # changed a moment ago: a clock's tick may hide what comes next
 
 
@@ -77,26 +77,26 @@ def test_what_is_remembered_wrongly_is_not_believed(folder, tmp_path, monkeypatc
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     later = time.time() + 60
     monkeypatch.setattr(content.time, "time", lambda: later)
-    known = weights_of(open_checkpoint(folder))
+    known = hash_weights(open_checkpoint(folder))
     [note] = (tmp_path / "cache" / "recall-merge" / "contents").iterdir()
     for torn in ("", known[:30]):
         note.write_text(torn)
-        assert weights_of(open_checkpoint(folder)) == known
+        assert hash_weights(open_checkpoint(folder)) == known
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # no folder can be made there
-    assert weights_of(open_checkpoint(folder)) == known
+    assert hash_weights(open_checkpoint(folder)) == known
 
 
 def test_a_model_that_changes_while_it_is_read_is_refused(folder, monkeypatch):
-    fill = Stored.fill
+    fill = StoredTensor.fill
 
     def busy(stored, *args):
         fill(stored, *args)
         flip(folder / SINGLE, stored.begin)
 
-    monkeypatch.setattr(Stored, "fill", busy)
+    monkeypatch.setattr(StoredTensor, "fill", busy)
     with pytest.raises(CheckpointError, match="changed while they were read"):
-        weights_of(open_checkpoint(folder))
+        hash_weights(open_checkpoint(folder))
 
 
 def test_an_expert_that_differs_only_after_the_start_of_a_tensor_is_not_the_base(folder, llama):

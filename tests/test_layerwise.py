@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from recall_merge import MergeRun, merge
-from recall_merge.files.experts import Digest
+from recall_merge.files.digest import ModelDigest
 from recall_merge.merging.layerwise import compute_weights
 from recall_merge.merging.plan import make_plan
 from recall_merge.merging.tensors import TensorCollector, merge_tensors
@@ -38,7 +38,7 @@ def same(plan):
     assert plan.single_pass
     merge_weights = compute_weights(plan)
     collector = TensorCollector(plan)
-    merge_tensors(plan, merge_weights, plan.specs, collector, Digest())
+    merge_tensors(plan, merge_weights, plan.specs, collector, ModelDigest())
     wanted = collector.tensors
     result = merge(plan.run)
     found = load_tensors(plan.target)

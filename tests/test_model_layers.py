@@ -5,7 +5,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from recall_merge.files.checkpoint import Checkpoint, block_count
-from recall_merge.files.safetensors import CODES, Spec, Stored
+from recall_merge.files.safetensors import CODES, StoredTensor, TensorSpec
 from recall_merge.maths.layers import Layers, find_layers
 from recall_merge.models.hidden_states import find_blocks
 from recall_merge.runtime.errors import CheckpointError
@@ -186,7 +186,7 @@ def as_checkpoint(model):
     if blocks is None:
         raise ValueError("the config does not say how many blocks there are")
     stored = {
-        name: Stored(Spec(CODES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape)), Path("model.safetensors"), 0)
+        name: StoredTensor(TensorSpec(CODES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape)), Path("model.safetensors"), 0)
         for name, tensor in tensors.items()
     }
     return Checkpoint(Path(), config, stored, find_layers(tensors, blocks))

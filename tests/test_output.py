@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from recall_merge.files.checkpoint import INDEX, SINGLE, open_checkpoint
 from recall_merge.files.output import MARKER, OutputFolder, Shard, WeightWriter, free_bytes, plan_shards
-from recall_merge.files.safetensors import Spec
+from recall_merge.files.safetensors import TensorSpec
 from recall_merge.runtime.errors import OutputError
 from tiny import load_model, load_tensors
 
@@ -198,7 +198,13 @@ class TestCheck:
 
 
 class TestShards:
-    SPECS = {"a": Spec("F32", (2,)), "b": Spec("BF16", (2, 2)), "c": Spec("F32", (10,)), "d": Spec("F32", ()), "e": Spec("F32", (0,))}
+    SPECS = {
+        "a": TensorSpec("F32", (2,)),
+        "b": TensorSpec("BF16", (2, 2)),
+        "c": TensorSpec("F32", (10,)),
+        "d": TensorSpec("F32", ()),
+        "e": TensorSpec("F32", (0,)),
+    }
 
     @pytest.mark.parametrize(
         ("size", "groups"),
@@ -246,14 +252,14 @@ class TestShards:
         tensor = torch.zeros(2)
         for name, wrong in (("b", tensor), ("a", tensor.half()), ("a", torch.zeros(3))):
             with (
-                WeightWriter(tmp_path, [Shard(SINGLE, {"a": Spec("F32", (2,))})]) as writer,
+                WeightWriter(tmp_path, [Shard(SINGLE, {"a": TensorSpec("F32", (2,))})]) as writer,
                 pytest.raises(AssertionError, match="the plan"),
             ):
                 writer.add(name, wrong)
 
     def test_take_a_tensor_that_is_a_view(self, tmp_path):
         tensor = torch.arange(6.0).view(2, 3).T
-        with WeightWriter(tmp_path, [Shard(SINGLE, {"a": Spec("F32", (3, 2))})]) as writer:
+        with WeightWriter(tmp_path, [Shard(SINGLE, {"a": TensorSpec("F32", (3, 2))})]) as writer:
             writer.add("a", tensor)
         assert torch.equal(load_file(tmp_path / SINGLE)["a"], tensor)
 

@@ -10,7 +10,18 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save, save_file
 
-from recall_merge.files.safetensors import FLOATS, MAX_HEADER, OTHERS, SIZES, Remote, Spec, Stored, bytes_of, encode_header, read_header
+from recall_merge.files.safetensors import (
+    FLOATS,
+    MAX_HEADER,
+    OTHERS,
+    SIZES,
+    RemoteFile,
+    StoredTensor,
+    TensorSpec,
+    bytes_of,
+    encode_header,
+    read_header,
+)
 from recall_merge.runtime.errors import CheckpointError
 
 DTYPES = {code: getattr(torch, name) for code, name in (FLOATS | OTHERS).items()}
@@ -18,7 +29,7 @@ DTYPES = {code: getattr(torch, name) for code, name in (FLOATS | OTHERS).items()
 
 def tensor(code, shape, seed=0):
     """Any bytes at all, as a tensor."""
-    raw = torch.randint(0, 2 if code == "BOOL" else 256, (Spec(code, shape).nbytes,), generator=torch.Generator().manual_seed(seed))
+    raw = torch.randint(0, 2 if code == "BOOL" else 256, (TensorSpec(code, shape).nbytes,), generator=torch.Generator().manual_seed(seed))
     return raw.to(torch.uint8).view(DTYPES[code]).reshape(shape)
 
 
@@ -26,7 +37,7 @@ def same(a, b):
     return a.dtype == b.dtype and a.shape == b.shape and bytes(bytes_of(a.flatten())) == bytes(bytes_of(b.flatten()))
 
 
-SPECS = st.builds(Spec, st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 5), max_size=3).map(tuple))
+SPECS = st.builds(TensorSpec, st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 5), max_size=3).map(tuple))
 FILES = st.dictionaries(
     st.text(st.characters(exclude_categories=["Cs"]), max_size=8).filter(lambda name: name != "__metadata__"), SPECS, max_size=6
 )
@@ -126,7 +137,7 @@ class TestAFileStillOnTheHub:
             asked.append(count)
             return data[begin : begin + count]
 
-        remote = Remote(data[: 8 + int.from_bytes(data[:8], "little")], len(data), "hash", peek)
+        remote = RemoteFile(data[: 8 + int.from_bytes(data[:8], "little")], len(data), "hash", peek)
         return read_header(tmp_path / "gone.safetensors", remote)
 
     def test_has_the_same_header(self, stored, tmp_path):
@@ -150,7 +161,7 @@ class TestAFileStillOnTheHub:
 
     def test_that_lies_about_its_header_is_caught(self, tmp_path):
         with pytest.raises(CheckpointError, match="the header claims 1000000 bytes, the file has 492 after its length"):
-            read_header(tmp_path / "gone", Remote((10**6).to_bytes(8, "little"), 500, "hash", lambda *_: b""))
+            read_header(tmp_path / "gone", RemoteFile((10**6).to_bytes(8, "little"), 500, "hash", lambda *_: b""))
 
 
 def entry(shape=(2,), offsets=(0, 8), dtype="F32"):
@@ -255,11 +266,11 @@ def test_a_file_that_is_not_there_or_no_file(tmp_path):
 
 def test_an_unknown_key_of_an_entry_and_metadata_are_left_alone(tmp_path):
     path = write(tmp_path / "a", {"__metadata__": {"format": "np"}, "a": entry() | {"note": 1}}, bytes(8))
-    assert read_header(path) == {"a": Stored(Spec("F32", (2,)), path, path.stat().st_size - 8)}
+    assert read_header(path) == {"a": StoredTensor(TensorSpec("F32", (2,)), path, path.stat().st_size - 8)}
 
 
 def test_dtypes_that_are_no_numbers_for_merging_are_known_by_their_size(tmp_path):
     path = write(tmp_path / "a", {"a": entry((8,), (0, 8), "F8_E4M3"), "b": entry((4,), (8, 16), "U16")}, bytes(16))
     assert [found.spec.nbytes for found in read_header(path).values()] == [8, 8]
-    assert str(Spec("BF16", (2, 3))) == "bfloat16 (2, 3)" and str(Spec("F8_E4M3", (2,))) == "F8_E4M3 (2,)"
+    assert str(TensorSpec("BF16", (2, 3))) == "bfloat16 (2, 3)" and str(TensorSpec("F8_E4M3", (2,))) == "F8_E4M3 (2,)"
     assert set(FLOATS) | set(OTHERS) <= set(SIZES)

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from recall_merge import MergeRun, RecallError
-from recall_merge.files.experts import Digest, FullExpert
+from recall_merge.files.digest import ModelDigest
+from recall_merge.files.experts import FullExpert
 from recall_merge.files.output import WeightWriter
-from recall_merge.files.safetensors import READ, Spec, Stored
+from recall_merge.files.safetensors import READ, StoredTensor, TensorSpec
 from recall_merge.maths.methods import ALIASES, METHODS
 from recall_merge.maths.pruning import prune_by_saliency
 from recall_merge.merging import spans
@@ -46,7 +47,7 @@ def small_spans(monkeypatch, span=SPAN):
 def written(plan, folder):
     """What a pass writes, and the hashes of all models."""
     folder.mkdir()
-    digest = Digest()
+    digest = ModelDigest()
     with WeightWriter(folder, plan.shards) as writer:
         merge_tensors(plan, compute_weights(plan), plan.specs, writer, digest)
     return load_tensors(folder), [digest.hexdigest(), *(expert.hashes() for expert in plan.experts)]
@@ -54,7 +55,7 @@ def written(plan, folder):
 
 def whole(plan):
     """The same from tensors that are merged whole, in memory."""
-    digest, collector = Digest(), TensorCollector(plan)
+    digest, collector = ModelDigest(), TensorCollector(plan)
     with pytest.MonkeyPatch.context() as patch:
         small_spans(patch, 1 << 22)
         merge_tensors(plan, compute_weights(plan), plan.specs, collector, digest)
@@ -101,7 +102,7 @@ def test_spans_give_the_bytes_of_whole_tensors_whatever_the_run(models, tmp_path
 
 def test_no_read_is_longer_than_a_span(models, tmp_path, monkeypatch):
     lengths = []
-    read = Stored.read
+    read = StoredTensor.read
 
     def counted(self, span=None):
         lengths.append(len(span) if span else self.spec.numel)
@@ -109,7 +110,7 @@ def test_no_read_is_longer_than_a_span(models, tmp_path, monkeypatch):
 
     plan = a_plan(models, tmp_path / "merged", threads=2)
     small_spans(monkeypatch)
-    monkeypatch.setattr(Stored, "read", counted)
+    monkeypatch.setattr(StoredTensor, "read", counted)
     written(plan, tmp_path / "spans")
     assert max(lengths) == SPAN
     assert sum(lengths) == 3 * sum(spec.numel for spec in plan.specs.values())  # each number of base and experts once
@@ -118,7 +119,7 @@ def test_no_read_is_longer_than_a_span(models, tmp_path, monkeypatch):
 def test_threshold_searches_hold_no_tensor_whole(models, tmp_path, monkeypatch):
     """Large tensors are read by spans, also where a method needs a threshold of each whole delta."""
     lengths = []
-    read = Stored.read
+    read = StoredTensor.read
 
     def counted(self, span=None):
         lengths.append(len(span) if span else self.spec.numel)
@@ -126,7 +127,7 @@ def test_threshold_searches_hold_no_tensor_whole(models, tmp_path, monkeypatch):
 
     plan = a_plan(models, tmp_path / "merged", "ties", threads=2)
     small_spans(monkeypatch)
-    monkeypatch.setattr(Stored, "read", counted)
+    monkeypatch.setattr(StoredTensor, "read", counted)
     written(plan, tmp_path / "spans")
     assert max(lengths) == SPAN
 
@@ -167,8 +168,8 @@ def test_pruning_counts_deltas_that_are_zero(models, tmp_path):
 class TestDigest:
     def test_takes_pieces_in_any_order_of_threads(self):
         tensor = torch.arange(12.0)
-        spec = Spec.of(tensor)
-        one, other = Digest(), Digest()
+        spec = TensorSpec.of(tensor)
+        one, other = ModelDigest(), ModelDigest()
         one.add("w", tensor)
         late = [threading.Thread(target=other.add_piece, args=("w", spec, start, tensor[start : start + 3])) for start in (9, 6, 3, 0)]
         for thread in late:
@@ -178,10 +179,10 @@ class TestDigest:
         assert other.hexdigest() == one.hexdigest()
 
     def test_does_not_wait_for_a_piece_that_will_not_come(self):
-        digest = Digest()
+        digest = ModelDigest()
         digest.stop()
         with pytest.raises(RuntimeError, match="was not read"):
-            digest.add_piece("w", Spec("F32", (4,)), 2, torch.zeros(2))
+            digest.add_piece("w", TensorSpec("F32", (4,)), 2, torch.zeros(2))
 
 
 def test_the_base_as_an_expert_is_not_read_again(models, tmp_path):
@@ -196,7 +197,7 @@ def test_the_base_as_an_expert_is_not_read_again(models, tmp_path):
     again = replace(plan, experts=(FullExpert("same", plan.base), plan.experts[1]))
     wanted, (digest, *_) = written(again, tmp_path / "again")
     assert all(torch.equal(tensors[name], wanted[name]) for name in wanted)
-    told = Digest()
+    told = ModelDigest()
     for name in plan.specs:
         told.add(name, plan.base.read(name))
     assert hashes_of(plan, told) == hashes_of(again, told)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.files.durable import write_whole
-from recall_merge.files.hashing import content_of
+from recall_merge.files.hashing import hash_model
 from recall_merge.files.lock import lock
 from recall_merge.files.rows import Row
 from recall_merge.runtime.errors import OutputError
@@ -273,7 +273,7 @@ class Store:
         Raises:
             OutputError: if it is another than when the first job was made.
         """
-        content = {"sha256": content_of(open_checkpoint(base.folder))}
+        content = {"sha256": hash_model(open_checkpoint(base.folder))}
         if (self.read("bases", base.fingerprint) or content) != content:
             what = "the base has changed since the bench began: the jobs here were made from another one"
             raise OutputError(what, where=base.folder, fix="put back the base, or give another `out`")

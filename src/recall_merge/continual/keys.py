@@ -12,8 +12,7 @@ from typing import Any
 from recall_merge.files.adapter import CONFIG, WEIGHTS, is_adapter
 from recall_merge.files.checkpoint import open_checkpoint, read_json
 from recall_merge.files.durable import write_whole
-from recall_merge.files.experts import hash_file
-from recall_merge.files.hashing import content_of
+from recall_merge.files.hashing import hash_file, hash_model
 from recall_merge.runtime.errors import CheckpointError
 
 
@@ -33,7 +32,7 @@ def fingerprint(folder: Path) -> str:
     if not folder.is_dir():
         raise CheckpointError("there is no such model folder", where=folder, fix="check the path")
     if not is_adapter(folder):
-        return content_of(open_checkpoint(folder))
+        return hash_model(open_checkpoint(folder))
     settings = {key: sorted(value, key=str) if isinstance(value, list) else value for key, value in read_json(folder / CONFIG).items()}
     settings.pop("base_model_name_or_path", None)
     if not (folder / WEIGHTS).is_file():

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from recall_merge.files.checkpoint import read_json
 from recall_merge.files.durable import append_line, write_whole
-from recall_merge.files.experts import hash_file
+from recall_merge.files.hashing import hash_file
 from recall_merge.files.hub import locate
 from recall_merge.files.lock import lock
 from recall_merge.runtime.errors import CheckpointError, Fault, WorkspaceError

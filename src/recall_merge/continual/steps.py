@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recall_merge.continual.keys import KeyedFile, fingerprint, key_of
-from recall_merge.files.experts import hash_file
+from recall_merge.files.hashing import hash_file
 from recall_merge.files.record import versions
 from recall_merge.files.rows import Row
 from recall_merge.merging.merge import MergeResult, merge, reuse

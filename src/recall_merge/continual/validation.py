@@ -11,7 +11,7 @@ from recall_merge.continual.keys import fingerprint
 from recall_merge.continual.settings import Settings, check_method, check_overrides, make_settings
 from recall_merge.continual.state import NAME, DataFile, Model, StageSpec, State, Task, found_path, locate_model
 from recall_merge.evaluation.tasks import TaskSpec, check_tasks
-from recall_merge.files.experts import hash_file
+from recall_merge.files.hashing import hash_file
 from recall_merge.files.hub import Located, locate
 from recall_merge.files.rows import FORMATS, Row, read_rows
 from recall_merge.files.statistics import STATS

@@ -16,7 +16,7 @@ from recall_merge.continual.steps import merge_models, score_model, scores_key, 
 from recall_merge.demo import smollm
 from recall_merge.evaluation.scores import TaskScore
 from recall_merge.evaluation.tasks import TaskSpec
-from recall_merge.files.experts import hash_file
+from recall_merge.files.hashing import hash_file
 from recall_merge.files.model_card import add_scores
 from recall_merge.files.rows import Row, read_rows
 from recall_merge.merging.merge import MergeResult

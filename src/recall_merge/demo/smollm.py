@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from recall_merge.files.checkpoint import read_json
-from recall_merge.files.experts import hash_file
+from recall_merge.files.hashing import hash_file
 from recall_merge.files.output import OutputFolder, WeightWriter, plan_shards
 from recall_merge.files.record import RECORD, verify_files, versions, write_record
-from recall_merge.files.safetensors import CODES, Spec
+from recall_merge.files.safetensors import CODES, TensorSpec
 from recall_merge.models.load import quiet
 from recall_merge.runtime.errors import CheckpointError, MissingExtra, OutputError, RecallError, ResultError
 
@@ -131,7 +131,7 @@ def _write_model(source: Path, folder: Path) -> dict[str, str]:
     GenerationConfig(**{key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}).save_pretrained(folder)
     tensors = model.state_dict()
     tensors.pop("lm_head.weight")  # subtle: the head is the embedding, so it is stored once
-    specs = {name: Spec(CODES[DTYPE], tuple(tensor.shape)) for name, tensor in tensors.items()}
+    specs = {name: TensorSpec(CODES[DTYPE], tuple(tensor.shape)) for name, tensor in tensors.items()}
     writer = WeightWriter(folder, plan_shards(specs, shard_size=5 * 10**9))
     for name, tensor in tensors.items():
         writer.add(name, tensor.to(getattr(torch, DTYPE)))

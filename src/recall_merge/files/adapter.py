@@ -17,7 +17,7 @@ from typing import Any
 from recall_merge.files.checkpoint import Checkpoint, files_in, read_json
 from recall_merge.files.edits import Edit
 from recall_merge.files.names import Names
-from recall_merge.files.safetensors import Remote, Stored, read_header
+from recall_merge.files.safetensors import RemoteFile, StoredTensor, read_header
 from recall_merge.runtime.errors import CheckpointError, Faults, short
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -81,7 +81,7 @@ def adapter_weights(present: Collection[str], where: object) -> str:
     )
 
 
-def open_adapter(folder: Path, base: Checkpoint, remote: Mapping[str, Remote] = MappingProxyType({})) -> Adapter:
+def open_adapter(folder: Path, base: Checkpoint, remote: Mapping[str, RemoteFile] = MappingProxyType({})) -> Adapter:
     """Read an adapter's config and header, and find the base tensor behind each of its parts.
 
     Args:
@@ -92,7 +92,7 @@ def open_adapter(folder: Path, base: Checkpoint, remote: Mapping[str, Remote] = 
     """
     faults = Faults()
     config: dict[str, Any] = {}
-    stored: dict[str, Stored] = {}
+    stored: dict[str, StoredTensor] = {}
     with faults.collect():
         config = read_json(folder / CONFIG)
         _check_config(folder, config, faults)
@@ -153,10 +153,10 @@ class _Parts:
         self._config = config
         self._base = base
         self._names = Names(base)
-        self._head: dict[str, Stored] = {}  # kind -> what the adapter says of a head that the base ties
+        self._head: dict[str, StoredTensor] = {}  # kind -> what the adapter says of a head that the base ties
         self._trained_whole: set[str] = set()
 
-    def place(self, key: str, part: Stored) -> None:
+    def place(self, key: str, part: StoredTensor) -> None:
         match = _PARTS.match(key.removeprefix(PREFIX))
         if match is None:
             raise CheckpointError(f"the adapter holds '{key}', which is not part of a LoRA", where=self._where, fix=MERGE_FIRST)
@@ -175,7 +175,7 @@ class _Parts:
             raise CheckpointError(f"the adapter changes '{wanted}', which the base does not have", where=self._where, fix=OTHER_BASE)
         self._put(self.edits[name], name, module, kind, part)
 
-    def _put(self, edit: Edit, name: str, module: str, kind: str, part: Stored) -> None:
+    def _put(self, edit: Edit, name: str, module: str, kind: str, part: StoredTensor) -> None:
         match kind:
             case "lora_A" | "lora_embedding_A":
                 edit.down = part
@@ -280,7 +280,7 @@ def _whole_name(expression: str) -> str:
     return rf"(.*\.)?({expression})$"
 
 
-def _is_transpose(part: Stored, factor: Stored) -> bool:
+def _is_transpose(part: StoredTensor, factor: StoredTensor) -> bool:
     """Whether two stored factors are each other's transpose; of what is still on the hub, the shapes decide."""
     import torch
 

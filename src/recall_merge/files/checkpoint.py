@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from recall_merge.files.safetensors import FLOATS, PACKED, Remote, Spec, Stored, read_header
+from recall_merge.files.safetensors import FLOATS, PACKED, RemoteFile, StoredTensor, TensorSpec, read_header
 from recall_merge.maths.layers import Layers, find_layers
 from recall_merge.runtime.errors import CheckpointError, Faults, short
 
@@ -43,14 +43,14 @@ class Checkpoint:
 
     folder: Path
     config: Mapping[str, Any]
-    tensors: Mapping[str, Stored]
+    tensors: Mapping[str, StoredTensor]
     layers: Layers
 
     def read(self, name: str, span: range | None = None) -> torch.Tensor:
         return self.tensors[name].read(span)
 
     @property
-    def specs(self) -> dict[str, Spec]:
+    def specs(self) -> dict[str, TensorSpec]:
         return {name: stored.spec for name, stored in self.tensors.items()}
 
     @property
@@ -111,7 +111,7 @@ class HeldCheckpoint(Checkpoint):
         return self.held[name].view(-1)[span.start : span.stop] if span else self.held[name]
 
 
-def open_checkpoint(folder: Path, remote: Mapping[str, Remote] = MappingProxyType({})) -> Checkpoint:
+def open_checkpoint(folder: Path, remote: Mapping[str, RemoteFile] = MappingProxyType({})) -> Checkpoint:
     """Read a folder's config and headers.
 
     Args:
@@ -122,7 +122,7 @@ def open_checkpoint(folder: Path, remote: Mapping[str, Remote] = MappingProxyTyp
     """
     faults = Faults()
     config: dict[str, Any] = {}
-    stored: dict[str, Stored] = {}
+    stored: dict[str, StoredTensor] = {}
     with faults.collect():
         config = read_json(folder / "config.json")
     with faults.collect():
@@ -230,7 +230,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     return names
 
 
-def _read_headers(folder: Path, remote: Mapping[str, Remote]) -> dict[str, Stored]:
+def _read_headers(folder: Path, remote: Mapping[str, RemoteFile]) -> dict[str, StoredTensor]:
     """The tensors of all weight files. A tensor must lie where the index says, once."""
     present = files_in(folder, remote)
     faults, headers = Faults(), {}
@@ -250,7 +250,7 @@ def _read_headers(folder: Path, remote: Mapping[str, Remote]) -> dict[str, Store
     return {name: tensor for name, tensor in stored.items() if not _is_buffer(name, tensor.spec)}
 
 
-def _is_buffer(name: str, spec: Spec) -> bool:
+def _is_buffer(name: str, spec: TensorSpec) -> bool:
     """Whether a tensor is no parameter but a table that old versions of transformers stored and new ones compute."""
     return name.endswith((".rotary_emb.inv_freq", ".masked_bias")) or (name.endswith(".bias") and len(spec.shape) == 4)
 
@@ -265,7 +265,7 @@ def _vocab_size(config: Mapping[str, Any]) -> Any:
     return config.get("vocab_size", _text_part(config).get("vocab_size"))
 
 
-def _embeddings(config: Mapping[str, Any], names: Mapping[str, Stored], layers: Layers) -> list[str]:
+def _embeddings(config: Mapping[str, Any], names: Mapping[str, StoredTensor], layers: Layers) -> list[str]:
     """The tensors before the blocks that have a row for each token: the embedding, then others called after it ('.._per_layer')."""
     rows = _vocab_size(config)
     found = [
@@ -288,7 +288,7 @@ def _is_head(name: str, layers: Layers) -> bool:
     return HEADS.search(name) is not None and layers.of(name) == layers.last
 
 
-def _without_tied_head(folder: Path, config: Mapping[str, Any], stored: dict[str, Stored], layers: Layers) -> dict[str, Stored]:
+def _without_tied_head(folder: Path, config: Mapping[str, Any], stored: dict[str, StoredTensor], layers: Layers) -> dict[str, StoredTensor]:
     """Leave out a head that is the embedding stored a second time. Where the config does not say, equal bytes say that it is tied."""
     tied = config.get("tie_word_embeddings", _text_part(config).get("tie_word_embeddings"))
     head = next((name for name in stored if _is_head(name, layers) and name.endswith("weight")), None)
@@ -306,7 +306,7 @@ def _without_tied_head(folder: Path, config: Mapping[str, Any], stored: dict[str
     return stored
 
 
-def _layers(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Stored]) -> Layers:
+def _layers(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Layers:
     blocks = block_count(config)
     if blocks is None:
         raise CheckpointError(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from recall_merge.files.safetensors import Stored
+from recall_merge.files.safetensors import StoredTensor
 from recall_merge.runtime.errors import short
 
 if TYPE_CHECKING:
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 class Edit:
     """How an adapter changes one tensor of the base: put another in its place, add a low-rank product, rescale, set rows, add."""
 
-    replace: Stored | None = None
-    up: Stored | None = None  # B (o, r)
-    down: Stored | None = None  # A (r, i)
+    replace: StoredTensor | None = None
+    up: StoredTensor | None = None  # B (o, r)
+    down: StoredTensor | None = None  # A (r, i)
     scale: float = 1.0  # alpha / r, or alpha / sqrt(r)
     transpose: bool = False  # the base stores this tensor as (in, out), or it is an embedding
-    magnitude: Stored | None = None
-    rows: Stored | None = None
+    magnitude: StoredTensor | None = None
+    rows: StoredTensor | None = None
     row_ids: tuple[int, ...] = ()
-    add: Stored | None = None
+    add: StoredTensor | None = None
 
     @property
-    def parts(self) -> list[Stored]:
+    def parts(self) -> list[StoredTensor]:
         return [part for part in (self.replace, self.up, self.down, self.magnitude, self.rows, self.add) if part is not None]
 
     @property

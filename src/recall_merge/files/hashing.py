@@ -1,8 +1,8 @@
 """Hashes of files and models. A model's hash covers all of its bytes, and is remembered while its files are untouched.
 
-A file counts as untouched while its device, inode, size and times of change (of content and inode, in nanoseconds) are the same, and only if
-it was older than two seconds when it was read, since a clock's tick may hide a change that follows at once. A disk that changes bytes behind
-the file system's back goes unnoticed here; `recall verify` reads every byte each time.
+A file counts as untouched while its device, inode, size and times of change (of content and inode, in nanoseconds) stay, and only if
+it was older than two seconds when it was read, since a clock's tick may hide a change that follows at once. A disk that changes bytes
+behind the file system goes unnoticed here; `recall verify` reads every byte each time.
 """
 
 from __future__ import annotations

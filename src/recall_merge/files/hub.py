@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from recall_merge.files.adapter import CONFIG, adapter_weights
 from recall_merge.files.checkpoint import weight_files
-from recall_merge.files.safetensors import MAX_HEADER, Remote
+from recall_merge.files.safetensors import MAX_HEADER, RemoteFile
 from recall_merge.runtime.errors import CheckpointError, Fault, RecallError
 from recall_merge.runtime.paths import path_of
 from recall_merge.runtime.progress import Advance, Progress, Silent
@@ -38,7 +38,7 @@ class Located:
     folder: Path
     repo: str | None = None
     revision: str | None = None
-    remote: Mapping[str, Remote] = field(default_factory=dict)
+    remote: Mapping[str, RemoteFile] = field(default_factory=dict)
     """Weight files of which only the header was fetched."""
 
     @property
@@ -205,7 +205,7 @@ def _download(name: Reference, files: Collection[str], advance: Advance) -> Path
     return Path(places[0])
 
 
-def _header(name: Reference, file: str, size: int, content: str) -> Remote:
+def _header(name: Reference, file: str, size: int, content: str) -> RemoteFile:
     """The first bytes of a weight file, as far as its header goes."""
 
     def peek(begin: int, count: int) -> bytes:
@@ -215,7 +215,7 @@ def _header(name: Reference, file: str, size: int, content: str) -> Remote:
     end = 8 + int.from_bytes(start[:8], "little")
     if len(start) < end <= min(size, 8 + MAX_HEADER):
         start += peek(len(start), end - len(start))
-    return Remote(start[:end], size, content, peek)
+    return RemoteFile(start[:end], size, content, peek)
 
 
 def _range(name: Reference, file: str, begin: int, count: int) -> bytes:

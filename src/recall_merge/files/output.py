@@ -19,7 +19,7 @@ from recall_merge.files.checkpoint import INDEX, SINGLE
 from recall_merge.files.durable import sync
 from recall_merge.files.lock import take_lock
 from recall_merge.files.record import RECORD
-from recall_merge.files.safetensors import Spec, bytes_of, encode_header
+from recall_merge.files.safetensors import TensorSpec, bytes_of, encode_header
 from recall_merge.runtime.errors import OutputError
 from recall_merge.runtime.paths import path_of
 
@@ -34,20 +34,20 @@ class Shard:
     """One file of a model: its name and its tensors in order."""
 
     file: str
-    specs: Mapping[str, Spec]
+    specs: Mapping[str, TensorSpec]
 
     @property
     def nbytes(self) -> int:
         return sum(spec.nbytes for spec in self.specs.values())
 
 
-def plan_shards(specs: Mapping[str, Spec], shard_size: int) -> list[Shard]:
+def plan_shards(specs: Mapping[str, TensorSpec], shard_size: int) -> list[Shard]:
     """Fill shards in the given order up to `shard_size` bytes each; a larger tensor has a shard of its own.
 
-    >>> [shard.file for shard in plan_shards({"a": Spec("F32", (2,)), "b": Spec("F32", (2,))}, shard_size=8)]
+    >>> [shard.file for shard in plan_shards({"a": TensorSpec("F32", (2,)), "b": TensorSpec("F32", (2,))}, shard_size=8)]
     ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
     """
-    groups: list[dict[str, Spec]] = [{}]
+    groups: list[dict[str, TensorSpec]] = [{}]
     filled = 0
     for name, spec in specs.items():
         if groups[-1] and filled + spec.nbytes > shard_size:
@@ -191,7 +191,7 @@ class WeightWriter:
         self.hashes: dict[str, str] = {}
         self._folder = folder
         self._shards = iter(shards)
-        self._expected: deque[tuple[str, Spec]] = deque()
+        self._expected: deque[tuple[str, TensorSpec]] = deque()
         self._pieces = 0  # numbers of the next tensor that have come in pieces
         self._file = None
         self._digest = blake3()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from recall_merge.files.checkpoint import read_json
-from recall_merge.files.experts import hash_result
+from recall_merge.files.hashing import hash_result
 from recall_merge.runtime.errors import Faults, ResultError, short
 
 RECORD = "record.json"

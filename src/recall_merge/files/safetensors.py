@@ -50,14 +50,14 @@ READ = Counter()
 
 
 @dataclass(frozen=True)
-class Spec:
+class TensorSpec:
     """What a header says of a tensor: its dtype, as the format writes it (F32, BF16, ...), and its shape."""
 
     dtype: str
     shape: tuple[int, ...]
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> Spec:
+    def of(cls, tensor: torch.Tensor) -> TensorSpec:
         return cls(CODES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape))
 
     @cached_property
@@ -83,7 +83,7 @@ class Spec:
 
 
 @dataclass(frozen=True)
-class Remote:
+class RemoteFile:
     """A file of which only the header is here.
 
     Attributes:
@@ -100,13 +100,13 @@ class Remote:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """Where a tensor's bytes lie: from `begin` (counted from the start of the file) in `file`."""
 
-    spec: Spec
+    spec: TensorSpec
     file: Path
     begin: int
-    remote: Remote | None = None
+    remote: RemoteFile | None = None
 
     def read(self, span: range | None = None) -> torch.Tensor:
         """Read the tensor, in its own dtype, into memory of its own; of its numbers in their order only those of `span`, if given.
@@ -150,7 +150,7 @@ class Stored:
         finally:
             os.close(descriptor)
 
-    def same_bytes(self, other: Stored, piece: int = 1 << 24) -> bool:
+    def same_bytes(self, other: StoredTensor, piece: int = 1 << 24) -> bool:
         """Whether two tensors are equal to the bit; reads piece by piece. Of tensors that are still on the hub it compares the start."""
         if self.spec != other.spec:
             return False
@@ -191,7 +191,7 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(flat)
 
 
-def read_header(path: Path, remote: Remote | None = None) -> dict[str, Stored]:
+def read_header(path: Path, remote: RemoteFile | None = None) -> dict[str, StoredTensor]:
     """Read and check one file's header; tensors in the order of their bytes.
 
     Args:
@@ -230,7 +230,7 @@ def read_header(path: Path, remote: Remote | None = None) -> dict[str, Stored]:
     faults = [f"tensor {short(name)}: {fault}" for name, entry in header.items() for fault in _entry_faults(name, entry)]
     if faults:
         raise CheckpointError(Fault(what, str(path), "the file is damaged: copy or download it again") for what in faults[:10])
-    stored = {name: (Spec(entry["dtype"], tuple(entry["shape"])), *entry["data_offsets"]) for name, entry in header.items()}
+    stored = {name: (TensorSpec(entry["dtype"], tuple(entry["shape"])), *entry["data_offsets"]) for name, entry in header.items()}
     ordered = dict(sorted(stored.items(), key=lambda item: item[1][1:]))
     end = 0
     for name, (_, begin, stop) in ordered.items():
@@ -239,10 +239,10 @@ def read_header(path: Path, remote: Remote | None = None) -> dict[str, Stored]:
         end = stop
     if 8 + length + end != size:
         raise broken(f"the header describes {8 + length + end} bytes, the file has {size}")
-    return {name: Stored(spec, path, 8 + length + begin, remote) for name, (spec, begin, _) in ordered.items()}
+    return {name: StoredTensor(spec, path, 8 + length + begin, remote) for name, (spec, begin, _) in ordered.items()}
 
 
-def encode_header(specs: Mapping[str, Spec]) -> bytes:
+def encode_header(specs: Mapping[str, TensorSpec]) -> bytes:
     """The first bytes of a file that holds these tensors in this order, padded so that the data starts at a multiple of 8."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from recall_merge.files.checkpoint import read_json
 from recall_merge.files.durable import replacing, write_whole
-from recall_merge.files.safetensors import CODES, Spec, Stored, bytes_of, encode_header, read_header
+from recall_merge.files.safetensors import CODES, StoredTensor, TensorSpec, bytes_of, encode_header, read_header
 from recall_merge.runtime.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -40,13 +40,13 @@ class InputStatistics:
 
     folder: Path
     facts: Mapping[str, Any]
-    stored: Mapping[str, Stored]
+    stored: Mapping[str, StoredTensor]
 
     @property
     def nbytes(self) -> int:
         return sum(stored.spec.nbytes for stored in self.stored.values())
 
-    def misfits(self, specs: Mapping[str, Spec]) -> list[str]:
+    def misfits(self, specs: Mapping[str, TensorSpec]) -> list[str]:
         """The tensors of a base whose inputs or outputs are more or fewer than the input statistics tells of."""
 
         def told(name: str, group: str, axis: int) -> tuple[int, ...]:
@@ -85,7 +85,7 @@ def write_statistics(folder: Path, parts: Mapping[str, Tensor], tensors: Mapping
     import torch
 
     parts = {name: tensor.to(torch.bfloat16) for name, tensor in parts.items()}
-    specs = {name: Spec(CODES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape)) for name, tensor in parts.items()}
+    specs = {name: TensorSpec(CODES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape)) for name, tensor in parts.items()}
     with replacing(folder / WEIGHTS) as partial, partial.open("wb") as file:
         file.write(encode_header(specs))
         for tensor in parts.values():

@@ -14,7 +14,7 @@ from recall_merge.files.checkpoint import Checkpoint
 from recall_merge.files.experts import AdapterExpert
 from recall_merge.files.names import Names
 from recall_merge.files.output import OutputFolder, Shard, WeightWriter
-from recall_merge.files.safetensors import Spec
+from recall_merge.files.safetensors import TensorSpec
 from recall_merge.merging.result import Result
 from recall_merge.runtime.errors import Faults, ResultError
 from recall_merge.runtime.progress import Progress
@@ -89,14 +89,14 @@ class AdapterPlan:
             keys |= {f"{PREFIX}{place.module}.{place.part}": name for place in places if place.module in stored}
         return keys
 
-    def specs(self) -> dict[str, Spec]:
+    def specs(self) -> dict[str, TensorSpec]:
         """The adapter's file: the factors A (r, i) and B (o, r) of every linear layer, then everything that is stored whole."""
         specs = {}
         for name, rank in self.ranks.items():
             place, (o, i) = self.places[name][0], self.base.tensors[name].spec.shape
             o, i = (i, o) if place.transposed else (o, i)
-            specs[f"{PREFIX}{place.module}.lora_A.weight"] = Spec("F32", (rank, i))
-            specs[f"{PREFIX}{place.module}.lora_B.weight"] = Spec("F32", (o, rank))
+            specs[f"{PREFIX}{place.module}.lora_A.weight"] = TensorSpec("F32", (rank, i))
+            specs[f"{PREFIX}{place.module}.lora_B.weight"] = TensorSpec("F32", (o, rank))
         return specs | {key: self.result.checkpoint.tensors[name].spec for key, name in self.whole_keys().items()}
 
 

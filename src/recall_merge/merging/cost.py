@@ -6,7 +6,7 @@ import hashlib
 import time
 from dataclasses import dataclass
 
-from recall_merge.files.safetensors import Stored
+from recall_merge.files.safetensors import StoredTensor
 from recall_merge.merging.plan import Plan
 from recall_merge.merging.run import LossWeights, RecallWeights
 from recall_merge.merging.spans import SPAN, TWICE, in_spans
@@ -117,7 +117,7 @@ def _states(plan: Plan, models: int) -> int:
     return 4 * _width(plan) * tokens * plan.base.tensors[plan.base.embedding].spec.shape[-1]
 
 
-def _seconds_per_byte(stored: Stored) -> float:
+def _seconds_per_byte(stored: StoredTensor) -> float:
     buffer = bytearray(min(PROBE, stored.spec.nbytes))
     start = time.perf_counter()
     stored.fill(memoryview(buffer))

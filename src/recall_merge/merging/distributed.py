@@ -17,8 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recall_merge.files.digest import ModelDigest
 from recall_merge.files.durable import sync
-from recall_merge.files.experts import Digest, FullExpert
+from recall_merge.files.experts import FullExpert
 from recall_merge.files.output import MARKER, WeightWriter
 from recall_merge.files.safetensors import READ
 from recall_merge.merging.cost import forward_memory, merge_memory, weights_memory, whole_model_memory
@@ -75,7 +76,7 @@ def compute_weights_distributed(plan: Plan, executor: Executor, progress: Progre
 
 
 def merge_distributed(
-    plan: Plan, weights: MergeWeights, executor: Executor, folder: Path, digest: Digest, progress: Progress
+    plan: Plan, weights: MergeWeights, executor: Executor, folder: Path, digest: ModelDigest, progress: Progress
 ) -> dict[str, str]:
     """Write the result's weight files and their index, one task per shard.    -> the files' hashes
 
@@ -107,7 +108,7 @@ def write_shard(plan: Plan, weights: MergeWeights, folder: Path, number: int) ->
     if not (folder / MARKER).exists():
         fix = "give `out` a path that means the same folder on every machine: on a shared file system"
         raise OutputError("a machine of the cluster does not find the folder that the result is written to", where=folder, fix=fix)
-    shard, digest = plan.shards[number], Digest()
+    shard, digest = plan.shards[number], ModelDigest()
     attempt = Path(tempfile.mkdtemp(prefix=f"{ATTEMPT}{os.getpid()}-", dir=folder))
     with WeightWriter(attempt, [shard]) as writer:
         merge_tensors(plan, weights, shard.specs, writer, digest)
@@ -185,5 +186,5 @@ def _counted(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[
     return function(*arguments), READ.total - before
 
 
-def _digests(plan: Plan, base: Digest) -> list[Digest]:
+def _digests(plan: Plan, base: ModelDigest) -> list[ModelDigest]:
     return [base, *(expert.digest for expert in plan.experts if isinstance(expert, FullExpert))]

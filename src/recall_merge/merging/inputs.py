@@ -8,23 +8,26 @@ from pathlib import Path
 
 from recall_merge.files.adapter import CONFIG, Adapter, is_adapter, open_adapter
 from recall_merge.files.checkpoint import Checkpoint, open_checkpoint
-from recall_merge.files.experts import AdapterExpert, BaseExpert, Expert, FullExpert, check_checkpoint, hash_expert
-from recall_merge.files.hashing import Watch, same_weights, watch
+from recall_merge.files.experts import AdapterExpert, BaseExpert, Expert, FullExpert, hash_expert
+from recall_merge.files.file_states import FileStates
+from recall_merge.files.hashing import same_weights
 from recall_merge.files.hub import Located, Reference, cached_folder, locate, meaning
 from recall_merge.files.names import named_like
+from recall_merge.files.same_architecture import check_checkpoint
 from recall_merge.files.statistics import InputStatistics, open_statistics
 from recall_merge.merging.run import ExpertEntry, MergeRun, skipped
 from recall_merge.runtime.errors import CheckpointError, Faults
 
 
-def locate_models(run: MergeRun, download: bool) -> tuple[dict[str, Located], Faults, Watch]:
+def locate_models(run: MergeRun, download: bool) -> tuple[dict[str, Located], Faults, FileStates]:
     """Where the models are, the faults of those that cannot be found, and the present state of all files that will be read."""
     faults, located = Faults(), {}
     for name, reference in {"base": run.base, **{entry.name: entry.path for entry in run.experts}}.items():
         with faults.collect():
             located[name] = locate(reference, weights=download)
     others = [entry.stats for entry in run.experts] + [run.samples.path if run.samples is not None else None]
-    return located, faults, watch([*(model.folder for model in located.values()), *(Path(path) for path in others if path is not None)])
+    paths = [*(model.folder for model in located.values()), *(Path(path) for path in others if path is not None)]
+    return located, faults, FileStates.of(paths)
 
 
 def open_base(located: Located) -> Checkpoint:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recall_merge.files.companions import write_companions
-from recall_merge.files.experts import Digest
+from recall_merge.files.digest import ModelDigest
 from recall_merge.files.model_card import PICTURE, write_model_card
 from recall_merge.files.output import OutputFolder, WeightWriter
 from recall_merge.files.record import RECORD, verify_files, write_record
@@ -101,7 +101,7 @@ def apply(plan: Plan, *, executor: str = LOCAL, progress: Progress | None = None
     memory.give_back()  # what making the plan took, such as reading tokenizers
     progress, seconds, before = progress or Silent(), dict[str, float](), READ.total
     with OutputFolder(plan.target, overwrite=plan.run.out.overwrite) as out:
-        digest = Digest()
+        digest = ModelDigest()
         write = _write_here if executor == LOCAL else partial(_write_distributed, executor)
         weights, hashes = write(plan, out.path, digest, seconds, progress)
         dtype = None if plan.run.out.dtype == "auto" else plan.run.out.dtype
@@ -136,11 +136,11 @@ def apply(plan: Plan, *, executor: str = LOCAL, progress: Progress | None = None
 def merge_in_memory(plan: Plan, progress: Progress | None = None) -> tuple[dict[str, Tensor], MergeWeights]:
     """The result's tensors, by the same pass, without writing them."""
     collector = TensorCollector(plan)
-    weights = merge_into(collector, plan, Digest(), {}, progress or Silent())
+    weights = merge_into(collector, plan, ModelDigest(), {}, progress or Silent())
     return collector.tensors, weights
 
 
-def merge_into(writer: Writer, plan: Plan, digest: Digest, seconds: dict[str, float], progress: Progress) -> MergeWeights:
+def merge_into(writer: Writer, plan: Plan, digest: ModelDigest, seconds: dict[str, float], progress: Progress) -> MergeWeights:
     """Merge all tensors into a writer: by weights that are known before, or layer by layer as they become known."""
     with _timed(seconds, "weights"):
         start = prepare(plan, progress)
@@ -152,7 +152,7 @@ def merge_into(writer: Writer, plan: Plan, digest: Digest, seconds: dict[str, fl
 
 
 def _write_here(
-    plan: Plan, folder: Path, digest: Digest, seconds: dict[str, float], progress: Progress
+    plan: Plan, folder: Path, digest: ModelDigest, seconds: dict[str, float], progress: Progress
 ) -> tuple[MergeWeights, dict[str, str]]:
     """The weight files of the result.    -> the weights, and the files' hashes"""
     with WeightWriter(folder, plan.shards) as writer:
@@ -160,7 +160,7 @@ def _write_here(
 
 
 def _write_distributed(
-    executor: str, plan: Plan, folder: Path, digest: Digest, seconds: dict[str, float], progress: Progress
+    executor: str, plan: Plan, folder: Path, digest: ModelDigest, seconds: dict[str, float], progress: Progress
 ) -> tuple[MergeWeights, dict[str, str]]:
     """The same by tasks. The executor closes before the folder does, so that nobody goes on writing for a merge that failed."""
     with open_executor(executor, plan.threads) as workers:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from recall_merge.files.checkpoint import Checkpoint
 from recall_merge.files.experts import AdapterExpert, BaseExpert, Expert, FullExpert
-from recall_merge.files.hashing import Watch
+from recall_merge.files.file_states import FileStates
 from recall_merge.files.hub import Located
 from recall_merge.files.output import OutputFolder, Shard, free_bytes, plan_shards
 from recall_merge.files.rows import Row, read_rows
-from recall_merge.files.safetensors import CODES, Spec
+from recall_merge.files.safetensors import CODES, TensorSpec
 from recall_merge.files.statistics import InputStatistics, has_statistics
 from recall_merge.files.vocabulary import Vocabulary, plan_vocabulary
 from recall_merge.merging.inputs import check_distinct, locate_models, open_base, open_expert, read_statistics
@@ -55,12 +55,12 @@ class Plan:
     overrides: Mapping[str, Override]
     rows: list[Row]
     vocabulary: Vocabulary | None
-    specs: Mapping[str, Spec]
+    specs: Mapping[str, TensorSpec]
     shards: list[Shard]
     located: Mapping[str, Located]
     statistics: tuple[InputStatistics | None, ...] = ()
     notes: list[str] = field(default_factory=list)
-    inputs: Watch = field(default_factory=lambda: Watch({}), repr=False)
+    inputs: FileStates = field(default_factory=lambda: FileStates({}), repr=False)
 
     @property
     def samples(self) -> Samples:
@@ -271,13 +271,13 @@ def _tokens_of(expert: Expert, base: Checkpoint) -> tuple[Path, int]:
     return expert.folder, spec.shape[0] if spec is not None else base.vocabulary_size
 
 
-def _result_specs(run: MergeRun, base: Checkpoint, vocabulary: Vocabulary | None) -> dict[str, Spec]:
-    specs: dict[str, Spec] = {}
+def _result_specs(run: MergeRun, base: Checkpoint, vocabulary: Vocabulary | None) -> dict[str, TensorSpec]:
+    specs: dict[str, TensorSpec] = {}
     for name in sorted(base.tensors, key=base.layers.of):  # a stable sort: within a layer, the base's own order
         spec = base.tensors[name].spec
         dtype = CODES[run.out.dtype] if run.out.dtype != "auto" and spec.is_float else spec.dtype
         rows = (vocabulary.size,) if vocabulary is not None and name in base.token_tensors else spec.shape[:1]
-        specs[name] = Spec(dtype, (*rows, *spec.shape[1:]))
+        specs[name] = TensorSpec(dtype, (*rows, *spec.shape[1:]))
     return specs
 
 

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from recall_merge.files.experts import BaseExpert, Digest, FullExpert, hash_file
+from recall_merge.files.digest import ModelDigest
+from recall_merge.files.experts import BaseExpert, FullExpert
+from recall_merge.files.hashing import hash_file
 from recall_merge.files.record import versions
 from recall_merge.merging.plan import Plan
 from recall_merge.merging.weights import MergeWeights, TypicalSample
@@ -65,7 +67,7 @@ def weights_from_record(record: Mapping[str, Any]) -> MergeWeights:
 
 def hash_models(plan: Plan) -> dict[str, dict[str, str]]:
     """Hash all models by reading them: the same tensors as the pass over the parameters reads."""
-    digest = Digest()
+    digest = ModelDigest()
     for name in plan.specs:
         digest.add(name, plan.base.read(name))
         for expert in plan.experts:
@@ -74,7 +76,7 @@ def hash_models(plan: Plan) -> dict[str, dict[str, str]]:
     return hashes_of(plan, digest)
 
 
-def hashes_of(plan: Plan, digest: Digest) -> dict[str, dict[str, str]]:
+def hashes_of(plan: Plan, digest: ModelDigest) -> dict[str, dict[str, str]]:
     """The hashes of all models, once a pass has read them; `digest` holds the base's."""
     merged = {"tensors": digest.hexdigest(plan.merges)}  # of an expert, only what is merged is read
     experts = {expert.name: merged if isinstance(expert, BaseExpert) else expert.hashes() for expert in plan.experts}

@@ -11,7 +11,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from recall_merge.files.adapter import CONFIG, WEIGHTS, is_adapter
 from recall_merge.files.checkpoint import Checkpoint, open_checkpoint
-from recall_merge.files.experts import Digest, hash_file
+from recall_merge.files.digest import ModelDigest
+from recall_merge.files.hashing import hash_file
 from recall_merge.files.hub import Located, locate
 from recall_merge.files.names import named_like
 from recall_merge.files.record import RECORD
@@ -197,7 +198,7 @@ def check_model(result: Result, name: str, folder: Path) -> None:
     if is_adapter(folder):
         hashes = {file: hash_file(folder / file) for file in (CONFIG, WEIGHTS) if (folder / file).is_file()}
     else:
-        digest, model = Digest(), named_like(open_checkpoint(folder), result.checkpoint)
+        digest, model = ModelDigest(), named_like(open_checkpoint(folder), result.checkpoint)
         for tensor in model.tensors:
             if name == "base" or (tensor in result.checkpoint.tensors and result.merges(tensor)):
                 digest.add(tensor, model.read(tensor))

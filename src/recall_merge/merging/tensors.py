@@ -11,7 +11,8 @@ from contextlib import contextmanager, nullcontext
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol
 
-from recall_merge.files.experts import Digest, FullExpert, widen
+from recall_merge.files.digest import ModelDigest
+from recall_merge.files.experts import FullExpert, widen
 from recall_merge.maths.deltas import Delta, LowRank, dense
 from recall_merge.maths.lines import lines_scales
 from recall_merge.maths.methods import METHODS, Draws
@@ -59,7 +60,7 @@ def merge_tensors(
     weights: MergeWeights,
     names: Iterable[str],
     writer: Writer,
-    digest: Digest,
+    digest: ModelDigest,
     advance: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Merge the tensors named and hand them to the writer, in the plan's order and dtypes.
@@ -118,7 +119,7 @@ def condition_numbers(plan: Plan, weights: MergeWeights) -> dict[str, float]:
     return numbers
 
 
-def _merge_piece(plan: Plan, weights: MergeWeights, piece: Piece, digest: Digest, sizes: DeltaSizes) -> Tensor:
+def _merge_piece(plan: Plan, weights: MergeWeights, piece: Piece, digest: ModelDigest, sizes: DeltaSizes) -> Tensor:
     """One tensor of the result, or a span of one."""
     name, span = piece.name, piece.span
     stored = plan.base.read(name, span)

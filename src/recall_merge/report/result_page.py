@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from recall_merge.files.experts import hash_file
+from recall_merge.files.hashing import hash_file
 from recall_merge.files.hub import Located
 from recall_merge.merging.result import Result, check_model, find_models, open_result
 from recall_merge.report.anatomy import Models, anatomy

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from recall_merge.files.adapter import CONFIG, is_adapter
 from recall_merge.files.checkpoint import open_checkpoint, read_json
-from recall_merge.files.experts import hash_file
+from recall_merge.files.hashing import hash_file
 from recall_merge.files.output import OutputFolder
 from recall_merge.files.record import RECORD, verify_files, versions, write_record
 from recall_merge.files.rows import Row, numbered
