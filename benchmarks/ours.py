@@ -46,16 +46,16 @@ def pass_alone(run: Any) -> None:
     """
     from recall_merge.files.digest import ModelDigest
     from recall_merge.files.output import WeightWriter
-    from recall_merge.merging.merge import Timings, merge_into
+    from recall_merge.merging.merge import merge_into
     from recall_merge.merging.plan import make_plan
     from recall_merge.runtime.progress import Silent
 
     plan = make_plan(run.model_copy(update={"change_limit": None}))
     plan.target.mkdir(parents=True)
     unchecked = patch("recall_merge.merging.tensors.is_finite", lambda _: True)
-    read, written = (patch(f"recall_merge.files.{module}.blake3", NoHash) for module in ("experts", "output"))
+    read, written = (patch(f"recall_merge.files.{module}.blake3", NoHash) for module in ("digest", "output"))
     with read, written, unchecked, WeightWriter(plan.target, plan.shards) as writer:
-        merge_into(writer, plan, ModelDigest(), Timings(), Silent())
+        merge_into(writer, plan, ModelDigest(), {}, Silent())
 
 
 class NoHash:
