@@ -42,16 +42,12 @@ METRICS = {
     "forgetting": Metric(
         "forgetting",
         "forgetting",
-        "mean over the T - 1 tasks j < T of max over stages i < T (base included) of R[i, j], less R[T, j]",
+        "mean over T - 1 tasks j < T of max over i < T (base included) of R[i, j], minus R[T, j]",
         signed=True,
         needs_stages=True,
     ),
     "forward_transfer": Metric(
-        "forward transfer",
-        "FWT",
-        "mean over the T - 1 tasks j >= 2 of R[j-1, j] - b_j, b_j the base's score",
-        signed=True,
-        needs_stages=True,
+        "forward transfer", "FWT", "mean over T - 1 tasks j >= 2 of R[j-1, j] - b_j, b_j the base's score", signed=True, needs_stages=True
     ),
     "retention": Metric(
         "retention of the experts' gains",
@@ -59,7 +55,7 @@ METRICS = {
         "mean over the tasks whose expert beats the base of (R[T, j] - b_j) / (E_j - b_j), E_j the expert's own score",
     ),
     "unseen_delta": Metric(
-        "unseen-task delta", "unseen delta", "mean over the K tasks not trained on of R[T, k] - b_k, b_k the base's score", signed=True
+        "unseen-task delta", "unseen delta", "mean over K tasks not trained on of R[T, k] - b_k, b_k the base's score", signed=True
     ),
 }
 """The numbers of `continual_metrics`, by their names there."""

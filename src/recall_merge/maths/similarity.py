@@ -17,8 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 Bandwidth = Literal["median", "dimension"] | float
-KernelFunction = Callable[..., Tensor]
-F = TypeVar("F", bound=KernelFunction)
+F = TypeVar("F", bound=Callable[..., Tensor])
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Kernel:
     """
 
     name: str
-    function: KernelFunction
+    function: Callable[..., Tensor]
     source: str
 
     @property
