@@ -17,7 +17,7 @@ def random_moment(seed, size=12, rows=40):
 def test_compression_keeps_the_diagonal_and_at_full_rank_everything():
     wanted = random_moment(1)
     assert compress(torch.from_numpy(wanted), 12).dense().numpy() == pytest.approx(wanted, rel=1e-4, abs=1e-3)
-    for rank in (0, 3):
+    for rank in (0, 3, 12):
         compressed = compress(torch.from_numpy(wanted), rank)
         assert compressed.factor.shape == (12, rank)
         assert compressed.diagonal.numpy() == pytest.approx(wanted.diagonal(), rel=1e-5)
