@@ -1,4 +1,4 @@
-"""The arrows of the house, read from the imports: a room knows the rooms below it and `runtime`, and no modules import each other in a circle."""
+"""The arrows of the house, read from the imports: a room knows the rooms below it and `runtime`; no modules form an import circle."""
 
 import ast
 import importlib
