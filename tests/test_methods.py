@@ -11,15 +11,15 @@ from torch import Tensor
 from recall_merge.maths import order_statistics
 from recall_merge.maths.consensus import agreeing
 from recall_merge.maths.deltas import LowRank
-from recall_merge.maths.lines import lines_scales
+from recall_merge.maths.low_rank import combined, norm, orthonormal, singular
 from recall_merge.maths.methods import METHODS, Draws
 from recall_merge.maths.methods.informed import fisher, regmean
 from recall_merge.maths.moments import Moment, compress
 from recall_merge.maths.order_statistics import below, kth_largest, kth_largest_size
 from recall_merge.maths.pieces import PIECE, in_pieces, rows
 from recall_merge.maths.pruning import prune_by_saliency
-from recall_merge.maths.singular_vectors import combined, norm, orthonormal, singular
 from recall_merge.maths.trimming import drop_by_rank, drop_random, keep_sizes, largest, middle
+from recall_merge.maths.weights import lines_scales
 
 
 def merge(name: str, base, deltas, weights=None, **options) -> Tensor:

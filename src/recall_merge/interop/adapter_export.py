@@ -198,8 +198,7 @@ def _delta(plan: AdapterPlan, name: str) -> Tensor:
 def _factors(plan: AdapterPlan, name: str) -> LowRank:
     """The factors of one linear layer, in the base's orientation."""
     from recall_merge.maths.deltas import LowRank
-    from recall_merge.maths.low_rank import truncate
-    from recall_merge.maths.singular_vectors import combined
+    from recall_merge.maths.low_rank import combined, truncate
 
     rank = plan.ranks[name]
     if plan.shares is not None:

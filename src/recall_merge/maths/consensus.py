@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-Elect = Literal["weighted", "unweighted", "count"]
-Mean = Literal["weights", "count", "none"]
+from recall_merge.maths.deltas import Dense
+
+Elect = Annotated[
+    Literal["weighted", "unweighted", "count"],
+    "what elects an entry's sign: the sum of weighted deltas (as mergekit), of deltas (as peft), or the number of deltas of either sign",
+]
+Mean = Annotated[
+    Literal["weights", "count", "none"],
+    "the sum of agreeing weighted deltas is divided by their weights (as mergekit), by the share of deltas that agree (as peft), or not",
+]
 
 
-def weighted_sum(deltas: Sequence[Float[Tensor, "*s"]], weights: Sequence[float]) -> Float[Tensor, "*s"]:
+def weighted_sum(deltas: Sequence[Dense], weights: Sequence[float]) -> Dense:
     """sum_q w_q delta_q.
 
     >>> weighted_sum([torch.ones(2), 3 * torch.ones(2)], [0.5, 0.5])
@@ -25,13 +31,10 @@ def weighted_sum(deltas: Sequence[Float[Tensor, "*s"]], weights: Sequence[float]
     return total
 
 
-def agreeing(
-    deltas: Sequence[Float[Tensor, "*s"]], weights: Sequence[float], *, elect: Elect = "weighted", mean: Mean = "weights"
-) -> Float[Tensor, "*s"]:
+def agreeing(deltas: Sequence[Dense], weights: Sequence[float], *, elect: Elect = "weighted", mean: Mean = "weights") -> Dense:
     """sum_{q in A} w_q delta_q / sum_{q in A} w_q, A = {q : sign(delta_q) = s}, s the elected sign, entry by entry.
 
-    The sign s is, by `elect`, that of sum_q w_q delta_q (weighted), of sum_q delta_q (unweighted), or of sum_q sign(delta_q) (count).
-    The divisor is, by `mean`, as above (weights), the share of the experts that agree (count), or 1 (none).
+    s is the sign of sum_q w_q delta_q, or as `elect` says of sum_q delta_q or sum_q sign(delta_q); `mean` can change the divisor.
     An even vote elects +. A delta of 0 agrees with nobody, and where nobody agrees the result is 0. Experts of weight 0 have no vote.
 
     >>> agreeing([torch.tensor([1.0, 1.0]), torch.tensor([3.0, -3.0])], [0.5, 0.5])

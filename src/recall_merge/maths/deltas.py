@@ -32,10 +32,12 @@ class LowRank:
         return self.up @ self.down
 
 
-Delta = Float[Tensor, "*s"] | LowRank
+Dense = Float[Tensor, "*s"]
+"""A tensor of any shape; within one call the same shape for all."""
+Delta = Dense | LowRank
 
 
-def dense(delta: Delta) -> Float[Tensor, "*s"]:
+def dense(delta: Delta) -> Dense:
     """A delta as one tensor, whichever form it has."""
     return delta.dense() if isinstance(delta, LowRank) else delta
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float
@@ -11,8 +11,10 @@ from torch import Tensor
 
 from recall_merge.maths.pieces import pieces
 
-Vectors = Literal["whole", "rows", "columns"]
-"""What counts as one vector: the whole tensor, each row (along its last axis) or each column (along its first)."""
+Vectors = Annotated[
+    Literal["whole", "rows", "columns"],
+    "what counts as one vector: the whole tensor, each row (along its last axis) or each column (along its first)",
+]
 
 
 def columns_last(tensor: Tensor, vectors: Vectors) -> Tensor:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from jaxtyping import Float
 from torch import Tensor
 
 from recall_merge.maths.consensus import weighted_sum
+from recall_merge.maths.deltas import Dense
 from recall_merge.maths.order_statistics import below, kth_largest
 from recall_merge.maths.pieces import in_pieces
 
@@ -16,8 +16,8 @@ Saliency = Literal["deviation", "magnitude"]
 
 
 def prune_by_saliency(
-    deltas: Sequence[Float[Tensor, "*s"]], *, density: float = 0.5, saliency: Saliency = "deviation"
-) -> list[Float[Tensor, "*s"]]:  # fmt: skip
+    deltas: Sequence[Dense], *, density: float = 0.5, saliency: Saliency = "deviation"
+) -> list[Dense]:  # fmt: skip
     """Each delta with all but its int(density * n) most salient entries set to 0; entries that tie with the last of them stay too.
 
     saliency_q = |delta_q - mean_p delta_p| (deviation) or |delta_q| (magnitude), entry by entry. Both scores are our own. The procedure,

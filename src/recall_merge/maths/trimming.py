@@ -2,7 +2,7 @@
 
 A trim looks at a whole delta first (a threshold on sizes, a rescaling factor) and becomes a `Trim`, which then takes the delta piece by
 piece, in order. That buys time: trimming, electing and averaging are one pass in the processor's cache, and thresholds are found by
-selection, without a sort. And memory: where a threshold on sizes (`TrimThreshold`) is all that a trim needs, the caller may find it
+selection, without a sort. And memory: where a threshold on sizes (`Threshold`) is all that a trim needs, the caller may find it
 first, span by span from the file, and then merge span by span; no tensor is ever whole in memory, and the bytes are the same.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -18,33 +18,38 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
+from recall_merge.maths.deltas import Dense
 from recall_merge.maths.draws import Stream
 from recall_merge.maths.order_statistics import below, kth_largest
 from recall_merge.maths.pieces import in_pieces, pieces
 
 Trim = Callable[[Tensor], Tensor]
 """The next piece of a delta -> the same piece with what is dropped set to 0."""
-TrimThreshold = tuple[float, float | None]
+Threshold = tuple[float, float | None]
 """What stays: sizes above the first number and, if there is a second, not above that one."""
-FindThreshold = Callable[[Callable[[int], float], int, torch.dtype, int, Mapping[str, Any]], TrimThreshold]
+FindThreshold = Callable[[Callable[[int], float], int, torch.dtype, int, Mapping[str, Any]], Threshold]
 """(k -> k-th largest size of a delta, its number of entries, its dtype, the expert's number, options) -> which sizes stay."""
 PerExpert = float | list[float]
 """One number for all experts, or one for each."""
-Rescale = Literal["none", "l1"]
-"""Multiply what stays by nothing (none), or so that the sum of sizes over the tensor is as before (l1)."""
-RescaleRandom = Literal["share", "l1", "none"]
-"""The same; or by 1 / the probability of staying (share)."""
+Rescale = Annotated[
+    Literal["none", "l1"], "multiply what stays: none, by nothing; l1, so that the sum of sizes is as before, over the tensor (as mergekit)"
+]
+RescaleDrop = Annotated[
+    Literal["share", "l1", "none"],
+    "multiply what stays: share, by 1 / the probability of staying (as DARE and DELLA); l1, so that the sum of sizes is as before, over "
+    "the tensor (as mergekit); none, by nothing",
+]
 
 
 def add_trimmed(
-    base: Float[Tensor, "*s"],
-    deltas: Sequence[Float[Tensor, "*s"]],
+    base: Dense,
+    deltas: Sequence[Dense],
     trims: Sequence[Trim],
     combine: Callable[[Sequence[Tensor]], Tensor],
     scale: float,
     *,
     by_row: bool = False,
-) -> Float[Tensor, "*s"]:
+) -> Dense:
     """theta_0 + scale * combine(v_1 .. v_k), v_q = trim_q(delta_q), in pieces; of whole rows where a trim needs them.
 
     >>> add_trimmed(torch.zeros(2), [torch.tensor([1.0, 5.0])], [partial(between, low=2.0)], lambda kept: kept[0], scale=2.0)
@@ -59,9 +64,9 @@ def add_trimmed(
 
 
 def keep_sizes(
-    deltas: Sequence[Float[Tensor, "*s"]],
+    deltas: Sequence[Dense],
     find: FindThreshold,
-    thresholds: Sequence[TrimThreshold] | None = None,
+    thresholds: Sequence[Threshold] | None = None,
     *,
     rescale: Rescale = "none",
     **options: PerExpert,
@@ -79,7 +84,7 @@ def keep_sizes(
     return [_rescaled(lambda keep=keep: keep, delta, rescale) for keep, delta in zip(keeps, deltas, strict=True)]
 
 
-def largest(kth: Callable[[int], float], n: int, dtype: torch.dtype, expert: int, options: Mapping[str, Any]) -> TrimThreshold:
+def largest(kth: Callable[[int], float], n: int, dtype: torch.dtype, expert: int, options: Mapping[str, Any]) -> Threshold:
     """Sizes from the int(density * n)-th largest up (at least the largest).
 
     Entries whose size ties with it all stay, so more than the share may stay: equal entries are treated alike.
@@ -88,7 +93,7 @@ def largest(kth: Callable[[int], float], n: int, dtype: torch.dtype, expert: int
     return (below(kth(_count(density, n)), dtype), None) if density < 1 and n else (0.0, None)
 
 
-def middle(kth: Callable[[int], float], n: int, dtype: torch.dtype, expert: int, options: Mapping[str, Any]) -> TrimThreshold:
+def middle(kth: Callable[[int], float], n: int, dtype: torch.dtype, expert: int, options: Mapping[str, Any]) -> Threshold:
     """All but the int(gamma * n) largest sizes; of the others, the largest, until int(density * n) stay (at least one).
 
     Where both do not fit (density + gamma > 1), fewer of the largest go. Entries that tie with one that stays stay too.
@@ -101,18 +106,14 @@ def middle(kth: Callable[[int], float], n: int, dtype: torch.dtype, expert: int,
     return below(kth(outliers + kept), dtype), kth(outliers + 1)
 
 
-def between(piece: Float[Tensor, "*s"], low: float, high: float | None = None) -> Float[Tensor, "*s"]:
+def between(piece: Dense, low: float, high: float | None = None) -> Dense:
     """[x]_e if low < |x_e| (<= high, if given) else 0. x - x is 0 exactly, so the difference of two shrinks is exact."""
     kept = hardshrink(piece, low)
     return kept if high is None else kept.sub_(hardshrink(piece, high))
 
 
 def drop_random(
-    deltas: Sequence[Float[Tensor, "*s"]],
-    streams: Sequence[Callable[[], Stream]],
-    *,
-    density: PerExpert,
-    rescale: RescaleRandom = "share",
+    deltas: Sequence[Dense], streams: Sequence[Callable[[], Stream]], *, density: PerExpert, rescale: RescaleDrop = "share"
 ) -> list[Trim]:
     """For every delta, [delta]_e / density with probability density, else 0, each entry on its own (DARE).
 
@@ -133,12 +134,12 @@ def drop_random(
 
 
 def drop_by_rank(
-    deltas: Sequence[Float[Tensor, "*s"]],
+    deltas: Sequence[Dense],
     streams: Sequence[Callable[[], Stream]],
     *,
     density: PerExpert,
     epsilon: PerExpert,
-    rescale: RescaleRandom = "share",
+    rescale: RescaleDrop = "share",
 ) -> list[Trim]:
     """For every delta, [delta]_e / p_e with probability p_e, else 0; p_e rises with the rank of |delta_e| in its row (DELLA's MagPrune).
 

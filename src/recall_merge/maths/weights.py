@@ -97,6 +97,19 @@ def interpolated(points: Sequence[Sequence[float]], t: float) -> list[float]:
     return [(1 - share) * low + share * high for low, high in zip(points[before], points[after], strict=True)]
 
 
+def lines_scales(blocks: int, *, alpha: float, beta: float) -> list[float]:
+    """LiNeS, a scale on the merged delta at every layer 0..L+1: lambda_i = alpha + beta (i - 1) / (L - 1) for block i of L.
+
+    Wang et al. 2024, LiNeS, arXiv:2410.17146, eq. 2. Layer 0 (embedding) has the first block's scale alpha, layer L + 1 (final norm and
+    head) the last block's, alpha + beta; the authors' code gives alpha to both. A single block counts as the last.
+
+    >>> lines_scales(3, alpha=0.5, beta=1.0)
+    [0.5, 0.5, 1.0, 1.5, 1.5]
+    """
+    inside = [alpha + beta * ((block - 1) / (blocks - 1) if blocks > 1 else 1.0) for block in range(1, blocks + 1)]
+    return [alpha, *inside, inside[-1] if inside else alpha + beta]
+
+
 def _with_newest(newest: Float[Tensor, " layers"], n: int) -> Float[Tensor, "layers n"]:
     """Weights in which the newest has the given ones, and the others share the rest."""
     others = (1 - newest) / max(n - 1, 1)

@@ -144,7 +144,7 @@ def coefficients(result: Result) -> Tensor | None:
     """
     import torch
 
-    from recall_merge.maths.lines import lines_scales
+    from recall_merge.maths.weights import lines_scales
 
     method, k = result.record["method"], len(result.experts)
     options, merge_weights = method["options"], result.merge_weights

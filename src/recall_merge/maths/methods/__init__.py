@@ -7,8 +7,8 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from recall_merge.maths.draws import Draws as Draws
-from recall_merge.maths.methods.aliases import ALIASES as ALIASES
-from recall_merge.maths.methods.aliases import Alias as Alias
+from recall_merge.maths.methods.averages import ALIASES as ALIASES
+from recall_merge.maths.methods.averages import Alias as Alias
 from recall_merge.maths.methods.registry import METHODS as METHODS
 from recall_merge.maths.methods.registry import Method as Method
 from recall_merge.maths.methods.registry import method as method

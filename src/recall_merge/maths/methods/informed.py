@@ -11,16 +11,15 @@ from typing import Annotated
 
 import torch
 from annotated_types import Interval
-from jaxtyping import Float
-from torch import Tensor
 
-from recall_merge.maths.deltas import Delta, dense
+from recall_merge.maths.deltas import Delta, Dense, dense
 from recall_merge.maths.least_squares import condition_bound, least_squares
 from recall_merge.maths.methods.averages import linear
-from recall_merge.maths.methods.options import Scale
-from recall_merge.maths.methods.registry import method
+from recall_merge.maths.methods.registry import Scale, method
 from recall_merge.maths.moments import Moment, identity
 
+Moments = Sequence[Moment | None]
+"""One per expert; None for an expert without input statistics for this tensor."""
 Floor = Annotated[float, Interval(ge=0), "added to every information, as a share of the largest one of all experts"]
 OffDiagonal = Annotated[
     float, Interval(ge=0, le=1), "off-diagonal entries of the moments are multiplied by this, RegMean's alpha; 0 uses their diagonals alone"
@@ -30,14 +29,8 @@ Ridge = Annotated[float, Interval(gt=0), "added to the diagonal of the moments' 
 
 @method("fisher", source="Matena and Raffel 2022, Fisher-weighted averaging, arXiv:2111.09832", matrices=True)
 def fisher(
-    base: Float[Tensor, "*s"],
-    deltas: Sequence[Float[Tensor, "*s"]],
-    weights: Sequence[float],
-    *,
-    moments: Sequence[Moment | None] = (),
-    floor: Floor = 1e-6,
-    scale: Scale = 1.0,
-) -> Float[Tensor, "*s"]:
+    base: Dense, deltas: Sequence[Dense], weights: Sequence[float], *, moments: Moments = (), floor: Floor = 1e-6, scale: Scale = 1.0
+) -> Dense:
     """Average of the experts, each entry weighted by how much each expert's predictions depend on it.
 
     theta = theta_0 + scale * (sum_q w_q) * sum_q w_q F_q delta_q / sum_q w_q F_q.    base (o, i), k of (o, i), F_q (o, i)
@@ -68,15 +61,15 @@ def fisher(
 
 @method("regmean", source="Jin et al. 2023, Dataless knowledge fusion, arXiv:2212.09849", factors=True, matrices=True)
 def regmean(
-    base: Float[Tensor, "*s"],
+    base: Dense,
     deltas: Sequence[Delta],
     weights: Sequence[float],
     *,
-    moments: Sequence[Moment | None] = (),
+    moments: Moments = (),
     offdiagonal: OffDiagonal = 0.9,
     ridge: Ridge = 1e-6,
     scale: Scale = 1.0,
-) -> Float[Tensor, "*s"]:
+) -> Dense:
     """The linear map that answers each expert's inputs as that expert does, in the least-squares sense.
 
     W = theta_0 + scale * (sum_q w_q delta_q (G_q + rho I)) (sum_q w_q (G_q + rho I))^-1.    base (o, i), k of (o, i), G_q (i, i)
@@ -100,15 +93,15 @@ def regmean(
 
 @method("aligned", source="this project, after RegMean, Jin et al. 2023, arXiv:2212.09849", factors=True, matrices=True)
 def aligned(
-    base: Float[Tensor, "*s"],
+    base: Dense,
     deltas: Sequence[Delta],
     weights: Sequence[float],
     *,
-    moments: Sequence[Moment | None] = (),
+    moments: Moments = (),
     offdiagonal: OffDiagonal = 0.9,
     ridge: Ridge = 1e-6,
     scale: Scale = 1.0,
-) -> Float[Tensor, "*s"]:
+) -> Dense:
     """RegMean around the base: least squares over the experts' typical inputs, none of which counts for more because it is larger.
 
     W = theta_0 + scale * (sum_q w_q delta_q G_q) (sum_q w_q G_q + ridge I)^-1.    base (o, i), k of (o, i), G_q (i, i)
@@ -117,11 +110,6 @@ def aligned(
     mean diagonal of 1; the ridge pulls towards the base, not towards the mean of the experts; and the samples are a few typical ones.
     The ridge is small beside all inputs but dead ones: a few inputs may be a thousand times as large as the rest, which then lie far
     below the mean. An expert without input statistics, or whose inputs are all 0, has the identity.
-
-    >>> see, hide = Moment(torch.tensor([[1.0], [0.0]]), torch.zeros(2)), Moment(torch.tensor([[0.0], [1.0]]), torch.zeros(2))
-    >>> one, two = torch.tensor([[1.0, 5.0]]), torch.tensor([[5.0, 2.0]])
-    >>> aligned(torch.zeros(1, 2), [one, two], [0.5, 0.5], moments=[see, hide], offdiagonal=1.0, ridge=1e-9)  # each where it has inputs
-    tensor([[1., 2.]])
     """
     if base.ndim != 2 or all(moment is None for moment in moments) or not any(weights):
         return linear(base, [dense(delta) for delta in deltas], weights, scale=scale)
@@ -129,12 +117,12 @@ def aligned(
     return base + least_squares(deltas, units, _shares(weights), ridge=ridge).mul_(scale * sum(weights)).to(base.dtype)
 
 
-def condition(moments: Sequence[Moment | None], weights: Sequence[float], *, offdiagonal: float = 0.9, ridge: float = 1e-6) -> float:
+def condition(moments: Moments, weights: Sequence[float], *, offdiagonal: float = 0.9, ridge: float = 1e-6) -> float:
     """An upper bound of the condition number of the system that `aligned` solves for one tensor; at least one moment is known."""
     return condition_bound(_units(moments, offdiagonal), _shares(weights), ridge=ridge)
 
 
-def _units(moments: Sequence[Moment | None], offdiagonal: float) -> list[Moment]:
+def _units(moments: Moments, offdiagonal: float) -> list[Moment]:
     """Moments with a mean diagonal of 1; the identity for an expert without input statistics."""
     size = next(len(moment.rest) for moment in moments if moment is not None)
     return [identity(size) if moment is None else moment.shrunk(offdiagonal) for moment in moments]

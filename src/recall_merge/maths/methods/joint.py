@@ -7,14 +7,13 @@ from functools import reduce
 from typing import Annotated, Literal
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
 from recall_merge.maths.consensus import agreeing, weighted_sum
+from recall_merge.maths.deltas import Dense
 from recall_merge.maths.inner_products import inner_products
-from recall_merge.maths.methods.options import Fraction, Scale
-from recall_merge.maths.methods.registry import method
+from recall_merge.maths.methods.registry import Fraction, Scale, method
 from recall_merge.maths.order_statistics import below, kth_largest
 from recall_merge.maths.pieces import in_pieces, pieces, rows
 
@@ -24,9 +23,7 @@ Competing = Annotated[Fraction, "share of each delta's entries that stay, those 
 
 
 @method("model_stock", source="Jang et al. 2024, Model Stock, arXiv:2403.19522")
-def model_stock(
-    base: Float[Tensor, "*s"], deltas: Sequence[Float[Tensor, "*s"]], weights: Sequence[float], *, vectors: Filters = "whole"
-) -> Float[Tensor, "*s"]:
+def model_stock(base: Dense, deltas: Sequence[Dense], weights: Sequence[float], *, vectors: Filters = "whole") -> Dense:
     """The average of the experts, drawn back to the base: the wider the angle between their deltas, the further.
 
     theta = theta_0 + t * sum_q w_q delta_q,  t = k c / (1 + (k - 1) c),  c = mean over pairs p < q of cos(delta_p, delta_q).
@@ -48,14 +45,12 @@ def model_stock(
 
 
 @method("magmax", source="Marczak et al. 2024, MagMax, arXiv:2407.06322", elementwise=True)
-def magmax(
-    base: Float[Tensor, "*s"], deltas: Sequence[Float[Tensor, "*s"]], weights: Sequence[float], *, scale: Scale = 1.0
-) -> Float[Tensor, "*s"]:
+def magmax(base: Dense, deltas: Sequence[Dense], weights: Sequence[float], *, scale: Scale = 1.0) -> Dense:
     """The delta of largest size, entry by entry.
 
     theta = theta_0 + scale * v_q*,  v_q = k w_q delta_q,  q* = argmax_q |v_q|.
     With uniform weights v_q = delta_q, the paper's rule. Of two entries of equal size and opposite sign the positive one is taken, so
-    the order of the experts does not matter. The paper's experts are trained one after another; their deltas too are from the common base.
+    the order of the experts does not matter.
     """
     factors = [len(deltas) * weight for weight in weights]
 
@@ -69,14 +64,7 @@ def magmax(
 
 
 @method("sce", source="Wan et al. 2024, FuseChat, arXiv:2408.07990")
-def sce(
-    base: Float[Tensor, "*s"],
-    deltas: Sequence[Float[Tensor, "*s"]],
-    weights: Sequence[float],
-    *,
-    density: Selected = 0.1,
-    scale: Scale = 1.0,
-) -> Float[Tensor, "*s"]:
+def sce(base: Dense, deltas: Sequence[Dense], weights: Sequence[float], *, density: Selected = 0.1, scale: Scale = 1.0) -> Dense:
     """Select the entries where experts differ, calculate each expert's weight from them, erase minority signs.
 
     theta = theta_0 + scale * sum_{q in A} eta_q delta_q / sum_{q in A} eta_q on the selected entries, theta_0 elsewhere, with
@@ -111,14 +99,7 @@ def sce(
 
 
 @method("pcb", source="Du et al. 2024, Parameter competition balancing, arXiv:2410.02396, and its code, github.com/duguodong7/pcb-merging")
-def pcb(
-    base: Float[Tensor, "*s"],
-    deltas: Sequence[Float[Tensor, "*s"]],
-    weights: Sequence[float],
-    *,
-    density: Competing = 0.1,
-    scale: Scale = 1.0,
-) -> Float[Tensor, "*s"]:
+def pcb(base: Dense, deltas: Sequence[Dense], weights: Sequence[float], *, density: Competing = 0.1, scale: Scale = 1.0) -> Dense:
     """Let the entries of each delta compete: within it by size, between experts by agreement; keep the winners, weighted by score.
 
     theta = theta_0 + scale * sum_q w_q s_q v_q / sum_q w_q s_q,  entry by entry, 0 / 0 = 0.
@@ -134,17 +115,17 @@ def pcb(
     total = in_pieces(lambda *parts: weighted_sum(parts, [1.0] * len(parts)), [delta for delta, _ in present])
     numerator, divisor = base.new_zeros(base.shape), base.new_zeros(base.shape)
     for delta, weight in present:
-        low, high = _ends(delta)
+        beyond = delta.numel() // 10_000
+        low, high = kth_largest(delta, delta.numel() - beyond, size=True), kth_largest(delta, 1 + beyond, size=True)
         score = in_pieces(lambda part, summed, low=low, high=high: _score(part, summed, low, high, len(present)), [delta, total])
         floor = kth_largest(score, max(1, delta.numel() - int(delta.numel() * (1 - density))))
         top = float(score.max())
         for part, scores, above, beneath in pieces(delta, score, numerator, divisor):
             share = _norm(scores.clamp_min_(floor), floor, top).mul_(weight)
-            above.addcmul_(_clamped(part, low, high), share)
+            above.addcmul_(part.abs().clamp_(low, high).mul_(part.sign()), share)
             beneath.add_(share)
     return in_pieces(
-        lambda piece, above, beneath: piece + scale * above / beneath.clamp_min_(torch.finfo(piece.dtype).tiny),
-        [base, numerator, divisor],
+        lambda piece, above, beneath: piece + scale * above / beneath.clamp_min_(torch.finfo(piece.dtype).tiny), [base, numerator, divisor]
     )
 
 
@@ -153,17 +134,6 @@ def _variance(*parts: Tensor) -> Tensor:
     apart = [part - parts[0] for part in parts]
     mean = weighted_sum(apart, [1 / len(parts)] * len(parts))
     return weighted_sum([part.sub_(mean).square_() for part in apart], [1 / len(parts)] * len(parts))
-
-
-def _ends(delta: Tensor) -> tuple[float, float]:
-    """The sizes between which PCB clamps a delta."""
-    n = delta.numel()
-    beyond = n // 10_000
-    return kth_largest(delta, n - beyond, size=True), kth_largest(delta, 1 + beyond, size=True)
-
-
-def _clamped(part: Tensor, low: float, high: float) -> Tensor:
-    return part.abs().clamp_(low, high).mul_(part.sign())
 
 
 def _score(part: Tensor, summed: Tensor, low: float, high: float, k: int) -> Tensor:

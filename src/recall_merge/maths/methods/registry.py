@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import UnionType
-from typing import Any, Literal, Protocol, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Protocol, TypeVar, Union, get_args, get_origin
 
 from annotated_types import Interval
 from torch import Tensor
@@ -26,6 +26,8 @@ class MergeFunction(Protocol):
     def __call__(self, base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], **options: Any) -> Tensor: ...
 
 
+Fraction = Annotated[float, Interval(gt=0, le=1)]
+Scale = Annotated[float, "factor on the merged change, the papers' lambda or alpha"]
 PROVIDED = ("draws", "moments", "thresholds")
 
 

@@ -12,14 +12,12 @@ from typing import Annotated, Literal
 
 import torch
 from annotated_types import Interval
-from jaxtyping import Float
 from torch import Tensor
 
-from recall_merge.maths.deltas import Delta, LowRank, dense
+from recall_merge.maths.deltas import Delta, Dense, LowRank, dense
+from recall_merge.maths.low_rank import Singular, combined, norm, orthonormal, singular
 from recall_merge.maths.methods.averages import linear
-from recall_merge.maths.methods.options import Scale
-from recall_merge.maths.methods.registry import method
-from recall_merge.maths.singular_vectors import Singular, combined, norm, orthonormal, singular
+from recall_merge.maths.methods.registry import Scale, method
 
 Rank = Annotated[int, Interval(ge=0), "singular vectors kept of each expert; 0: min(o, i) / k of an (o, i) matrix, or all if it has fewer"]
 Common = Annotated[
@@ -34,9 +32,7 @@ Growth = Annotated[
 
 
 @method("tsv", source="Gargiulo et al. 2025, Task Singular Vectors, arXiv:2412.00081", factors=True, matrices=True)
-def tsv(
-    base: Float[Tensor, "*s"], deltas: Sequence[Delta], weights: Sequence[float], *, rank: Rank = 0, scale: Scale = 1.0
-) -> Float[Tensor, "*s"]:
+def tsv(base: Dense, deltas: Sequence[Delta], weights: Sequence[float], *, rank: Rank = 0, scale: Scale = 1.0) -> Dense:
     """The top singular vectors of every delta, made orthogonal to each other, so that experts do not interfere.
 
     theta = theta_0 + scale * U' S V'^T,  S = diag(k w_1 S_1, .., k w_k S_k),  U' = polar([U_1 .. U_k]),  V' = polar([V_1 .. V_k]),
@@ -53,13 +49,11 @@ def tsv(
     count = rank or max(1, min(base.shape) // len(present))
     parts = [singular(delta).first(count) for delta, _ in present]
     values = torch.cat([part.values * factor for part, (_, factor) in zip(parts, present, strict=True)])
-    return _added(base, [part.left for part in parts], values, [part.right for part in parts], scale)
+    return _added(base, parts, values, scale)
 
 
 @method("isotropic", source="Marczak et al. 2025, No task left behind, arXiv:2502.04959", factors=True, matrices=True)
-def isotropic(
-    base: Float[Tensor, "*s"], deltas: Sequence[Delta], weights: Sequence[float], *, common: Common = 1.0, scale: Scale = 1.0
-) -> Float[Tensor, "*s"]:
+def isotropic(base: Dense, deltas: Sequence[Delta], weights: Sequence[float], *, common: Common = 1.0, scale: Scale = 1.0) -> Dense:
     """The sum of the deltas with all its singular values made equal, so that no expert's few strong directions drown the others'.
 
     theta = theta_0 + scale * s U V^T,  sum_q k w_q delta_q = U S V^T of rank r,  s = mean of S.
@@ -75,28 +69,20 @@ def isotropic(
         return base.clone()
     whole = singular(combined([delta for delta, _ in present], [factor for _, factor in present]))
     size = len(whole.values)
-    if not size:
-        return base.clone()
-    kept = size if common == 1 else int(common * size)
+    kept = int(common * size)
     parts = [whole.first(kept)]
     if kept < size:
         parts += [_outside(delta, factor, parts[0]).first((size - kept) // len(present)) for delta, factor in present]
     values = torch.cat([part.values for part in parts])
     if not len(values):
         return base.clone()
-    return _added(base, [part.left for part in parts], values.mean().expand(len(values)), [part.right for part in parts], scale)
+    return _added(base, parts, values.mean().expand(len(values)), scale)
 
 
 @method("opcm", source="Tang et al. 2025, Merging models on the fly, arXiv:2501.09522", factors=True, matrices=True, ordered=True)
 def opcm(
-    base: Float[Tensor, "*s"],
-    deltas: Sequence[Delta],
-    weights: Sequence[float],
-    *,
-    alpha: Alpha = 0.5,
-    growth: Growth = "norm",
-    scale: Scale = 1.0,
-) -> Float[Tensor, "*s"]:
+    base: Dense, deltas: Sequence[Delta], weights: Sequence[float], *, alpha: Alpha = 0.5, growth: Growth = "norm", scale: Scale = 1.0
+) -> Dense:
     """One expert after another: each new delta is added outside the directions of the merged delta so far.
 
     D_1 = v_1,  D_t = (l_{t-1} D_{t-1} + P(v_t)) / l_t,  theta = theta_0 + scale * D_k,  v_t = k w_t delta_t.
@@ -122,8 +108,8 @@ def opcm(
 
 def _present(deltas: Sequence[Delta], weights: Sequence[float]) -> list[tuple[Delta, float]]:
     """The deltas that count, each with k w_q: neither their weight nor the delta is 0."""
-    present = [(delta, len(deltas) * weight) for delta, weight in zip(deltas, weights, strict=True) if weight]
-    return [(delta, factor) for delta, factor in present if isinstance(delta, LowRank) or delta.any()]
+    pairs = [(delta, len(deltas) * weight) for delta, weight in zip(deltas, weights, strict=True)]
+    return [(delta, factor) for delta, factor in pairs if factor and (isinstance(delta, LowRank) or delta.any())]
 
 
 def _opcm_step(merged: Delta, delta: Delta, factor: float, length: float, alpha: float) -> Delta:
@@ -131,18 +117,15 @@ def _opcm_step(merged: Delta, delta: Delta, factor: float, length: float, alpha:
     parts = singular(merged)
     shares = parts.values.cumsum(0) / parts.values.sum() if len(parts.values) else parts.values
     block = int((shares <= alpha).sum())
-    inside = _inner(parts, delta) * factor  # U^T v V
+    if isinstance(delta, LowRank):
+        dtype, inside = delta.up.dtype, (parts.left.T @ delta.up.double()) @ (delta.down.double() @ parts.right)
+    else:
+        dtype, inside = delta.dtype, parts.left.T @ delta.double() @ parts.right
+    inside = inside * factor  # U^T v V
     taken = torch.diag(inside.diagonal())
     taken[:block, :block] = inside[:block, :block]
-    dtype = delta.up.dtype if isinstance(delta, LowRank) else delta.dtype
     correction = LowRank((-parts.left @ taken).to(dtype), parts.right.T.to(dtype))
     return combined([merged, delta, correction], [length, factor, 1.0])
-
-
-def _inner(parts: Singular, delta: Delta) -> Tensor:
-    if isinstance(delta, LowRank):
-        return (parts.left.T @ delta.up.double()) @ (delta.down.double() @ parts.right)
-    return parts.left.T @ delta.double() @ parts.right
 
 
 def _outside(delta: Delta, factor: float, common: Singular) -> Singular:
@@ -155,7 +138,8 @@ def _outside(delta: Delta, factor: float, common: Singular) -> Singular:
     return singular((delta - left @ (left.T @ delta)) * factor, against=size)
 
 
-def _added(base: Float[Tensor, "*s"], left: Sequence[Tensor], values: Tensor, right: Sequence[Tensor], scale: float) -> Tensor:
-    """theta_0 + scale * polar([left]) diag(values) polar([right])^T."""
-    up, down = orthonormal(torch.cat(list(left), dim=1)) * values, orthonormal(torch.cat(list(right), dim=1)).T
+def _added(base: Dense, parts: Sequence[Singular], values: Tensor, scale: float) -> Tensor:
+    """theta_0 + scale * polar([U_1 .. U_k]) diag(values) polar([V_1 .. V_k])^T."""
+    up = orthonormal(torch.cat([part.left for part in parts], dim=1)) * values
+    down = orthonormal(torch.cat([part.right for part in parts], dim=1)).T
     return torch.addmm(base, up.to(base.dtype), down.to(base.dtype), alpha=scale)

@@ -14,28 +14,25 @@ from annotated_types import Interval
 from jaxtyping import Float
 from torch import Tensor
 
-from recall_merge.maths import inner_products as inner
-from recall_merge.maths.inner_products import columns_last, inner_products
+from recall_merge.maths.deltas import Dense
+from recall_merge.maths.inner_products import Vectors, columns_last, inner_products
 from recall_merge.maths.methods.registry import method
 from recall_merge.maths.pieces import in_pieces, rows
 
-Vectors = Annotated[
-    inner.Vectors, "what counts as one vector: the whole tensor, each row (along its last axis) or each column (along its first)"
-]
 Sphere = Annotated[Literal["weights", "deltas"], "which vectors lie on the sphere: the experts' weights or their deltas"]
 Above = Annotated[float, Interval(ge=0, le=1), "vectors with a cosine of more than this, in size, are interpolated on the straight line"]
 
 
 @method("slerp", source="Shoemake 1985, Animating rotation with quaternion curves, doi:10.1145/325165.325242", experts=(2, 2))
 def slerp(
-    base: Float[Tensor, "*s"],
-    deltas: Sequence[Float[Tensor, "*s"]],
+    base: Dense,
+    deltas: Sequence[Dense],
     weights: Sequence[float],
     *,
     vectors: Vectors = "whole",
     sphere: Sphere = "weights",
     linear_above: Above = 0.9995,
-) -> Float[Tensor, "*s"]:
+) -> Dense:
     """Spherical interpolation between two experts' weights.
 
     theta = (sin((1 - t) a) theta_1 + sin(t a) theta_2) / sin a,  cos a = <theta_1, theta_2> / (|theta_1| |theta_2|),
@@ -50,14 +47,14 @@ def slerp(
 
 @method("nuslerp", source="Goddard 2024, mergekit's NuSLERP, github.com/arcee-ai/mergekit docs/merge_methods.md", experts=(2, 2))
 def nuslerp(
-    base: Float[Tensor, "*s"],
-    deltas: Sequence[Float[Tensor, "*s"]],
+    base: Dense,
+    deltas: Sequence[Dense],
     weights: Sequence[float],
     *,
     vectors: Vectors = "whole",
     sphere: Sphere = "deltas",
     linear_above: Above = 1.0,
-) -> Float[Tensor, "*s"]:
+) -> Dense:
     """Spherical interpolation between two experts' deltas: `slerp` around the base, with a straight line only where it must be.
 
     theta = theta_0 + (sin((1 - t) a) delta_1 + sin(t a) delta_2) / sin a,  cos a = <delta_1, delta_2> / (|delta_1| |delta_2|),
@@ -69,9 +66,7 @@ def nuslerp(
 
 
 @method("karcher", source="Karcher 1977, Riemannian center of mass, doi:10.1002/cpa.3160300502")
-def karcher(
-    base: Float[Tensor, "*s"], deltas: Sequence[Float[Tensor, "*s"]], weights: Sequence[float], *, sphere: Sphere = "weights"
-) -> Float[Tensor, "*s"]:
+def karcher(base: Dense, deltas: Sequence[Dense], weights: Sequence[float], *, sphere: Sphere = "weights") -> Dense:
     """Weighted mean on the sphere of any number of experts: SLERP for many.
 
     theta = (sum_q w_q |theta_q|) * mu,  mu = the unit vector with sum_q w_q log_mu(theta_q / |theta_q|) = 0: the point of least weighted
@@ -84,7 +79,7 @@ def karcher(
 
 
 def _products(
-    base: Tensor, deltas: Sequence[Tensor], vectors: inner.Vectors, sphere: str
+    base: Tensor, deltas: Sequence[Tensor], vectors: Vectors, sphere: str
 ) -> Float[Tensor, "r k k"]:  # fmt: skip
     """Inner products of the experts' vectors: their deltas, or their weights theta_q = theta_0 + delta_q."""
     if sphere == "deltas":
@@ -145,7 +140,7 @@ def _norm(cosines: Tensor, a: Tensor) -> Tensor:
 
 
 def _combine(
-    base: Tensor, deltas: Sequence[Tensor], coefficients: Float[Tensor, "r k"], vectors: inner.Vectors, sphere: str
+    base: Tensor, deltas: Sequence[Tensor], coefficients: Float[Tensor, "r k"], vectors: Vectors, sphere: str
 ) -> Tensor:  # fmt: skip
     """sum_q c_q theta_q, or theta_0 + sum_q c_q delta_q, with one set of coefficients per vector."""
     of_base = coefficients.sum(1) if sphere == "weights" else torch.ones(len(coefficients), dtype=torch.float64)

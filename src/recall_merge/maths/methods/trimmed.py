@@ -11,15 +11,12 @@ from functools import partial
 from typing import Annotated
 
 from annotated_types import Interval
-from jaxtyping import Float
-from torch import Tensor
 
-from recall_merge.maths import consensus, trimming
-from recall_merge.maths.consensus import agreeing, weighted_sum
+from recall_merge.maths.consensus import Elect, Mean, agreeing, weighted_sum
+from recall_merge.maths.deltas import Dense
 from recall_merge.maths.draws import Draws
-from recall_merge.maths.methods.options import Fraction, Scale
-from recall_merge.maths.methods.registry import method
-from recall_merge.maths.trimming import TrimThreshold, add_trimmed, drop_by_rank, drop_random, keep_sizes, largest, middle
+from recall_merge.maths.methods.registry import Fraction, Scale, method
+from recall_merge.maths.trimming import Rescale, RescaleDrop, Threshold, add_trimmed, drop_by_rank, drop_random, keep_sizes, largest, middle
 
 BelowOne = Annotated[float, Interval(ge=0, lt=1)]
 Density = Annotated[Fraction | list[Fraction], "share of each delta's entries that stay; one number, or one per expert"]
@@ -30,37 +27,21 @@ Epsilon = Annotated[
     BelowOne | list[BelowOne],
     "a row's largest entry stays with probability density + epsilon, its smallest with density - epsilon; one number, or one per expert",
 ]
-Rescale = Annotated[
-    trimming.Rescale, "multiply what stays: none, by nothing; l1, so that the sum of sizes is as before, over the tensor (as mergekit)"
-]
-RescaleRandom = Annotated[
-    trimming.RescaleRandom,
-    "multiply what stays: share, by 1 / the probability of staying (as DARE and DELLA); l1, so that the sum of sizes is as before, over "
-    "the tensor (as mergekit); none, by nothing",
-]
-Elect = Annotated[
-    consensus.Elect,
-    "what elects an entry's sign: the sum of weighted deltas (as mergekit), of deltas (as peft), or the number of deltas of either sign",
-]
-Mean = Annotated[
-    consensus.Mean,
-    "the sum of agreeing weighted deltas is divided by their weights (as mergekit), by the share of deltas that agree (as peft), or not",
-]
 
 
 @method("ties", source="Yadav et al. 2023, TIES-Merging, arXiv:2306.01708", find_threshold=largest)
 def ties(
-    base: Float[Tensor, "*s"],
-    deltas: Sequence[Float[Tensor, "*s"]],
+    base: Dense,
+    deltas: Sequence[Dense],
     weights: Sequence[float],
     *,
-    thresholds: list[TrimThreshold] | None = None,
+    thresholds: list[Threshold] | None = None,
     density: Density = 0.2,
     rescale: Rescale = "none",
     elect: Elect = "weighted",
     mean: Mean = "weights",
     scale: Scale = 1.0,
-) -> Float[Tensor, "*s"]:
+) -> Dense:
     """Trim, elect a sign, merge those that agree.
 
     theta = theta_0 + scale * sum_{q in A} w_q v_q / sum_{q in A} w_q, entry by entry; theta_0 where nobody agrees.
@@ -79,15 +60,15 @@ def ties(
 
 @method("dare_linear", source="Yu et al. 2024, Language models are super Mario, arXiv:2311.03099")
 def dare_linear(
-    base: Float[Tensor, "*s"],
-    deltas: Sequence[Float[Tensor, "*s"]],
+    base: Dense,
+    deltas: Sequence[Dense],
     weights: Sequence[float],
     *,
     draws: Draws,
     density: Density = 0.5,
-    rescale: RescaleRandom = "share",
+    rescale: RescaleDrop = "share",
     scale: Scale = 1.0,
-) -> Float[Tensor, "*s"]:
+) -> Dense:
     """Drop entries at random, rescale the rest, average.
 
     theta = theta_0 + scale * sum_q w_q v_q,  v_q = m_q delta_q / density,  m_q ~ Bernoulli(density), entry by entry.
@@ -100,17 +81,17 @@ def dare_linear(
 
 @method("dare_ties", source="Yu et al. 2024, Language models are super Mario, arXiv:2311.03099, with the election of arXiv:2306.01708")
 def dare_ties(
-    base: Float[Tensor, "*s"],
-    deltas: Sequence[Float[Tensor, "*s"]],
+    base: Dense,
+    deltas: Sequence[Dense],
     weights: Sequence[float],
     *,
     draws: Draws,
     density: Density = 0.5,
-    rescale: RescaleRandom = "share",
+    rescale: RescaleDrop = "share",
     elect: Elect = "weighted",
     mean: Mean = "none",
     scale: Scale = 1.0,
-) -> Float[Tensor, "*s"]:
+) -> Dense:
     """Drop entries at random, rescale the rest, sum those that agree on a sign.
 
     theta = theta_0 + scale * sum_{q in A} w_q v_q,  v_q = m_q delta_q / density,  m_q ~ Bernoulli(density), entry by entry.
@@ -124,16 +105,16 @@ def dare_ties(
 
 @method("breadcrumbs", source="Davari and Belilovsky 2024, Model Breadcrumbs, arXiv:2312.06795", find_threshold=middle)
 def breadcrumbs(
-    base: Float[Tensor, "*s"],
-    deltas: Sequence[Float[Tensor, "*s"]],
+    base: Dense,
+    deltas: Sequence[Dense],
     weights: Sequence[float],
     *,
-    thresholds: list[TrimThreshold] | None = None,
+    thresholds: list[Threshold] | None = None,
     density: Density = 0.1,
     gamma: Gamma = 0.01,
     rescale: Rescale = "none",
     scale: Scale = 1.0,
-) -> Float[Tensor, "*s"]:
+) -> Dense:
     """Drop outliers and small entries, average.
 
     theta = theta_0 + scale * sum_q w_q v_q, with v_q the middle of delta_q: of the tensor's n entries the int(gamma * n) largest
@@ -150,18 +131,18 @@ def breadcrumbs(
     find_threshold=middle,
 )
 def breadcrumbs_ties(
-    base: Float[Tensor, "*s"],
-    deltas: Sequence[Float[Tensor, "*s"]],
+    base: Dense,
+    deltas: Sequence[Dense],
     weights: Sequence[float],
     *,
-    thresholds: list[TrimThreshold] | None = None,
+    thresholds: list[Threshold] | None = None,
     density: Density = 0.1,
     gamma: Gamma = 0.01,
     rescale: Rescale = "none",
     elect: Elect = "weighted",
     mean: Mean = "none",
     scale: Scale = 1.0,
-) -> Float[Tensor, "*s"]:
+) -> Dense:
     """Drop outliers and small entries, sum those that agree on a sign.
 
     theta = theta_0 + scale * sum_{q in A} w_q v_q, entry by entry, with v_q the middle of delta_q, as in `breadcrumbs`.
@@ -175,18 +156,18 @@ def breadcrumbs_ties(
 
 @method("della", source="Deep et al. 2024, DELLA-Merging, arXiv:2406.11617")
 def della(
-    base: Float[Tensor, "*s"],
-    deltas: Sequence[Float[Tensor, "*s"]],
+    base: Dense,
+    deltas: Sequence[Dense],
     weights: Sequence[float],
     *,
     draws: Draws,
     density: Density = 0.5,
     epsilon: Epsilon = 0.15,
-    rescale: RescaleRandom = "share",
+    rescale: RescaleDrop = "share",
     elect: Elect = "weighted",
     mean: Mean = "weights",
     scale: Scale = 1.0,
-) -> Float[Tensor, "*s"]:
+) -> Dense:
     """Drop small entries more often than large ones, rescale, merge those that agree on a sign.
 
     theta = theta_0 + scale * sum_{q in A} w_q v_q / sum_{q in A} w_q, entry by entry; theta_0 where nobody agrees.
@@ -201,16 +182,16 @@ def della(
 
 @method("della_linear", source="Deep et al. 2024, DELLA-Merging, arXiv:2406.11617, without the election")
 def della_linear(
-    base: Float[Tensor, "*s"],
-    deltas: Sequence[Float[Tensor, "*s"]],
+    base: Dense,
+    deltas: Sequence[Dense],
     weights: Sequence[float],
     *,
     draws: Draws,
     density: Density = 0.5,
     epsilon: Epsilon = 0.15,
-    rescale: RescaleRandom = "share",
+    rescale: RescaleDrop = "share",
     scale: Scale = 1.0,
-) -> Float[Tensor, "*s"]:
+) -> Dense:
     """Drop small entries more often than large ones, rescale, average.
 
     theta = theta_0 + scale * sum_q w_q v_q, with v_q the randomly trimmed delta_q of `della`.
