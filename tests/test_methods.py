@@ -17,8 +17,7 @@ from recall_merge.maths.methods.informed import fisher, regmean
 from recall_merge.maths.moments import Moment, compress
 from recall_merge.maths.order_statistics import below, kth_largest, kth_largest_size
 from recall_merge.maths.pieces import PIECE, in_pieces, rows
-from recall_merge.maths.pruning import prune_by_saliency
-from recall_merge.maths.trimming import drop_by_rank, drop_random, keep_sizes, largest, middle
+from recall_merge.maths.trimming import drop_by_rank, drop_random, keep_sizes, largest, middle, prune_by_saliency
 from recall_merge.maths.weights import lines_scales
 
 

@@ -12,7 +12,7 @@ from recall_merge.files.experts import FullExpert
 from recall_merge.files.output import WeightWriter
 from recall_merge.files.safetensors import READ, StoredTensor, TensorSpec
 from recall_merge.maths.methods import ALIASES, METHODS
-from recall_merge.maths.pruning import prune_by_saliency
+from recall_merge.maths.trimming import prune_by_saliency
 from recall_merge.merging import spans
 from recall_merge.merging.layerwise import compute_weights
 from recall_merge.merging.plan import make_plan

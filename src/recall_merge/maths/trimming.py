@@ -1,9 +1,8 @@
 """Trim deltas: which entries stay, and what they are multiplied by.
 
 A trim looks at a whole delta first (a threshold on sizes, a rescaling factor) and becomes a `Trim`, which then takes the delta piece by
-piece, in order. That buys time: trimming, electing and averaging are one pass in the processor's cache, and thresholds are found by
-selection, without a sort. And memory: where a threshold on sizes (`Threshold`) is all that a trim needs, the caller may find it
-first, span by span from the file, and then merge span by span; no tensor is ever whole in memory, and the bytes are the same.
+piece, in order: trimming, electing and averaging are one pass in the processor's cache. Where a `Threshold` is all that a trim needs, the
+caller may find it span by span from the file, then merge span by span; no tensor is ever whole in memory, and the bytes are the same.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
+from recall_merge.maths.consensus import weighted_sum
 from recall_merge.maths.deltas import Dense
 from recall_merge.maths.draws import Stream
 from recall_merge.maths.order_statistics import below, kth_largest
@@ -166,6 +166,24 @@ def drop_by_rank(
     return trims
 
 
+def prune_by_saliency(
+    deltas: Sequence[Dense], *, density: float = 0.5, saliency: Literal["deviation", "magnitude"] = "deviation"
+) -> list[Dense]:
+    """Before the merge, whatever the method: each delta with all but its int(density * n) most salient entries set to 0. Ties stay.
+
+    saliency_q = |delta_q - mean_p delta_p| (deviation) or |delta_q| (magnitude), entry by entry. Both scores are our own. The procedure,
+    a saliency score per entry, a mask per expert and tensor, then any merge method, follows the abstract of LwPTV, Zhang et al. 2025,
+    arXiv:2506.09093, whose score we do not know. Where no entry deviates (one expert, or all alike), all stay.
+
+    >>> [pruned.tolist() for pruned in prune_by_saliency([torch.tensor([1.0, 2.0]), torch.tensor([1.0, -2.0])], density=0.5)]
+    [[0.0, 2.0], [0.0, -2.0]]
+    """
+    if density >= 1:
+        return [delta.clone() for delta in deltas]
+    mean = in_pieces(lambda *parts: weighted_sum(parts, [1 / len(parts)] * len(parts)), deltas)
+    return [_pruned(delta, delta - mean if saliency == "deviation" else delta, density) for delta in deltas]
+
+
 def _own(option: PerExpert, expert: int) -> float:
     return option[expert] if isinstance(option, list) else option
 
@@ -199,11 +217,19 @@ def _rescaled(begin: Callable[[], Trim], delta: Tensor, rescale: str, *, by_row:
     """A trim from its beginning; for l1 after a first pass that measures what it keeps."""
     if rescale != "l1":
         return begin()
-    trim = begin()
-    before, after = 0.0, 0.0
+    trim, before, after = begin(), 0.0, 0.0
     for (piece,) in pieces(delta, by_row=by_row):
         before += float(piece.abs().sum())
         after += float(trim(piece).abs_().sum())
     factor = before / after if after else 1.0
     again = begin()
     return lambda piece: again(piece).mul_(factor)
+
+
+def _pruned(delta: Tensor, score: Tensor, density: float) -> Tensor:
+    if not delta.numel():
+        return delta.clone()
+    low = below(kth_largest(score, _count(density, delta.numel()), size=True), score.dtype)
+    if low == 0 and not score.any():
+        return delta.clone()
+    return in_pieces(lambda part, scores: part * (scores.abs() > low), [delta, score])

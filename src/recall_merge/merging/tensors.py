@@ -16,7 +16,7 @@ from recall_merge.files.experts import FullExpert, widen
 from recall_merge.maths.deltas import Delta, LowRank, dense
 from recall_merge.maths.methods import METHODS, Draws
 from recall_merge.maths.methods.informed import condition
-from recall_merge.maths.pruning import prune_by_saliency
+from recall_merge.maths.trimming import prune_by_saliency
 from recall_merge.maths.weights import lines_scales
 from recall_merge.merging.delta_size import DeltaSizes
 from recall_merge.merging.nonfinite import is_finite, refuse_nonfinite

@@ -19,7 +19,6 @@ from recall_merge.maths.methods.registry import Scale, method
 from recall_merge.maths.moments import Moment, identity
 
 Moments = Sequence[Moment | None]
-"""One per expert; None for an expert without input statistics for this tensor."""
 Floor = Annotated[float, Interval(ge=0), "added to every information, as a share of the largest one of all experts"]
 OffDiagonal = Annotated[
     float, Interval(ge=0, le=1), "off-diagonal entries of the moments are multiplied by this, RegMean's alpha; 0 uses their diagonals alone"

@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import UnionType
-from typing import Annotated, Any, Literal, Protocol, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from annotated_types import Interval
 from torch import Tensor
 
 from recall_merge.maths.trimming import FindThreshold
 
-
-class MergeFunction(Protocol):
-    """base (*s), k deltas (*s), k weights -> merged (*s); float32 or better throughout.
-
-    delta_q = theta_q - theta_0 is what expert q changed in this tensor, weights[q] its weight at the tensor's layer. Keyword-only
-    arguments are the method's options, except for what the merge itself provides to a method that names it: `draws`, its source of
-    randomness; `moments`, the experts' input statistics for this tensor; `thresholds`, what `find_threshold` found for each expert.
-    """
-
-    def __call__(self, base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], **options: Any) -> Tensor: ...
-
-
 Fraction = Annotated[float, Interval(gt=0, le=1)]
 Scale = Annotated[float, "factor on the merged change, the papers' lambda or alpha"]
 PROVIDED = ("draws", "moments", "thresholds")
+"""What the merge provides to a method that names it: its source of randomness; the experts' input statistics for this tensor, or None
+for an expert without; and what `find_threshold` found for each expert."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +27,10 @@ class Method:
 
     name: str
     function: Callable[..., Tensor]
+    """base (*s), k deltas (*s), k weights, *, options -> merged (*s); float32 or better throughout.
+
+    delta_q = theta_q - theta_0 is what expert q changed in this tensor, weights[q] its weight at the tensor's layer.
+    """
     source: str
     elementwise: bool = False
     """Every element is merged on its own, so a tensor may be merged in pieces."""
@@ -94,19 +88,8 @@ def _method_named(name: str) -> Method:
 F = TypeVar("F", bound=Callable[..., Tensor])
 
 
-def method(
-    name: str,
-    *,
-    source: str,
-    elementwise: bool = False,
-    sums: bool = False,
-    find_threshold: FindThreshold | None = None,
-    experts: tuple[int, int | None] = (1, None),
-    factors: bool = False,
-    matrices: bool = False,
-    ordered: bool = False,
-) -> Callable[[F], F]:
-    """Register a merge function under a name; see `Method` for the flags. A name that is taken is refused, naming both functions."""
+def method(name: str, *, source: str, **flags: Any) -> Callable[[F], F]:
+    """Register a merge function under a name, with flags of `Method`. A name that is taken is refused, naming both functions."""
 
     def register(function: F) -> F:
         if name in METHODS:
@@ -114,7 +97,7 @@ def method(
             raise ValueError(f"method '{name}' is registered twice: {first} and {second}")
         parameters = inspect.signature(function, eval_str=True).parameters.values()
         options = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in PROVIDED}
-        METHODS[name] = Method(name, function, source, elementwise, sums, find_threshold, experts, factors, matrices, ordered, options)
+        METHODS[name] = Method(name, function, source, options=options, **flags)
         return function
 
     return register
