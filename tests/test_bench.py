@@ -45,7 +45,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def told(llama: Path, data: Path, out: Path, **changes: Any) -> dict[str, Any]:
+def two_tasks(llama: Path, data: Path, out: Path, **changes: Any) -> dict[str, Any]:
     """A scenario of two tasks, as YAML would give it."""
     return {
         "model": str(llama),
@@ -75,7 +75,7 @@ ALL = [
 def finished(llama: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Scenario, Results]:
     """A bench with every baseline, run once without a stop."""
     torch.set_num_threads(1)
-    scenario = Scenario.model_validate(told(llama, data, tmp_path_factory.mktemp("bench") / "out", methods=ALL))
+    scenario = Scenario.model_validate(two_tasks(llama, data, tmp_path_factory.mktemp("bench") / "out", methods=ALL))
     return scenario, bench(scenario, command="recall bench two.yaml")
 
 
@@ -85,11 +85,11 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def test_every_method_has_its_trials_and_numbers(finished: tuple[Scenario, Results]) -> None:
-    _, summary = finished
-    assert not summary.unfinished
-    trials = {row.method: row.trials for row in summary.methods}
+    _, results = finished
+    assert not results.unfinished
+    trials = {row.method: row.trials for row in results.methods}
     assert trials == {"experts": 1, "uniform": 2, "recall": 2, "sequential": 2, "ewc": 2, "replay": 2, "joint": 1}
-    for row in summary.methods:
+    for row in results.methods:
         staged = row.method not in {"experts", "joint"}
         assert 0 <= row.numbers["average_performance"].mean <= 1
         assert math.isnan(row.numbers["backward_transfer"].mean) != staged
@@ -99,13 +99,13 @@ def test_every_method_has_its_trials_and_numbers(finished: tuple[Scenario, Resul
 
 
 def test_one_task_after_another_forgets_and_an_expert_does_not(finished: tuple[Scenario, Results]) -> None:
-    _, summary = finished
-    assert summary.experts == {"films": 1.0, "dogs": 1.0}
-    for trial in (trial for trial in summary.matrices() if trial["method"] == "sequential"):
+    _, results = finished
+    assert results.experts == {"films": 1.0, "dogs": 1.0}
+    for trial in (trial for trial in results.matrices() if trial["method"] == "sequential"):
         assert trial["R"][1][0] == trial["R"][2][1] == 1  # each task just after it was learnt
         assert trial["R"][2][0] == 0
-    assert set(summary.numbers["backward_transfer"][summary.numbers["method"] == "sequential"]) == {-1}
-    mean = {row.method: row.numbers["average_performance"].mean for row in summary.methods}
+    assert set(results.numbers["backward_transfer"][results.numbers["method"] == "sequential"]) == {-1}
+    mean = {row.method: row.numbers["average_performance"].mean for row in results.methods}
     assert mean["experts"] == 1 and mean["sequential"] == 0.5  # no single model can have both
 
 
@@ -118,8 +118,8 @@ def test_experts_are_trained_once_for_all_orders_and_methods(finished: tuple[Sce
 
 
 def test_an_order_does_not_matter_to_a_plain_average(finished: tuple[Scenario, Results]) -> None:
-    scenario, summary = finished
-    first, second = (trial for trial in summary.matrices() if trial["method"] == "uniform")
+    scenario, results = finished
+    first, second = (trial for trial in results.matrices() if trial["method"] == "uniform")
     assert first["order"] == second["order"][::-1]
     assert first["R"][-1] == second["R"][-1][::-1]
     trials = [trial for trial in make_design(scenario).trials if trial.method == "uniform"]
@@ -129,29 +129,29 @@ def test_an_order_does_not_matter_to_a_plain_average(finished: tuple[Scenario, R
 def test_tables_and_page_say_the_same(finished: tuple[Scenario, Results]) -> None:
     from pyarrow import parquet
 
-    scenario, summary = finished
-    rows = read_csv(summary.folder / "scores.csv")
-    assert parquet.read_table(summary.folder / "scores.parquet").num_rows == len(rows) == len(summary.scores)
+    scenario, results = finished
+    rows = read_csv(results.folder / "scores.csv")
+    assert parquet.read_table(results.folder / "scores.parquet").num_rows == len(rows) == len(results.scores)
     # films > dogs, uniform: base on three tasks, the expert on one, the merge on three
     assert sum(row["method"] == "uniform" and row["order"] == "films > dogs" for row in rows) == 3 + 1 + 3
-    matrices = json.loads((summary.folder / "R.json").read_text("utf-8"))
+    matrices = json.loads((results.folder / "R.json").read_text("utf-8"))
     uniform = next(matrix for matrix in matrices if matrix["method"] == "uniform")
     assert uniform["stages"] == ["base", "films", "dogs"] and len(uniform["R"]) == 3
     assert uniform["R"][1][1] is None  # dogs were not learnt yet
     final = float(next(row["score"] for row in rows if (row["method"], row["stage"], row["task"]) == ("uniform", "2", "films")))
     assert uniform["R"][2][0] == pytest.approx(final, abs=1e-6)
-    page = (summary.folder / "summary.md").read_text("utf-8")
+    page = (results.folder / "summary.md").read_text("utf-8")
     assert "recall bench two.yaml" in page and "not data-free" in page and "divided by T - 1" in page
-    assert str(summary.folder) not in page and scenario.model not in page  # no paths of a machine
+    assert str(results.folder) not in page and scenario.model not in page  # no paths of a machine
     for picture in ("numbers.png", "R.png"):
-        assert (summary.folder / picture).read_bytes().startswith(b"\x89PNG")
+        assert (results.folder / picture).read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_bench_that_was_stopped_ends_with_the_same_table(
     finished: tuple[Scenario, Results], llama: Path, data: Path, tmp_path: Path
 ) -> None:
     _, whole = finished
-    scenario = Scenario.model_validate(told(llama, data, tmp_path / "out", methods=ALL))
+    scenario = Scenario.model_validate(two_tasks(llama, data, tmp_path / "out", methods=ALL))
 
     def stop(done: Any) -> None:
         if done.number == 9:
@@ -196,7 +196,7 @@ def test_replay_mixes_in_a_share_and_joint_takes_all(finished: tuple[Scenario, R
     assert joint.start is None and second.start is not None
 
 
-def test_a_key_knows_what_a_cell_depends_on_and_nothing_else(finished: tuple[Scenario, Results]) -> None:
+def test_a_key_knows_what_a_job_depends_on_and_nothing_else(finished: tuple[Scenario, Results]) -> None:
     scenario, _ = finished
     one, two = models(scenario, "sequential")
     again = Trained("another name", one.base, one.rows, one.settings)
@@ -209,10 +209,10 @@ def test_a_key_knows_what_a_cell_depends_on_and_nothing_else(finished: tuple[Sce
 @pytest.mark.parametrize("start", ["base", "merge"])
 def test_sequential_and_single_model_scenarios(start: str, llama: Path, data: Path, tmp_path: Path) -> None:
     changes = {"kinds": ["sequential", "single-model"], "methods": ["experts", "linear"], "orders": [["films", "dogs"]]}
-    scenario = Scenario.model_validate(told(llama, data, tmp_path / "out", sequential={"start": start}, **changes))
-    summary = bench(scenario)
-    assert not summary.unfinished
-    found = {(row.kind, row.method): row for row in summary.methods}
+    scenario = Scenario.model_validate(two_tasks(llama, data, tmp_path / "out", sequential={"start": start}, **changes))
+    results = bench(scenario)
+    assert not results.unfinished
+    found = {(row.kind, row.method): row for row in results.methods}
     assert set(found) == {(kind, method) for kind in ("sequential", "single-model") for method in ("experts", "linear")}
     assert not math.isnan(found["sequential", "linear"].numbers["backward_transfer"].mean)
     alone = found["single-model", "linear"]
@@ -225,7 +225,7 @@ def test_sequential_and_single_model_scenarios(start: str, llama: Path, data: Pa
 
 def test_scores_before_learning_give_forward_transfer(llama: Path, data: Path, tmp_path: Path) -> None:
     changes = {"methods": ["linear"], "orders": [["films", "dogs"]], "scoring": {"unlearnt": True}}
-    (row,) = bench(Scenario.model_validate(told(llama, data, tmp_path / "out", **changes))).methods
+    (row,) = bench(Scenario.model_validate(two_tasks(llama, data, tmp_path / "out", **changes))).methods
     assert not math.isnan(row.numbers["forward_transfer"].mean)
 
 
@@ -240,9 +240,9 @@ def test_fisher_is_the_mean_of_squared_gradients() -> None:
         def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:
             return SimpleNamespace(loss=(self.w * input_ids.sum()).sum())
 
-    model, told_of = Line(), []
-    assert fisher(model, [([1, 2], [1, 2]), ([4], [4])], told_of.append)["w"].item() == (3**2 + 4**2) / 2
-    assert sum(told_of) == 2 and model.w.grad is None
+    model, rows_done = Line(), []
+    assert fisher(model, [([1, 2], [1, 2]), ([4], [4])], rows_done.append)["w"].item() == (3**2 + 4**2) / 2
+    assert sum(rows_done) == 2 and model.w.grad is None
 
 
 def test_the_anchor_of_two_tasks_pulls_as_both_do() -> None:
@@ -265,7 +265,7 @@ def test_a_strong_penalty_holds_the_weights(llama: Path, data: Path, tmp_path: P
 
     methods = ["sequential", {"method": "ewc", "options": {"strength": 1e9}}]
     changes = {"methods": methods, "orders": [["films", "dogs"]], "scoring": {"stages": "last"}, "unseen": []}
-    scenario = Scenario.model_validate(told(llama, data, tmp_path / "out", **changes))
+    scenario = Scenario.model_validate(two_tasks(llama, data, tmp_path / "out", **changes))
     bench(scenario)
     store = store_of(scenario)
     design = make_design(scenario)
@@ -284,7 +284,7 @@ def test_a_strong_penalty_holds_the_weights(llama: Path, data: Path, tmp_path: P
     assert moved("ewc") < moved("sequential") / 2
 
 
-def test_all_faults_of_a_scenario_file_are_told_at_once(tmp_path: Path) -> None:
+def test_all_faults_of_a_scenario_file_are_reported_at_once(tmp_path: Path) -> None:
     file = tmp_path / "bad.yaml"
     file.write_text(
         yaml.safe_dump({"modle": "x", "tasks": [{"name": "a"}], "methods": ["linear"], "orders": {"count": 0}, "workers": 0}), "utf-8"
@@ -309,17 +309,17 @@ def test_all_faults_of_a_scenario_file_are_told_at_once(tmp_path: Path) -> None:
 )
 def test_what_a_scenario_does_not_allow(changes: dict[str, Any], words: str, llama: Path, data: Path, tmp_path: Path) -> None:
     file = tmp_path / "scenario.yaml"
-    file.write_text(yaml.safe_dump(told(llama, data, tmp_path / "out", **changes)), "utf-8")
+    file.write_text(yaml.safe_dump(two_tasks(llama, data, tmp_path / "out", **changes)), "utf-8")
     with pytest.raises(RunError, match=words):
         load_scenario(file)
 
 
-def test_all_faults_of_methods_and_files_are_told_before_any_work(llama: Path, data: Path, tmp_path: Path) -> None:
+def test_all_faults_of_methods_and_files_are_reported_before_any_work(llama: Path, data: Path, tmp_path: Path) -> None:
     methods = ["tiess", {"method": "linear", "options": {"scal": 2}}, {"method": "ewc", "options": {"strength": -1}}, "wise_ft"]
     tasks = [{"name": "films", "train": "none.jsonl", "test": "films-test.jsonl", "metric": "f2"}]
     tasks += [{"name": "dogs", "train": "dogs-train.jsonl", "test": "dogs-test.jsonl"}]
     changes = {"methods": methods, "tasks": tasks, "samples": {"cout": 3}}
-    scenario = Scenario.model_validate(told(llama, data, tmp_path / "out", **changes))
+    scenario = Scenario.model_validate(two_tasks(llama, data, tmp_path / "out", **changes))
     with pytest.raises(RecallError) as caught:
         bench(scenario)
     words = str(caught.value)
@@ -328,14 +328,14 @@ def test_all_faults_of_methods_and_files_are_told_before_any_work(llama: Path, d
     assert not (tmp_path / "out").exists()
 
 
-def test_rows_that_the_base_cannot_read_are_told_before_any_work(llama: Path, data: Path, tmp_path: Path) -> None:
+def test_rows_that_the_base_cannot_read_are_reported_before_any_work(llama: Path, data: Path, tmp_path: Path) -> None:
     shutil.copytree(data, tmp_path / "data")
     for kind in ("train", "test"):
         file = tmp_path / "data" / f"films-{kind}.jsonl"
         line = json.loads(file.read_text().splitlines()[0])
         file.write_text(file.read_text() + json.dumps(line | {"prompt": line["prompt"] + " very" * 60}) + "\n")
     with pytest.raises(RecallError) as caught:
-        bench(Scenario.model_validate(told(llama, tmp_path / "data", tmp_path / "out")))
+        bench(Scenario.model_validate(two_tasks(llama, tmp_path / "data", tmp_path / "out")))
     words = str(caught.value)
     assert "1 of 9 training rows are longer than the 128 tokens that the model can read\n  where: task 'films', row 9" in words, words
     assert "1 of 7 rows of 'films' are longer than the 128 tokens that the model can read\n  where: task 'films', row 7" in words, words
@@ -350,7 +350,7 @@ def test_one_bench_at_a_time(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_processes_give_the_same_table(finished: tuple[Scenario, Results], llama: Path, data: Path, tmp_path: Path) -> None:
     _, whole = finished
-    bench(Scenario.model_validate(told(llama, data, tmp_path / "out", methods=ALL, workers=2)))
+    bench(Scenario.model_validate(two_tasks(llama, data, tmp_path / "out", methods=ALL, workers=2)))
     assert (tmp_path / "out" / "scores.csv").read_bytes() == (whole.folder / "scores.csv").read_bytes()
 
 

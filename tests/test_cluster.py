@@ -30,7 +30,7 @@ from recall_merge.merging.distributed import ATTEMPT
 from recall_merge.merging.run import load_run
 from recall_merge.runtime.errors import CheckpointError, ExecutorError, MissingExtra, RunError
 from recall_merge.runtime.open_executor import open_executor
-from test_bench import ALL, questions, told
+from test_bench import ALL, questions, two_tasks
 from test_distributed import a_run, files_of, spoilt
 from test_docs import ROOT, blocks
 from tiny import fine_tuned, lora, make_model, save_model, write_rows
@@ -169,7 +169,7 @@ def without_seconds(table: Path) -> bytes:
 @pytest.fixture(scope="module")
 def local(llama: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What the bench makes on this machine."""
-    scenario = Scenario.model_validate(told(llama, rows, tmp_path_factory.mktemp("local") / "out", methods=ALL))
+    scenario = Scenario.model_validate(two_tasks(llama, rows, tmp_path_factory.mktemp("local") / "out", methods=ALL))
     bench(scenario)
     return made_by(scenario)
 
@@ -178,7 +178,7 @@ def local(llama: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_a_bench_that_loses_a_node_makes_the_same_bytes(
     cluster: Any, local: dict[str, bytes], llama: Path, rows: Path, tmp_path: Path
 ) -> None:
-    scenario = Scenario.model_validate(told(llama, rows, tmp_path / "out", methods=ALL))
+    scenario = Scenario.model_validate(two_tasks(llama, rows, tmp_path / "out", methods=ALL))
     heard: list[Any] = []
 
     def lose(done: Any) -> None:
@@ -195,7 +195,7 @@ def test_a_bench_that_loses_a_node_makes_the_same_bytes(
 
 @pytest.mark.slow
 def test_a_bench_whose_driver_is_killed_goes_on(cluster: Any, local: dict[str, bytes], llama: Path, rows: Path, tmp_path: Path) -> None:
-    given = told(llama, rows, tmp_path / "out", methods=ALL)
+    given = two_tasks(llama, rows, tmp_path / "out", methods=ALL)
     (tmp_path / "scenario.yaml").write_text(yaml.safe_dump(given))
     words = [sys.executable, "-m", "recall_merge", "bench", tmp_path / "scenario.yaml", "--executor", f"ray://{cluster.address}", "--quiet"]
     driver = subprocess.Popen(list(map(str, words)), stderr=subprocess.DEVNULL)
@@ -271,7 +271,7 @@ def test_the_documented_commands_work(cluster: Any, llama: Path, rows: Path, tmp
     run = {"base": os.path.relpath(llama), "experts": [{"name": name, "path": name} for name in ("opinion", "french")]}
     run |= {"method": "recall", "samples": {"path": "french.jsonl", "count": 3}, "out": {"path": "merged", "shard_size": "20KB"}}
     Path("run.yaml").write_text(yaml.safe_dump(run))
-    Path("scenario.yaml").write_text(yaml.safe_dump(told(llama, rows, Path("bench"))))
+    Path("scenario.yaml").write_text(yaml.safe_dump(two_tasks(llama, rows, Path("bench"))))
     lines = [line for block in blocks(ROOT / "docs" / "scale.md", "console") for line in block.splitlines()]
     given = [shlex.split(line.removeprefix("$ recall")) for line in lines if line.startswith("$ recall")]
     assert [words[0] for words in given] == ["merge", "evaluate", "bench"]
@@ -288,8 +288,8 @@ def test_the_documented_commands_work(cluster: Any, llama: Path, rows: Path, tmp
 @pytest.mark.slow
 def test_ray_on_this_machine(llama: Path, rows: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="pip install 'recall-merge[cluster]'")
-    scenario = Scenario.model_validate(told(llama, rows, tmp_path / "out", methods=["linear"]))
-    similarity_rows = Scenario.model_validate(told(llama, rows, tmp_path / "similarity_rows", methods=["linear"]))
+    scenario = Scenario.model_validate(two_tasks(llama, rows, tmp_path / "out", methods=["linear"]))
+    similarity_rows = Scenario.model_validate(two_tasks(llama, rows, tmp_path / "similarity_rows", methods=["linear"]))
     bench(scenario, executor="ray")
     bench(similarity_rows)
     assert made_by(scenario) == made_by(similarity_rows)
@@ -305,7 +305,7 @@ def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, ll
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "ray" else find(name, *rest))
     with pytest.raises(MissingExtra, match=r"pip install 'recall-merge\[cluster\]'"):
-        bench(Scenario.model_validate(told(llama, rows, tmp_path / "out")), executor="ray")
+        bench(Scenario.model_validate(two_tasks(llama, rows, tmp_path / "out")), executor="ray")
     with pytest.raises(MissingExtra, match=r"pip install 'recall-merge\[cluster\]'"):
         merge(a_run(llama, {"a": llama}, rows / "films-train.jsonl", tmp_path / "out"), executor="ray")
     assert not (tmp_path / "out").exists()

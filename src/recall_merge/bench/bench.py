@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recall_merge.bench.design import Design, make_design
-from recall_merge.bench.jobs import Job, Scores, Store, with_needs
+from recall_merge.bench.jobs import Job, Scores, Store, cost_of, needs_of, with_needs
 from recall_merge.bench.run_job import run_job
 from recall_merge.bench.scenario import Scenario
 from recall_merge.files.checkpoint import open_checkpoint
@@ -23,9 +23,8 @@ from recall_merge.runtime.open_executor import check_executor, open_executor
 if TYPE_CHECKING:
     from recall_merge.bench.results import Results
 
-COPIES = 4  # of the base in float32
+COPIES = 4  # of the base in float32: a job trains it with its gradients, or scores it beside the tensors that it is merged from
 SECONDS_PER_TOKEN = 0.01  # of a forward pass, before anything was measured
-JOBS = "jobs"
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,9 @@ def bench(scenario: Scenario, *, executor: str = "local", command: str = "", lis
         store.keep_base(design.base)
         agenda = make_agenda(design, store)
         if agenda.left:
+            memory = 4 * COPIES * sum(stored.spec.numel for stored in open_checkpoint(design.base.folder).tensors.values())
             with open_executor(executor, scenario.workers) as opened:
-                _work(agenda, store, opened, listener, memory_of(design))
+                _work(agenda, store, opened, listener, memory)
         return write_results(design, store, command=command)
 
 
@@ -96,12 +96,6 @@ def write_results(design: Design, store: Store, *, command: str = "") -> Results
     return results
 
 
-def memory_of(design: Design) -> int:
-    """The most bytes of memory that a job takes, beside the interpreter's own: the model in float32 when it is trained, with room for its
-    gradients, and when a merge of it is scored, with the tensors that it is built from."""
-    return 4 * COPIES * sum(stored.spec.numel for stored in open_checkpoint(design.base.folder).tensors.values())
-
-
 def out_of(scenario: Scenario) -> Path:
     if scenario.out is None:
         raise OutputError("the scenario does not say where its results go", where="out", fix="add `out: FOLDER`, or give --out FOLDER")
@@ -109,7 +103,7 @@ def out_of(scenario: Scenario) -> Path:
 
 
 def store_of(scenario: Scenario) -> Store:
-    return Store(out_of(scenario) / JOBS)
+    return Store(out_of(scenario) / "jobs")
 
 
 def make_agenda(design: Design, store: Store) -> Agenda:
@@ -121,7 +115,7 @@ def make_agenda(design: Design, store: Store) -> Agenda:
             if store.is_done(job):
                 wanted.discard(job.key)
             else:
-                wanted.update((job.key, *(need.key for need in job.needs)))
+                wanted.update((job.key, *(need.key for need in needs_of(job))))
     return Agenda(tuple(jobs), frozenset(job.key for job in jobs) - wanted)
 
 
@@ -137,7 +131,7 @@ def seconds_left(jobs: Sequence[Job], store: Store, workers: int) -> float:
         measured = next((name for name in (kind, "all") if costs[name]), None)
         return seconds[measured] / costs[measured] if measured else SECONDS_PER_TOKEN
 
-    return sum(job.cost * rate(job.kind) for job in jobs) / workers
+    return sum(cost_of(job) * rate(job.kind) for job in jobs) / workers
 
 
 def _work(agenda: Agenda, store: Store, executor: Executor, listener: Listener, memory: int) -> None:
@@ -148,7 +142,7 @@ def _work(agenda: Agenda, store: Store, executor: Executor, listener: Listener, 
         for job in left.values():
             if len(running) >= executor.slots:
                 break
-            if job.key not in at_work and not any(need.key in left for need in job.needs):
+            if job.key not in at_work and not any(need.key in left for need in needs_of(job)):
                 running[executor.submit(job.label, run_job, job, store, memory=memory)] = job
         for future in wait(running, timeout=PATIENCE, return_when=FIRST_COMPLETED).done:
             job, seconds = running.pop(future), future.result()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from recall_merge.bench.jobs import Anchor, Base, Merged, Model, Question, Scores, StatisticsJob, Trained
-from recall_merge.bench.scenario import BASELINES, EwcOptions, Kind, MethodEntry, ReplayOptions, Scenario
+from recall_merge.bench.scenario import BASELINE_OPTIONS, BASELINES, EwcOptions, Kind, MethodEntry, ReplayOptions, Scenario
 from recall_merge.evaluation.tasks import TaskSpec, check_tasks
 from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.files.hub import locate
@@ -154,15 +154,12 @@ def _run_of(entry: MethodEntry) -> dict[str, Any]:
 
 def _baseline_options(entry: MethodEntry) -> EwcOptions | ReplayOptions | None:
     where = f"options of {entry.name}"
-    if entry.method == "ewc":
-        return parse(EwcOptions, entry.options, where=where)
-    if entry.method == "replay":
-        return parse(ReplayOptions, entry.options, where=where)
-    if entry.is_baseline:
-        if entry.options:
-            raise RunError(f"'{entry.method}' has no options", where=where, fix="leave them out")
-        if entry.weights != "uniform" or entry.scale_by_layer or entry.prune:
-            raise RunError(f"'{entry.method}' has no weights", where=where, fix="leave them out")
+    if entry.is_baseline and (entry.weights != "uniform" or entry.scale_by_layer or entry.prune):
+        raise RunError(f"'{entry.method}' has no weights", where=where, fix="leave them out")
+    if entry.method in BASELINE_OPTIONS:
+        return parse(BASELINE_OPTIONS[entry.method], entry.options, where=where)
+    if entry.is_baseline and entry.options:
+        raise RunError(f"'{entry.method}' has no options", where=where, fix="leave them out")
     return None
 
 
@@ -216,13 +213,8 @@ class _Jobs:
         scoring = self.scenario.scoring
         if stage == len(order):
             return [*order, *unseen]
-        match scoring.stages:
-            case "all":
-                return [*order[:stage], *(order[stage:] if scoring.unlearnt else ())]
-            case "learnt":
-                return [order[stage - 1], *(order[stage : stage + 1] if scoring.unlearnt else ())]
-            case "last":
-                return []
+        first, end = {"all": (0, len(order)), "learnt": (stage - 1, stage + 1), "last": (0, 0)}[scoring.stages]
+        return list(order[first : end if scoring.unlearnt else min(stage, end)])
 
     def _models(self, entry: MethodEntry, kind: Kind, order: tuple[str, ...], seed: int) -> Iterator[Model]:
         """The model after each stage."""

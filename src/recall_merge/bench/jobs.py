@@ -74,16 +74,6 @@ class Trained:
         held = [self.anchor.key, self.strength] if self.anchor else []
         return hashed(["trained", self.base.key, hash_rows(self.rows), settings, self.start and self.start.key, *held])
 
-    @property
-    def cost(self) -> float:
-        return (
-            4 * float(self.settings.epochs) * tokens_of(self.rows)
-        )  # the backward pass takes twice as long as the forward pass, and is run twice
-
-    @property
-    def needs(self) -> list[Job]:
-        return [job for job in (self.base, self.start, self.anchor) if job is not None and not isinstance(job, Base)]
-
 
 @dataclass(frozen=True)
 class Anchor:
@@ -98,14 +88,6 @@ class Anchor:
     @cached_property
     def key(self) -> str:
         return hashed(["anchor", self.model.key, hash_rows(self.rows), self.before and self.before.key])
-
-    @property
-    def cost(self) -> float:
-        return 4.0 * tokens_of(self.rows)
-
-    @property
-    def needs(self) -> list[Job]:
-        return [self.model, *([self.before] if self.before else [])]
 
 
 @dataclass(frozen=True)
@@ -124,14 +106,6 @@ class StatisticsJob:
     @cached_property
     def key(self) -> str:
         return hashed(["statistics", self.model.key, self.samples])
-
-    @property
-    def cost(self) -> float:
-        return 3 * tokens_of(self.model.rows)
-
-    @property
-    def needs(self) -> list[Job]:
-        return [self.model]
 
 
 @dataclass(frozen=True)
@@ -156,15 +130,6 @@ class Merged:
     def key(self) -> str:
         experts, statistics = ([[name, job.key] for name, job in jobs] for jobs in (self.experts, self.statistics))
         return hashed(["merged", self.base.key, experts, self.run, hash_rows(self.samples), statistics])
-
-    @property
-    def cost(self) -> float:
-        return 200.0 * len(self.experts) + 2 * tokens_of(self.samples)
-
-    @property
-    def needs(self) -> list[Job]:
-        jobs = (self.base, *(model for _, model in self.experts), *(statistics for _, statistics in self.statistics))
-        return [job for job in jobs if not isinstance(job, Base)]
 
 
 Model = Base | Trained | Merged
@@ -209,16 +174,6 @@ class Scores:
     def score_key(self, question: Question) -> str:
         return hashed(["score", self.model.key, question.key])
 
-    @property
-    def cost(self) -> float:
-        return sum(question.cost for question in self.questions) + (self.model.cost if isinstance(self.model, Merged) else 100.0)
-
-    @property
-    def needs(self) -> list[Job]:
-        if isinstance(self.model, Merged):
-            return self.model.needs
-        return [self.model] if isinstance(self.model, Trained) else []
-
 
 Job = Trained | Anchor | StatisticsJob | Merged | Scores
 
@@ -227,13 +182,44 @@ def tokens_of(rows: Sequence[Row]) -> float:
     return sum(len(row.plain) + len(row.completion) for row in rows) / CHARACTERS_PER_TOKEN
 
 
+def cost_of(job: Job) -> float:
+    """About how long a job takes, as the number of tokens in a forward pass."""
+    match job:
+        case Trained():  # the backward pass takes twice as long as the forward pass, and the forward pass is run twice
+            return 4 * float(job.settings.epochs) * tokens_of(job.rows)
+        case Anchor():
+            return 4 * tokens_of(job.rows)
+        case StatisticsJob():
+            return 3 * tokens_of(job.model.rows)
+        case Merged():
+            return 200.0 * len(job.experts) + 2 * tokens_of(job.samples)
+        case Scores():
+            return sum(question.cost for question in job.questions) + (cost_of(job.model) if isinstance(job.model, Merged) else 100.0)
+
+
+def needs_of(job: Job) -> list[Job]:
+    """The jobs that must be done before this one."""
+    match job:
+        case Trained():
+            parts = (job.base, job.start, job.anchor)
+        case Anchor():
+            parts = (job.model, job.before)
+        case StatisticsJob():
+            parts = (job.model,)
+        case Merged():
+            parts = (job.base, *(model for _, model in job.experts), *(statistics for _, statistics in job.statistics))
+        case Scores():  # a merge is made in memory
+            parts = needs_of(job.model) if isinstance(job.model, Merged) else (job.model,)
+    return [part for part in parts if part is not None and not isinstance(part, Base)]
+
+
 def with_needs(jobs: Iterable[Job]) -> list[Job]:
     """Jobs and all that they need, each once and after those that it needs."""
     ordered: dict[str, Job] = {}
 
     def add(job: Job) -> None:
         if job.key not in ordered:
-            for need in job.needs:
+            for need in needs_of(job):
                 add(need)
             ordered[job.key] = job
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from recall_merge.bench.results import Results, Spread, Table, read_results
+from recall_merge.bench.results import Results, Spread, read_results
 from recall_merge.bench.scenario import KINDS
 from recall_merge.maths.metrics import METRICS
 from recall_merge.report import bench_charts as charts
@@ -87,14 +87,9 @@ def _sections(results: Results, kind: str) -> Iterator[Section]:
     ]
     if figures:
         yield Section(f"{kind}-trade", f"Orders, what is kept elsewhere, and what it costs, {kind}", figures)
-    table = results.numbers_table(kind)
-    yield Section(
-        f"{kind}-numbers", f"All numbers, {kind}", [page.Table("Mean ± standard deviation over trials", table.head, _rows(table))]
-    )
-
-
-def _rows(table: Table) -> list[list[str]]:
-    return [list(map(str, row)) for row in table.rows]
+    head, rows = results.numbers_table(kind)
+    numbers = page.Table("Mean ± standard deviation over trials", head, [list(map(str, row)) for row in rows])
+    yield Section(f"{kind}-numbers", f"All numbers, {kind}", [numbers])
 
 
 def _tasks(results: Results, kind: str) -> Figure:
@@ -107,7 +102,8 @@ def _tasks(results: Results, kind: str) -> Figure:
     ]
     says = "The mean score of each task at the end; the table has the spread over trials. Scores run from 0 to 1, each in its own metric."
     chart = charts.methods_by_tasks(cells, [row[0] for row in table.rows], table.head[1:])
-    return Figure(f"{kind}-methods-tasks", "Each method on each task", says, chart, table.head, _rows(table))
+    rows = [list(map(str, row)) for row in table.rows]
+    return Figure(f"{kind}-methods-tasks", "Each method on each task", says, chart, table.head, rows)
 
 
 def _number_figures(results: Results, kind: str) -> Iterator[Figure]:

@@ -9,26 +9,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from recall_merge.bench.design import Design, Trial
 from recall_merge.bench.jobs import Merged, Store
+from recall_merge.bench.scenario import ARROW
 from recall_merge.files.durable import write_whole
 from recall_merge.maths.metrics import METRICS
 from recall_merge.maths.r_matrix import score_table, table_metrics
 from recall_merge.runtime.errors import DataError
 
-if TYPE_CHECKING:
-    from pandas import DataFrame
-
-TRIAL = {"kind": "str", "method": "str", "seed": "int64", "order": "str"}
+Frame = Any  # pandas.DataFrame, whose annotations cannot tell a table from a column
+TRIAL: Any = {"kind": "str", "method": "str", "seed": "int64", "order": "str"}
 # stage 0 is the base; seen: the model, or one that it is merged from, was trained on the task
 SCORES = TRIAL | {"stage": "int64", "learnt": "str", "task": "str", "seen": "bool", "metric": "str"}
 SCORES |= {"score": "float64", "stderr": "float64", "n": "int64"}
 # all work behind a trial, its last merge alone, and the mean over its experts of what input statistics take
 COSTS = ("seconds", "merge_seconds", "statistics_bytes", "statistics_seconds")
 NUMBERS = TRIAL | dict.fromkeys((*METRICS, "item_error", *COSTS), "float64")
-ARROW = " > "  # between the tasks of an order
 NAN = math.nan
 
 
@@ -83,15 +81,15 @@ class Results:
     """All results of a bench, of the trials that are complete.
 
     Attributes:
-        scores: one row per score, with the columns `SCORES`.
-        numbers: one row per trial, with the columns `NUMBERS`; NaN where the scores do not give a number.
+        scores: a data frame, one row per score, with the columns `SCORES`.
+        numbers: likewise, one row per trial, with the columns `NUMBERS`; NaN where the scores do not give a number.
         experts: mean over seeds of the score of each task's own expert; NaN where it is not known yet.
         unfinished: (kind, method) -> trials that are not complete.
     """
 
     folder: Path
-    scores: DataFrame
-    numbers: DataFrame
+    scores: Frame
+    numbers: Frame
     experts: Mapping[str, float] = field(default_factory=dict)
     unfinished: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
@@ -107,9 +105,10 @@ class Results:
         final: dict[Any, dict[str, Spread]] = {}
         for (kind, method, task), scores in ends.groupby(["kind", "method", "task"], sort=False)["score"]:
             final.setdefault((kind, method), {})[task] = _spread(scores)
+        columns = [name for name in NUMBERS if name not in TRIAL]
         return [
-            MethodResults(*key, len(rows), {name: _spread(rows[name], name) for name in NUMBERS if name not in TRIAL}, final[key])
-            for key, rows in self.numbers.groupby(["kind", "method"], sort=False)
+            MethodResults(kind, method, len(rows), {name: _spread(rows[name], name) for name in columns}, final[kind, method])
+            for (kind, method), rows in self.numbers.groupby(["kind", "method"], sort=False)
         ]
 
     def of_kind(self, kind: str) -> list[MethodResults]:
@@ -205,9 +204,9 @@ def gather(design: Design, store: Store, folder: Path) -> Results:
             at = {"stage": stage, "learnt": trial.order[stage - 1] if stage else "", "task": task, "seen": task in trial.order[:stage]}
             scores.append(named | at | {key: score[key] for key in ("metric", "score", "stderr", "n")})
         numbers.append(named | _metrics(trial, taken, {task: own[trial.seed, task] for task in trial.order}) | _costs(trial, store))
-    tables = (DataFrame(rows, columns=list(types)).astype(types) for rows, types in ((scores, SCORES), (numbers, NUMBERS)))
+    tables = [DataFrame(rows, columns=list(types)).astype(types) for rows, types in ((scores, SCORES), (numbers, NUMBERS))]
     experts = {name: [score for (_, task), score in own.items() if task == name] for _, name in own}
-    return Results(folder, *tables, {task: sum(values) / len(values) for task, values in experts.items()}, unfinished)
+    return Results(folder, tables[0], tables[1], {task: sum(values) / len(values) for task, values in experts.items()}, unfinished)
 
 
 def read_results(folder: Path) -> Results:
@@ -216,21 +215,20 @@ def read_results(folder: Path) -> Results:
     Raises:
         DataError: if a table cannot be read, or lacks a column.
     """
-    return Results(folder, _read(folder / "scores.csv", SCORES), _read(folder / "numbers.csv", NUMBERS))
-
-
-def _read(path: Path, types: Mapping[str, str]) -> DataFrame:
     import pandas
 
-    empty = {name: [""] for name, kind in types.items() if kind == "float64"}  # no other: a method may be named 'nan'
-    fix = "write it again: recall bench SCENARIO.yaml --summary"
-    try:
-        rows = pandas.read_csv(path, dtype=dict(types), keep_default_na=False, na_values=empty)
-    except (OSError, ValueError) as error:
-        raise DataError(f"this table cannot be read: {error}", where=path, fix=fix) from error
-    if missing := sorted({name for name in types if name not in COSTS} - set(rows)):
-        raise DataError(f"the table lacks the column '{missing[0]}'", where=path, fix=fix)
-    return rows.reindex(columns=list(types))
+    tables = []
+    for path, types in ((folder / "scores.csv", SCORES), (folder / "numbers.csv", NUMBERS)):
+        fix = "write it again: recall bench SCENARIO.yaml --summary"
+        unknown = {name: [""] for name, kind in types.items() if kind == "float64"}  # elsewhere 'nan' may be a method's name
+        try:
+            table = pandas.read_csv(path, dtype=types, keep_default_na=False, na_values=unknown)
+        except (OSError, ValueError) as error:
+            raise DataError(f"this table cannot be read: {error}", where=path, fix=fix) from error
+        if missing := sorted(types.keys() - {*table, *COSTS}):
+            raise DataError(f"the table lacks the column '{missing[0]}'", where=path, fix=fix)
+        tables.append(table.reindex(columns=list(types)))
+    return Results(folder, *tables)
 
 
 def _metrics(trial: Trial, taken: Mapping[tuple[int, str], Mapping[str, Any]], experts: Mapping[str, float]) -> dict[str, float]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from recall_merge.bench.jobs import Anchor, Job, Merged, Model, Question, Scores, StatisticsJob, Store, Trained
+from recall_merge.bench.jobs import Anchor, Job, Merged, Model, Question, Scores, StatisticsJob, Store, Trained, cost_of
 from recall_merge.continual.steps import merge_models, score_model, take_statistics, train_expert
 from recall_merge.evaluation.tasks import TaskSpec
 from recall_merge.merging.merge import merge_in_memory
@@ -18,7 +18,7 @@ from recall_merge.runtime.progress import Progress
 
 def run_job(job: Job, store: Store, progress: Progress | None = None) -> float:
     """Do a job whose needs are done, and note what it took.    -> seconds"""
-    start, cost = time.monotonic(), job.cost
+    start, cost = time.monotonic(), cost_of(job)
     match job:
         case Trained():
             _train(job, store, progress)
@@ -36,7 +36,7 @@ def run_job(job: Job, store: Store, progress: Progress | None = None) -> float:
             merge_models(run.model_copy(update={"out": out}), progress=progress)
         case Scores():
             missing = store.missing(job)
-            cost = replace(job, questions=tuple(missing)).cost
+            cost = cost_of(replace(job, questions=tuple(missing)))
             _score(job, missing, store, progress)
     seconds = time.monotonic() - start
     store.write("notes", job.key, {"kind": job.kind, "label": job.label, "cost": cost, "seconds": round(seconds, 2)})

@@ -1,4 +1,4 @@
-"""A scenario, typed: what `recall bench` is told. Strict like a run, and checked as a whole before any work starts."""
+"""A scenario, typed: the file that `recall bench` reads. It is strict like a run, and checked as a whole before any work starts."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ KINDS = {
     "sequential": "After each task the last merge and the newest expert are merged; the first expert is taken as it is.",
     "single-model": "The base and one expert: each task is a trial of its own, and all other tasks count as unseen.",
 }
+ARROW = " > "  # between the tasks of an order
 BASELINES = {
     "experts": "each task by the expert trained on it alone: as many models as tasks, an upper reference",
     "sequential": "fine-tuning one task after another, no merging",
@@ -55,7 +56,7 @@ class RowLimits(Section):
 
 
 class DrawnOrders(Section):
-    """So many different orders of the tasks: the listed one, and others drawn by the seed."""
+    """`count` different orders of the tasks: the listed one, and others drawn by the seed."""
 
     count: int = Field(ge=1)
     seed: int = 0
@@ -85,11 +86,14 @@ class MethodEntry(Section):
 
 class EwcOptions(Section):
     strength: float = Field(default=1e5, ge=0, allow_inf_nan=False, description="lambda: how much a change of what matters costs")
-    rows: int = Field(default=64, ge=1, description="of each task, from which it is told what matters to it")
+    rows: int = Field(default=64, ge=1, description="of each task, to find what matters to it")
 
 
 class ReplayOptions(Section):
     share: float = Field(default=0.05, gt=0, le=1, description="of each earlier task's rows, drawn once by the seed")
+
+
+BASELINE_OPTIONS: dict[str, type[EwcOptions] | type[ReplayOptions]] = {"ewc": EwcOptions, "replay": ReplayOptions}
 
 
 class Chain(Section):
@@ -142,14 +146,14 @@ class Scenario(Section):
     @model_validator(mode="after")
     def _tasks_and_orders(self) -> Scenario:
         names = [task.name for task in (*self.tasks, *self.unseen)]
-        if twice := sorted({name for name in names if names.count(name) > 1 or name == "base"}):
-            raise ValueError(f"names of tasks are taken twice, or not allowed: {', '.join(twice)}")
+        if wrong := sorted({name for name in names if names.count(name) > 1 or name == "base" or ARROW in name}):
+            raise ValueError(f"names of tasks are taken twice, or not allowed: {', '.join(wrong)}")
         learnt = sorted(task.name for task in self.tasks)
         if isinstance(self.orders, DrawnOrders):
             if self.orders.count > math.factorial(len(learnt)):
                 raise ValueError(f"{len(learnt)} tasks have only {math.factorial(len(learnt))} orders")
-        elif wrong := [order for order in self.orders if sorted(order) != learnt]:
-            raise ValueError(f"an order names every task once; this does not: {wrong[0]}")
+        elif odd := [order for order in self.orders if sorted(order) != learnt]:
+            raise ValueError(f"an order names every task once; this does not: {odd[0]}")
         elif not self.orders:
             raise ValueError("`orders` is empty")
         if self.trials == "paired" and len(self.seeds) != len(self.task_orders):
@@ -166,10 +170,10 @@ class Scenario(Section):
         if not isinstance(self.orders, DrawnOrders):
             return list(dict.fromkeys(map(tuple, self.orders)))
         listed = tuple(task.name for task in self.tasks)
-        found, draws = {listed: None}, random.Random(self.orders.seed)
-        while len(found) < self.orders.count:
-            found[tuple(draws.sample(listed, len(listed)))] = None
-        return list(found)
+        orders, draws = {listed: None}, random.Random(self.orders.seed)
+        while len(orders) < self.orders.count:
+            orders[tuple(draws.sample(listed, len(listed)))] = None
+        return list(orders)
 
     def settings(self, entry: MethodEntry | None, seed: int) -> TrainSettings:
         """How a model of this entry is trained; None for the experts that all merges share.
@@ -177,24 +181,24 @@ class Scenario(Section):
         Raises:
             RunError: if the entry's own settings do not fit.
         """
-        own = entry.training if entry is not None else {}
-        told = {**self.training.model_dump(exclude_unset=True), **own, "seed": seed, "template": self.template}
-        return parse(TrainSettings, told, where=f"training of {entry.name}" if entry is not None else "training")
+        own, where = (entry.training, f"training of {entry.name}") if entry is not None else ({}, "training")
+        shared = self.training.model_dump(exclude_unset=True)
+        return parse(TrainSettings, {**shared, **own, "seed": seed, "template": self.template}, where=where)
 
 
 def load_scenario(path: Path, overrides: Mapping[str, Any] | None = None) -> Scenario:
-    """Read a scenario from YAML. `model`, `data` and `out` are looked for from its own folder, then from the current one.
+    """Read a scenario from YAML. `model`, `data` and `out` are relative to its folder, or else to the current one.
 
     Args:
-        overrides: dotted keys of `--set`; they win over the file, and their paths are meant from the current folder.
+        overrides: dotted keys of `--set`; they win over the file, and their paths are relative to the current folder.
 
     Raises:
         RunError: with every fault of the file.
     """
-    told = read_mapping(path, "scenario", "docs/bench.md")
+    content = read_mapping(path, "scenario", "docs/bench.md")
     for key in ("model", "data", "out"):
-        if isinstance(told.get(key), str) and (key == "out" or (path.parent / told[key]).exists()):
-            told[key] = str(path.parent / told[key])
+        if isinstance(content.get(key), str) and (key == "out" or (path.parent / content[key]).exists()):
+            content[key] = str(path.parent / content[key])
     for key, value in (overrides or {}).items():
-        assign(told, key, value)
-    return parse(Scenario, told, where=str(path))
+        assign(content, key, value)
+    return parse(Scenario, content, where=str(path))
