@@ -298,7 +298,7 @@ def test_values_of_the_config_that_cannot_be(llama, tmp_path):
         folder, llama, "`r` of the adapter is '4', not a number above 0", where="adapter_config.json", fix="copy the adapter again"
     )
     assert "`lora_alpha` of the adapter is -1" in error
-    assert "`rank_pattern` of the adapter holds '(', which is no pattern" in error
+    assert "`rank_pattern` of the adapter holds '(', which is not a pattern" in error
     assert "`alpha_pattern.q_proj` of the adapter is True" in error
 
 
@@ -319,7 +319,7 @@ DAMAGE = {  # a change of the stored tensors -> what is said
     ),
     "tokens": (
         lambda t, q: t.update({"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(2, 32)}),
-        "`trainable_token_indices` of the adapter names no tokens of 'model.embed_tokens'",
+        "`trainable_token_indices` of the adapter lists no tokens for 'model.embed_tokens'",
     ),
 }
 
@@ -425,5 +425,5 @@ class TestTheBaseThatAnAdapterNames:
 def test_a_pattern_that_takes_for_ever_is_refused(llama, tmp_path):
     """PEFT hands the patterns of a config to a matcher that tries 2^150 ways here."""
     parts = _Parts(tmp_path, {"r": 4, "lora_alpha": 8, "rank_pattern": {"(?:a|aa)+(?=b)c": 2}}, open_checkpoint(llama))
-    with pytest.raises(CheckpointError, match="takes for ever to compare"):
+    with pytest.raises(CheckpointError, match="takes too long to match"):
         parts._scale("model.layers." + "a" * 300 + "c", rank=None)

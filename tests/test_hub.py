@@ -257,7 +257,7 @@ def test_repositories_without_safetensors_are_refused_like_folders(hub, ask, tmp
     expected = [
         "the weights are pickled (pytorch_model.bin); loading a pickle runs code, so it is never done here\n  where: org/pickled@main\n",
         "the weights are not safetensors (model.Q4_K_M.gguf)\n  where: org/gguf@main\n",
-        "'org/data' holds no config.json: it is no model\n  where: org/data@main\n",
+        "'org/data' holds no config.json, so it is not a model\n  where: org/data@main\n",
         "the adapter's weights are pickled; loading a pickle runs code\n  where: org/adapter@main\n",
         "the folder holds two models, model.safetensors and model.safetensors.index.json",
     ]

@@ -163,11 +163,11 @@ class TestCheck:
     def test_a_folder_of_other_things_even_with_overwrite(self, tmp_path):
         (tmp_path / "home").mkdir()
         (tmp_path / "home" / "thesis.txt").touch()
-        self.refused(tmp_path / "home", "the output folder holds something that is no model", overwrite=True)
+        self.refused(tmp_path / "home", "the output folder does not hold a model", overwrite=True)
 
     def test_a_file(self, tmp_path):
         (tmp_path / "merged").touch()
-        self.refused(tmp_path / "merged", "the output's place is taken by a file", overwrite=True)
+        self.refused(tmp_path / "merged", "a file has the name of the output folder", overwrite=True)
 
     @pytest.mark.parametrize("target", ["base", "base/merged", ".", "link", "link/merged", "elsewhere/../base"])
     def test_a_folder_that_the_run_reads(self, tmp_path, target):

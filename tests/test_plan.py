@@ -237,7 +237,7 @@ def test_output_over_an_input(world, place):
 def test_overwrite_spares_what_is_no_model(world):
     (world / "out").mkdir()
     (world / "out" / "thesis.tex").write_text("years of work")
-    assert "holds something that is no model" in one_fault(world, out={"path": world / "out", "overwrite": True})[0]
+    assert "does not hold a model" in one_fault(world, out={"path": world / "out", "overwrite": True})[0]
 
 
 def test_too_little_disk(world, monkeypatch):

@@ -258,9 +258,9 @@ def test_a_file_that_is_not_there_or_no_file(tmp_path):
     with pytest.raises(CheckpointError) as error:
         read_header(tmp_path / "none")
     assert str(error.value) == (
-        f"the file cannot be read: No such file or directory\n  where: {tmp_path}/none\n  fix: check the path and your permissions"
+        f"the file cannot be read: No such file or directory\n  where: {tmp_path}/none\n  fix: check the path, your permissions and the disk"
     )
-    with pytest.raises(CheckpointError, match="this is no file"):
+    with pytest.raises(CheckpointError, match="this is not a file"):
         read_header(tmp_path)
 
 

@@ -169,7 +169,7 @@ def test_stale_and_damaged_statistics_are_refused(world):
         make_plan(a_run(world))
     assert [fault.what for fault in caught.value.faults] == [
         "the input statistics of expert 'a' were made for another state of it",
-        "the input statistics is of a form that this version does not know",
+        "the input statistics are in a format that this version does not know",
     ]
     assert all("recall stats" in fault.fix for fault in caught.value.faults)
 

@@ -1,7 +1,7 @@
-"""A PEFT adapter folder: which of the base's tensors it changes, and by how much, tensor by tensor and exactly.
+"""A PEFT adapter folder: which tensors of the base it changes, and by how much, exactly.
 
 LoRA (arXiv:2106.09685), rsLoRA (arXiv:2312.03732), DoRA (arXiv:2402.09353), rank and alpha patterns, `modules_to_save`, trained biases,
-trained embeddings and single trained tokens. Whatever else an adapter may be is refused by name, never approximated.
+trained embeddings and single trained tokens. Every other kind of adapter is refused by name, never approximated.
 """
 
 from __future__ import annotations
@@ -23,24 +23,17 @@ from recall_merge.runtime.errors import CheckpointError, Faults, short
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that alter the base's own weights
-UNSUPPORTED = (  # settings of LoRA that are no plain change of one tensor
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "layer_replication",
-    "megatron_config",
-    "monteclora_config",
-    "target_parameters",
-    "use_bdlora",
-    "use_qalora",
-    "velora_config",
-)
+UNSUPPORTED = (  # settings of LoRA that do more than change single tensors
+    "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "megatron_config", "monteclora_config",
+    "target_parameters", "use_bdlora", "use_qalora", "velora_config",
+)  # fmt: skip
 MERGE_FIRST = "merge it into its base with PEFT (merge_and_unload), and give that folder"
+COPY_AGAIN = "copy the adapter again"
 OTHER_BASE = "give the base it was trained on"
 CONV1D = ("gpt2", "openai-gpt")  # model types whose blocks hold transformers' Conv1D, which stores (in, out)
-MAX_PATTERN = 10_000  # letters; one that lists every module of a large model has some thousands
-PATIENCE = 1.0  # seconds, where a sound pattern takes microseconds
-LARGEST = 1e9  # of a rank or an alpha
+MAX_PATTERN = 10_000  # characters; a pattern that lists every module of a large model has some thousands
+PATIENCE = 1.0  # seconds; a sound pattern takes microseconds
+LARGEST = 1e9  # rank or alpha
 _PARTS = re.compile(
     r"^(?P<module>.+?)\.(?P<copy>modules_to_save\.|original_module\.)?(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A"
     r"|lora_embedding_B|lora_magnitude_vector(?:\.weight)?|base_layer\.weight|base_layer\.bias|token_adapter\.trainable_tokens_delta"
@@ -50,7 +43,7 @@ _PARTS = re.compile(
 
 @dataclass(frozen=True)
 class Adapter:
-    """A PEFT adapter, resolved against its base: base tensor name -> edit. Tensors it does not name are the base's own."""
+    """A PEFT adapter and its edits of the base, by the base's tensor names. Tensors without an edit stay the base's."""
 
     folder: Path
     config: Mapping[str, Any]
@@ -73,22 +66,20 @@ def adapter_weights(present: Collection[str], where: object) -> str:
     """
     if WEIGHTS in present:
         return WEIGHTS
-    pickled = "adapter_model.bin" in present
-    raise CheckpointError(
-        "the adapter's weights are pickled; loading a pickle runs code" if pickled else f"there is no {WEIGHTS}",
-        where=where,
-        fix="load it with PEFT where you trust it, and save_pretrained again" if pickled else "copy the whole adapter folder",
-    )
+    if "adapter_model.bin" in present:
+        fix = "load it with PEFT where you trust it, and save_pretrained again"
+        raise CheckpointError("the adapter's weights are pickled; loading a pickle runs code", where=where, fix=fix)
+    raise CheckpointError(f"there is no {WEIGHTS}", where=where, fix="copy the whole adapter folder")
 
 
 def open_adapter(folder: Path, base: Checkpoint, remote: Mapping[str, RemoteFile] = MappingProxyType({})) -> Adapter:
-    """Read an adapter's config and header, and find the base tensor behind each of its parts.
+    """Read an adapter's config and header, and find the tensor of the base that each of its parts changes.
 
     Args:
-        remote: file name -> what is known of a weight file that is still on the hub.
+        remote: weight files that are still on the hub, by name.
 
     Raises:
-        CheckpointError: with every fault: another kind of adapter, pickled or damaged weights, parts that fit no tensor of the base.
+        CheckpointError: with every fault: another kind of adapter, pickled or damaged weights, parts that do not fit the base.
     """
     faults = Faults()
     config: dict[str, Any] = {}
@@ -123,29 +114,28 @@ def _check_config(folder: Path, config: Mapping[str, Any], faults: Faults) -> No
         faults.add(f"the adapter was initialised with {start}, which changes the base's own weights", where=where, fix=fix)
     for key in UNSUPPORTED:
         if config.get(key):
-            faults.add(
-                f"the adapter uses `{key}`, which is more than a change of the base's tensors one by one", where=where, fix=MERGE_FIRST
-            )
+            what = f"the adapter uses `{key}`, which is more than a change of the base's tensors one by one"
+            faults.add(what, where=where, fix=MERGE_FIRST)
     numbers = {key: config.get(key) for key in ("r", "lora_alpha")}
     for pattern in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(pattern) or {}
         numbers |= {f"{pattern}.{key}": value for key, value in patterns.items()} if isinstance(patterns, dict) else {pattern: patterns}
         for key in patterns:
             if len(key) > MAX_PATTERN:
-                faults.add(f"`{pattern}` of the adapter holds a pattern of {len(key):,} letters", where=where, fix="copy the adapter again")
+                faults.add(f"`{pattern}` of the adapter holds a pattern of {len(key):,} characters", where=where, fix=COPY_AGAIN)
                 continue
             try:
                 regex.compile(_whole_name(key))
             except (regex.error, RecursionError) as error:
-                what = f"`{pattern}` of the adapter holds {short(key)}, which is no pattern: {error}"
-                faults.add(what, where=where, fix="copy the adapter again")
+                what = f"`{pattern}` of the adapter holds {short(key)}, which is not a pattern: {error}"
+                faults.add(what, where=where, fix=COPY_AGAIN)
     for key, value in numbers.items():
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < LARGEST:
-            faults.add(f"`{key}` of the adapter is {short(value)}, not a number above 0", where=where, fix="copy the adapter again")
+            faults.add(f"`{key}` of the adapter is {short(value)}, not a number above 0", where=where, fix=COPY_AGAIN)
 
 
 class _Parts:
-    """Sorts an adapter's stored parts into edits of the base's tensors."""
+    """Turns an adapter's stored parts into edits of the base's tensors."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], base: Checkpoint) -> None:
         self.edits: defaultdict[str, Edit] = defaultdict(Edit)
@@ -153,7 +143,7 @@ class _Parts:
         self._config = config
         self._base = base
         self._names = Names(base)
-        self._head: dict[str, StoredTensor] = {}  # kind -> what the adapter says of a head that the base ties
+        self._head: dict[str, StoredTensor] = {}  # parts by kind for a head that the base ties
         self._trained_whole: set[str] = set()
 
     def place(self, key: str, part: StoredTensor) -> None:
@@ -193,15 +183,14 @@ class _Parts:
                 edit.row_ids = self._token_ids(module)
             case _:
                 if edit.replace is not None and not edit.replace.same_bytes(part):
-                    raise CheckpointError(
-                        f"the adapter gives '{name}' twice, with different values", where=self._where, fix="copy it again"
-                    )
+                    what = f"the adapter gives '{name}' twice, with different values"
+                    raise CheckpointError(what, where=self._where, fix=COPY_AGAIN)
                 edit.replace = part
                 if not kind.startswith("base_layer"):
                     self._trained_whole.add(name)
 
     def check(self, faults: Faults) -> None:
-        """Find what does not fit once all parts are placed; drop what changes nothing."""
+        """Find edits that do not fit, once all parts are placed; drop edits that change nothing."""
         for name, edit in list(self.edits.items()):
             own = self._base.tensors[name]
             if edit.replace is not None and name not in self._trained_whole and edit.replace.same_bytes(own):
@@ -214,28 +203,25 @@ class _Parts:
             for misfit in edit.misfits(own.spec.shape, tokens=name in self._base.token_tensors):
                 faults.add(f"the adapter changes '{name}' {misfit}", where=self._where, fix=OTHER_BASE)
         if self._base.is_tied and not self._head_follows():
-            faults.add(
-                f"the adapter trains the head apart from the embedding '{self._base.embedding}', to which the base ties it",
-                where=self._where,
-                fix="train both with `ensure_weight_tying=True`, or untie the base first",
-            )
+            what = f"the adapter trains the head apart from the embedding '{self._base.embedding}', to which the base ties it"
+            faults.add(what, where=self._where, fix="train both with `ensure_weight_tying=True`, or untie the base first")
 
     def _is_stored_transposed(self, name: str, edit: Edit) -> bool:
-        """Whether the base stores a tensor as (in, out). PEFT asks the module's class; its shape tells too, unless it is square."""
+        """Whether the base stores a tensor as (in, out). PEFT asks the module's class; the shape decides unless it is square."""
         if edit.up is None or edit.down is None or edit.up.spec.shape[:1] == edit.down.spec.shape[1:]:
             return self._base.config.get("model_type") in CONV1D and 0 < self._base.layers.of(name) < self._base.layers.last
         return edit.down.spec.shape[1:] + edit.up.spec.shape[:1] == self._base.tensors[name].spec.shape
 
     def _head_follows(self) -> bool:
-        """Whether what the adapter says of a tied head is what it says of the embedding."""
+        """Whether the adapter changes a tied head and its embedding in the same way."""
         embedding = self._base.embedding
         edit = self.edits.get(embedding, Edit())
         own = edit.replace or self._base.tensors[embedding]
         if embedding in self._trained_whole and "weight" not in self._head:
             return False
-        told = {"weight": edit.replace, "base_layer.weight": own, "token_adapter.trainable_tokens_delta": edit.rows}
+        ours = {"weight": edit.replace, "base_layer.weight": own, "token_adapter.trainable_tokens_delta": edit.rows}
         for kind, part in self._head.items():
-            same = told.get(kind)
+            same = ours.get(kind)
             factor = {"lora_A": edit.up, "lora_B": edit.down}.get(kind)
             if not (same is not None and part.same_bytes(same)) and not (factor is not None and _is_transpose(part, factor)):
                 return False
@@ -252,36 +238,36 @@ class _Parts:
 
         r = pattern("rank_pattern", "r") if rank is None else rank
         if not r:
-            raise CheckpointError(f"the adapter's factors of '{module}' are of rank 0", where=self._where, fix="copy the adapter again")
+            raise CheckpointError(f"the adapter's factors of '{module}' are of rank 0", where=self._where, fix=COPY_AGAIN)
         return pattern("alpha_pattern", "lora_alpha") / (r**0.5 if self._config.get("use_rslora") else r)
 
     def _matches(self, expression: str, module: str) -> bool:
-        """Whether PEFT would say that a pattern means a module; one that takes for ever to tell is refused."""
+        """Whether a pattern means a module, as PEFT decides it; a pattern that takes too long to match is refused."""
         import regex
 
         try:
             return regex.match(_whole_name(expression), module, timeout=PATIENCE) is not None
         except TimeoutError:
-            what = f"the adapter's pattern {short(expression)} takes for ever to compare with a module's name"
+            what = f"the adapter's pattern {short(expression)} takes too long to match"
             raise CheckpointError(what, where=self._where.with_name(CONFIG), fix="write the modules' names instead") from None
 
     def _token_ids(self, module: str) -> tuple[int, ...]:
         ids = self._config.get("trainable_token_indices")
         if isinstance(ids, Mapping):
-            ids = next((found for layer, found in ids.items() if f".{module}".endswith(f".{layer}")), None)
+            ids = next((tokens for name, tokens in ids.items() if f".{module}".endswith(f".{name}")), None)
         if not isinstance(ids, list) or not all(isinstance(row, int) for row in ids):
-            what = f"`trainable_token_indices` of the adapter names no tokens of '{module}'"
-            raise CheckpointError(what, where=self._where.with_name(CONFIG), fix="copy the adapter again")
+            what = f"`trainable_token_indices` of the adapter lists no tokens for '{module}'"
+            raise CheckpointError(what, where=self._where.with_name(CONFIG), fix=COPY_AGAIN)
         return tuple(ids)
 
 
 def _whole_name(expression: str) -> str:
-    """A pattern of a config as PEFT applies it: to the end of a module's name, from any of its dots on."""
+    """A pattern as PEFT applies it: to the whole of a module's name, or to what follows one of its dots."""
     return rf"(.*\.)?({expression})$"
 
 
 def _is_transpose(part: StoredTensor, factor: StoredTensor) -> bool:
-    """Whether two stored factors are each other's transpose; of what is still on the hub, the shapes decide."""
+    """Whether two stored factors are each other's transpose; for files that are still on the hub, the shapes decide."""
     import torch
 
     if part.spec.shape != factor.spec.shape[::-1]:

@@ -1,4 +1,4 @@
-"""A Hugging Face folder: its config and, by byte range, its tensors. Nothing of it is ever run or unpickled."""
+"""A Hugging Face folder: its config and, by byte range, its tensors. Nothing in it is ever run or unpickled."""
 
 from __future__ import annotations
 
@@ -22,23 +22,24 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # the spellings of L in transformers' configs
-MAX_BLOCKS = 10**6  # a number that is no number of blocks
-BLOCK_LISTS = ("layers_block_type",)  # one entry a block, where a config gives no number
+MAX_BLOCKS = 10**6  # larger numbers are damage
+BLOCK_LISTS = ("layers_block_type",)  # one entry per block, in configs that give no number
 HEADS = re.compile(r"(^|\.)(lm_head|embed_out|output_projection|head)\.(weight|bias)$")
 POSITIONS = re.compile(r"wpe|pos")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state")  # pickles that a trainer leaves beside the weights
+NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state")  # pickles that trainers leave beside the weights
 OTHER_FORMATS = (".gguf", ".onnx", ".h5", ".msgpack")
 MAX_JSON = 64_000_000  # bytes of a file that describes a model, an adapter or a result
-AGAIN = "the model is damaged: copy or download it again"
+AGAIN = "the file is damaged: copy or download it again"
+NO_MODEL = "give the folder of a Hugging Face model or adapter"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """One model in a folder. Only headers are held; `read` fetches a tensor's bytes.
 
-    `tensors` lists every parameter once. A head that is tied to the embedding and stored beside it is left out, and so are tables
-    that transformers computes by itself (rotary frequencies, causal masks), which old files hold and new ones do not.
+    `tensors` lists every parameter once, without a head that is tied to the embedding but stored, and without tables that transformers
+    computes itself (rotary frequencies, causal masks), which old files hold.
     """
 
     folder: Path
@@ -64,29 +65,29 @@ class Checkpoint:
 
     @cached_property
     def vocabulary_size(self) -> int:
-        """Rows of the input embedding, as the config says; often more than the tokenizer has tokens."""
+        """Rows of the input embedding according to the config; often more than the tokenizer has tokens."""
         return _vocab_size(self.config)
 
     @cached_property
     def embedding(self) -> str:
-        """The input embedding: the tensor before the blocks that has a row for each token."""
+        """The input embedding: the tensor before the blocks with one row per token."""
         return self.token_tensors[0]
 
     @cached_property
     def token_tensors(self) -> tuple[str, ...]:
-        """The tensors whose rows are tokens: the input embedding, others like it, and the head where it is one of its own."""
+        """The tensors whose rows are tokens: the input embedding, others like it, and a head that is not tied."""
         inputs = _embeddings(self.config, self.tensors, self.layers)
         return (*inputs, *(name for name in self.tensors if _is_head(name, self.layers)))
 
     @property
     def is_tied(self) -> bool:
-        """Whether the head is the embedding, and so no tensor of its own."""
+        """Whether the head is the embedding, not a tensor of its own."""
         return not any(_is_head(name, self.layers) for name in self.tensors)
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of names, dtypes, shapes and of the first 256 bytes of every tensor: models of different fingerprints differ. Those of
-        the same may differ too; `content.py` tells for sure."""
+        """SHA-256 of names, dtypes, shapes and the first 256 bytes of every tensor. Models with different fingerprints differ; models with
+        the same one may differ too, which `hashing.py` decides."""
         digest = hashlib.sha256()
         for name in sorted(self.tensors):
             stored = self.tensors[name]
@@ -97,7 +98,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class HeldCheckpoint(Checkpoint):
-    """A checkpoint some of whose tensors are in memory, read once for several uses. They are not to be written to."""
+    """A checkpoint with some tensors in memory, read once for several uses. They must not be changed."""
 
     held: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
@@ -115,7 +116,7 @@ def open_checkpoint(folder: Path, remote: Mapping[str, RemoteFile] = MappingProx
     """Read a folder's config and headers.
 
     Args:
-        remote: file name -> what is known of a weight file that is still on the hub.
+        remote: weight files that are still on the hub, by name.
 
     Raises:
         CheckpointError: with every fault found: missing, damaged or pickled weights, a bad index, quantised weights, unknown layers.
@@ -143,7 +144,7 @@ def open_checkpoint(folder: Path, remote: Mapping[str, RemoteFile] = MappingProx
 
 
 def block_count(config: Mapping[str, Any]) -> int | None:
-    """L as a config states it, at its top level or in its text model's part."""
+    """L according to a config, at its top level or in the part of its text model."""
     for part in (config, _text_part(config)):
         for key in BLOCK_COUNTS:
             if isinstance(part.get(key), int) and not isinstance(part[key], bool) and part[key] < MAX_BLOCKS:
@@ -155,7 +156,7 @@ def block_count(config: Mapping[str, Any]) -> int | None:
 
 
 def files_in(folder: Path, remote: Collection[str]) -> set[str]:
-    """The names of a model's files, here and on the hub."""
+    """Names of a model's files, here and on the hub."""
     return {path.name for path in folder.iterdir()} | set(remote) if folder.is_dir() else set(remote)
 
 
@@ -167,57 +168,47 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         if path.exists() and not path.is_file():  # a pipe would never end
-            raise CheckpointError(f"{path.name} is no file", where=path, fix="give the folder of a Hugging Face model or adapter")
+            raise CheckpointError(f"{path.name} is not a file", where=path, fix=NO_MODEL)
         with path.open("rb") as file:
             text = file.read(MAX_JSON + 1)
         if len(text) > MAX_JSON:
             raise CheckpointError(f"{path.name} is longer than {MAX_JSON:,} bytes", where=path, fix=AGAIN)
         value = json.loads(text.decode("utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(
-            f"there is no {path.name}", where=path.parent, fix="give the folder of a Hugging Face model or adapter"
-        ) from None
+        raise CheckpointError(f"there is no {path.name}", where=path.parent, fix=NO_MODEL) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path.name} cannot be read: {error}", where=path, fix="the file is damaged: copy or download it again"
-        ) from error
+        raise CheckpointError(f"{path.name} cannot be read: {error}", where=path, fix=AGAIN) from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path.name} is not a JSON object", where=path, fix="the file is damaged: copy or download it again")
+        raise CheckpointError(f"{path.name} is not a JSON object", where=path, fix=AGAIN)
     return value
 
 
 def weight_files(folder: Path, present: Collection[str], where: object) -> list[str]:
-    """The names of a model's weight files, from the files that are present and the index, which must be in `folder` if there is one.
+    """Names of a model's weight files, from the names of all files and the index, which must be in `folder` if there is one.
 
     Raises:
         CheckpointError: if there are two models, none, or a pickled one; if the index is damaged, unsafe, or names a missing file.
     """
     if SINGLE in present and INDEX in present:
-        raise CheckpointError(
-            f"the folder holds two models, {SINGLE} and {INDEX}: loaders take the first without a word",
-            where=where,
-            fix="delete the one that is out of date",
-        )
+        what = f"the folder holds two models, {SINGLE} and {INDEX}: loaders silently take the first"
+        raise CheckpointError(what, where=where, fix="delete the one that is out of date")
     if INDEX in present:
-        names = _weight_map(folder / INDEX)
-        faults = Faults()
-        for name in sorted(set(names.values())):
+        faults, names = Faults(), sorted(set(_weight_map(folder / INDEX).values()))
+        for name in names:
             if not re.fullmatch(r"[^/\\\0]+\.safetensors", name):
                 what = f"the index names {short(name)}, which is outside its folder or not safetensors"
                 faults.add(what, where=f"{where}/{INDEX}", fix="do not use this model")
             elif name not in present:
                 faults.add(f"the index names {short(name)}, which is missing", where=where, fix="copy or download the missing file")
         faults.raise_any(CheckpointError)
-        return sorted(set(names.values()))
+        return names
     if SINGLE in present:
         return [SINGLE]
     pickles = sorted(name for name in present if name.endswith(PICKLES) and not name.startswith(NO_WEIGHTS))
     if pickles:
-        raise CheckpointError(
-            f"the weights are pickled ({', '.join(pickles[:3])}); loading a pickle runs code, so it is never done here",
-            where=where,
-            fix="convert them where you trust them: AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)",
-        )
+        what = f"the weights are pickled ({', '.join(pickles[:3])}); loading a pickle runs code, so it is never done here"
+        fix = "convert them where you trust them: AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)"
+        raise CheckpointError(what, where=where, fix=fix)
     others = sorted(name for name in present if name.endswith(OTHER_FORMATS))
     what = f"the weights are not safetensors ({others[0]})" if others else "there are no weights in this folder"
     raise CheckpointError(what, where=where, fix=f"give a folder that holds {SINGLE}, or {INDEX} and its shards")
@@ -226,7 +217,7 @@ def weight_files(folder: Path, present: Collection[str], where: object) -> list[
 def _weight_map(index: Path) -> dict[str, str]:
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-        raise CheckpointError("the index has no weight_map", where=index, fix="the file is damaged: copy or download it again")
+        raise CheckpointError("the index has no weight_map", where=index, fix=AGAIN)
     return names
 
 
@@ -241,22 +232,22 @@ def _read_headers(folder: Path, remote: Mapping[str, RemoteFile]) -> dict[str, S
     stored = {name: tensor for header in headers.values() for name, tensor in header.items()}
     if INDEX in present:
         promised = _weight_map(folder / INDEX)
-        found = {(name, file) for file, header in headers.items() for name in header}
-        for name, file in sorted(set(promised.items()) - found)[:5]:
+        stored_in = {(name, file) for file, header in headers.items() for name in header}
+        for name, file in sorted(set(promised.items()) - stored_in)[:5]:
             faults.add(f"the index promises tensor '{name}', which '{file}' does not hold", where=folder / INDEX, fix=AGAIN)
-        for name, file in sorted(found - set(promised.items()))[:5]:
+        for name, file in sorted(stored_in - set(promised.items()))[:5]:
             faults.add(f"'{file}' holds tensor '{name}', which the index does not list there", where=folder / INDEX, fix=AGAIN)
     faults.raise_any(CheckpointError)
     return {name: tensor for name, tensor in stored.items() if not _is_buffer(name, tensor.spec)}
 
 
 def _is_buffer(name: str, spec: TensorSpec) -> bool:
-    """Whether a tensor is no parameter but a table that old versions of transformers stored and new ones compute."""
+    """Whether a tensor is not a parameter but a table that old versions of transformers stored and new ones compute."""
     return name.endswith((".rotary_emb.inv_freq", ".masked_bias")) or (name.endswith(".bias") and len(spec.shape) == 4)
 
 
 def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a config of text and other things says of the text model."""
+    """The part of a multimodal config that describes the text model."""
     part = config.get("text_config")
     return part if isinstance(part, Mapping) else {}
 
@@ -266,22 +257,19 @@ def _vocab_size(config: Mapping[str, Any]) -> Any:
 
 
 def _embeddings(config: Mapping[str, Any], names: Mapping[str, StoredTensor], layers: Layers) -> list[str]:
-    """The tensors before the blocks that have a row for each token: the embedding, then others called after it ('.._per_layer')."""
+    """The tensors before the blocks with one row per token: the embedding, then others named after it ('.._per_layer')."""
     rows = _vocab_size(config)
-    found = [
+    tables = [
         name
         for name, stored in names.items()
         if layers.of(name) == 0 and len(stored.spec.shape) == 2 and stored.spec.shape[0] == rows and not POSITIONS.search(name)
     ]
-    found.sort(key=len)
-    if not found or not all(name.startswith(found[0].removesuffix(".weight")) for name in found):
-        count = "more than one tensor" if found else "no tensor"
-        raise CheckpointError(
-            f"the config says vocab_size {rows}; {count} before the blocks has that many rows",
-            where=next(iter(names.values())).file.parent,
-            fix="config and weights must be of the same model: copy or download it again",
-        )
-    return found
+    tables.sort(key=len)
+    if not tables or not all(name.startswith(tables[0].removesuffix(".weight")) for name in tables):
+        what = f"the config says vocab_size {rows}; {'more than one' if tables else 'no'} tensor before the blocks has that many rows"
+        fix = "config and weights must be of the same model: copy or download it again"
+        raise CheckpointError(what, where=next(iter(names.values())).file.parent, fix=fix)
+    return tables
 
 
 def _is_head(name: str, layers: Layers) -> bool:
@@ -289,7 +277,7 @@ def _is_head(name: str, layers: Layers) -> bool:
 
 
 def _without_tied_head(folder: Path, config: Mapping[str, Any], stored: dict[str, StoredTensor], layers: Layers) -> dict[str, StoredTensor]:
-    """Leave out a head that is the embedding stored a second time. Where the config does not say, equal bytes say that it is tied."""
+    """Leave out a head that is the embedding stored twice. If the config does not say that they are tied, equal bytes do."""
     tied = config.get("tie_word_embeddings", _text_part(config).get("tie_word_embeddings"))
     head = next((name for name in stored if _is_head(name, layers) and name.endswith("weight")), None)
     if tied is False or head is None:
@@ -298,20 +286,17 @@ def _without_tied_head(folder: Path, config: Mapping[str, Any], stored: dict[str
     if stored[head].same_bytes(stored[embedding]):
         return {name: tensor for name, tensor in stored.items() if name != head}
     if tied:
-        raise CheckpointError(
-            f"the config ties head and embedding, yet '{head}' differs from '{embedding}'",
-            where=folder,
-            fix="set tie_word_embeddings to false in config.json if the head was trained apart; else save the model again",
-        )
+        what = f"the config ties head and embedding, yet '{head}' differs from '{embedding}'"
+        fix = "set tie_word_embeddings to false in config.json if the head was trained apart; else save the model again"
+        raise CheckpointError(what, where=folder, fix=fix)
     return stored
 
 
 def _layers(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Layers:
     blocks = block_count(config)
     if blocks is None:
-        raise CheckpointError(
-            "the config does not say how many blocks there are", where=folder / "config.json", fix="add num_hidden_layers"
-        )
+        what = "the config does not say how many blocks there are"
+        raise CheckpointError(what, where=folder / "config.json", fix="add num_hidden_layers")
     try:
         return find_layers(tensors, blocks)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""What lies beside the weights of a model: config, generation config, tokenizer, chat template, code files."""
+"""The files beside the weights of a model: config, generation config, tokenizer, chat template, code."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from recall_merge.files.checkpoint import read_json
-from recall_merge.files.vocabulary import TOKENIZER_FILES, Vocabulary, add_tokens
+from recall_merge.files.vocabulary import TOKENIZER_FILES, Vocabulary, add_tokens, read_vocabulary
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def write_companions(target: Path, base: Path, experts: Sequence[Path], vocabulary: Vocabulary | None, dtype: str | None) -> None:
-    """Write everything but weights, statistics and record.
+    """Write all files but weights, statistics and record.
 
-    Config, generation config and code files are the base's; tokenizer and chat template are those of the vocabulary's choice.
+    Config, generation config and code files are the base's; tokenizer and chat template are those that the vocabulary chose.
 
     Args:
         dtype: the dtype of the result's weights where the run gives one; None keeps what the base's config says.
     """
     config = read_json(base / "config.json")
-    config.pop("_name_or_path", None)  # may be a path of somebody's machine
+    config.pop("_name_or_path", None)  # may be a local path
     if dtype is not None:
-        config.pop("torch_dtype", None)  # the older name of the same setting
+        config.pop("torch_dtype", None)  # the old name of the setting
         config["dtype"] = dtype
     for file in (*base.glob("*.py"), *_existing(base, ("generation_config.json", "preprocessor_config.json", "processor_config.json"))):
         shutil.copyfile(file, target / file.name)
@@ -38,7 +38,7 @@ def write_companions(target: Path, base: Path, experts: Sequence[Path], vocabula
         else:
             _copy_tokenizer(vocabulary.tokenizer, target)
             _take_token_ids(vocabulary.tokenizer, target, config)
-    _write_json(target / "config.json", config)
+    (target / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
@@ -51,16 +51,14 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
 def _extended_tokenizer(base: Path, experts: Sequence[Path], vocabulary: Vocabulary) -> Any:
     from transformers import AutoTokenizer
 
-    from recall_merge.files.vocabulary import read_vocabulary
-
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-    donors = [AutoTokenizer.from_pretrained(place, trust_remote_code=False) for place in experts if read_vocabulary(place) is not None]
+    donors = [AutoTokenizer.from_pretrained(folder, trust_remote_code=False) for folder in experts if read_vocabulary(folder) is not None]
     add_tokens(tokenizer, vocabulary, donors)
     return tokenizer
 
 
 def _take_token_ids(donor: Path, target: Path, config: dict[str, Any]) -> None:
-    """Start, end and padding are ids: with another's tokens they are another's ids."""
+    """Start, end and padding are token ids, so they come from the model that the tokens come from."""
     if not (donor / "config.json").exists():
         return
     theirs = read_json(donor / "config.json")
@@ -71,7 +69,3 @@ def _take_token_ids(donor: Path, target: Path, config: dict[str, Any]) -> None:
 
 def _existing(folder: Path, names: Sequence[str]) -> list[Path]:
     return [folder / name for name in names if (folder / name).is_file()]
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -1,4 +1,4 @@
-"""What an adapter does to one tensor of the base, and whether it fits there."""
+"""How an adapter changes one tensor of the base, and whether the change fits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Edit:
-    """How an adapter changes one tensor of the base: put another in its place, add a low-rank product, rescale, set rows, add."""
+    """A change of one tensor: replace it, add a low-rank product, rescale, set rows, add."""
 
     replace: StoredTensor | None = None
     up: StoredTensor | None = None  # B (o, r)
@@ -35,11 +35,11 @@ class Edit:
 
     @property
     def is_product(self) -> bool:
-        """Whether it is nothing but a low-rank product."""
+        """Whether it is a low-rank product alone."""
         return self.up is not None and (self.replace, self.magnitude, self.rows, self.add) == (None, None, None, None)
 
     def delta(self, base: Tensor) -> Delta:
-        """What this edit adds to `base`, (*s) in float32 or better; as factors if it is nothing but a low-rank product."""
+        """What this edit adds to `base`, (*s) in float32 or better; as factors if it is a low-rank product alone."""
         product = self._product(base.dtype) if self.is_product else None
         return self.apply(base) - base if product is None else product
 
@@ -49,8 +49,8 @@ class Edit:
         product = self._product(base.dtype)
         if product is not None:
             edited = edited + product.dense()
-        if self.magnitude is not None:  # DoRA: m * (W + dW) / |W + dW|, one magnitude for each output
-            axis = 0 if self.transpose else 1  # that the norm runs over: the inputs
+        if self.magnitude is not None:  # DoRA: m * (W + dW) / |W + dW|, one magnitude per output
+            axis = 0 if self.transpose else 1  # of the inputs, over which the norm runs
             magnitude = self.magnitude.read().to(base.dtype).unsqueeze(axis)
             edited = edited * (magnitude / edited.norm(dim=axis, keepdim=True))
         if self.rows is not None:
@@ -61,7 +61,7 @@ class Edit:
         return edited
 
     def misfits(self, shape: tuple[int, ...], *, tokens: bool) -> Iterator[str]:
-        """What does not fit a tensor of this shape, in words; of a token tensor the rows may be others."""
+        """What does not fit a tensor of this shape, in words; a token tensor may have other rows."""
         start = shape if self.replace is None else self.replace.spec.shape
         if start[tokens:] != shape[tokens:]:
             yield f"in its shape {start}; the base has {shape}"

@@ -1,8 +1,8 @@
-"""Where a model's files are: a folder here, or a repository on the Hugging Face hub, of which what a merge needs is fetched.
+"""The files of a model: in a folder, or in a repository of the Hugging Face hub, from which those that a merge needs are fetched.
 
-Weights come as safetensors; the other files that travel with a model (configs, tokenizer, chat template, its own code, which is never run)
-come along; weights in other formats stay where they are. Cache, token, endpoint and offline mode are the hub library's own, set by its
-environment variables: HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE.
+These are the weights as safetensors and the small files (configs, tokenizer, chat template, code, which is never run), not weights in other
+formats. Cache, token, endpoint and offline mode are those of the hub library, set by HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT and
+HF_HUB_OFFLINE.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ T = TypeVar("T")
 COMPANIONS = re.compile(
     r"[^/]+\.(json|jinja|txt|model|tiktoken)|README\.md|LICENSE[^/]*|NOTICE[^/]*|.*\.py|additional_chat_templates/[^/]+\.jinja"
 )
-FIRST = 100_000  # bytes of a weight file that hold nearly every header
+FIRST = 100_000  # bytes of a weight file; nearly every header fits
 REFERENCE = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[^@\s]+))?")
 CACHED = re.compile(r".*models--(?P<repo>[^/]+)/snapshots/(?P<revision>[0-9a-f]{40})/?")
 
 
 @dataclass(frozen=True)
 class Located:
-    """A model's folder; for a model of the hub also its repository and the commit that its revision means."""
+    """A model's folder; for a model of the hub also its repository and the commit of its revision."""
 
     folder: Path
     repo: str | None = None
     revision: str | None = None
     remote: Mapping[str, RemoteFile] = field(default_factory=dict)
-    """Weight files of which only the header was fetched."""
+    """Weight files whose headers alone were fetched."""
 
     @property
     def to_download(self) -> int:
-        """Bytes of weights that a merge would still have to fetch."""
+        """Bytes of weights that are still to be fetched."""
         return sum(file.size for file in self.remote.values())
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A name on the hub: `org/name` or `name`, and perhaps a revision of it (branch, tag or commit)."""
+    """A name on the hub: `org/name` or `name`, with or without a revision (branch, tag or commit)."""
 
     repo: str
     revision: str | None = None
@@ -58,24 +58,22 @@ class Reference:
         return f"{self.repo}@{self.revision or 'main'}"
 
     def covers(self, other: object) -> bool:
-        """Whether both may mean the same model: the same repository, and no two different revisions."""
+        """Whether both may mean the same model: the same repository, and not two different revisions."""
         if not isinstance(other, Reference) or self.repo.casefold() != other.repo.casefold():
             return False
         return self.revision is None or other.revision is None or self.revision == other.revision
 
 
 def locate(reference: str, *, weights: bool = True, progress: Progress | None = None) -> Located:
-    """Find a model's files, and fetch those that are not here.
+    """Find a model's files, and fetch missing ones. If the hub cannot be reached, the cache is used.
 
     Args:
-        reference: a folder, or `org/name` or `name` on the hub, with `@revision` or without. A folder that exists wins.
-        weights: fetch the weights as well; False fetches their headers alone, by ranges of bytes, for files that are not in the cache.
-        progress: told of the weights' download, in bytes.
-
-    Where the hub cannot be reached, the cache answers, as far as it goes; the commit that it holds is the one returned.
+        reference: a folder, or `org/name` or `name` on the hub, with or without `@revision`. A folder that exists wins.
+        weights: fetch the weights as well; if False, only the headers of weight files that are not in the cache, by byte ranges.
+        progress: of the download of the weights, in bytes.
 
     Raises:
-        CheckpointError: if there is no such model, no access to it, no way to it, or nothing in it that could be merged.
+        CheckpointError: if the model does not exist, cannot be accessed or reached, or holds nothing that can be merged.
     """
     folder = path_of(reference)
     with suppress(OSError):  # a name that is too long for a folder
@@ -85,31 +83,30 @@ def locate(reference: str, *, weights: bool = True, progress: Progress | None = 
             raise CheckpointError("this is a file; a model is a folder", where=reference, fix="give the folder that holds it")
     name = parse_reference(reference)
     if name is None:
-        raise CheckpointError(
-            "there is no such folder", where=reference, fix="check the path, or give a name on the hub: org/name@revision"
-        )
-    found = _ask(name, lambda: _listing(name))
-    if "config.json" not in found.files and CONFIG not in found.files:
-        raise CheckpointError(f"'{name.repo}' holds no config.json: it is no model", where=name, fix="check the name")
-    pinned = Reference(name.repo, found.commit)
-    if found.online and name.revision != found.commit:  # subtle: asked by its name, so that the cache knows what the name means
-        config = CONFIG if CONFIG in found.files else "config.json"
+        fix = "check the path, or give a name on the hub: org/name@revision"
+        raise CheckpointError("there is no such folder", where=reference, fix=fix)
+    listing = _ask(name, lambda: _list_files(name))
+    if "config.json" not in listing.files and CONFIG not in listing.files:
+        raise CheckpointError(f"'{name.repo}' holds no config.json, so it is not a model", where=name, fix="check the name")
+    pinned = Reference(name.repo, listing.commit)
+    if listing.online and name.revision != listing.commit:  # subtle: fetched by its name, so that the cache knows the name's commit
+        config = CONFIG if CONFIG in listing.files else "config.json"
         _ask(name, lambda: _download(name, [config], lambda _: None))
-    companions = [file for file in found.files if COMPANIONS.fullmatch(file)]
+    companions = [file for file in listing.files if COMPANIONS.fullmatch(file)]
     snapshot = _ask(name, lambda: _download(pinned, companions, lambda _: None))
-    wanted = _weights(snapshot, found, name)
-    missing = {file: found.files[file] for file in wanted if not (snapshot / file).exists()}
+    wanted = _weights(snapshot, listing, name)
+    missing = {file: listing.files[file] for file in wanted if not (snapshot / file).exists()}
     if not weights:
-        remote = {file: _header(pinned, file, size, found.contents[file]) for file, size in missing.items()}
-        return Located(snapshot, name.repo, found.commit, remote)
+        remote = {file: _header(pinned, file, size, listing.contents[file]) for file, size in missing.items()}
+        return Located(snapshot, name.repo, listing.commit, remote)
     if missing:
         with (progress or Silent()).stage(f"downloading {name.repo}", sum(missing.values()), "bytes") as advance:
             _ask(name, lambda: _download(pinned, missing, advance))
-    return Located(snapshot, name.repo, found.commit)
+    return Located(snapshot, name.repo, listing.commit)
 
 
 def parse_reference(reference: str) -> Reference | None:
-    """What a text means on the hub; None if it cannot be a name there. A path into the hub's cache means what is cached there.
+    """The hub name in a text; None if it cannot be one. A path into the hub's cache means the model that is cached there.
 
     >>> parse_reference("org/name@v1.0")
     Reference(repo='org/name', revision='v1.0')
@@ -125,7 +122,7 @@ def parse_reference(reference: str) -> Reference | None:
 
 
 def meaning(reference: str, revision: str | None = None) -> Path | Reference | None:
-    """What a text means: a folder, where it exists, or else a name on the hub; None if it can be neither."""
+    """A text as a folder, if it exists, or as a name on the hub; None if it can be neither."""
     folder = path_of(reference)
     if folder.is_dir() and not CACHED.fullmatch(str(folder.absolute())):
         return folder.resolve()
@@ -134,11 +131,11 @@ def meaning(reference: str, revision: str | None = None) -> Path | Reference | N
 
 
 def cached_folder(reference: Reference) -> Path | None:
-    """Where the hub's cache holds a model's config, if it does; asks nobody."""
+    """The folder of a model in the hub's cache, if its config is there; the hub is not asked."""
     from huggingface_hub import try_to_load_from_cache
 
     for file in ("config.json", CONFIG):
-        with suppress(ValueError):  # a name that the hub's library refuses
+        with suppress(ValueError):  # a name that the hub library refuses
             path = try_to_load_from_cache(reference.repo, file, revision=reference.revision)
             if isinstance(path, str):
                 return Path(path).parent
@@ -147,7 +144,7 @@ def cached_folder(reference: Reference) -> Path | None:
 
 @dataclass(frozen=True)
 class _Listing:
-    """The files of one commit: name -> bytes, and name -> the hash that names its content; from the hub, or from the cache."""
+    """The files of one commit, with their sizes and the hashes of their contents; from the hub, or from the cache."""
 
     commit: str
     files: Mapping[str, int]
@@ -155,12 +152,12 @@ class _Listing:
     online: bool = True
 
 
-def _listing(name: Reference) -> _Listing:
+def _list_files(name: Reference) -> _Listing:
     from huggingface_hub import HfApi
 
     try:
         info = HfApi().model_info(name.repo, revision=name.revision, files_metadata=True)
-    except Exception as error:  # the transport's errors have no common base of the hub library's
+    except Exception as error:  # the transport's errors have no common base class in the hub library
         folder = cached_folder(name) if _unreachable(error) else None
         if folder is None:
             raise
@@ -173,24 +170,24 @@ def _listing(name: Reference) -> _Listing:
     return _Listing(info.sha, {file.rfilename: file.size or 0 for file in info.siblings}, hashes)
 
 
-def _weights(folder: Path, found: _Listing, name: Reference) -> list[str]:
-    """The names of the weight files that a merge reads."""
+def _weights(folder: Path, listing: _Listing, name: Reference) -> list[str]:
+    """Names of the weight files that a merge reads."""
     try:
-        return [adapter_weights(found.files, name)] if CONFIG in found.files else weight_files(folder, found.files, name)
+        return [adapter_weights(listing.files, name)] if CONFIG in listing.files else weight_files(folder, listing.files, name)
     except CheckpointError:
-        if found.online:
+        if listing.online:
             raise
     what = f"the hub cannot be reached, and its cache does not hold all weights of '{name.repo}'"
     raise CheckpointError(what, where=name, fix="run once with the network, and without HF_HUB_OFFLINE; or give a folder")
 
 
 def _download(name: Reference, files: Collection[str], advance: Advance) -> Path:
-    """Fetch those files that are not in the cache yet; the folder of the snapshot."""
+    """Fetch files that are not in the cache yet; returns the folder of the snapshot."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import tqdm
 
-    class Told(tqdm):
-        """Draws nothing, and passes on the bytes that reach the disk; the library has a second bar for those on the network."""
+    class DiskBytes(tqdm):
+        """Draws nothing, and reports the bytes written to disk; the library has a second bar for those on the network."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self.on_disk = not str(kwargs.get("name")).endswith(".transfer")
@@ -201,12 +198,12 @@ def _download(name: Reference, files: Collection[str], advance: Advance) -> Path
                 advance(int(n or 0))
             return None
 
-    places = [hf_hub_download(name.repo, file, revision=name.revision, tqdm_class=Told).removesuffix(file) for file in files]
-    return Path(places[0])
+    folders = [hf_hub_download(name.repo, file, revision=name.revision, tqdm_class=DiskBytes).removesuffix(file) for file in files]
+    return Path(folders[0])
 
 
 def _header(name: Reference, file: str, size: int, content: str) -> RemoteFile:
-    """The first bytes of a weight file, as far as its header goes."""
+    """The first bytes of a weight file, up to the end of its header."""
 
     def peek(begin: int, count: int) -> bytes:
         return _ask(name, lambda: _range(name, file, begin, count))
@@ -224,23 +221,20 @@ def _range(name: Reference, file: str, begin: int, count: int) -> bytes:
 
     url = hf_hub_url(name.repo, file, revision=name.revision)
     headers = build_hf_headers() | {"Range": f"bytes={begin}-{begin + count - 1}", "Accept-Encoding": "identity"}
-    found = b""
+    data = b""
     with get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as answer:
         hf_raise_for_status(answer)
         if begin and answer.status_code != 206:
             raise OSError("the hub sends whole files only, no ranges of them")
-        for piece in answer.iter_bytes():  # a server that knows no ranges sends all of the file: hang up when it is enough
-            found += piece
-            if len(found) >= count:
+        for piece in answer.iter_bytes():  # a server without ranges sends the whole file: stop after `count` bytes
+            data += piece
+            if len(data) >= count:
                 break
-    return found[:count]
+    return data[:count]
 
 
 def _ask(name: Reference, question: Callable[[], T]) -> T:
-    """Ask the hub's library, and turn what goes wrong into a fault of ours.
-
-    The library's error is not chained: it holds the request, and with it the token.
-    """
+    """Call the hub library, and turn its errors into ours. They are not chained: they hold the request, and with it the token."""
     try:
         return question()
     except RecallError:
@@ -251,7 +245,7 @@ def _ask(name: Reference, question: Callable[[], T]) -> T:
 
 
 def _unreachable(error: Exception) -> bool:
-    """Whether the hub did not answer, rather than answer no."""
+    """Whether the hub did not answer, as opposed to refusing."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     if isinstance(error, HfHubHTTPError):
@@ -287,9 +281,8 @@ def _fault(error: Exception, name: Reference) -> Fault:
         case errors.HfHubHTTPError():
             return Fault(f"the hub answers with status {error.response.status_code}", where, "try again later")
         case OSError() if error.errno is not None and not isinstance(error, ConnectionError):
-            return Fault(
-                f"the hub's cache cannot be written: {error.strerror}", where, f"make room, or set HF_HOME; it is {constants.HF_HOME}"
-            )
+            fix = f"make room, or set HF_HOME; it is {constants.HF_HOME}"
+            return Fault(f"the hub's cache cannot be written: {error.strerror}", where, fix)
         case _ if _unreachable(error) or isinstance(error, errors.LocalEntryNotFoundError | ConnectionError):
             fix = "check the network; what has been downloaded once works without it"
             return Fault(f"the hub at {constants.ENDPOINT} cannot be reached, and '{name.repo}' is not in its cache", where, fix)

@@ -1,7 +1,7 @@
-"""The model card of a result: what the hub needs to know, and how the model was made. No local path is ever in it.
+"""The model card of a result: the hub's metadata, and how the model was made. It never contains a local path.
 
-A card is for people: they may go on writing it, so a record does not hold its hash. Scores come to it when they are known, as a table and,
-for machines, as the `model-index` of its metadata.
+People may edit the card, so the record does not hold its hash. Scores are added later, as a table and, for machines, as the `model-index`
+of the metadata.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard
 
 MODEL_CARD, PICTURE = "README.md", "weights.png"
-BEGIN, END = "<!-- scores -->", "<!-- end of scores -->"  # what stands between is written anew with every score
-ERROR = "_stderr"  # after a metric's name, as lm-eval calls its standard error
+BEGIN, END = "<!-- scores -->", "<!-- end of scores -->"  # text between these is replaced with every score
+ERROR = "_stderr"  # suffix of a metric's name, as lm-eval names its standard error
 
 
 def write_model_card(folder: Path, *, base: str, base_folder: Path, sources: Sequence[str], record: Mapping[str, Any]) -> None:
-    """Write the card. It shows `weights.png` where that lies in the folder.
+    """Write the card. It shows `weights.png` if the folder holds it.
 
     Args:
-        base: how the base is called in text.
-        sources: hub names of base and experts, those that have one.
-        record: as in `record.json`; its run, weights and similarity are told.
+        base: the base's name in the text.
+        sources: hub names of base and experts, if they have one.
+        record: as in `record.json`; the card shows its run, weights and similarity.
     """
     from huggingface_hub import ModelCardData
 
-    known = _front_matter(base_folder)
+    base_card = _front_matter(base_folder)
     data = ModelCardData(
         base_model=list(sources) or None,
         library_name="transformers",
-        license=known.get("license"),
-        language=known.get("language"),
+        license=base_card.get("license"),
+        language=base_card.get("language"),
         pipeline_tag="text-generation",
         tags=["merge", "recall-merge", record["run"]["method"]],
         base_model_relation="merge",
@@ -57,9 +57,8 @@ def read_model_card(folder: Path) -> ModelCard:
     from huggingface_hub import ModelCard
 
     if not (folder / MODEL_CARD).is_file():
-        raise CheckpointError(
-            f"there is no model card ({MODEL_CARD})", where=folder, fix="scores are added to the card of a folder that has one"
-        )
+        fix = "scores are added to the card of a folder that has one"
+        raise CheckpointError(f"there is no model card ({MODEL_CARD})", where=folder, fix=fix)
     with (folder / MODEL_CARD).open("rb") as file:
         text = file.read(MAX_BYTES + 1)
     try:
@@ -69,15 +68,15 @@ def read_model_card(folder: Path) -> ModelCard:
             raise NotYaml("it has no metadata between two lines of '---'")
         return ModelCard(text.decode("utf-8"))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        fix = "mend the metadata at its head, or delete the file and merge again"
+        fix = "repair the metadata at its start, or delete the file and merge again"
         raise CheckpointError(f"the model card cannot be read: {error}", where=folder / MODEL_CARD, fix=fix) from error
 
 
 def add_scores(folder: Path, name: str, scores: Sequence[Mapping[str, Any]]) -> None:
-    """Put scores into a folder's card. A score of the same task by the same metric is replaced; all else in the card stays.
+    """Add scores to a folder's card. A score of the same task and metric is replaced; the rest of the card stays.
 
     Args:
-        name: how the card calls the model, unless it has a name there already.
+        name: the model's name in the card, unless the card has one.
         scores: task, metric, score (0 to 1), stderr or None, and n, the rows.
 
     Raises:
@@ -85,9 +84,9 @@ def add_scores(folder: Path, name: str, scores: Sequence[Mapping[str, Any]]) -> 
     """
     card = read_model_card(folder)
     new = [result for score in scores for result in _results(score)]
-    told = {(result.dataset_type, result.metric_type) for result in new}
+    replaced = {(result.dataset_type, result.metric_type) for result in new}
     data: Any = card.data
-    kept = [result for result in data.eval_results or () if (result.dataset_type, result.metric_type) not in told]
+    kept = [result for result in data.eval_results or () if (result.dataset_type, result.metric_type) not in replaced]
     data.model_name = data.model_name or name
     data.eval_results = [*kept, *new]
     table = "\n".join(_scores(data.eval_results))
@@ -97,7 +96,7 @@ def add_scores(folder: Path, name: str, scores: Sequence[Mapping[str, Any]]) -> 
 
 
 def _results(score: Mapping[str, Any]) -> Iterator[EvalResult]:
-    """A score, and its standard error, as the hub knows them."""
+    """A score and its standard error in the hub's form."""
     from huggingface_hub import EvalResult
 
     numbers = {score["metric"]: score["score"], **({} if score["stderr"] is None else {score["metric"] + ERROR: score["stderr"]})}
@@ -127,7 +126,7 @@ def _scores(results: Sequence[EvalResult]) -> Iterator[str]:
 
 
 def plain(text: str) -> str:
-    """A user's words as one line of Markdown that means nothing but itself, of 100 characters at most.
+    """A user's text as one line of literal Markdown, of at most 100 characters.
 
     >>> print(plain("<b>a|\\n[b](c)"))
     &lt;b&gt;a\\| \\[b\\](c)
@@ -158,7 +157,7 @@ def _text(base: str, record: Mapping[str, Any], *, pictured: bool) -> str:
 
 
 def _essentials(record: Mapping[str, Any]) -> Iterator[str]:
-    """The record in short."""
+    """A summary of the record."""
     method, run = record["method"], record["run"]
     yield f"- method: `{method['name']}`, {plain(method['source'])}"
     for key, value in {**run["options"], **method["options"]}.items():
@@ -171,7 +170,7 @@ def _essentials(record: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _table(table: Mapping[str, Any]) -> list[str]:
-    """A Markdown table; runs of layers whose numbers print alike share a line."""
+    """A Markdown table; consecutive layers with equal printed numbers share a line."""
     lines = ["| layer | " + " | ".join(map(plain, table["experts"])) + " |", "|---" * (1 + len(table["experts"])) + "|"]
     shown: list[tuple[int, int, str]] = []
     for layer, row in zip(table["layers"], table["rows"], strict=True):
@@ -184,20 +183,20 @@ def _table(table: Mapping[str, Any]) -> list[str]:
 
 
 def _front_matter(base: Path) -> dict[str, Any]:
-    """What the base's own card says of itself; nothing if it has none that can be read."""
+    """The metadata of the base's own card; nothing if it cannot be read."""
     card = base / MODEL_CARD
     if not card.is_file():
         return {}
     with card.open("rb") as file:
         text = file.read(MAX_BYTES)
     try:
-        found = parse_yaml(_metadata(text))
+        metadata = parse_yaml(_metadata(text))
     except NotYaml:
         return {}
-    return found if isinstance(found, dict) else {}
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def _metadata(card: bytes) -> str:
-    """What stands between the first two '---' of a card."""
+    """The text between the first two '---' of a card."""
     parts = card.decode("utf-8", errors="replace").split("---", 2)
     return parts[1] if len(parts) == 3 and not parts[0].strip() else ""

@@ -1,4 +1,4 @@
-"""One tensor, several names: models are stored under names that differ by leading words, and some by what transformers calls them today."""
+"""Names of one tensor: models are stored with different leading words, and some with module names that transformers has changed since."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 from recall_merge.files.checkpoint import HEADS, Checkpoint
 from recall_merge.maths.layers import Layers
 
-RENAMED = (  # what modules are called in memory today, and what they are called in files
+RENAMED = (  # names of modules in memory today, and in files
     ("lm_head.", "embed_out."),
     (".mlp.", ".block_sparse_moe."),
     (".mlp.router.", ".block_sparse_moe.gate."),
@@ -30,15 +30,15 @@ class Names:
     def find(self, wanted: str) -> str | None:
         """The name in the base's files, which may be older than the one that transformers uses in memory."""
         spellings = [wanted, *(wanted.replace(new, old) for new, old in RENAMED if new in wanted)]
-        return next((found for spelling in spellings if (found := self._find(spelling)) is not None), None)
+        return next((name for spelling in spellings if (name := self._find(spelling)) is not None), None)
 
     def _find(self, wanted: str) -> str | None:
         if wanted in self._base.tensors:
             return wanted
         parts = wanted.split(".")
-        for start in range(len(parts) - 1):  # the longest tail that the two have in common, if whole on one side
-            found = self._by_tail.get(".".join(parts[start:]), [])
-            whole = found if start == 0 else [name for name in found if name == ".".join(parts[start:])]
+        for start in range(len(parts) - 1):  # the longest common tail that is the whole of one of the two
+            candidates = self._by_tail.get(".".join(parts[start:]), [])
+            whole = candidates if start == 0 else [name for name in candidates if name == ".".join(parts[start:])]
             if len(whole) == 1:
                 return whole[0]
         return None
@@ -49,9 +49,9 @@ class Names:
 
 
 def named_like(checkpoint: Checkpoint, base: Checkpoint) -> Checkpoint:
-    """The checkpoint with the base's names, where the two differ by leading words: 'h.0.ln_1.weight' and 'transformer.h.0.ln_1.weight'.
+    """The checkpoint with the base's names, if the two differ by leading words: 'h.0.ln_1.weight' and 'transformer.h.0.ln_1.weight'.
 
-    Some models were stored without the name that their class gives to the decoder, and get it when they are saved again.
+    Some models were stored without their class's name of the decoder, and get it when they are saved again.
     """
     ours, theirs = base.layers.prefix, checkpoint.layers.prefix
     if ours.endswith(f".{theirs}"):

@@ -1,4 +1,4 @@
-"""A result folder: written beside its place as `.partial`, put in its place in one step when complete, or not at all."""
+"""A result folder: written beside its target as `.partial`, and renamed in one step when complete, or removed."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import json
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,12 +26,13 @@ from recall_merge.runtime.paths import path_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-MARKER = ".recall-unfinished"  # tells our own leftovers from a folder of the user's
+MARKER = ".recall-unfinished"  # tells our leftovers from a user's folder
+ELSEWHERE = "choose another folder for `out`"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of a model: its name and its tensors in order."""
+    """One weight file of a model: its name, and its tensors in order."""
 
     file: str
     specs: Mapping[str, TensorSpec]
@@ -42,7 +43,7 @@ class Shard:
 
 
 def plan_shards(specs: Mapping[str, TensorSpec], shard_size: int) -> list[Shard]:
-    """Fill shards in the given order up to `shard_size` bytes each; a larger tensor has a shard of its own.
+    """Fill shards in the given order, up to `shard_size` bytes each; a larger tensor gets a shard of its own.
 
     >>> [shard.file for shard in plan_shards({"a": TensorSpec("F32", (2,)), "b": TensorSpec("F32", (2,))}, shard_size=8)]
     ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
@@ -61,7 +62,7 @@ def plan_shards(specs: Mapping[str, TensorSpec], shard_size: int) -> list[Shard]
 
 
 class OutputFolder:
-    """A folder in the making. Use as a context: on an exception what was written is removed, and nothing else is touched.
+    """A folder that is being written. Use as a context: on an exception it is removed, and nothing else is touched.
 
     >>> with OutputFolder(Path("merged"), overwrite=False) as folder:      # doctest: +SKIP
     ...     (folder.path / "config.json").write_text("{}")
@@ -69,55 +70,53 @@ class OutputFolder:
     """
 
     def __init__(self, target: Path, *, overwrite: bool) -> None:
-        self.target = path_of(target).resolve()  # a link is followed: what it points to is replaced, the link stays
+        self.target = path_of(target).resolve()  # a link is followed: its target is replaced, the link stays
         self.overwrite = overwrite
         self.path = self._beside(".partial")
 
     def check(self, protected: Mapping[str, Path]) -> None:
-        """Check that the folder can be made, without making it.
+        """Check that the folder can be written, without writing.
 
         Args:
-            protected: folders that the run reads; the target may be neither one of them nor around one of them.
+            protected: folders that the run reads; the target may neither be nor contain nor lie in one of them.
 
         Raises:
             OutputError: if something is in the way.
         """
         target = self.target
         if not target.name:
-            raise OutputError("the output cannot be the root of the disk", where=target, fix="choose another folder for `out`")
+            raise OutputError("the output cannot be the root of the disk", where=target, fix=ELSEWHERE)
         for what, folder in protected.items():
             if folder.resolve().is_relative_to(target) or target.is_relative_to(folder.resolve()):
-                raise OutputError(f"the output would lie in, or over, {what}", where=self.target, fix="choose another folder for `out`")
+                raise OutputError(f"the output would lie in, or over, {what}", where=target, fix=ELSEWHERE)
         if target.exists() and not target.is_dir():
-            raise OutputError("the output's place is taken by a file", where=self.target, fix="choose another folder for `out`")
+            raise OutputError("a file has the name of the output folder", where=target, fix=ELSEWHERE)
         if target.is_dir() and any(target.iterdir()):
             if not self.overwrite:
-                raise OutputError(
-                    "the output folder is not empty", where=self.target, fix="choose another, or give --overwrite to replace it"
-                )
+                fix = "choose another, or give --overwrite to replace it"
+                raise OutputError("the output folder is not empty", where=target, fix=fix)
             if not (target / "config.json").exists():
-                raise OutputError(
-                    "the output folder holds something that is no model; --overwrite replaces models only",
-                    where=self.target,
-                    fix="choose another folder for `out`",
-                )
-        for place in (self.path, self._old):
-            if place.exists() and not _is_ours(place):
-                raise OutputError("a folder that is not ours lies where the result is to be built", where=place, fix="move it away")
+                what = "the output folder does not hold a model; --overwrite replaces models only"
+                raise OutputError(what, where=target, fix=ELSEWHERE)
+        for folder in (self.path, self._old):
+            if folder.exists() and not _is_ours(folder):
+                raise _not_ours(folder)
         parent = _existing(target.parent)
         if not os.access(parent, os.W_OK):
-            raise OutputError("there is no permission to write here", where=parent, fix="choose another folder for `out`")
+            raise OutputError("there is no permission to write here", where=parent, fix=ELSEWHERE)
 
     def __enter__(self) -> OutputFolder:
-        with _writing(self.target):
+        try:
             self._lock = self._take()
-            self._mend()
+            self._finish_replacement()
             (self.path / MARKER).touch()
             for left in self.path.iterdir():
                 if left.is_dir():
                     shutil.rmtree(left)
                 elif left.name != MARKER:
                     left.unlink()
+        except OSError as error:
+            raise _refused(error, self.target) from error
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
@@ -129,7 +128,7 @@ class OutputFolder:
             raise _refused(error, self.target) from error
 
     def _take(self) -> int:
-        """Make the folder, or take over what a stop has left of it, and lock it; the system gives the lock back."""
+        """Make the folder, or take over what a stopped run left of it, and lock it; the system releases the lock."""
         while True:
             self.path.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
@@ -137,15 +136,15 @@ class OutputFolder:
                 os.close(descriptor)
                 fix = "wait until it has ended, or choose another folder for `out`"
                 raise OutputError("another process is writing this result", where=self.target, fix=fix)
-            if _same(self.path, descriptor):  # and was not put in its place meanwhile
+            if _same(self.path, descriptor):  # else another process has renamed it meanwhile
                 if _is_ours(self.path):
                     return descriptor
                 os.close(descriptor)
-                raise OutputError("a folder that is not ours lies where the result is to be built", where=self.path, fix="move it away")
+                raise _not_ours(self.path)
             os.close(descriptor)
 
     def commit(self) -> None:
-        """Put the finished folder in its place. What was there stays until the new one stands."""
+        """Rename the finished folder to its target. An old folder stays until the new one is there."""
         (self.path / MARKER).unlink()
         for file in self.path.iterdir():
             sync(file)
@@ -156,7 +155,7 @@ class OutputFolder:
         try:
             self.path.rename(self.target)
         except OSError:
-            self._mend()
+            self._finish_replacement()
             raise
         sync(self.target.parent)
         if self._old.exists():
@@ -164,14 +163,14 @@ class OutputFolder:
 
     @property
     def _old(self) -> Path:
-        """Where what is replaced waits until the new folder stands."""
+        """Where the old folder waits until the new one is there."""
         return self._beside(".replaced.partial")
 
     def _beside(self, suffix: str) -> Path:
         return self.target.parent / (self.target.name + suffix)
 
-    def _mend(self) -> None:
-        """Finish what a replacement that was stopped has left: the old folder goes back if no new one stands, and away if one does."""
+    def _finish_replacement(self) -> None:
+        """After a replacement that was stopped: the old folder goes back if there is no new one, and is removed if there is."""
         if not self._old.exists():
             return
         if self.target.exists():
@@ -182,9 +181,9 @@ class OutputFolder:
 
 
 class WeightWriter:
-    """Writes the planned tensors, in the planned order, straight into their places in the shards; hashes (BLAKE3) each file as it goes.
+    """Writes the planned tensors, in the planned order, to the shards, and hashes each file (BLAKE3) on the way.
 
-    Use as a context, which closes the file that is open.
+    Use as a context, which closes the open file.
     """
 
     def __init__(self, folder: Path, shards: list[Shard]) -> None:
@@ -192,7 +191,7 @@ class WeightWriter:
         self._folder = folder
         self._shards = iter(shards)
         self._expected: deque[tuple[str, TensorSpec]] = deque()
-        self._pieces = 0  # numbers of the next tensor that have come in pieces
+        self._pieces = 0  # numbers of the next tensor that were added in pieces
         self._file = None
         self._digest = blake3()
         if len(shards) > 1:
@@ -212,7 +211,7 @@ class WeightWriter:
         self._end_tensor()
 
     def add_piece(self, name: str, piece: Tensor) -> None:
-        """Append the next numbers of the next tensor, in the planned dtype; it ends when all of its numbers have come."""
+        """Append the next numbers of the next tensor, in the planned dtype; the tensor ends with the last of its numbers."""
         if not self._expected:
             self._next_shard()
         wanted, spec = self._expected[0]
@@ -258,23 +257,14 @@ def free_bytes(target: Path) -> int:
     return shutil.disk_usage(_existing(target.absolute().parent)).free
 
 
-@contextmanager
-def _writing(target: Path) -> Iterator[None]:
-    """What the system refuses, as a fault of ours."""
-    try:
-        yield
-    except OSError as error:
-        raise _refused(error, target) from error
-
-
 def _refused(error: OSError, target: Path) -> OutputError:
     full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-    fix = "make room, or choose another disk; nothing is left of this attempt" if full else "choose another folder for `out`"
+    fix = "make room, or choose another disk; nothing is left of this attempt" if full else ELSEWHERE
     return OutputError(f"the result cannot be written: {error.strerror or error}", where=error.filename or target, fix=fix)
 
 
 def _same(path: Path, descriptor: int) -> bool:
-    """Whether a path still means the folder that is open."""
+    """Whether a path is still the folder that is open."""
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:
@@ -282,9 +272,13 @@ def _same(path: Path, descriptor: int) -> bool:
 
 
 def _is_ours(partial: Path) -> bool:
-    """Whether a folder was left by us, stopped at any instant: before it had its marker, with it, or after a record took its place."""
+    """Whether a stopped run left this folder: before it had the marker, with it, or after the record replaced it."""
     return partial.is_dir() and (not any(partial.iterdir()) or any((partial / name).exists() for name in (MARKER, RECORD)))
 
 
+def _not_ours(folder: Path) -> OutputError:
+    return OutputError("a folder that is not ours lies where the result is to be built", where=folder, fix="move it away")
+
+
 def _existing(folder: Path) -> Path:
-    return next(place for place in (folder, *folder.parents) if place.exists())
+    return next(parent for parent in (folder, *folder.parents) if parent.exists())

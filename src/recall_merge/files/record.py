@@ -1,4 +1,4 @@
-"""`record.json`: what a result was made from and how, beside the result; and the check that it still is what it says."""
+"""`record.json`: what a result was made from, and how; and the check that the result still matches it."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from recall_merge.runtime.errors import Faults, ResultError, short
 RECORD = "record.json"
 FORMAT = 2
 READ_BY_LOADERS = {".safetensors", ".json", ".jinja", ".txt", ".model", ".py", ".bin", ".pt", ".pth", ".ckpt"}
-# what may come to a result, or an expert, after its record, or change: of the model card, people are the authors
+# files that may be added or changed after the record: people edit model cards, and `recall stats` writes beside experts
 LATER = (RECORD, "README.md", "stats.json", "stats.safetensors")
 PACKAGES = ("recall-merge", "torch", "transformers", "safetensors", "huggingface_hub", "peft", "scikit-learn", "numpy", "tokenizers")
 
 
 def versions() -> dict[str, str]:
-    """Python, machine and the packages that a result depends on."""
-    found = {"python": platform.python_version(), "machine": platform.machine()}
+    """Versions of Python, the machine type and the packages that a result depends on."""
+    installed = {"python": platform.python_version(), "machine": platform.machine()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write the record with BLAKE3 of all other files of the folder. That of its weight files may be given, to spare reading them."""
-    known = dict(record.get("files", {}))
+    """Write the record, with BLAKE3 of all other files of the folder; hashes under `files` are taken as they are, to spare reading."""
+    hashed = record.get("files", {})
     names = sorted(file.name for file in folder.iterdir() if file.is_file() and file.name not in LATER and not file.name.startswith("."))
-    files = {name: known.get(name) or hash_result(folder / name) for name in names}
+    files = {name: hashed.get(name) or hash_result(folder / name) for name in names}
     text = json.dumps({"format": FORMAT, **record, "files": files}, indent=2, ensure_ascii=False) + "\n"
     (folder / RECORD).write_text(text, "utf-8")
 
@@ -52,7 +52,7 @@ def verify_files(folder: Path) -> dict[str, Any]:
     """
     record = read_json(folder / RECORD) if (folder / RECORD).exists() else None
     if record is None or record.get("format") != FORMAT or not isinstance(record.get("files"), dict):
-        what = f"there is no {RECORD}" if record is None else f"{RECORD} is not of a form this version knows"
+        what = f"there is no {RECORD}" if record is None else f"{RECORD} is in a format that this version does not know"
         raise ResultError(what, where=folder, fix="give the folder of a result of `recall merge`")
     faults = Faults()
     for name, wanted in record["files"].items():

@@ -1,7 +1,7 @@
 """The safetensors format, read by byte range and written one tensor at a time.
 
 A file is an 8-byte little-endian length N, N bytes of JSON header, then the tensors' bytes without holes. The header maps each name to
-{"dtype", "shape", "data_offsets": [begin, end]}, offsets counted from the end of the header. It is checked whole before any use.
+{"dtype", "shape", "data_offsets": [begin, end]}, offsets counted from the end of the header. It is checked completely before use.
 Source: the format's specification, https://github.com/huggingface/safetensors#format
 """
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     import torch
 
 MAX_HEADER = 100_000_000  # bytes, as the format's own reader
-MAX_NAME, MAX_SIDES = 1000, 64  # letters of a tensor's name; sides of a shape, as torch has it
-PEEK = 1 << 16  # bytes of a tensor on the hub that are worth a request
+MAX_NAME, MAX_DIMENSIONS = 1000, 64  # characters of a tensor's name; dimensions of a shape, as in torch
+PEEK = 1 << 16  # bytes of a tensor on the hub that are compared
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 OTHERS = {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
 PACKED = {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "U32": 4, "U64": 8, "C64": 8}  # valid, but not for merging
@@ -34,7 +34,7 @@ CODES = {torch_name: code for code, torch_name in (FLOATS | OTHERS).items()}
 
 
 class Counter:
-    """A number to which threads add."""
+    """A number that threads add to."""
 
     def __init__(self) -> None:
         self.total = 0
@@ -46,12 +46,12 @@ class Counter:
 
 
 READ = Counter()
-"""Bytes of tensors that this process has read."""
+"""Bytes of tensors read by this process."""
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a header says of a tensor: its dtype, as the format writes it (F32, BF16, ...), and its shape."""
+    """A tensor's dtype, as the format writes it (F32, BF16, ...), and its shape."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -84,13 +84,13 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of which only the header is here.
+    """A file on the hub whose header alone was fetched.
 
     Attributes:
         start: its first bytes, at least to the end of the header.
-        size: its bytes in all.
-        content: a hash that names its content.
-        peek: fetches `count` bytes of it from `begin` on: for a look, not for whole tensors.
+        size: its size in bytes.
+        content: a hash of its content.
+        peek: fetches `count` bytes from `begin` on: to compare, not to read whole tensors.
     """
 
     start: bytes = field(repr=False)
@@ -101,7 +101,7 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor's bytes lie: from `begin` (counted from the start of the file) in `file`."""
+    """A tensor in a file: its bytes start at `begin`, counted from the start of `file`."""
 
     spec: TensorSpec
     file: Path
@@ -109,10 +109,10 @@ class StoredTensor:
     remote: RemoteFile | None = None
 
     def read(self, span: range | None = None) -> torch.Tensor:
-        """Read the tensor, in its own dtype, into memory of its own; of its numbers in their order only those of `span`, if given.
+        """Read the tensor in its own dtype; with `span`, only those of its numbers.
 
         Raises:
-            CheckpointError: if the file is not downloaded, or has become shorter than its header says.
+            CheckpointError: if the file is not downloaded, or is shorter than its header says.
         """
         import torch
 
@@ -127,18 +127,15 @@ class StoredTensor:
         """Fill a buffer with the tensor's bytes from `start` on."""
         READ.add(len(buffer))
         if self.remote is not None:
-            raise CheckpointError(
-                "the weights in this file are not downloaded, only their header is",
-                where=self.file,
-                fix="locate the model with its weights",
-            )
+            what = "the weights in this file are not downloaded, only their header is"
+            raise CheckpointError(what, where=self.file, fix="locate the model with its weights")
         try:
             descriptor = os.open(self.file, os.O_RDONLY)
         except OSError as error:
             raise _unreadable(self.file, error) from error
         try:
             done = 0
-            while done < len(buffer):  # subtle: one call gives at most 2 GiB
+            while done < len(buffer):  # subtle: one call reads at most 2 GiB
                 count = os.preadv(descriptor, [buffer[done:]], self.begin + start + done)
                 if count == 0:
                     missing = len(buffer) - done
@@ -151,7 +148,7 @@ class StoredTensor:
             os.close(descriptor)
 
     def same_bytes(self, other: StoredTensor, piece: int = 1 << 24) -> bool:
-        """Whether two tensors are equal to the bit; reads piece by piece. Of tensors that are still on the hub it compares the start."""
+        """Whether two tensors are equal to the bit; for tensors that are still on the hub, whether their starts are."""
         if self.spec != other.spec:
             return False
         if self.remote is not None or other.remote is not None:
@@ -166,7 +163,7 @@ class StoredTensor:
         return True
 
     def identity(self) -> bytes:
-        """Bytes that tell this tensor's content from others': its first 256, or where it lies in a file that is still on the hub."""
+        """Bytes that identify the content: the first 256 of the tensor, or the place in a file that is still on the hub."""
         return self._start(256) if self.remote is None else f"{self.remote.content} {self.begin}".encode()
 
     def _start(self, count: int) -> bytes:
@@ -184,7 +181,7 @@ def _unreadable(path: Path, error: OSError) -> CheckpointError:
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous tensor, not copied; writing to them writes to the tensor."""
+    """The bytes of a tensor, not copied if it is contiguous; writing to them writes to the tensor."""
     import torch
 
     flat: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
@@ -195,7 +192,7 @@ def read_header(path: Path, remote: RemoteFile | None = None) -> dict[str, Store
     """Read and check one file's header; tensors in the order of their bytes.
 
     Args:
-        remote: what is known of the file where it is not at `path` yet.
+        remote: the file on the hub, if it is not at `path` yet.
 
     Raises:
         CheckpointError: with every fault of the header.
@@ -206,7 +203,7 @@ def read_header(path: Path, remote: RemoteFile | None = None) -> dict[str, Store
 
     try:
         if remote is None and path.exists() and not path.is_file():  # a pipe would never end
-            raise broken("this is no file")
+            raise broken("this is not a file")
         size = path.stat().st_size if remote is None else remote.size
         with path.open("rb") if remote is None else io.BytesIO(remote.start) as file:
             start = file.read(8)
@@ -217,9 +214,7 @@ def read_header(path: Path, remote: RemoteFile | None = None) -> dict[str, Store
                 raise broken(f"the header claims {length} bytes, the file has {size - 8} after its length")
             text = file.read(length)
     except OSError as error:
-        raise CheckpointError(
-            f"the file cannot be read: {error.strerror}", where=path, fix="check the path and your permissions"
-        ) from error
+        raise _unreadable(path, error) from error
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as error:
@@ -256,7 +251,7 @@ def encode_header(specs: Mapping[str, TensorSpec]) -> bytes:
 
 def _entry_faults(name: str, entry: Any) -> Iterable[str]:
     if len(name) > MAX_NAME:
-        return [f"its name has {len(name):,} letters"]
+        return [f"its name has {len(name):,} characters"]
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
         return ["its entry lacks dtype, shape or data_offsets"]
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -264,8 +259,8 @@ def _entry_faults(name: str, entry: Any) -> Iterable[str]:
         return [f"unknown dtype {short(dtype)}"]
     if not isinstance(shape, list) or not all(_whole(n) for n in shape):
         return [f"shape {short(shape)} is not a list of whole numbers"]
-    if len(shape) > MAX_SIDES:
-        return [f"its shape has {len(shape):,} sides"]
+    if len(shape) > MAX_DIMENSIONS:
+        return [f"its shape has {len(shape):,} dimensions"]
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_whole(n) for n in offsets) or offsets[0] > offsets[1]:
         return [f"data_offsets {short(offsets)} are not a begin and an end"]
     wanted = math.prod(shape) * SIZES[dtype]
@@ -275,12 +270,12 @@ def _entry_faults(name: str, entry: Any) -> Iterable[str]:
 
 
 def _whole(number: Any) -> bool:
-    """Whether it is a number of things: what 64 bits hold, so that no sum or product of some of them grows without bound."""
+    """Whether it is a count that fits into 64 bits, so that no sum or product of a few of them grows without bound."""
     return isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 2**63
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
         raise ValueError("a name occurs twice")
-    return found
+    return entries

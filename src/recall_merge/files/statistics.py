@@ -1,8 +1,8 @@
 """An expert's input statistics: for every linear layer, the second moment of its inputs on the expert's typical samples. They hold no text.
 
-`stats.safetensors` holds, in bfloat16, for each group of maps that read the same hidden state, a factor (i, r) and a diagonal (i,),
-and for each map the squared gradients of its outputs (o,). `stats.json` says which tensors of the base belong to which group, what
-the input statistics was made from, and of which bytes of the expert.
+`stats.safetensors` holds, in bfloat16, for each group of layers with the same inputs a factor (i, r) and a diagonal (i,), and for each
+layer the squared gradients of its outputs (o,). `stats.json` says which tensors of the base belong to which group, what the statistics
+were made from, and the hash of their expert.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from recall_merge.files.checkpoint import read_json
 from recall_merge.files.durable import replacing, write_whole
-from recall_merge.files.safetensors import CODES, StoredTensor, TensorSpec, bytes_of, encode_header, read_header
+from recall_merge.files.safetensors import StoredTensor, TensorSpec, bytes_of, encode_header, read_header
 from recall_merge.runtime.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -25,18 +25,12 @@ if TYPE_CHECKING:
 
 STATS, WEIGHTS = "stats.json", "stats.safetensors"
 FORMAT = 3
-KINDS: dict[str, type] = {
-    "expert": str,
-    "samples": int,
-    "tokens": int,
-    "rank": int,
-    "rows": list,
-}  # of what a merge tells of input statistics
+KINDS = {"expert": str, "samples": int, "tokens": int, "rank": int, "rows": list}  # types of the facts that a merge reports
 
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """What is known of the inputs of an expert's maps, by the names of the base's tensors. Moments are read when asked for."""
+    """The moments of the inputs of an expert's linear layers, by the base's tensor names. They are read when needed."""
 
     folder: Path
     facts: Mapping[str, Any]
@@ -47,16 +41,16 @@ class InputStatistics:
         return sum(stored.spec.nbytes for stored in self.stored.values())
 
     def misfits(self, specs: Mapping[str, TensorSpec]) -> list[str]:
-        """The tensors of a base whose inputs or outputs are more or fewer than the input statistics tells of."""
+        """The base's tensors whose shape does not fit the inputs and outputs here."""
 
-        def told(name: str, group: str, axis: int) -> tuple[int, ...]:
+        def shape(name: str, group: str, axis: int) -> tuple[int, ...]:
             sizes = self.stored[f"{group}.rest"].spec.shape, self.stored[f"{name}.gradient"].spec.shape
             return sizes[axis == 1] + sizes[axis == 0]
 
-        return [name for name, entry in self.facts["tensors"].items() if name in specs and told(name, *entry) != specs[name].shape]
+        return [name for name, entry in self.facts["tensors"].items() if name in specs and shape(name, *entry) != specs[name].shape]
 
     def moment(self, name: str) -> tuple[Moment, int] | None:
-        """The moment of a tensor's inputs, and the axis along which they run; None where the input statistics tells nothing of it."""
+        """The moment of a tensor's inputs, and the axis of the inputs; None if there are no statistics of it."""
         from recall_merge.maths.moments import Moment
 
         entry = self.facts["tensors"].get(name)
@@ -70,24 +64,23 @@ class InputStatistics:
 
 
 def parts_of(group: str) -> tuple[str, str]:
-    """Names of the numbers that a group of maps has in common."""
+    """Names of the stored tensors that the layers of a group share."""
     return f"{group}.factor", f"{group}.rest"
 
 
 def write_statistics(folder: Path, parts: Mapping[str, Tensor], tensors: Mapping[str, tuple[str, int]], facts: Mapping[str, Any]) -> Path:
-    """Write input statistics into a folder: the numbers first, then, in one step, the file that makes them input statistics.
+    """Write input statistics into a folder: the tensors first, then, in one step, the facts that make them valid.
 
     Args:
-        parts: the numbers by name, as `parts_of` names them.
-        tensors: name of a tensor of the base -> its group, and the axis of its inputs.
-        facts: what it was made from; `expert` holds the hashes that tell whether it still belongs to the expert.
+        parts: the stored tensors, named as by `parts_of`.
+        tensors: group and axis of the inputs of each tensor of the base.
+        facts: what they were made from; `expert` is the hash of the expert that they belong to.
     """
     import torch
 
     parts = {name: tensor.to(torch.bfloat16) for name, tensor in parts.items()}
-    specs = {name: TensorSpec(CODES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape)) for name, tensor in parts.items()}
     with replacing(folder / WEIGHTS) as partial, partial.open("wb") as file:
-        file.write(encode_header(specs))
+        file.write(encode_header({name: TensorSpec.of(tensor) for name, tensor in parts.items()}))
         for tensor in parts.values():
             file.write(bytes_of(tensor))
     text = json.dumps({"format": FORMAT, **facts, "tensors": {name: list(entry) for name, entry in tensors.items()}}, indent=1) + "\n"
@@ -100,30 +93,28 @@ def has_statistics(folder: Path) -> bool:
 
 
 def open_statistics(folder: Path) -> InputStatistics | None:
-    """The input statistics of a folder; None if it has none.
+    """The input statistics in a folder; None if there are none.
 
     Raises:
-        CheckpointError: if it is damaged, or of a form that this version does not know.
+        CheckpointError: if they are damaged, or in a format that this version does not know.
     """
     if not has_statistics(folder):
         return None
     facts = read_json(folder / STATS)
-    fix = "make it again with `recall stats`"
+    fix = "make them again with `recall stats`"
     if facts.get("format") != FORMAT or not isinstance(facts.get("tensors"), dict):
-        raise CheckpointError("the input statistics is of a form that this version does not know", where=folder / STATS, fix=fix)
+        raise CheckpointError("the input statistics are in a format that this version does not know", where=folder / STATS, fix=fix)
     if not all(isinstance(facts.get(key), kind) for key, kind in KINDS.items()) or not all(map(_is_entry, facts["tensors"].values())):
-        raise CheckpointError("the input statistics is damaged", where=folder / STATS, fix=fix)
+        raise CheckpointError("the input statistics are damaged", where=folder / STATS, fix=fix)
     stored = read_header(folder / WEIGHTS)
     wanted = {part for name, (group, _) in facts["tensors"].items() for part in (*parts_of(group), f"{name}.gradient")}
     if missing := sorted(wanted - set(stored)):
-        raise CheckpointError(f"the input statistics lacks '{missing[0]}'", where=folder / WEIGHTS, fix=fix)
+        raise CheckpointError(f"the input statistics lack '{missing[0]}'", where=folder / WEIGHTS, fix=fix)
     for group in sorted({group for group, _ in facts["tensors"].values()}):
         factor, rest = (stored[part].spec for part in parts_of(group))
         if not (factor.is_float and rest.is_float and len(factor.shape) == 2 and factor.shape[:1] == rest.shape):
-            told = f"{factor}, {rest}"
-            raise CheckpointError(
-                f"the input statistics's numbers of '{group}' are no factor and rest: {told}", where=folder / WEIGHTS, fix=fix
-            )
+            what = f"the input statistics of group '{group}' are not a factor and a rest: {factor}, {rest}"
+            raise CheckpointError(what, where=folder / WEIGHTS, fix=fix)
     return InputStatistics(folder, facts, stored)
 
 

@@ -1,7 +1,7 @@
-"""Models with different tokenizers: whose tokens the result has, and which row of which model each of them is.
+"""Models with different tokenizers: the tokens of the result, and the row of each token in each model.
 
-Rows are matched by token, never by position. A token that the base lacks gets the row that Hugging Face's own resize gives it, the
-mean of the base's rows. An expert that lacks a token has no say in its row: the others' weighted mean stands in for its delta.
+Rows are matched by token, never by position. A token that the base lacks gets the mean of the base's rows, as when Hugging Face resizes a
+model. If an expert lacks a token, the weighted mean of the others' deltas takes the place of its delta.
 """
 
 from __future__ import annotations
@@ -12,25 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from recall_merge.files.checkpoint import read_json
+from recall_merge.files.checkpoint import AGAIN, read_json
 from recall_merge.runtime.errors import CheckpointError, Fault
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 Choice = Literal["base", "newest", "union"]
 
 
@@ -40,8 +31,8 @@ class Vocabulary:
 
     Attributes:
         size: rows of the result's token tensors.
-        rows: for the base, then each expert: (size,) its own row of each token, -1 where it has none.
-        tokenizer: the folder whose tokenizer files the result gets; with `added`, to which those tokens are added.
+        rows: for the base, then each expert: (size,) its row of each token, or -1.
+        tokenizer: the folder of the tokenizer that the result gets, to which `added` is added.
         added: tokens of the experts that the base lacks, in the order of the experts ('union' only).
     """
 
@@ -51,7 +42,7 @@ class Vocabulary:
     added: tuple[str, ...] = ()
 
     def align_base(self, own: Tensor) -> Tensor:
-        """The base's rows in the result's order; the mean row where it has none.    own (v, *s) -> (size, *s)"""
+        """The base's rows in the result's order; the mean row for tokens that it lacks.    own (v, *s) -> (size, *s)"""
         rows = self.rows[0]
         aligned = own[rows.clamp(min=0)]
         aligned[rows < 0] = own.mean(0)
@@ -80,7 +71,7 @@ def read_vocabulary(folder: Path) -> dict[str, int] | None:
     """Token -> id of a folder's tokenizer; None if the folder has no tokenizer.
 
     Raises:
-        CheckpointError: if there is one that cannot be read.
+        CheckpointError: if it cannot be read.
     """
     try:
         if (folder / "tokenizer.json").exists():
@@ -92,49 +83,46 @@ def read_vocabulary(folder: Path) -> dict[str, int] | None:
 
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
     except Exception as error:  # the tokenizers library raises bare exceptions
-        fix = "the file is damaged: copy or download it again"
-        raise CheckpointError(f"the tokenizer cannot be read: {error}", where=folder, fix=fix) from error
+        raise CheckpointError(f"the tokenizer cannot be read: {error}", where=folder, fix=AGAIN) from error
     return None
 
 
 def plan_vocabulary(
     base: tuple[Path, int], experts: Mapping[str, tuple[Path, int]], choice: Choice | None
 ) -> tuple[Vocabulary | None, list[str]]:
-    """Decide the result's tokens.
+    """Choose the result's tokens.
 
     Args:
-        base: its folder and the rows of its embedding.
-        experts: name -> the same, in the order of the run; a folder without a tokenizer shares the base's.
-        choice: whose tokens; None = they are all expected to be the same.
+        base: its folder, and the number of rows of its embedding.
+        experts: the same by name, in the order of the run; a folder without a tokenizer shares the base's.
+        choice: whose tokens; None expects all to be the same.
 
     Returns:
-        The vocabulary, or None if every model has the base's tokens and rows; and what a reader of the plan should know.
+        The vocabulary, or None if every model has the base's tokens and rows; and notes for readers of the plan.
 
     Raises:
-        CheckpointError: if they differ and no choice was made, or rows have no tokens that could tell what they are.
+        CheckpointError: if they differ without a choice, or rows cannot be matched because a tokenizer is missing.
     """
     folder, size = base
-    same = {name for name, (place, _) in experts.items() if _same_tokenizer(place, folder)}
+    same = {name for name, (path, _) in experts.items() if _same_tokenizer(path, folder)}
     if len(same) == len(experts) and all(rows == size for _, rows in experts.values()):
-        read_json(folder / "tokenizer.json")  # what its tokens mean is no matter, that it is whole is
+        read_json(folder / "tokenizer.json")  # to refuse a damaged file
         return None, []
     tokens = read_vocabulary(folder)
     theirs: dict[str, Mapping[str, int] | None] = {
-        name: tokens if name in same else read_vocabulary(place) for name, (place, _) in experts.items()
+        name: tokens if name in same else read_vocabulary(path) for name, (path, _) in experts.items()
     }
-    different = {n: place for n, place in experts.items() if place[1] != size or (theirs[n] is not None and theirs[n] != tokens)}
+    different = {n: expert for n, expert in experts.items() if expert[1] != size or (theirs[n] is not None and theirs[n] != tokens)}
     if not different:
         return None, []
     if choice is None:
         fix = "say whose tokens the result has: `vocabulary: base`, `newest` or `union`; or align the models first"
-        raise CheckpointError(
-            Fault(_difference(n, theirs[n], rows, tokens, size), str(place), fix) for n, (place, rows) in different.items()
-        )
-    without = [folder] * (tokens is None) + [place for n, (place, rows) in experts.items() if theirs[n] is None and rows != size]
+        raise CheckpointError(Fault(_difference(n, theirs[n], rows, tokens, size), str(path), fix) for n, (path, rows) in different.items())
+    without = [folder] * (tokens is None) + [path for n, (path, rows) in experts.items() if theirs[n] is None and rows != size]
     if tokens is None or without:
         fix = "put the model's tokenizer files into its folder"
-        raise CheckpointError(Fault("its rows cannot be matched by token: it has no tokenizer", str(place), fix) for place in without)
-    known: dict[str, Mapping[str, int]] = {n: found if found is not None else tokens for n, found in theirs.items()}
+        raise CheckpointError(Fault("its rows cannot be matched by token: it has no tokenizer", str(path), fix) for path in without)
+    known: dict[str, Mapping[str, int]] = {n: tokens if own is None else own for n, own in theirs.items()}
     added: tuple[str, ...] = ()
     if choice == "newest":
         name = list(experts)[-1]
@@ -147,7 +135,7 @@ def plan_vocabulary(
         added = tuple(
             dict.fromkeys(token for n in known for token, _ in sorted(known[n].items(), key=lambda item: item[1]) if token not in tokens)
         )
-        target = {**tokens, **{token: len(tokens) + place for place, token in enumerate(added)}}
+        target = {**tokens, **{token: len(tokens) + i for i, token in enumerate(added)}}
         size = max(size, len(target))
     sizes = [base[1], *(rows for _, rows in experts.values())]
     rows = tuple(_rows(target, size, own, count) for own, count in zip([tokens, *known.values()], sizes, strict=True))
@@ -164,15 +152,15 @@ def add_tokens(tokenizer: Any, vocabulary: Vocabulary, donors: Sequence[Any]) ->
     Raises:
         CheckpointError: if the tokenizer gives a token another id than its row.
     """
-    for place, token in enumerate(vocabulary.added, start=len(tokenizer)):
+    for row, token in enumerate(vocabulary.added, start=len(tokenizer)):
         special = any(token in donor.all_special_tokens for donor in donors)
         tokenizer.add_tokens([token], special_tokens=special)
-        if tokenizer.convert_tokens_to_ids(token) != place:
-            raise CheckpointError(f"the base's tokenizer cannot take the token {token!r} at row {place}", where=vocabulary.tokenizer)
+        if tokenizer.convert_tokens_to_ids(token) != row:
+            raise CheckpointError(f"the base's tokenizer cannot take the token {token!r} at row {row}", where=vocabulary.tokenizer)
 
 
 def _same_tokenizer(one: Path, other: Path) -> bool:
-    """Whether two folders have the same file of a tokenizer: comparing bytes takes a hundredth of reading what they mean."""
+    """Whether two folders have the same tokenizer file: comparing bytes takes a hundredth of the time of parsing."""
     files = [folder / "tokenizer.json" for folder in (one, other)]
     if not all(file.is_file() for file in files) or files[0].stat().st_size != files[1].stat().st_size:
         return False
@@ -190,7 +178,7 @@ def _rows(target: Mapping[str, int], size: int, own: Mapping[str, int], count: i
     for token, row in target.items():
         if own.get(token, count) < count and row < size:
             rows[row] = own[token]
-    if own == target:  # padding rows have no tokens; between models of the same tokens they match by position
+    if own == target:  # padding rows have no tokens; for models with the same tokens they match by position
         spare = torch.arange(size)
         rows = torch.where((rows < 0) & (spare < count), spare, rows)
     return rows
