@@ -346,10 +346,10 @@ def test_all_faults_of_tasks_are_found_at_once():
     for expected in (
         "two tasks are named 'a'",
         "some rows have choices and some have none\n  where: task 'mixed', row 2",
-        "a row of plain text asks nothing\n  where: task 'plain', row 1",
+        "a row of plain text has no question to score an answer to\n  where: task 'plain', row 1",
         "a row's choices must be two or more",
         "there are no rows\n  where: task 'none'",
-        "'f1' is no metric of rows with choices\n  where: task 'wrong'\n  fix: known: acc, acc_norm",
+        "'f1' is not a metric of rows with choices\n  where: task 'wrong'\n  fix: known: acc, acc_norm",
         "did you mean 'exact_match'?",
     ):
         assert any(expected in fault for fault in faults), expected

@@ -390,7 +390,7 @@ def test_all_faults_at_once(ws, data, tmp_path):
     [
         ({"method": "lineer"}, "there is no method 'lineer'"),
         ({"method": "slerp", "sets": {"options.x": 1}}, "has no option 'x'"),
-        ({"metric": "bleu"}, "'bleu' is no metric of rows with choices"),
+        ({"metric": "bleu"}, "'bleu' is not a metric of rows with choices"),
         ({"train": None}, "there is nothing to train on"),
         ({"sets": {"training.arguments": {"max_lenght": 3}}}, "no argument 'max_lenght'"),
         ({"sets": {"samples.path": "x"}}, "filled in by the workspace"),

@@ -474,6 +474,6 @@ def test_evaluate_reports_all_faults(ws, data):
     )
     assert result.exit_code == 1
     found = str(result.exception)
-    assert all(part in found for part in ("no config.json", "there is no such file", "'bleu' is no metric of rows with choices", "'z'"))
+    assert all(part in found for part in ("no config.json", "there is no such file", "'bleu' is not a metric of rows with choices", "'z'"))
     assert "leave out --base" in str(recall("evaluate", ws / "merges" / "1", "--tasks", data / "a-test.jsonl", "--base", "x").exception)
     assert "write --metric TASK=METRIC" in str(recall("evaluate", ws, "--tasks", "a", "--metric", "acc").exception)

@@ -1,7 +1,7 @@
-"""The five tasks of the RECALL paper (arXiv:2510.20479), as they lie on the hub: where, which split, and how a record becomes a row.
+"""The five tasks of the RECALL paper (arXiv:2510.20479) on the hub: where they are, which split, and how a record becomes a row.
 
-The paper names the tasks and their metrics; its prompts are not known. These are ours, one for each kind of task, in the form of all
-our rows: a prompt that ends without a space, a completion that begins with one.
+The paper names the tasks and their metrics, but not its prompts. These prompts are ours, one per kind of task, in the form of all our
+rows: a prompt that ends without a space, a completion that begins with one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class HubTask:
     convert: Callable[[Record], dict[str, Any]]
     """A record -> prompt, completion, and choices or further right answers where there are any."""
     parquet: bool = False
-    """The repository holds a script, which `datasets` no longer runs: read the hub's own copy in Parquet."""
+    """Read the hub's own copy in Parquet: the repository holds a script, which `datasets` no longer runs."""
 
 
 def sst2(record: Record) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def sst2(record: Record) -> dict[str, Any]:
 
 
 def squad_v2(record: Record) -> dict[str, Any]:
-    """A question on a passage; the answer is in the passage's words, or there is none.
+    """A question on a passage. The answer is in the words of the passage, or there is none.
 
     >>> squad_v2({"context": "Ann sings.", "question": "Who dances?", "answers": {"text": [], "answer_start": []}})["completion"]
     ' unanswerable'
@@ -99,11 +99,11 @@ HUB_TASKS: dict[str, HubTask] = {
     "race-all": HubTask("ehovy/race", "all", "train", "test", "acc", race),
     "medmcqa": HubTask("openlifescienceai/medmcqa", None, "train", "validation", "acc", medmcqa),
 }
-"""The five, and RACE also with its easier half."""
+"""The paper's five; RACE also with its easier half."""
 
 
 def load_hub_task(name: str, *, train: bool = False, limit: int | None = None) -> TaskSpec:
-    """A task with its rows and metric, of the test split or the training split.
+    """A task with its rows and metric, from the test split or the training split.
 
     Args:
         name: one of `HUB_TASKS`.
@@ -111,67 +111,63 @@ def load_hub_task(name: str, *, train: bool = False, limit: int | None = None) -
 
     Raises:
         RunError: if there is no such task.
-        DataError: if its data cannot be had, or a record cannot be a row.
+        DataError: if its data cannot be loaded, or a record cannot be a row.
     """
-    task, where = _find(name), f"{name} of the hub"
-    converted = [_convert(task, record, f"{where}, row {i + 1}") for i, record in enumerate(_records(task, train=train, limit=limit))]
-    answers = {i: tuple(record["answers"]) for i, record in enumerate(converted) if record.get("answers")}
-    return TaskSpec(name, parse_rows(converted, where=where), task.metric, answers)
+    records = _load_records(name, train=train, limit=limit)
+    answers = {i: tuple(record["answers"]) for i, record in enumerate(records) if record.get("answers")}
+    return TaskSpec(name, parse_rows(records, where=f"{name} of the hub"), HUB_TASKS[name].metric, answers)
 
 
 def write_hub_rows(name: str, file: Path, *, train: bool, limit: int | None = None) -> Path:
-    """A split's rows as JSON lines, e.g. for `recall learn --train`.
+    """Write a split's rows as JSON lines, e.g. for `recall learn --train`.
 
     Raises:
         RunError, DataError: as `load_hub_task`.
     """
-    task = _find(name)
-    rows = [_convert(task, record, f"{name} of the hub, row {i + 1}") for i, record in enumerate(_records(task, train=train, limit=limit))]
+    records = _load_records(name, train=train, limit=limit)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    file.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")
     return file
 
 
-def _find(name: str) -> HubTask:
-    if name not in HUB_TASKS:
-        raise RunError(f"there is no task '{name}' of the paper", fix=did_you_mean(name, HUB_TASKS))
-    return HUB_TASKS[name]
-
-
-def _records(task: HubTask, *, train: bool, limit: int | None) -> Any:
+def _load_records(name: str, *, train: bool, limit: int | None) -> list[dict[str, Any]]:
+    """A split's records, converted."""
     import datasets
 
+    if name not in HUB_TASKS:
+        raise RunError(f"the paper has no task '{name}'", fix=did_you_mean(name, HUB_TASKS))
+    task = HUB_TASKS[name]
     split = task.train if train else task.test
-    files = {split: f"{task.config}/{split}/*.parquet"} if task.parquet else None
     try:
-        return datasets.load_dataset(
+        records: Any = datasets.load_dataset(
             task.hub,
             None if task.parquet else task.config,
-            data_files=files,
+            data_files={split: f"{task.config}/{split}/*.parquet"} if task.parquet else None,
             revision="refs/convert/parquet" if task.parquet else None,
             split=split if limit is None else f"{split}[:{limit}]",
         )
-    except Exception as error:  # `datasets` raises many kinds; all mean that the rows cannot be had
-        what = f"its rows cannot be had: {' '.join(str(error).split())}"
+    except Exception as error:  # `datasets` raises many kinds; all mean that there are no rows
+        what = f"its rows cannot be loaded: {' '.join(str(error).split())}"
         raise DataError(what, where=task.hub, fix="is there a network, and room for its cache?") from error
-
-
-def _convert(task: HubTask, record: Record, where: str) -> dict[str, Any]:
-    try:
-        return task.convert(record)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DataError(f"this record cannot be a row: {error}", where=where, fix="read a split that has labels") from error
+    converted = []
+    for number, record in enumerate(records, start=1):
+        try:
+            converted.append(task.convert(record))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            what, where = f"this record cannot be a row: {error}", f"{name} of the hub, row {number}"
+            raise DataError(what, where=where, fix="read a split that has labels") from error
+    return converted
 
 
 def _lettered(before: str, question: str, options: list[str], right: int) -> dict[str, Any]:
-    """A question with lettered options. The letters are scored, not the words: one token each, none longer than another."""
+    """A question with lettered options. The letters are scored, not the words: one token each, so that no choice is longer than another."""
     listed = "\n".join(f"{letter}. {option.strip()}" for letter, option in zip(LETTERS, options, strict=True))
     prompt = f"{before}Question: {question.strip()}\n{listed}\nAnswer:"
     return {"prompt": prompt, "completion": f" {LETTERS[right]}", "choices": [f" {letter}" for letter in LETTERS]}
 
 
 def _label(label: Any, count: int) -> int:
-    """A label that is there: the hub's hidden ones are -1."""
+    """A label within range. The hub's hidden labels are -1."""
     if not isinstance(label, int) or not 0 <= label < count:
         raise ValueError(f"the label is {label!r}; it must be one of 0 to {count - 1}")
     return label

@@ -18,7 +18,7 @@ from recall_merge.files.rows import FORMATS, Row
 from recall_merge.models.tokens import render
 from recall_merge.runtime.errors import CheckpointError, DataError, Faults, RunError, did_you_mean
 
-SPARE_TOKENS = 8  # that an answer may have beyond the longest right one
+SPARE_TOKENS = 8  # that an answer may have more than the longest right one
 SCORING_FILE = "recall_scoring.py"
 
 
@@ -71,7 +71,7 @@ def task_word(word: str) -> tuple[str, Path | None]:
 
 
 def check_tasks(tasks: Iterable[TaskSpec]) -> Faults:
-    """What is wrong with tasks, as far as they themselves tell: names, metrics, and rows that cannot be scored."""
+    """What is wrong with the names and metrics of tasks, and rows that cannot be scored."""
     faults = Faults()
     seen: set[str] = set()
     for task in tasks:
@@ -91,28 +91,28 @@ def _check_rows(task: TaskSpec, rows: Sequence[Row]) -> None:
     with_choices = [bool(row.choices) for row in rows]
     if any(with_choices) and not all(with_choices):
         first = rows[with_choices.index(not with_choices[0])]
-        place = f"{where}, row {first.index + 1}"
-        faults.add("some rows have choices and some have none", where=place, fix="make two tasks of them")
+        faults.add("some rows have choices and some have none", where=f"{where}, row {first.index + 1}", fix="make two tasks of them")
     for row in rows:
-        place = f"{where}, row {row.index + 1}"
         if not row.prompt:
-            faults.add("a row of plain text asks nothing", where=place, fix="give it a prompt and a completion")
+            what, fix = "a row of plain text has no question to score an answer to", "give it a prompt and a completion"
+            faults.add(what, where=f"{where}, row {row.index + 1}", fix=fix)
         if row.choices and (len(row.choices) < 2 or not all(choice.strip() for choice in row.choices)):
-            faults.add("a row's choices must be two or more, and none empty", where=place, fix="give each choice its words")
-    metrics = CHOICE_METRICS if any(with_choices) else tuple(METRICS)
+            what = "a row's choices must be two or more, and none empty"
+            faults.add(what, where=f"{where}, row {row.index + 1}", fix="give each choice its words")
+    metrics, kind = (CHOICE_METRICS, "with") if any(with_choices) else (tuple(METRICS), "without")
     if rows and task.chosen_metric not in metrics:
-        kind = "rows with choices" if any(with_choices) else "rows without choices"
-        faults.add(f"'{task.metric}' is no metric of {kind}", where=where, fix=did_you_mean(task.chosen_metric, metrics))
+        what = f"'{task.metric}' is not a metric of rows {kind} choices"
+        faults.add(what, where=where, fix=did_you_mean(task.chosen_metric, metrics))
     faults.raise_any(DataError)
 
 
 def define(task: TaskSpec, tokenizer: Any, *, template: bool = True) -> Definition:
-    """A task from rows in lm-eval's form, its texts rendered as for training (`render`), so with the chat template in the prompt.
+    """A task from rows in lm-eval's form. Its texts are rendered as for training (`render`): the prompt holds the chat template.
 
-    Choices: what is scored is the words of each choice after the prompt, without the end of the turn, which all have in common; where
-    one choice of a row begins another (`cat`, `cat and dog`) the end is scored with all choices of that row, or the shorter would
-    always win. Answers: written greedily until the end of the turn, or of the line where no right answer has two lines, and
-    `SPARE_TOKENS` tokens longer than the longest right answer at most.
+    Choices: the words of each choice after the prompt are scored, without the end of the turn, which all have in common. Where one choice
+    of a row begins another (`cat`, `cat and dog`), the end is scored with all choices of that row; otherwise the shorter would always win.
+    Answers are written greedily, until the end of the turn (or of the line, if all right answers have one line), with at most
+    `SPARE_TOKENS` tokens more than the longest right answer.
 
     Raises:
         DataError: if the rows cannot be scored.
@@ -124,9 +124,14 @@ def define(task: TaskSpec, tokenizer: Any, *, template: bool = True) -> Definiti
         metrics = [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in CHOICE_METRICS]
         kind: dict[str, Any] = {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "answer"}
     else:
-        documents = [_answer_document(row, task.answers.get(row.index, ()), tokenizer, template) for row in task.rows]
+        documents = []
+        for row in task.rows:
+            answers = dict.fromkeys(answer.strip() for answer in (row.completion, *task.answers.get(row.index, ())))
+            prompt = render(row, tokenizer, template=template).prompt
+            documents.append({"id": row.index, "prompt": prompt, "answers": list(answers)})
         names = [task.chosen_metric, *METRICS[task.chosen_metric].beside]
-        metrics = [{"metric": name, "aggregation": _aggregation(name), "higher_is_better": True} for name in names]
+        corpus = {name: Function(f"corpus_{name}") for name in names if METRICS[name].corpus}
+        metrics = [{"metric": name, "aggregation": corpus.get(name, "mean"), "higher_is_better": True} for name in names]
         kind = {
             "output_type": "generate_until",
             "doc_to_target": "answers",
@@ -156,15 +161,6 @@ def _choice_document(row: Row, tokenizer: Any, template: bool) -> dict[str, Any]
     return {"id": row.index, "prompt": rendered[0].prompt, "choices": words, "answer": row.choices.index(row.completion)}
 
 
-def _answer_document(row: Row, others: Sequence[str], tokenizer: Any, template: bool) -> dict[str, Any]:
-    answers = [row.completion, *others]
-    return {
-        "id": row.index,
-        "prompt": render(row, tokenizer, template=template).prompt,
-        "answers": list(dict.fromkeys(answer.strip() for answer in answers)),
-    }
-
-
 def _without_end(completion: str, answer: str) -> str:
     """A rendered completion up to the end of the answer itself; all of it where the template rewrote the answer.
 
@@ -188,14 +184,10 @@ def _generation(rows: Sequence[Row], tokenizer: Any, template: bool) -> dict[str
         "do_sample": False,
         "max_gen_toks": longest + SPARE_TOKENS,
         "until": ["\n"] if one_line else [],
-        # subtle: by default transformers stops at what the model's generation config says, which may say nothing; lm-eval then drops the
-        # end token from the text but keeps what was written after it
+        # subtle: by default the model's generation config says where to stop, and may say nothing; lm-eval then drops the end token from
+        # the text but keeps what was written after it
         "eos_token_id": list(dict.fromkeys([tokenizer.eos_token_id, *special])),
     }
-
-
-def _aggregation(metric: str) -> Any:
-    return Function(f"corpus_{metric}") if METRICS[metric].corpus else "mean"
 
 
 def build_task(definition: Definition) -> Any:

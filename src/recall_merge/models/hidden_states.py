@@ -1,4 +1,4 @@
-"""The pooled hidden states of a model on given texts, at every layer, in one forward pass."""
+"""The pooled hidden states of a whole model on given texts, at every layer, in one forward pass; and the batches that texts run in."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from recall_merge.maths.layers import Layers
 from recall_merge.runtime.parallel import in_order
 
 Pooling = Literal["mean", "last"]
-BATCH_TOKENS = 512  # padded tokens a batch: large enough for the matrix products, and twice as many take twice the memory
+BATCH_TOKENS = 512  # padded tokens per batch: enough for fast matrix products; twice as many take twice the memory
 
 
 def pooled_hidden_states(
@@ -25,7 +25,6 @@ def pooled_hidden_states(
     at: Iterable[int] | None = None,
     pooling: Pooling = "mean",
     threads: int = 1,
-    progress: Callable[[int], None] = lambda _: None,
 ) -> Tensor:
     """Pooled hidden states.    m token lists -> (len(at), m, d), float32
 
@@ -36,15 +35,13 @@ def pooled_hidden_states(
         at: the layers wanted, rising; all of 0..L by default. Nothing after the last of them is computed.
         pooling: 'mean' over the tokens that are not padding, or the 'last' of them.
         threads: batches at a time. A batch runs on one thread and is made from lengths alone, so the numbers do not depend on `threads`.
-        progress: called with the tokens of each batch when it is done.
     """
     wanted = list(range(layers.blocks + 1) if at is None else at)
     blocks = find_blocks(model, layers)
-    batches = make_batches([len(ids) for ids in tokens])
-    taken = threading.local()
+    current = threading.local()  # of the batch that runs on this thread
 
     def keep(layer: int, hidden: Tensor) -> None:
-        taken.states[layer] = pool(hidden, taken.lengths, pooling)
+        current.states[layer] = pool(hidden, current.lengths, pooling)
         if layer == wanted[-1]:
             raise _Enough
 
@@ -54,25 +51,23 @@ def pooled_hidden_states(
     def after(layer: int) -> Callable[..., None]:
         return lambda _module, _args, output: keep(layer, output[0] if isinstance(output, tuple) else output)
 
-    def run(batch: list[int]) -> tuple[list[int], Tensor]:
-        ids, mask, lengths = padded([tokens[row] for row in batch])
-        taken.states, taken.lengths = {}, lengths
+    def run(batch: list[int]) -> Tensor:
+        ids, mask, current.lengths = padded([tokens[row] for row in batch])
+        current.states = {}
         with torch.inference_mode(), suppress(_Enough):
             model(input_ids=ids, attention_mask=mask, use_cache=False)
-        progress(int(taken.lengths.sum()))
-        return batch, torch.stack([taken.states[layer] for layer in wanted])
+        return torch.stack([current.states[layer] for layer in wanted])
 
-    hooks: list[Any] = []
-    if 0 in wanted:
-        hooks.append(blocks[0].register_forward_pre_hook(before_first, with_kwargs=True))
-    hooks += [block.register_forward_hook(after(layer)) for layer, block in enumerate(blocks, start=1) if layer in wanted]
+    hooks: list[Any] = [blocks[0].register_forward_pre_hook(before_first, with_kwargs=True)] if 0 in wanted else []
+    hooks += [blocks[layer - 1].register_forward_hook(after(layer)) for layer in wanted if layer]
+    batches = make_batches([len(ids) for ids in tokens])
     try:
         parts = list(in_order(run, batches, threads))
     finally:
         for hook in hooks:
             hook.remove()
-    states = torch.empty(len(wanted), len(tokens), parts[0][1].shape[-1])
-    for batch, part in parts:
+    states = torch.empty(len(wanted), len(tokens), parts[0].shape[-1])
+    for batch, part in zip(batches, parts, strict=True):
         states[:, batch] = part
     return states
 
@@ -86,7 +81,7 @@ def padded(tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def pool(hidden: Tensor, lengths: Tensor, pooling: Pooling) -> Tensor:
-    """One vector a text, in float32.    hidden (b, t, d), lengths (b,) -> (b, d); padding lies on the right.
+    """One vector per text, in float32.    hidden (b, t, d), lengths (b,) -> (b, d); padding lies on the right.
 
     mean: the mean over a text's own tokens; last: its last own token.
 
@@ -121,11 +116,11 @@ def find_blocks(model: nn.Module, layers: Layers) -> nn.ModuleList:
     def same(name: str) -> bool:
         return f".{name}".endswith(f".{layers.prefix}") or f".{layers.prefix}".endswith(f".{name}")
 
-    found = [m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == layers.blocks and same(name)]
-    if len(found) != 1:
-        raise ValueError(f"{len(found)} lists of {layers.blocks} blocks match '{layers.prefix}' in {type(model).__name__}")
-    return found[0]
+    lists = [m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == layers.blocks and same(name)]
+    if len(lists) != 1:
+        raise ValueError(f"{len(lists)} lists of {layers.blocks} blocks match '{layers.prefix}' in {type(model).__name__}")
+    return lists[0]
 
 
 class _Enough(Exception):
-    """Raised inside a forward pass, after the deepest block that is wanted."""
+    """Raised inside a forward pass, after the last layer that is wanted."""

@@ -4,11 +4,11 @@ With theta_j the weights after task j and F_j their diagonal Fisher information 
 
     loss_i(theta) + lambda / 2 * sum_{j<i} sum_n F_j[n] (theta[n] - theta_j[n])^2
 
-A sum of parabolas is a parabola: up to a constant it is A (theta - m)^2 with A = sum_j F_j and m = sum_j F_j theta_j / A. So however many
-tasks there were, an `anchor` of two tensors a parameter is kept of them, with the same gradient.
+A sum of parabolas is a parabola: up to a constant it is A (theta - m)^2 with A = sum_j F_j and m = sum_j F_j theta_j / A. So an `Anchor`
+of two tensors per parameter stands for any number of tasks, with the same gradient.
 
-Where we depart: F is the empirical Fisher, with the rows' own answers in place of answers drawn from the model; with adapters the weights
-are the factors A and B, which are what is trained.
+Where we depart from the paper: F is the empirical Fisher information, from the rows' own answers instead of answers drawn from the model;
+and with adapters the weights are the factors A and B, since these are trained.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from recall_merge.runtime.progress import Advance
 
 
 class Pull(NamedTuple):
-    """How much a parameter matters to earlier tasks, and where they would have it: (*s) each."""
+    """How much a parameter matters to earlier tasks, and the value that they want: (*s) each."""
 
     importance: Tensor
     centre: Tensor
 
 
 Anchor = dict[str, Pull]
-"""By the names of the parameters that are trained."""
+"""By the names of the trained parameters."""
 
 
 def fisher(model: nn.Module, rows: Iterable[tuple[Sequence[int], Sequence[int]]], advance: Advance = lambda _: None) -> dict[str, Tensor]:
@@ -42,8 +42,8 @@ def fisher(model: nn.Module, rows: Iterable[tuple[Sequence[int], Sequence[int]]]
     The gradient is that of a row's mean loss over its labelled tokens: the loss that training sees, in a batch of one.
 
     Args:
-        rows: (token ids, labels) of each row; -100 labels nothing.
-        advance: is told of every row.
+        rows: (token ids, labels) of each row; -100 means no label.
+        advance: called for every row.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     total = {name: torch.zeros_like(parameter) for name, parameter in trained.items()}
@@ -61,7 +61,7 @@ def fisher(model: nn.Module, rows: Iterable[tuple[Sequence[int], Sequence[int]]]
 
 
 def anchored(importance: dict[str, Tensor], values: dict[str, Tensor], before: Anchor | None = None) -> Anchor:
-    """An anchor with one task more: A + F, and the mean of the centres weighted by importance.
+    """An anchor with one more task: A + F, and the mean of the centres weighted by importance.
 
     >>> first = anchored({"w": torch.tensor([1.0])}, {"w": torch.tensor([2.0])})
     >>> both = anchored({"w": torch.tensor([3.0])}, {"w": torch.tensor([6.0])}, first)["w"]    # A = 1 + 3, m = (1 * 2 + 3 * 6) / 4
@@ -87,14 +87,14 @@ def penalty(anchor: Anchor, values: dict[str, Tensor], strength: float) -> float
 
 
 class Consolidation(TrainerCallback):
-    """Adds the penalty's gradient, lambda A (theta - m), to that of the loss in every step of a training."""
+    """Adds the penalty's gradient, lambda A (theta - m), to that of the loss in every training step."""
 
     def __init__(self, anchor: Anchor, strength: float) -> None:
         self._anchor = anchor
         self._strength = strength
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        # subtle: gradients are empty here and the loss's are added to what lies there, so clipping and optimiser see their sum
+        # subtle: gradients are empty here, and the backward pass adds the loss's: clipping and optimiser see the sum
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 pull = self._anchor[name]
@@ -102,7 +102,7 @@ class Consolidation(TrainerCallback):
 
 
 def values_of(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters that are trained, by name."""
+    """The trained parameters, by name."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
