@@ -305,6 +305,7 @@ def test_all_faults_of_a_scenario_file_are_reported_at_once(tmp_path: Path) -> N
         ({"methods": ["linear", "linear"]}, "taken twice"),
         ({"training": {"template": False}}, "`template` is given once"),
         ({"unseen": [{"name": "films", "test": "films-test.jsonl"}]}, "films"),
+        ({"unseen": [{"name": "films > dogs", "test": "films-test.jsonl"}]}, "not allowed: films > dogs"),  # ' > ' is for orders
     ],
 )
 def test_what_a_scenario_does_not_allow(changes: dict[str, Any], words: str, llama: Path, data: Path, tmp_path: Path) -> None:

@@ -29,14 +29,10 @@ SECONDS_PER_TOKEN = 0.01  # of a forward pass, before anything was measured
 
 @dataclass(frozen=True)
 class Agenda:
-    """The jobs of a design, each once and after those it needs, and the keys of those that need not be done (again)."""
+    """The jobs of a design, each once and after those it needs, and those of them that are left to do."""
 
-    jobs: tuple[Job, ...]
-    done: frozenset[str]
-
-    @property
-    def left(self) -> list[Job]:
-        return [job for job in self.jobs if job.key not in self.done]
+    jobs: list[Job]
+    left: list[Job]
 
 
 @dataclass(frozen=True)
@@ -116,7 +112,7 @@ def make_agenda(design: Design, store: Store) -> Agenda:
                 wanted.discard(job.key)
             else:
                 wanted.update((job.key, *(need.key for need in needs_of(job))))
-    return Agenda(tuple(jobs), frozenset(job.key for job in jobs) - wanted)
+    return Agenda(jobs, [job for job in jobs if job.key in wanted])
 
 
 def seconds_left(jobs: Sequence[Job], store: Store, workers: int) -> float:

@@ -119,6 +119,10 @@ def _check_methods(scenario: Scenario, faults: Faults) -> None:
 
     with faults.collect():
         parse(Samples, {**scenario.samples, "path": "rows"}, where="samples")
+    count = len(scenario.tasks)
+    one_shot = [count] if scenario.scoring.stages == "last" else range(2, count + 1)
+    merged = {"multi-model": [n for n in one_shot if n > 1], "sequential": [2] if count > 1 else [], "single-model": [1]}
+    numbers = {number for kind in scenario.kinds for number in merged[kind]}  # how many experts a merge of this scenario has
     for entry in scenario.methods:
         if not entry.is_baseline and method_named(entry.method) is None:
             fix = did_you_mean(entry.method, [*METHODS, *ALIASES, *BASELINES])
@@ -132,18 +136,10 @@ def _check_methods(scenario: Scenario, faults: Faults) -> None:
             continue
         if entry.training:
             faults.add("a merge has no training of its own: it shares the experts", where=f"methods, {entry.name}", fix="leave it out")
-        for number in sorted(_numbers_merged(scenario)):
+        for number in sorted(numbers):
             with faults.collect():  # a run of as many experts, to have the options checked before there are any
                 experts = [{"name": f"expert {i}", "path": "."} for i in range(number)]
                 make_rules(parse(MergeRun, {**_run_of(entry), "base": ".", "experts": experts}, where=f"methods, {entry.name}"))
-
-
-def _numbers_merged(scenario: Scenario) -> set[int]:
-    """How many experts a merge of this scenario may have."""
-    count = len(scenario.tasks)
-    one_shot = [count] if scenario.scoring.stages == "last" else range(2, count + 1)
-    numbers = {"multi-model": [n for n in one_shot if n > 1], "sequential": [2] if count > 1 else [], "single-model": [1]}
-    return {number for kind in scenario.kinds for number in numbers[kind]}
 
 
 def _run_of(entry: MethodEntry) -> dict[str, Any]:

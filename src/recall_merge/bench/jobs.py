@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -228,11 +228,11 @@ def with_needs(jobs: Iterable[Job]) -> list[Job]:
     return list(ordered.values())
 
 
+@dataclass(frozen=True)
 class Store:
     """The folder of all jobs that are done. A file or folder appears in it whole or not at all."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    folder: Path
 
     def path_of(self, job: Trained | Anchor | StatisticsJob | Merged) -> Path:
         """What a job makes: a model's folder, the folder of input statistics, or an anchor's file."""
@@ -292,16 +292,10 @@ class Store:
     def _file(self, kind: str, key: str) -> Path:
         return self.folder / kind / f"{key}.json"
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """One bench at a time: two would train the same expert into the same folder.
-
-        Raises:
-            OutputError: if another is at work.
-        """
+    def locked(self) -> AbstractContextManager[None]:
+        """One bench at a time, since two would train the same expert into the same folder: another one gets an OutputError."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with lock(self.folder / ".lock", "recall bench", what="the bench", error=OutputError):
-            yield
+        return lock(self.folder / ".lock", "recall bench", what="the bench", error=OutputError)
 
 
 def _record(row: Row) -> dict[str, Any]:

@@ -22,12 +22,7 @@ STAGES = {
 
 
 def summary_page(results: Results, design: Design, notes: Sequence[dict[str, Any]], *, command: str, pictures: Sequence[Path]) -> str:
-    """The page.
-
-    Args:
-        notes: the store's, about every job that is done.
-        command: what a reader should type to get these results again.
-    """
+    """The page. `notes` are the store's; `command` is what a reader should type to get these results again."""
     lines = [*_head(design, notes, command), *_tasks(results, design)]
     for kind in results.kinds:
         lines += [f"## {kind.capitalize()}", "", KINDS[kind], "", *_numbers(results, kind)]
