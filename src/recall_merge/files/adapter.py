@@ -59,11 +59,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def adapter_weights(present: Collection[str], where: object) -> str:
-    """The name of an adapter's weight file.
-
-    Raises:
-        CheckpointError: if it is not among the files that are present.
-    """
+    """The name of an adapter's weight file. Raises CheckpointError if it is not among the files that are present."""
     if WEIGHTS in present:
         return WEIGHTS
     if "adapter_model.bin" in present:

@@ -31,6 +31,7 @@ NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state")  # pickles
 OTHER_FORMATS = (".gguf", ".onnx", ".h5", ".msgpack")
 MAX_JSON = 64_000_000  # bytes of a file that describes a model, an adapter or a result
 AGAIN = "the file is damaged: copy or download it again"
+DAMAGED_MODEL = "the model is damaged: copy or download it again"
 NO_MODEL = "give the folder of a Hugging Face model or adapter"
 
 
@@ -161,11 +162,7 @@ def files_in(folder: Path, remote: Collection[str]) -> set[str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: if it is missing, not JSON, or not an object.
-    """
+    """A JSON object from a file. Raises CheckpointError if it is missing, not JSON, or not an object."""
     try:
         if path.exists() and not path.is_file():  # a pipe would never end
             raise CheckpointError(f"{path.name} is not a file", where=path, fix=NO_MODEL)
@@ -186,8 +183,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def weight_files(folder: Path, present: Collection[str], where: object) -> list[str]:
     """Names of a model's weight files, from the names of all files and the index, which must be in `folder` if there is one.
 
-    Raises:
-        CheckpointError: if there are two models, none, or a pickled one; if the index is damaged, unsafe, or names a missing file.
+    Raises CheckpointError if there are two models, none, or a pickled one; if the index is damaged, unsafe, or names a missing file.
     """
     if SINGLE in present and INDEX in present:
         what = f"the folder holds two models, {SINGLE} and {INDEX}: loaders silently take the first"
@@ -234,9 +230,9 @@ def _read_headers(folder: Path, remote: Mapping[str, RemoteFile]) -> dict[str, S
         promised = _weight_map(folder / INDEX)
         stored_in = {(name, file) for file, header in headers.items() for name in header}
         for name, file in sorted(set(promised.items()) - stored_in)[:5]:
-            faults.add(f"the index promises tensor '{name}', which '{file}' does not hold", where=folder / INDEX, fix=AGAIN)
+            faults.add(f"the index promises tensor '{name}', which '{file}' does not hold", where=folder / INDEX, fix=DAMAGED_MODEL)
         for name, file in sorted(stored_in - set(promised.items()))[:5]:
-            faults.add(f"'{file}' holds tensor '{name}', which the index does not list there", where=folder / INDEX, fix=AGAIN)
+            faults.add(f"'{file}' holds tensor '{name}', which the index does not list there", where=folder / INDEX, fix=DAMAGED_MODEL)
     faults.raise_any(CheckpointError)
     return {name: tensor for name, tensor in stored.items() if not _is_buffer(name, tensor.spec)}
 

@@ -24,16 +24,14 @@ class FileStates:
     def check(self) -> None:
         """Refuse files that have changed: another file in its place, another size, another time of change.
 
-        Raises:
-            CheckpointError: with every file that changed.
+        Raises CheckpointError with every file that changed.
         """
         self._check(0, "the file changed while it was read", "wait until that is done, and run again")
 
     def check_elsewhere(self) -> None:
         """On another machine, refuse files that do not have the same size and time of change.
 
-        Raises:
-            CheckpointError: with every file that differs, or is missing.
+        Raises CheckpointError with every file that differs, or is missing.
         """
         fix = "models and samples must lie on a file system that all machines share, under the same path"
         self._check(2, "a machine of the cluster finds another file here, or none", fix)

@@ -45,8 +45,7 @@ def hash_result(path: Path) -> str:
 def hash_model(checkpoint: Checkpoint) -> str:
     """SHA-256 of a model: its weights, to the bit, and its config. The division into shards makes no difference.
 
-    Raises:
-        CheckpointError: if the weights are not downloaded, or change while they are read.
+    Raises CheckpointError if the weights are not downloaded, or change while they are read.
     """
     config = {key: value for key, value in checkpoint.config.items() if key not in LOCAL_KEYS}
     return hashlib.sha256(json.dumps([hash_weights(checkpoint), config], sort_keys=True).encode()).hexdigest()

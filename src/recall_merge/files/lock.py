@@ -32,8 +32,7 @@ class Holder:
 def lock(path: Path, command: str, *, what: str = "the workspace", error: type[RecallError] = WorkspaceError) -> Iterator[None]:
     """Hold the lock file at `path` while `command` works on `what`; the file stays, empty, when the lock is given back.
 
-    Raises:
-        RecallError: of the type `error`, if another process holds it, naming that process.
+    Raises an `error` that names the holder, if another process holds it.
     """
     with path.open("a+", encoding="utf-8") as file:
         if not _take(file):

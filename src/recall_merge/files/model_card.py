@@ -49,11 +49,7 @@ def write_model_card(folder: Path, *, base: str, base_folder: Path, sources: Seq
 
 
 def read_model_card(folder: Path) -> ModelCard:
-    """The card of a folder.
-
-    Raises:
-        CheckpointError: if there is none, or its metadata cannot be read.
-    """
+    """The card of a folder. Raises CheckpointError if there is none, or its metadata cannot be read."""
     from huggingface_hub import ModelCard
 
     if not (folder / MODEL_CARD).is_file():

@@ -203,12 +203,10 @@ class WeightWriter:
         """Append the next tensor. It must be the next one of the plan, in the planned dtype and shape."""
         if not self._expected:
             self._next_shard()
-        wanted, spec = self._expected.popleft()
-        if (name, tensor.dtype, tuple(tensor.shape)) != (wanted, spec.torch_dtype, spec.shape):
+        wanted, spec = self._expected[0]
+        if tuple(tensor.shape) != spec.shape or self._pieces:
             raise AssertionError(f"the plan expects {wanted} {spec}, got {name} {tensor.dtype} {tuple(tensor.shape)}")
-        if spec.nbytes:
-            self._write(bytes_of(tensor))
-        self._end_tensor()
+        self.add_piece(name, tensor)
 
     def add_piece(self, name: str, piece: Tensor) -> None:
         """Append the next numbers of the next tensor, in the planned dtype; the tensor ends with the last of its numbers."""
@@ -218,11 +216,13 @@ class WeightWriter:
         self._pieces += piece.numel()
         if (name, piece.dtype) != (wanted, spec.torch_dtype) or self._pieces > spec.numel:
             raise AssertionError(f"the plan expects {wanted} {spec}, got {piece.numel()} more numbers of {name} {piece.dtype}")
-        self._write(bytes_of(piece))
+        if piece.numel():
+            self._write(bytes_of(piece))
         if self._pieces == spec.numel:
             self._pieces = 0
             self._expected.popleft()
-            self._end_tensor()
+            if not self._expected:
+                self._end_shard()
 
     def __enter__(self) -> WeightWriter:
         return self
@@ -231,9 +231,7 @@ class WeightWriter:
         if self._file is not None:
             self._file.close()
 
-    def _end_tensor(self) -> None:
-        if self._expected:
-            return
+    def _end_shard(self) -> None:
         assert self._file is not None
         self.hashes[Path(self._file.name).name] = self._digest.hexdigest()
         self._file.close()

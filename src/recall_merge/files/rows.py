@@ -39,8 +39,7 @@ Example = tuple[tuple[tuple[str, str], ...], str, tuple[str, ...]]  # prompt, co
 def read_rows(source: str | Path, *, split: str = "train") -> list[Row]:
     """Read all rows of a file, or of a `datasets` hub name.
 
-    Raises:
-        DataError: with every faulty row of the file, its line number and the fix.
+    Raises DataError with every faulty row of the file, its line number and the fix.
     """
     return parse_rows(read_records(source, split=split), where=str(source))
 

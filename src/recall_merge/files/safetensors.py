@@ -111,8 +111,7 @@ class StoredTensor:
     def read(self, span: range | None = None) -> torch.Tensor:
         """Read the tensor in its own dtype; with `span`, only those of its numbers.
 
-        Raises:
-            CheckpointError: if the file is not downloaded, or is shorter than its header says.
+        Raises CheckpointError if the file is not downloaded, or is shorter than its header says.
         """
         import torch
 

@@ -95,8 +95,7 @@ def has_statistics(folder: Path) -> bool:
 def open_statistics(folder: Path) -> InputStatistics | None:
     """The input statistics in a folder; None if there are none.
 
-    Raises:
-        CheckpointError: if they are damaged, or in a format that this version does not know.
+    Raises CheckpointError if they are damaged, or in a format that this version does not know.
     """
     if not has_statistics(folder):
         return None

@@ -68,11 +68,7 @@ class Vocabulary:
 
 
 def read_vocabulary(folder: Path) -> dict[str, int] | None:
-    """Token -> id of a folder's tokenizer; None if the folder has no tokenizer.
-
-    Raises:
-        CheckpointError: if it cannot be read.
-    """
+    """Token -> id of a folder's tokenizer; None if the folder has no tokenizer. Raises CheckpointError if it cannot be read."""
     try:
         if (folder / "tokenizer.json").exists():
             from tokenizers import Tokenizer
@@ -149,8 +145,7 @@ def plan_vocabulary(
 def add_tokens(tokenizer: Any, vocabulary: Vocabulary, donors: Sequence[Any]) -> None:
     """Add the experts' tokens to the base's tokenizer, special ones as special.
 
-    Raises:
-        CheckpointError: if the tokenizer gives a token another id than its row.
+    Raises CheckpointError if the tokenizer gives a token another id than its row.
     """
     for row, token in enumerate(vocabulary.added, start=len(tokenizer)):
         special = any(token in donor.all_special_tokens for donor in donors)

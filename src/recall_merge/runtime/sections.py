@@ -45,11 +45,7 @@ def read_mapping(path: Path, kind: str, form: str) -> dict[str, Any]:
 
 
 def parse(model: type[M], data: Any, *, where: str) -> M:
-    """Validate data.
-
-    Raises:
-        RunError: with all faults; an unknown key comes with a suggestion.
-    """
+    """Validate data. Raises RunError with all faults; an unknown key comes with a suggestion."""
     try:
         return model.model_validate(data)
     except ValidationError as error:
