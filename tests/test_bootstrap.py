@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from recall_merge.maths.bootstrap import bootstrap, score_matrix
+from recall_merge.maths.bootstrap import bootstrap, metric_intervals, score_matrix
 from recall_merge.maths.metrics import backward_transfer
 
 
@@ -54,3 +54,9 @@ def test_an_undefined_statistic_has_no_interval():
     assert np.isnan(bootstrap(lambda s: float("nan"), [[0.1, 0.2]], draws=10)).all()
     single = bootstrap(lambda s: float(s[0].mean()), [[0.7]])
     assert (single.estimate, math.isnan(single.low), math.isnan(single.high)) == (0.7, True, True)
+
+
+def test_an_interval_lies_around_its_own_number():
+    items = [np.tile([0.0, 1.0] * 20, (3, 1))]
+    [(low, high)] = metric_intervals(items, {"average_performance": 0.7}, draws=50).values()
+    assert low < 0.7 < high and high - low < 0.5

@@ -14,6 +14,8 @@ from recall_merge.maths.metrics import (
     forward_transfer,
     learning_accuracy,
     retention,
+    score_table,
+    table_metrics,
     unseen_delta,
 )
 
@@ -102,3 +104,21 @@ def test_scores_that_do_not_fit_each_other_are_refused():
         retention(HAND, [0.9, 0.8])
     with pytest.raises(ValueError, match="the same tasks"):
         unseen_delta([0.1], [0.1, 0.2])
+
+
+#        a    b    u
+# base  .1   .2   .5
+# 1     .8    -    -
+# 2     .6   .7   .4
+SCORES = {(0, "a"): 0.1, (0, "b"): 0.2, (0, "u"): 0.5, (1, "a"): 0.8, (2, "a"): 0.6, (2, "b"): 0.7, (2, "u"): 0.4}
+
+
+def test_a_table_by_hand():
+    table = score_table(SCORES, ["a", "b"], experts={"a": 0.9, "b": 0.8}, unseen=["u"])
+    nan = math.nan
+    assert np.array_equal(table, [[0.1, 0.2, 0.5], [0.8, nan, nan], [0.6, 0.7, 0.4], [0.9, 0.8, nan]], equal_nan=True)
+    metrics = table_metrics(table)
+    assert metrics["unseen_delta"] == pytest.approx(-0.1)
+    assert metrics["retention"] == pytest.approx((0.5 / 0.8 + 0.5 / 0.6) / 2)
+    assert metrics == pytest.approx(continual_metrics(table[:3, :2], experts=[0.9, 0.8], unseen=([0.5], [0.4])), nan_ok=True)
+    assert "unseen_delta" not in table_metrics(score_table(SCORES, ["a", "b"], experts={}))

@@ -15,8 +15,7 @@ from recall_merge.bench.design import Design, Trial
 from recall_merge.bench.jobs import Merged, Store
 from recall_merge.bench.scenario import ARROW
 from recall_merge.files.durable import write_whole
-from recall_merge.maths.metrics import METRICS
-from recall_merge.maths.r_matrix import score_table, table_metrics
+from recall_merge.maths.metrics import METRICS, score_table, table_metrics
 from recall_merge.runtime.errors import DataError
 
 Frame = Any  # pandas.DataFrame, whose annotations cannot tell a table from a column

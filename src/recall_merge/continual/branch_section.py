@@ -140,7 +140,7 @@ def _intervals(branch: BranchScores, numbers: Mapping[str, float]) -> dict[str, 
     """Bootstrap intervals of the numbers over items; none where items have no scores of their own."""
     import numpy as np
 
-    from recall_merge.maths.r_matrix import metric_intervals
+    from recall_merge.maths.bootstrap import metric_intervals
 
     items = []
     for task in branch.tasks:

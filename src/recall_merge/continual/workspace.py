@@ -148,7 +148,7 @@ def status(folder: Path) -> Status:
 
 def branch(state: State, end: int) -> Branch:
     """R and what follows from it, along the line that ends in a stage."""
-    from recall_merge.maths.r_matrix import score_table, table_metrics
+    from recall_merge.maths.metrics import score_table, table_metrics
 
     stages = state.lineage(end)
     tasks, unseen = tuple(stage.task.name for stage in stages), tuple(task.name for task in stages[-1].unseen)

@@ -1,13 +1,15 @@
-"""Bootstrap intervals, and R from single test items, which they resample."""
+"""Bootstrap intervals, of any statistic and of the metrics over test items."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float64
 from numpy.typing import ArrayLike, NDArray
+
+from recall_merge.maths.metrics import table_metrics
 
 Array = NDArray[np.float64]
 
@@ -21,12 +23,7 @@ class Interval(NamedTuple):
 
 
 def bootstrap(
-    statistic: Callable[[list[Array]], float],
-    samples: Sequence[ArrayLike],
-    *,
-    draws: int = 1000,
-    level: float = 0.95,
-    seed: int = 0,
+    statistic: Callable[[list[Array]], float], samples: Sequence[ArrayLike], *, draws: int = 1000, level: float = 0.95, seed: int = 0
 ) -> Interval:
     """Percentile bootstrap interval of any statistic (Efron 1979).
 
@@ -38,8 +35,6 @@ def bootstrap(
     The bounds are the (1 - level) / 2 and (1 + level) / 2 quantiles over the draws (Philox, keyed by the seed). Draws where the
     statistic is NaN are left out. Arrays of one item each give no bounds: NaN.
 
-    >>> bootstrap(lambda s: float(s[0].mean()), [[0.5, 0.5, 0.5]])
-    Interval(estimate=0.5, low=0.5, high=0.5)
     >>> bootstrap(lambda s: float(s[0].mean()), [[0.7]])
     Interval(estimate=0.7, low=nan, high=nan)
     """
@@ -61,11 +56,23 @@ def bootstrap(
 def score_matrix(items: Sequence[Array]) -> Float64[np.ndarray, "stages T"]:
     """R from single items: the mean of each task's items at each stage.    T arrays of (T + 1, n_j) -> (T + 1, T)
 
-    For corpus metrics (BLEU, chrF) the mean over sentences is only near the score: good for the width of an interval, not for its
-    middle.
+    For corpus metrics (BLEU, chrF) the mean over sentences is only near the score: good for an interval's width, not for its middle.
 
     >>> score_matrix([np.array([[0., 1.], [1., 1.]])])
     array([[0.5],
            [1. ]])
     """
     return np.stack([np.asarray(task, dtype=np.float64).mean(axis=-1) for task in items], axis=1)
+
+
+def metric_intervals(items: Sequence[Array], metrics: Mapping[str, float], *, draws: int) -> dict[str, tuple[float, float]]:
+    """95 % bootstrap intervals of numbers over test items, the tasks and their order being given.
+
+    items: a `score_table` item by item, for each of its columns (T + 2, n_j), NaN where no score was taken.
+    Each interval is moved to its number, which is not that of the items where a score is no mean (BLEU, chrF).
+    """
+    intervals: dict[str, tuple[float, float]] = {}
+    for name, value in metrics.items():
+        interval = bootstrap(lambda samples, name=name: table_metrics(score_matrix(samples))[name], items, draws=draws)
+        intervals[name] = (value + interval.low - interval.estimate, value + interval.high - interval.estimate)
+    return intervals

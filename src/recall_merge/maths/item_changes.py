@@ -9,13 +9,7 @@ from numpy.typing import ArrayLike
 
 
 class ItemChanges(NamedTuple):
-    """Shares of all test items that changed between two stages.
-
-    Attributes:
-        forgotten: 1 -> 0, minus `chance`.
-        gained: 0 -> 1, minus `chance`.
-        chance: the share of either change that guessing alone would give.
-    """
+    """Shares of all test items: 1 -> 0 and 0 -> 1, both minus `chance`, which guessing alone would give to either."""
 
     forgotten: float
     gained: float
@@ -40,8 +34,6 @@ def item_changes(before: ArrayLike, after: ArrayLike, *, choices: ArrayLike | No
     which is subtracted, down to 0. This takes guesses and knowledge as independent between the stages; where both stages know the same
     items, it subtracts too little. Items with different k are corrected in groups, weighted by size (ours).
 
-    >>> item_changes([1, 1, 0, 0], [0, 1, 1, 0])    # one of four each way
-    ItemChanges(forgotten=0.25, gained=0.25, chance=0.0)
     >>> lost, won, chance = item_changes([1, 1, 1, 0, 0], [0, 0, 1, 0, 1], choices=4)
     >>> f"{chance:.2f} {lost:.2f} {won:.2f}"    # (1 - 3/5) (1 - 2/5) / 3;  2/5 and 1/5 minus that
     '0.08 0.32 0.12'

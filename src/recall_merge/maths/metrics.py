@@ -7,11 +7,12 @@ needs it, except where a docstring says otherwise.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float64
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 
 @dataclass(frozen=True)
@@ -64,35 +65,45 @@ METRICS = {
 def continual_metrics(
     scores: ArrayLike, *, experts: ArrayLike | None = None, unseen: tuple[ArrayLike, ArrayLike] | None = None
 ) -> dict[str, float]:
-    """All numbers that the scores allow, by the names of `METRICS`.
+    """All numbers that the scores allow, by the names of `METRICS`, which are those of the functions.    R (T + 1, T)
 
     Args:
-        scores: R, (T + 1, T).
         experts: E_j, each expert's score on its own task, (T,).
         unseen: scores of the base and of the final model on tasks that were not trained on, (K,) each.
-
-    >>> numbers = continual_metrics([[.2, .4], [.8, .5], [.6, .9]], experts=[.8, .9])
-    >>> for name, value in numbers.items(): print(f"{name} {value:.3f}")
-    average_performance 0.750
-    learning_accuracy 0.850
-    backward_transfer -0.200
-    forgetting 0.200
-    forward_transfer 0.100
-    retention 0.833
     """
     r = as_matrix(scores)
-    numbers = {
-        "average_performance": average_performance(r),
-        "learning_accuracy": learning_accuracy(r),
-        "backward_transfer": backward_transfer(r),
-        "forgetting": forgetting(r),
-        "forward_transfer": forward_transfer(r),
-    }
+    always = (average_performance, learning_accuracy, backward_transfer, forgetting, forward_transfer)
+    numbers = {metric.__name__: metric(r) for metric in always}
     if experts is not None:
         numbers["retention"] = retention(r, experts)
     if unseen is not None:
         numbers["unseen_delta"] = unseen_delta(*unseen)
     return numbers
+
+
+def score_table(
+    scores: Mapping[tuple[int, str], float], tasks: Sequence[str], *, experts: Mapping[str, float], unseen: Sequence[str] = ()
+) -> NDArray[np.float64]:
+    """Scores by (stage, task) as a table, NaN where none was taken: the rows of R and, last, each expert's score on its own task.
+
+    Its first T columns are the tasks learnt, in order; the others, `unseen`, were never trained on.    (T + 2, T + K)
+
+    >>> score_table({(0, "a"): .2, (1, "a"): .8, (1, "u"): .5}, ["a"], experts={"a": .9}, unseen=["u"])
+    array([[0.2, nan],
+           [0.8, 0.5],
+           [0.9, nan]])
+    """
+    columns = [*tasks, *unseen]
+    rows = [[scores.get((stage, task), np.nan) for task in columns] for stage in range(len(tasks) + 1)]
+    own = [experts.get(task, np.nan) for task in tasks] + [np.nan] * len(unseen)
+    return np.array([*rows, own], dtype=np.float64)
+
+
+def table_metrics(table: NDArray[np.float64]) -> dict[str, float]:
+    """The numbers of continual learning, from a `score_table` (T + 2, T + K); NaN where a score is missing."""
+    t = len(table) - 2
+    unseen = (table[0, t:], table[t, t:]) if table.shape[1] > t else None
+    return continual_metrics(table[: t + 1, :t], experts=table[t + 1, :t], unseen=unseen)
 
 
 def as_matrix(scores: ArrayLike) -> Float64[np.ndarray, "stages T"]:
@@ -147,8 +158,6 @@ def forgetting(scores: ArrayLike, *, first: int = 0) -> float:
 
     >>> round(forgetting([[.9, .4], [.8, .5], [.6, .9]]), 3)    # max(.9, .8) - .6
     0.3
-    >>> round(forgetting([[.9, .4], [.8, .5], [.6, .9]], first=1), 3)    # .8 - .6
-    0.2
     """
     r = as_matrix(scores)
     earlier = r[first:-1, :-1]  # (stages, T - 1)

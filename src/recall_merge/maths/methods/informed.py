@@ -13,10 +13,9 @@ import torch
 from annotated_types import Interval
 
 from recall_merge.maths.deltas import Delta, Dense, dense
-from recall_merge.maths.least_squares import condition_bound, least_squares
 from recall_merge.maths.methods.averages import linear
 from recall_merge.maths.methods.registry import Scale, method
-from recall_merge.maths.moments import Moment, identity
+from recall_merge.maths.moments import Moment, condition_bound, identity, least_squares
 
 Moments = Sequence[Moment | None]
 Floor = Annotated[float, Interval(ge=0), "added to every information, as a share of the largest one of all experts"]

@@ -12,10 +12,9 @@ from torch.nn.functional import hardshrink
 
 from recall_merge.maths.consensus import agreeing, weighted_sum
 from recall_merge.maths.deltas import Dense
-from recall_merge.maths.inner_products import inner_products
 from recall_merge.maths.methods.registry import Fraction, Scale, method
 from recall_merge.maths.order_statistics import below, kth_largest
-from recall_merge.maths.pieces import in_pieces, pieces, rows
+from recall_merge.maths.pieces import in_pieces, inner_products, pieces, rows
 
 Filters = Annotated[Literal["whole", "rows"], "what has an angle of its own: the whole tensor, or each row (along its last axis)"]
 Selected = Annotated[Fraction, "share of the entries that vary between experts which is merged, those of largest variance"]

@@ -15,9 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from recall_merge.maths.deltas import Dense
-from recall_merge.maths.inner_products import Vectors, columns_last, inner_products
 from recall_merge.maths.methods.registry import method
-from recall_merge.maths.pieces import in_pieces, rows
+from recall_merge.maths.pieces import Vectors, columns_last, in_pieces, inner_products, rows
 
 Sphere = Annotated[Literal["weights", "deltas"], "which vectors lie on the sphere: the experts' weights or their deltas"]
 Above = Annotated[float, Interval(ge=0, le=1), "vectors with a cosine of more than this, in size, are interpolated on the straight line"]
