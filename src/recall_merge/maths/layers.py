@@ -22,9 +22,7 @@ _OUTPUT_SIDE = re.compile(r"(^|\.)(lm_head|embed_out|output_embeddings?|embeddin
 class Layers:
     """Where the blocks of a decoder-only model are among its tensor names.
 
-    Attributes:
-        prefix: the dotted name of the list of blocks ('model.layers', 'h', ...).
-        blocks: their number L.
+    `prefix` is the dotted name of the list of blocks ('model.layers', 'h', ...), `blocks` their number L.
 
     >>> layers = Layers("model.layers", 2)
     >>> [layers.of(f"model.{name}") for name in ("embed_tokens.weight", "layers.0.mlp.weight", "layers.1.mlp.weight", "norm.weight")]
@@ -71,11 +69,7 @@ class Layers:
 def find_layers(names: Iterable[str], blocks: int) -> Layers:
     """Find the list of blocks among the tensor names of a checkpoint: the one prefix whose numbers are exactly 0..L-1.
 
-    Args:
-        blocks: L, from the model's config. Names alone do not tell: a mixture of experts numbers its experts too.
-
-    Raises:
-        ValueError: if no prefix, or more than one, has exactly the numbers 0..blocks-1.
+    L = `blocks` is from the model's config, since a mixture of experts numbers its experts too. Refused unless one prefix fits.
 
     >>> find_layers(["h.0.w", "h.1.w", "h.1.experts.0.w", "h.1.experts.1.w", "norm.w"], blocks=2)
     Layers(prefix='h', blocks=2)

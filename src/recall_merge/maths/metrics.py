@@ -17,21 +17,16 @@ from numpy.typing import ArrayLike, NDArray
 
 @dataclass(frozen=True)
 class Metric:
-    """A number of continual learning, and how tables and pages print it.
-
-    Attributes:
-        label: its name in words.
-        short: its name in a narrow table.
-        formula: with denominator and variant; print it wherever the number is printed, since libraries differ.
-        signed: it is a difference of scores.
-        needs_stages: it needs scores after every stage, not only at the end.
-    """
+    """A number of continual learning, and how tables and pages print it: by name, or in a narrow table by a short name."""
 
     label: str
     short: str
     formula: str
+    """With denominator and variant; print it wherever the number is printed, since libraries differ."""
     signed: bool = False
+    """It is a difference of scores."""
     needs_stages: bool = False
+    """It needs scores after every stage, not only at the end."""
 
 
 METRICS = {
@@ -107,11 +102,7 @@ def table_metrics(table: NDArray[np.float64]) -> dict[str, float]:
 
 
 def as_matrix(scores: ArrayLike) -> Float64[np.ndarray, "stages T"]:
-    """R as an array.
-
-    Raises:
-        ValueError: unless it is (T + 1, T) with T >= 1.
-    """
+    """R as an array; refused unless it is (T + 1, T) with T >= 1."""
     r = np.asarray(scores, dtype=np.float64)
     if r.ndim != 2 or r.shape[1] < 1 or r.shape[0] != r.shape[1] + 1:
         raise ValueError(f"R must be (T + 1, T), the base's row and then one row per stage; this is {r.shape}")

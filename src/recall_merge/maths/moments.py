@@ -1,7 +1,4 @@
-"""Second moments of a linear layer's inputs, stored as a few directions and a diagonal; and the least-squares problem that they pose.
-
-The moments are the content of input statistics.
-"""
+"""Second moments of a linear layer's inputs, stored as a few directions and a diagonal; and the least-squares problem that they pose."""
 
 from __future__ import annotations
 
@@ -40,10 +37,7 @@ class Moment:
         return self.factor @ self.factor.mT + torch.diag(self.rest)
 
     def shrunk(self, offdiagonal: float, *, unit: bool = True) -> Moment:
-        """G with its off-diagonal entries times `offdiagonal`, in float64 and, with `unit`, scaled to a mean diagonal of 1.
-
-        The moment of inputs that are all 0 cannot be scaled: with `unit` it becomes the identity.
-        """
+        """G with its off-diagonal entries times `offdiagonal`, in float64; with `unit`, of mean diagonal 1, or the identity if G is 0."""
         factor, rest = self.factor.double(), self.rest.double()
         mean = float(self.diagonal.double().mean()) if unit else 1.0
         if mean == 0:
@@ -110,10 +104,7 @@ def _system(moments: Sequence[Moment], weights: Sequence[float], ridge: float) -
 
 
 def condition_bound(moments: Sequence[Moment], weights: Sequence[float], *, ridge: float) -> float:
-    """An upper bound of the condition number of the system: its eigenvalues lie between the smallest of d and the largest of d plus |V|^2.
-
-    What the solve can lose is this times 1e-16.
-    """
+    """An upper bound of the system's condition number, from eigenvalues in [min d, max d + |V|^2]: the solve can lose 1e-16 times this."""
     diagonal, factor = _system(moments, weights, ridge)
     return float((diagonal.max() + torch.linalg.matrix_norm(factor, 2).square()) / diagonal.min()) if factor.numel() else 1.0
 

@@ -1,8 +1,4 @@
-"""Order statistics by selection: the k-th largest of many numbers, exactly, without a sort.
-
-It buys time: about one pass over the numbers. And memory: `kth_largest_size` reads numbers span by span, so a delta of any size
-needs the memory of a span.
-"""
+"""Order statistics by selection: the k-th largest of many numbers, exactly, without a sort, in about one pass."""
 
 from __future__ import annotations
 
@@ -33,7 +29,7 @@ def kth_largest(values: Float[Tensor, "*s"], k: int, *, size: bool = False) -> f
 
 
 def kth_largest_size(read: Callable[[range], Tensor], count: int, k: int, *, span: int) -> float:
-    """The k-th largest absolute value of `count` numbers of which `read` returns any span, as often as needed.
+    """The k-th largest absolute value of `count` numbers of which `read` returns any span: a delta of any size needs a span's memory.
 
     >>> kth_largest_size(lambda span: torch.tensor([3.0, -5.0, 1.0])[span.start : span.stop], 3, 2, span=2)
     3.0
@@ -46,8 +42,7 @@ def _kth_largest(read: Callable[[slice], np.ndarray], count: int, k: int, span: 
 
     A sample brackets the answer, one pass counts what lies above the bracket and gathers what lies strictly inside, and the answer is
     selected among those few. The sample is of short runs, for numbers from a file; neighbours are alike, so the bracket is eight standard
-    deviations of its rank wide. If the count shows that it missed, it is made four times as wide. So the result never depends on the
-    sample, and memory holds one span and the inside of the bracket: equal numbers take none.
+    deviations of its rank wide. One that missed is made four times as wide, so the result never depends on the sample.
     """
 
     def spans(length: int, step: int) -> Iterator[np.ndarray]:

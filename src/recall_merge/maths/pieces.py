@@ -1,7 +1,6 @@
 """Work on tensors in pieces that fit the processor's cache, and inner products computed so.
 
-It buys time and memory: an operation on a piece costs a tenth of what it costs on a large tensor, and intermediate results are as small
-as a piece. Except for inner products, the result does not depend on the size of a piece.
+An operation on a piece costs a tenth of what it costs on a large tensor, and intermediate results are as small as a piece.
 """
 
 from __future__ import annotations
@@ -39,9 +38,7 @@ def pieces(*tensors: Float[Tensor, "*s"], by_row: bool = False) -> Iterator[tupl
         yield tuple(view[start : start + step] for view in views)
 
 
-def in_pieces(
-    function: Callable[..., Tensor], tensors: Sequence[Float[Tensor, "*s"]], *, by_row: bool = False
-) -> Float[Tensor, "*s"]:  # fmt: skip
+def in_pieces(function: Callable[..., Tensor], tensors: Sequence[Float[Tensor, "*s"]], *, by_row: bool = False) -> Float[Tensor, "*s"]:
     """function(piece, ...) over matching pieces of all tensors, put together again.
 
     >>> in_pieces(torch.add, [torch.ones(2), torch.ones(2)])

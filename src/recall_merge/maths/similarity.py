@@ -22,11 +22,7 @@ F = TypeVar("F", bound=Callable[..., Tensor])
 
 @dataclass(frozen=True)
 class Kernel:
-    """One row of the table of kernels.
-
-    Attributes:
-        function: h (n, m, d) -> (n,), the similarity of every model to the newest; it may take `bandwidth`.
-    """
+    """h (n, m, d) -> (n,), the similarity of every model to the newest; the function may take `bandwidth`."""
 
     name: str
     function: Callable[..., Tensor]
@@ -86,7 +82,8 @@ def rbf(h: Float[Tensor, "n m d"], bandwidth: Bandwidth = "median") -> Float[Ten
     """
     squared = (h - h[-1]).square().sum(-1)  # (n, m)
     if bandwidth == "median":
-        sigma2 = _median_squared_distance(h)
+        pairs = [(p - q).square().sum(-1) for p, q in combinations(h, 2)]
+        sigma2 = torch.cat(pairs).quantile(0.5) if pairs else h.new_zeros(())  # the usual median: mean of the middle two
     elif bandwidth == "dimension":
         sigma2 = torch.tensor(h.shape[-1] / 2, dtype=h.dtype)
     else:
@@ -127,9 +124,3 @@ def _cosine_to_newest(products: Float[Tensor, "n ..."], norms: Float[Tensor, "n 
     """<a_q, a_N> / (|a_q| |a_N|); 1 where both norms are 0, and 0 where one of them is."""
     both = norms * norms[-1]
     return torch.where(both > 0, products / both, (norms == norms[-1]).to(both.dtype))
-
-
-def _median_squared_distance(h: Float[Tensor, "n m d"]) -> Float[Tensor, ""]:
-    """Over all pairs of different models and all samples; 0 for a single model."""
-    pairs = [(h[p] - h[q]).square().sum(-1) for p, q in combinations(range(len(h)), 2)]
-    return torch.cat(pairs).quantile(0.5) if pairs else h.new_zeros(())  # the usual median: mean of the middle two

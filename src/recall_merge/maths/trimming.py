@@ -85,10 +85,7 @@ def keep_sizes(
 
 
 def largest(kth: Callable[[int], float], n: int, dtype: torch.dtype, expert: int, options: Mapping[str, Any]) -> Threshold:
-    """Sizes from the int(density * n)-th largest up (at least the largest).
-
-    Entries whose size ties with it all stay, so more than the share may stay: equal entries are treated alike.
-    """
+    """Sizes from the int(density * n)-th largest up (at least the largest). All that tie with it stay: equal entries are treated alike."""
     density = _own(options["density"], expert)
     return (below(kth(_count(density, n)), dtype), None) if density < 1 and n else (0.0, None)
 
@@ -148,8 +145,8 @@ def drop_by_rank(
     on average. Equal entries rank by position. The pieces must be whole rows.
     """
 
-    def begin(start: Callable[[], Stream], density: float, spread: float) -> Trim:
-        numbers = start()
+    def begin(start: Callable[[], Stream], density: float, epsilon: float) -> Trim:
+        numbers, spread = start(), min(epsilon, density, 1 - density)
 
         def trim(piece: Tensor) -> Tensor:
             stays = density + spread * (2 * _ranks(piece) - 1)
@@ -158,12 +155,10 @@ def drop_by_rank(
 
         return trim
 
-    trims = []
-    for expert, (delta, start) in enumerate(zip(deltas, streams, strict=True)):
-        share = _own(density, expert)
-        spread = min(_own(epsilon, expert), share, 1 - share)
-        trims.append(_rescaled(partial(begin, start, share, spread), delta, rescale, by_row=True))
-    return trims
+    return [
+        _rescaled(partial(begin, start, _own(density, expert), _own(epsilon, expert)), delta, rescale, by_row=True)
+        for expert, (delta, start) in enumerate(zip(deltas, streams, strict=True))
+    ]
 
 
 def prune_by_saliency(
@@ -171,9 +166,8 @@ def prune_by_saliency(
 ) -> list[Dense]:
     """Before the merge, whatever the method: each delta with all but its int(density * n) most salient entries set to 0. Ties stay.
 
-    saliency_q = |delta_q - mean_p delta_p| (deviation) or |delta_q| (magnitude), entry by entry. Both scores are our own. The procedure,
-    a saliency score per entry, a mask per expert and tensor, then any merge method, follows the abstract of LwPTV, Zhang et al. 2025,
-    arXiv:2506.09093, whose score we do not know. Where no entry deviates (one expert, or all alike), all stay.
+    saliency_q = |delta_q - mean_p delta_p| (deviation) or |delta_q| (magnitude), entry by entry. Both scores are our own; masks by a
+    saliency score are from the abstract of LwPTV, Zhang et al. 2025, arXiv:2506.09093. Where no entry deviates, all stay.
 
     >>> [pruned.tolist() for pruned in prune_by_saliency([torch.tensor([1.0, 2.0]), torch.tensor([1.0, -2.0])], density=0.5)]
     [[0.0, 2.0], [0.0, -2.0]]
@@ -227,9 +221,7 @@ def _rescaled(begin: Callable[[], Trim], delta: Tensor, rescale: str, *, by_row:
 
 
 def _pruned(delta: Tensor, score: Tensor, density: float) -> Tensor:
-    if not delta.numel():
-        return delta.clone()
-    low = below(kth_largest(score, _count(density, delta.numel()), size=True), score.dtype)
+    low, _ = largest(partial(kth_largest, score, size=True), score.numel(), score.dtype, 0, {"density": density})
     if low == 0 and not score.any():
         return delta.clone()
     return in_pieces(lambda part, scores: part * (scores.abs() > low), [delta, score])

@@ -66,11 +66,7 @@ def ablate(weights: Float[Tensor, "layers n"], kind: Ablation, *, seed: int = 0)
 
 
 def normalised(weights: Sequence[float]) -> list[float]:
-    """Weights scaled to sum to 1.
-
-    Raises:
-        ValueError: if one is negative or not finite, or all are 0.
-    """
+    """Weights scaled to sum to 1; refused if one is negative or not finite, or all are 0."""
     total = sum(weights)
     if not (all(weight >= 0 for weight in weights) and 0 < total < float("inf")):
         raise ValueError(f"weights must be finite, not negative, and not all 0: {list(weights)}")

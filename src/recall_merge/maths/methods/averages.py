@@ -63,9 +63,8 @@ def wise_ft(base: Dense, deltas: Sequence[Dense], weights: Sequence[float], *, a
 class Alias:
     """`method: NAME` in a run is short for `method: METHOD` with `weights: {WEIGHTS: ...}`. It is no merge function of its own.
 
-    Attributes:
-        weights: where the weights come from: "recall", similarity of hidden states; "losses", losses on a few rows.
-        doc: what it does, and the formulas of merge and weights, as `recall methods NAME` shows them.
+    Its weights come from the similarity of hidden states ("recall") or the losses on a few rows ("losses"); its doc is what
+    `recall methods NAME` shows.
     """
 
     name: str
@@ -91,10 +90,7 @@ theta = theta_0 + scale * sum_q w_q delta_q,    w_q = exp(-loss_q / T) / sum_p e
 loss_q is expert q's mean negative log-likelihood of the answers to the newest expert's typical samples; T = 5, as in the paper, which
 takes any few examples of the task."""
 
-ALIASES: dict[str, Alias] = {
-    alias.name: alias
-    for alias in (
-        Alias("recall", weights="recall", source="RECALL, Wang et al. 2025, arXiv:2510.20479, as reconstructed", doc=_RECALL),
-        Alias("lm_cocktail", weights="losses", source="Xiao et al. 2023, LM-Cocktail, arXiv:2311.13534", doc=_LM_COCKTAIL),
-    )
+ALIASES = {
+    "recall": Alias("recall", "recall", "RECALL, Wang et al. 2025, arXiv:2510.20479, as reconstructed", _RECALL),
+    "lm_cocktail": Alias("lm_cocktail", "losses", "Xiao et al. 2023, LM-Cocktail, arXiv:2311.13534", _LM_COCKTAIL),
 }

@@ -1,7 +1,6 @@
-"""Methods that use the experts' input statistics: Fisher averaging, RegMean, and our own `aligned`.
+"""Methods that use the experts' input statistics, the moments G_q = E_q[x x^T]: Fisher averaging, RegMean, and our own `aligned`.
 
-The moment G_q = E_q[x x^T] describes the inputs x of a linear map under expert q. Its statistics hold it as a low-rank factor and a
-diagonal. Tensors that are no linear maps, and those without any statistics, get the weighted average, theta_0 + scale * sum_q w_q delta_q.
+Tensors that are no linear maps, and those without any statistics, get the weighted average, theta_0 + scale * sum_q w_q delta_q.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Interpolation on a sphere: SLERP, NuSLERP and the Karcher mean.
 
-A point between vectors on a sphere is a weighted sum of them. So each method here computes the inner products of its vectors once, finds
-the coefficients from that k x k matrix alone, in float64, and forms the weighted sum: two passes over the tensors, however many steps.
+A point between vectors on a sphere is a weighted sum of them. Each method finds the coefficients from the k x k matrix of inner products
+alone, in float64, and forms the weighted sum: two passes over the tensors, however many steps.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from annotated_types import Interval
 from jaxtyping import Float
 from torch import Tensor
 
+from recall_merge.maths.consensus import weighted_sum
 from recall_merge.maths.deltas import Dense
 from recall_merge.maths.methods.registry import method
 from recall_merge.maths.pieces import Vectors, columns_last, in_pieces, inner_products, rows
@@ -36,9 +37,9 @@ def slerp(
 
     theta = (sin((1 - t) a) theta_1 + sin(t a) theta_2) / sin a,  cos a = <theta_1, theta_2> / (|theta_1| |theta_2|),
     t = w_2 / (w_1 + w_2).
-    Where the vectors are nearly parallel or opposite, or one is 0, the point on the straight line, (1 - t) theta_1 + t theta_2, is taken;
-    fine-tunes of one base are nearly parallel, so for them SLERP of the weights is the linear average in all but name. Conventions
-    are mergekit 0.1.5's (lengths are kept as they are, threshold 0.9995). Only the ratio of the weights matters, w = 0, 0 counts as equal.
+    Where the vectors are nearly parallel or opposite, or one is 0, the point on the straight line, (1 - t) theta_1 + t theta_2, is taken:
+    for fine-tunes of one base SLERP of the weights is the linear average in all but name. Lengths and the threshold of 0.9995 are as in
+    mergekit 0.1.5. Only the ratio of the weights matters; w = 0, 0 counts as equal.
     """
     products = _products(base, deltas, vectors, sphere)
     return _combine(base, deltas, _arc(products, _shares(weights)[1], linear_above), vectors, sphere)
@@ -77,9 +78,7 @@ def karcher(base: Dense, deltas: Sequence[Dense], weights: Sequence[float], *, s
     return _combine(base, deltas, _karcher(products, _shares(weights))[None], "whole", sphere)
 
 
-def _products(
-    base: Tensor, deltas: Sequence[Tensor], vectors: Vectors, sphere: str
-) -> Float[Tensor, "r k k"]:  # fmt: skip
+def _products(base: Tensor, deltas: Sequence[Tensor], vectors: Vectors, sphere: str) -> Float[Tensor, "r k k"]:
     """Inner products of the experts' vectors: their deltas, or their weights theta_q = theta_0 + delta_q."""
     if sphere == "deltas":
         return inner_products(deltas, vectors)
@@ -104,10 +103,7 @@ def _arc(products: Float[Tensor, "r 2 2"], t: Float[Tensor, ""], linear_above: f
 
 
 def _karcher(products: Float[Tensor, "k k"], shares: Float[Tensor, " k"]) -> Float[Tensor, " k"]:
-    """Coefficients of the Karcher mean.
-
-    Every iterate is sum_q a_q u_q with u_q the unit vectors, so a step needs only a and the cosines C: <mu, u_q> = (C a)_q.
-    """
+    """Every iterate is mu = sum_q a_q u_q with u_q the unit vectors, so a step needs only a and the cosines C: <mu, u_q> = (C a)_q."""
     norms, plain = products.diagonal().sqrt(), shares
     length = (shares * norms).sum()
     shares = torch.where(norms > 0, shares, 0.0)
@@ -138,21 +134,12 @@ def _norm(cosines: Tensor, a: Tensor) -> Tensor:
     return (a @ cosines @ a).clamp(min=0).sqrt()
 
 
-def _combine(
-    base: Tensor, deltas: Sequence[Tensor], coefficients: Float[Tensor, "r k"], vectors: Vectors, sphere: str
-) -> Tensor:  # fmt: skip
+def _combine(base: Tensor, deltas: Sequence[Tensor], coefficients: Float[Tensor, "r k"], vectors: Vectors, sphere: str) -> Tensor:
     """sum_q c_q theta_q, or theta_0 + sum_q c_q delta_q, with one set of coefficients per vector."""
     of_base = coefficients.sum(1) if sphere == "weights" else torch.ones(len(coefficients), dtype=torch.float64)
     if vectors == "whole":
-        numbers = coefficients[0].tolist()
-
-        def total(piece: Tensor, *parts: Tensor) -> Tensor:
-            merged = piece * float(of_base)
-            for part, number in zip(parts, numbers, strict=True):
-                merged.add_(part, alpha=number)
-            return merged
-
-        return in_pieces(total, [base, *deltas])
+        numbers = [float(of_base), *coefficients[0].tolist()]
+        return in_pieces(lambda *parts: weighted_sum(parts, numbers), [base, *deltas])
     turned = [columns_last(tensor, vectors) for tensor in (base, *deltas)]
     columns = torch.cat([of_base[:, None], coefficients], dim=1).to(base.dtype)  # (r, k + 1)
     merged = torch.zeros_like(rows(turned[0]))
