@@ -27,11 +27,9 @@ def bootstrap(
 ) -> Interval:
     """Percentile bootstrap interval of any statistic (Efron 1979).
 
-    samples: arrays (..., n_s); the last axis of each is resampled with replacement, every array on its own:
-      over items   samples[j] = the scores of task j's items at every stage, (T + 1, n_j), and a metric of `score_matrix(samples)`:
-                   an item stays paired with itself over the stages;
-      over orders  one array of values, (n,), and their mean; two methods on the same orders are (2, n), so paired.
-      (or seeds)
+    samples: arrays (..., n_s); the last axis of each is resampled with replacement, every array on its own. Over items, samples[j] has
+    task j's scores, (T + 1, n_j), for a metric of `score_matrix(samples)`: an item stays paired with itself over the stages. Over orders
+    or seeds, it is one array (n,) of values for their mean; two methods on the same orders are (2, n), so paired.
     The bounds are the (1 - level) / 2 and (1 + level) / 2 quantiles over the draws (Philox, keyed by the seed). Draws where the
     statistic is NaN are left out. Arrays of one item each give no bounds: NaN.
 

@@ -13,6 +13,8 @@ from torch import Tensor
 
 Stream = Callable[[Sequence[int]], Tensor]
 """shape -> the next numbers of one expert's stream, uniform in [0, 1), float32."""
+Start = Callable[[], Stream]
+"""Begins one expert's stream, from its first number every time."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,7 @@ class Draws:
     experts: tuple[str, ...]
 
     @property
-    def streams(self) -> list[Callable[[], Stream]]:
-        """What starts each expert's stream, from its first number every time."""
+    def streams(self) -> list[Start]:
         return [partial(self.stream, expert) for expert in range(len(self.experts))]
 
     def stream(self, expert: int) -> Stream:

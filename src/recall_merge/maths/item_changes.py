@@ -22,8 +22,7 @@ def item_changes(before: ArrayLike, after: ArrayLike, *, choices: ArrayLike | No
     The mean hides items that change places: .5 -> .5 may be nothing lost, or everything lost and replaced.
 
     Args:
-        before, after: right (1) or wrong (0) for the same n items at two stages, (n,). Scores in between (token F1) count by the part
-            of a point that was lost or won, which is the same for 0 and 1 (ours).
+        before, after: right (1) or wrong (0) for the same n items at two stages, (n,). Scores in between (token F1) count in part (ours).
         choices: the number of answers that an item offers, one number or (n,); None if there is nothing to guess from.
 
     A model that knows a share p and guesses the rest is right on a = p + (1 - p) / k, so 1 - p = (1 - a) k / (k - 1). An item guessed

@@ -40,9 +40,8 @@ class Layers:
     def of(self, name: str) -> int:
         """The layer of one tensor.
 
-        Outside the blocks, tensors whose names speak of embeddings (embed_tokens, wte, word_embeddings_layernorm, ...) come before
-        the blocks, except outputs such as embed_out or LFM2's embedding_norm, its final norm; all others come after them. A slow test
-        compares this with the order of computation in every decoder of transformers.
+        Names of embeddings (embed_tokens, wte, word_embeddings_layernorm, ...) come before the blocks, except outputs such as embed_out
+        or LFM2's embedding_norm; all others come after. A slow test compares this with the computation in every decoder of transformers.
         """
         if name.startswith(self.prefix + "."):
             number = name[len(self.prefix) + 1 :].split(".", 1)[0]

@@ -87,9 +87,8 @@ def norm(delta: Delta) -> float:
 def orthonormal(vectors: Float[Tensor, "n m"]) -> Float[Tensor, "n m"]:
     """The nearest orthonormal columns, V (V^T V)^(-1/2), in float64.
 
-    The polar factor of V, P Q^T with V = P D Q^T: the solution of the orthogonal Procrustes problem, and the same whatever the order
-    of the columns. Where columns depend on each other (D has values below 1e-3 of its largest) those directions are left out of P Q^T:
-    equal columns share one direction, instead of one of them getting an arbitrary new one.
+    The polar factor of V, P Q^T with V = P D Q^T: the orthogonal Procrustes solution, whatever the order of the columns. Where they depend
+    on each other (values of D below 1e-3 of the largest) those directions are left out: equal columns share one direction.
 
     >>> orthonormal(torch.tensor([[2.0, 2.0], [0.0, 0.0]])).round(decimals=4)
     tensor([[0.7071, 0.7071],

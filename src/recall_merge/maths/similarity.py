@@ -55,9 +55,7 @@ def kernel(name: str, *, source: str) -> Callable[[F], F]:
 
 
 def similarity(h: Float[Tensor, "n m d"], *, kernel: str = "rbf", bandwidth: Bandwidth = "median") -> Float[Tensor, " n"]:
-    """Similarity S_q of every model to the newest, at one layer. Computed in float64, whatever the dtype of h.
-
-    A kernel without a bandwidth ignores `bandwidth`.
+    """Similarity S_q of every model to the newest, at one layer, in float64. A kernel without a bandwidth ignores `bandwidth`.
 
     >>> similarity(torch.zeros(2, 3, 4))
     tensor([1., 1.], dtype=torch.float64)

@@ -19,12 +19,13 @@ from torch.nn.functional import hardshrink
 
 from recall_merge.maths.consensus import weighted_sum
 from recall_merge.maths.deltas import Dense
-from recall_merge.maths.draws import Stream
+from recall_merge.maths.draws import Start
 from recall_merge.maths.order_statistics import below, kth_largest
 from recall_merge.maths.pieces import in_pieces, pieces
 
 Trim = Callable[[Tensor], Tensor]
 """The next piece of a delta -> the same piece with what is dropped set to 0."""
+Combine = Callable[[Sequence[Tensor]], Tensor]
 Threshold = tuple[float, float | None]
 """What stays: sizes above the first number and, if there is a second, not above that one."""
 FindThreshold = Callable[[Callable[[int], float], int, torch.dtype, int, Mapping[str, Any]], Threshold]
@@ -42,13 +43,7 @@ RescaleDrop = Annotated[
 
 
 def add_trimmed(
-    base: Dense,
-    deltas: Sequence[Dense],
-    trims: Sequence[Trim],
-    combine: Callable[[Sequence[Tensor]], Tensor],
-    scale: float,
-    *,
-    by_row: bool = False,
+    base: Dense, deltas: Sequence[Dense], trims: Sequence[Trim], combine: Combine, scale: float, *, by_row: bool = False
 ) -> Dense:
     """theta_0 + scale * combine(v_1 .. v_k), v_q = trim_q(delta_q), in pieces; of whole rows where a trim needs them.
 
@@ -64,12 +59,7 @@ def add_trimmed(
 
 
 def keep_sizes(
-    deltas: Sequence[Dense],
-    find: FindThreshold,
-    thresholds: Sequence[Threshold] | None = None,
-    *,
-    rescale: Rescale = "none",
-    **options: PerExpert,
+    deltas: Sequence[Dense], find: FindThreshold, thresholds: list[Threshold] | None = None, *, rescale: Rescale = "none", **options: Any
 ) -> list[Trim]:
     """For every delta, [delta]_e if its size is one that stays, else 0. Thresholds that are given are not looked for again.
 
@@ -109,9 +99,7 @@ def between(piece: Dense, low: float, high: float | None = None) -> Dense:
     return kept if high is None else kept.sub_(hardshrink(piece, high))
 
 
-def drop_random(
-    deltas: Sequence[Dense], streams: Sequence[Callable[[], Stream]], *, density: PerExpert, rescale: RescaleDrop = "share"
-) -> list[Trim]:
+def drop_random(deltas: Sequence[Dense], streams: Sequence[Start], *, density: PerExpert, rescale: RescaleDrop = "share") -> list[Trim]:
     """For every delta, [delta]_e / density with probability density, else 0, each entry on its own (DARE).
 
     >>> delta, numbers = torch.tensor([1.0, 1.0, 1.0]), torch.tensor([0.1, 0.6, 0.4])
@@ -119,7 +107,7 @@ def drop_random(
     tensor([2., 0., 2.])
     """
 
-    def begin(start: Callable[[], Stream], density: float) -> Trim:
+    def begin(start: Start, density: float) -> Trim:
         numbers = start()
         factor = 1 / density if rescale == "share" else 1.0
         return lambda piece: piece * _positive(density - numbers(piece.shape)).mul_(factor)
@@ -131,12 +119,7 @@ def drop_random(
 
 
 def drop_by_rank(
-    deltas: Sequence[Dense],
-    streams: Sequence[Callable[[], Stream]],
-    *,
-    density: PerExpert,
-    epsilon: PerExpert,
-    rescale: RescaleDrop = "share",
+    deltas: Sequence[Dense], streams: Sequence[Start], *, density: PerExpert, epsilon: PerExpert, rescale: RescaleDrop = "share"
 ) -> list[Trim]:
     """For every delta, [delta]_e / p_e with probability p_e, else 0; p_e rises with the rank of |delta_e| in its row (DELLA's MagPrune).
 
@@ -145,7 +128,7 @@ def drop_by_rank(
     on average. Equal entries rank by position. The pieces must be whole rows.
     """
 
-    def begin(start: Callable[[], Stream], density: float, epsilon: float) -> Trim:
+    def begin(start: Start, density: float, epsilon: float) -> Trim:
         numbers, spread = start(), min(epsilon, density, 1 - density)
 
         def trim(piece: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""From similarity to weights, layer by layer; and ablations that tell whether the representations matter at all.
+"""From similarity to weights and scales, layer by layer; and ablations that tell whether the representations matter at all.
 
 Shapes: n models, newest last; layers 0..L (embedding and blocks), or 0..L + 1 with the final norm and head.
 """
@@ -30,9 +30,8 @@ def softmax_weights(similarity: Float[Tensor, "layers n"], *, temperature: float
 def outside_blocks(weights: Float[Tensor, "layers n"], choice: Outside = "nearest") -> Float[Tensor, "layers+1 n"]:
     """Weights of layers 0..L + 1, from those of 0..L. `choice` sets the embedding's (0) and those of the final norm and head (L + 1).
 
-    nearest   the embedding keeps its own weights, final norm and head have those of the last block;
-    uniform   all models have the same weight at both ends;
-    newest    the newest model has all the weight at both ends.
+    nearest: the embedding keeps its own weights, final norm and head have those of the last block. uniform: all models have the same
+    weight at both ends. newest: the newest model has all the weight at both ends.
     """
     n = weights.shape[1]
     weights = torch.cat([weights, weights[-1:]])

@@ -34,8 +34,8 @@ def fisher(
     With scale 1 this is the paper's sum_q w_q F_q theta_q / sum_q w_q F_q (eq. 4). F_q >= 0 is the diagonal of expert q's Fisher
     information, E[(d log p(y | x) / d theta)^2] over its samples x and its own predictions y. The input statistics hold it as a product,
     as K-FAC does (Martens and Grosse 2015, arXiv:1503.05671): F_q[o, i] = E[sum g_o^2] E[x_i^2], g the gradient by the map's output.
-    Every F_q is raised by `floor` times the largest value of all of them, as the paper raises it by a small constant: an entry on which
-    no expert's predictions depend gets the weighted mean. So does a tensor for which an expert has no statistics.
+    Every F_q is raised by `floor` times the largest of all, as the paper raises it by a small constant: an entry on which no prediction
+    depends gets the weighted mean. So does a tensor for which an expert has no statistics.
 
     >>> know = Moment(torch.zeros(2, 0), torch.tensor([3.0, 1.0]), gradient=torch.ones(1))
     >>> other = Moment(torch.zeros(2, 0), torch.tensor([1.0, 1.0]), gradient=torch.ones(1))
@@ -104,9 +104,8 @@ def aligned(
     W = theta_0 + scale * (sum_q w_q delta_q G_q) (sum_q w_q G_q + ridge I)^-1.    base (o, i), k of (o, i), G_q (i, i)
     It minimises sum_q w_q E_q|W x - theta_q x|^2 + ridge |W - theta_0|^2: the average where the experts' inputs overlap, each expert's
     own change where they do not, the base's weights where there are no inputs. Three departures from `regmean`: each G_q is scaled to a
-    mean diagonal of 1; the ridge pulls towards the base, not towards the mean of the experts; and the samples are a few typical ones.
-    The ridge is small beside all inputs but dead ones: a few inputs may be a thousand times as large as the rest, which then lie far
-    below the mean. An expert without input statistics, or whose inputs are all 0, has the identity.
+    mean diagonal of 1; the ridge pulls towards the base, not the mean of the experts; and the samples are a few typical ones. The ridge is
+    so small since few inputs may dwarf the others. An expert without input statistics, or whose inputs are all 0, has the identity.
     """
     if base.ndim != 2 or all(moment is None for moment in moments) or not any(weights):
         return linear(base, [dense(delta) for delta in deltas], weights, scale=scale)

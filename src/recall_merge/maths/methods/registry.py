@@ -52,7 +52,7 @@ class Method:
         return _method_named, (self.name,)  # another process has its own
 
     def in_spans(self, options: Mapping[str, Any]) -> bool:
-        """Whether, with these options, a tensor may be merged span by span. Rescaling by the sum of a tensor needs it whole."""
+        """Whether a tensor may be merged span by span with these options. Rescaling by the sum of a tensor needs it whole."""
         return self.elementwise or (self.find_threshold is not None and options["rescale"] == "none")
 
     @cached_property
@@ -80,9 +80,7 @@ METHODS: dict[str, Method] = {}
 
 
 def _method_named(name: str) -> Method:
-    from recall_merge.maths import methods  # whose modules fill the table
-
-    return methods.METHODS[name]
+    return METHODS[name]
 
 
 F = TypeVar("F", bound=Callable[..., Tensor])

@@ -1,8 +1,4 @@
-"""Trim each delta, then combine: TIES, DARE, Breadcrumbs and DELLA.
-
-Throughout, v_q is the trimmed delta_q, and A = {q : sign(v_q) = s} are the experts that agree, entry by entry, with the elected sign
-s = sign(sum_q w_q v_q), + for an even vote. How to trim in little time and memory is the business of `maths/trimming.py`.
-"""
+"""Trim each delta, then combine: TIES, DARE, Breadcrumbs and DELLA. How to trim in little time and memory: `maths/trimming.py`."""
 
 from __future__ import annotations
 
