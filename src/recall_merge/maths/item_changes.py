@@ -27,9 +27,7 @@ def item_changes(before: ArrayLike, after: ArrayLike, *, choices: ArrayLike | No
 
     A model that knows a share p and guesses the rest is right on a = p + (1 - p) / k, so 1 - p = (1 - a) k / (k - 1). An item guessed
     at both stages goes 1 -> 0, or 0 -> 1, with probability (1/k) (1 - 1/k), so guessing alone gives of either
-
         (1 - p) (1 - p') (k - 1) / k^2  =  (1 - a) (1 - a') / (k - 1)
-
     which is subtracted, down to 0. This takes guesses and knowledge as independent between the stages; where both stages know the same
     items, it subtracts too little. Items with different k are corrected in groups, weighted by size (ours).
 

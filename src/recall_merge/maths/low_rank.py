@@ -106,8 +106,7 @@ def truncate(delta: Delta, rank: int) -> LowRank:
     """The nearest matrix of a given rank to a delta: its leading singular directions.    (o, i) -> up (o, rank), down (rank, i), float64
 
     delta = U diag(s) V^T,  up = U_r diag(s_r)^(1/2),  down = diag(s_r)^(1/2) V_r^T, so that both factors have the same norm. By Eckart
-    and Young 1936, doi:10.1007/BF02288367, no matrix of this rank is nearer in the Frobenius norm. A rank of min(o, i) or more gives the
-    delta itself, up to rounding.
+    and Young 1936, doi:10.1007/BF02288367, no matrix of this rank is nearer in the Frobenius norm.
 
     >>> truncate(torch.diag(torch.tensor([4.0, 1.0])), 1).dense()
     tensor([[4., 0.],

@@ -54,7 +54,6 @@ METRICS = {
         "unseen-task delta", "unseen delta", "mean over K tasks not trained on of R[T, k] - b_k, b_k the base's score", signed=True
     ),
 }
-"""The numbers of `continual_metrics`, by their names there."""
 
 
 def continual_metrics(
@@ -130,8 +129,7 @@ def learning_accuracy(scores: ArrayLike) -> float:
 def backward_transfer(scores: ArrayLike) -> float:
     """Effect of later stages on earlier tasks: sum_{j<T} (R[T, j] - R[j, j]) / (T - 1); below 0 is loss.    R (T + 1, T)
 
-    Lopez-Paz & Ranzato 2017. The last task is left out, since nothing came after it. Some libraries divide by T, which brings the
-    number nearer to 0. NaN for one task.
+    Lopez-Paz & Ranzato 2017. Nothing came after the last task, so it is left out; some libraries divide by T. NaN for one task.
 
     >>> round(backward_transfer([[.2, .4], [.8, .5], [.6, .9]]), 3)    # .6 - .8
     -0.2
@@ -161,8 +159,7 @@ def forgetting(scores: ArrayLike, *, first: int = 0) -> float:
 def forward_transfer(scores: ArrayLike) -> float:
     """Effect of earlier stages on a task before it is learnt: mean_{j>=2} ( R[j-1, j] - b_j ), over T - 1 tasks.    R (T + 1, T)
 
-    Lopez-Paz & Ranzato 2017, with the base in place of a random model. Wolczyk et al. 2021 use "forward transfer" for another
-    quantity, the gain in learning speed. NaN for one task.
+    Lopez-Paz & Ranzato 2017, with the base for a random model; Wolczyk et al. 2021 mean the gain in learning speed. NaN for one task.
 
     >>> round(forward_transfer([[.2, .4], [.8, .5], [.6, .9]]), 3)    # .5 - .4
     0.1
@@ -174,8 +171,7 @@ def forward_transfer(scores: ArrayLike) -> float:
 def retention(scores: ArrayLike, experts: ArrayLike) -> float:
     """Share of the experts' gains that is left at the end: mean_j ( R[T, j] - b_j ) / ( E_j - b_j ).    R (T + 1, T), experts (T,)
 
-    1 = as good as every expert on its own task, 0 = no better than the base. Over the tasks whose expert beats the base, since
-    elsewhere there is no gain to keep. NaN where no expert beats the base.
+    1 = as good as every expert on its own task, 0 = no better than the base. Over the tasks whose expert beats the base; NaN if none.
 
     >>> round(retention([[.2, .4], [.8, .5], [.6, .9]], [.8, .9]), 3)    # (.4 / .6 + .5 / .5) / 2
     0.833

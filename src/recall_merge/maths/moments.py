@@ -14,18 +14,14 @@ from recall_merge.maths.deltas import Delta, Dense, LowRank
 
 @dataclass(frozen=True)
 class Moment:
-    """The inputs of a linear map, and the importance of its outputs.
-
-    Attributes:
-        factor: (i, r), and
-        rest: (i,) >= 0, float32 or better: G = factor factor^T + diag(rest), an estimate of E[x x^T] over the inputs x.
-        gradient: (o,) the mean over samples of the sum over tokens of g^2, where g is the gradient of the log-likelihood of the model's
-            own predictions with respect to the map's output; None where it was not computed.
-    """
+    """The inputs x of a linear map, by an estimate of E[x x^T], G = factor factor^T + diag(rest); and the importance of its outputs."""
 
     factor: Float[Tensor, "i r"]
     rest: Float[Tensor, " i"]
+    """>= 0, like the factor float32 or better."""
     gradient: Float[Tensor, " o"] | None = None
+    """Mean over samples of the sum over tokens of g^2, where g is the gradient of the log-likelihood of the model's own predictions with
+    respect to the map's output; None where it was not computed."""
 
     @property
     def diagonal(self) -> Float[Tensor, " i"]:
@@ -76,8 +72,7 @@ def least_squares(deltas: Sequence[Delta], moments: Sequence[Moment], weights: S
 
     deltas k of (o, i), G_q (i, i). With G_q = E_q[x x^T] each term is w_q E_q|D x - delta_q x|^2, over the inputs x of expert q.
     A moment is a low-rank factor and a diagonal, so the system is diag(d) + V V^T with V (i, k r). While k r < i, Woodbury's identity
-    inverts it at a cost linear in i. Of a low-rank delta U L only the few rows of L are solved for: U (L G_q (..)^-1). In float64, as the
-    moments must be.
+    inverts it at a cost linear in i. Of a low-rank delta U L only the rows of L are solved for: U (L G_q (..)^-1). In float64, as moments.
 
     >>> see, hide = (Moment(torch.zeros(2, 0).double(), rest) for rest in torch.eye(2).double())
     >>> least_squares([torch.tensor([[1.0, 5.0]]), torch.tensor([[5.0, 2.0]])], [see, hide], [0.5, 0.5])

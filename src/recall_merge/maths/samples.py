@@ -20,9 +20,8 @@ def typical_samples(embeddings: Num[np.ndarray, "rows d"], count: int, *, seed: 
     """D_typ = { argmin_x |e_N(x) - c_j|_2 : j = 1..m }, m = `count`. embeddings holds e_N(x), one row per row of data.
 
     K-means (k-means++ starts, best of four) runs in float64 on one thread, so that the result depends on the seed alone. Each centroid
-    takes the nearest row of its own cluster, which makes the m samples distinct; of equally near rows the first, as far as rounding
-    lets them be equal.
-    Where the data has no more than `count` different rows, all of these are typical.
+    takes the nearest row of its own cluster, which makes the m samples distinct; of equally near rows, up to rounding, the first. Where
+    the data has no more than `count` different rows, all of these are typical.
 
     >>> typical_samples(np.array([[0.0], [0.1], [0.2], [9.0]]), 2)
     Typical(rows=(1, 3), sizes=(3, 1))

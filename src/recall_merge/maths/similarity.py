@@ -82,10 +82,8 @@ def rbf(h: Float[Tensor, "n m d"], bandwidth: Bandwidth = "median") -> Float[Ten
     if bandwidth == "median":
         pairs = [(p - q).square().sum(-1) for p, q in combinations(h, 2)]
         sigma2 = torch.cat(pairs).quantile(0.5) if pairs else h.new_zeros(())  # the usual median: mean of the middle two
-    elif bandwidth == "dimension":
-        sigma2 = torch.tensor(h.shape[-1] / 2, dtype=h.dtype)
     else:
-        sigma2 = torch.tensor(float(bandwidth) ** 2, dtype=h.dtype)
+        sigma2 = torch.tensor(h.shape[-1] / 2 if bandwidth == "dimension" else float(bandwidth) ** 2, dtype=h.dtype)
     values = torch.exp(-squared / (2 * sigma2)) if sigma2 > 0 else (squared == 0).to(h.dtype)
     return values.mean(-1)
 

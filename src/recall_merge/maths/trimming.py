@@ -108,8 +108,7 @@ def drop_random(deltas: Sequence[Dense], streams: Sequence[Start], *, density: P
     """
 
     def begin(start: Start, density: float) -> Trim:
-        numbers = start()
-        factor = 1 / density if rescale == "share" else 1.0
+        numbers, factor = start(), (1 / density if rescale == "share" else 1.0)
         return lambda piece: piece * _positive(density - numbers(piece.shape)).mul_(factor)
 
     return [
@@ -124,8 +123,8 @@ def drop_by_rank(
     """For every delta, [delta]_e / p_e with probability p_e, else 0; p_e rises with the rank of |delta_e| in its row (DELLA's MagPrune).
 
     p_e = density + epsilon (2 r_e / (n - 1) - 1), r_e = 0 for the smallest of the n entries of a row, n - 1 for the largest. Rows run
-    along the last axis; a vector is one row. epsilon is narrowed so that every p_e lies in [0, 1]: then the share that stays is density
-    on average. Equal entries rank by position. The pieces must be whole rows.
+    along the last axis; a vector is one row. epsilon is narrowed so that every p_e lies in [0, 1], and density is the mean share that
+    stays. Equal entries rank by position. The pieces must be whole rows.
     """
 
     def begin(start: Start, density: float, epsilon: float) -> Trim:

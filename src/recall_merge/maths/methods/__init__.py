@@ -6,12 +6,11 @@ To add one, write a function with the decorator `@method` in a module of this fo
 from importlib import import_module
 from pkgutil import iter_modules
 
-from recall_merge.maths.draws import Draws as Draws
-from recall_merge.maths.methods.averages import ALIASES as ALIASES
-from recall_merge.maths.methods.averages import Alias as Alias
-from recall_merge.maths.methods.registry import METHODS as METHODS
-from recall_merge.maths.methods.registry import Method as Method
-from recall_merge.maths.methods.registry import method as method
+from recall_merge.maths.draws import Draws
+from recall_merge.maths.methods.averages import ALIASES, Alias
+from recall_merge.maths.methods.registry import METHODS, Method, method
+
+__all__ = ["ALIASES", "METHODS", "Alias", "Draws", "Method", "method"]
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")

@@ -68,8 +68,8 @@ def sce(base: Dense, deltas: Sequence[Dense], weights: Sequence[float], *, densi
 
     theta = theta_0 + scale * sum_{q in A} eta_q delta_q / sum_{q in A} eta_q on the selected entries, theta_0 elsewhere, with
     eta_q ~ w_q * (sum of delta_q^2 over the selected entries),  A = {q : sign(delta_q) = sign(sum_p delta_p)}, + for an even vote.
-    Selected is the share `density` of the entries whose variance over experts is not 0, the largest, with ties; or all entries, if every
-    variance is 0 (one expert, or all alike). Uniform w_q give the paper's eta, which has none. Experts of weight 0 are left out.
+    Selected is the share `density` of the entries whose variance over experts is not 0, the largest, with ties; or all, if every variance
+    is 0 (one expert, or all alike). Uniform w_q give the paper's eta, which has none. Experts of weight 0 are left out.
     """
     present = [(delta, weight) for delta, weight in zip(deltas, weights, strict=True) if weight]
     if not present:

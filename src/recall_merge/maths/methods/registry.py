@@ -27,10 +27,7 @@ class Method:
 
     name: str
     function: Callable[..., Tensor]
-    """base (*s), k deltas (*s), k weights, *, options -> merged (*s); float32 or better throughout.
-
-    delta_q = theta_q - theta_0 is what expert q changed in this tensor, weights[q] its weight at the tensor's layer.
-    """
+    """base, k deltas theta_q - theta_0, k weights at the tensor's layer, *, options -> merged; of one shape, float32 or better."""
     source: str
     elementwise: bool = False
     """Every element is merged on its own, so a tensor may be merged in pieces."""

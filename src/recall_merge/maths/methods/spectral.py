@@ -1,8 +1,7 @@
 """Methods on the singular vectors of the deltas: TSV, isotropic merging, OPCM. Low-rank deltas stay low-rank until the sum is formed.
 
-They are made for the matrices of linear maps, base and deltas (o, i). Tensors of every other shape (norms, biases, stacked experts) get the
-weighted average, theta_0 + scale * sum_q w_q delta_q, as in the TSV paper (OPCM: its own sum without the projection, as in its paper).
-Embedding tables go to `linear` too, as `Method.matrices` asks: a table's rows are looked up, not mapped.
+They are made for the matrices of linear maps, base and deltas (o, i). Tensors of every other shape (norms, biases, stacked experts) and
+embedding tables, whose rows are looked up, not mapped, get the weighted average, as in the TSV paper (OPCM: its own sum, as in its paper).
 """
 
 from __future__ import annotations
@@ -37,9 +36,8 @@ def tsv(base: Dense, deltas: Sequence[Delta], weights: Sequence[float], *, rank:
 
     theta = theta_0 + scale * U' S V'^T,  S = diag(k w_1 S_1, .., k w_k S_k),  U' = polar([U_1 .. U_k]),  V' = polar([V_1 .. V_k]),
     with delta_q ~ U_q S_q V_q^T the top singular vectors and polar(U) = U (U^T U)^(-1/2).
-    With uniform weights this is the paper's sum (TSV-Merge); experts of weight 0 or delta 0 are left out. Singular values at rounding
-    level are dropped, so factors and dense deltas give the same. A direction that experts share exactly is taken once, not twice: k
-    identical experts give the expert, if `rank` keeps all of it.
+    With uniform weights this is the paper's sum (TSV-Merge); experts of weight 0 or delta 0 are left out, as are singular values at
+    rounding level. A direction that experts share exactly is taken once: k identical experts give the expert, if `rank` keeps all of it.
     """
     if base.ndim != 2:
         return linear(base, [dense(delta) for delta in deltas], weights, scale=scale)
@@ -59,8 +57,7 @@ def isotropic(base: Dense, deltas: Sequence[Delta], weights: Sequence[float], *,
     theta = theta_0 + scale * s U V^T,  sum_q k w_q delta_q = U S V^T of rank r,  s = mean of S.
     That is Iso-C. With `common` c < 1, Iso-CTS: only the first n = int(c r) directions U_n, V_n are kept, and each expert adds the first
     (r - n) / k of what its k w_q delta_q - U_n U_n^T k w_q delta_q has; all are made orthogonal (polar), s is the mean of their values.
-    r is the numerical rank, the paper's min(o, i) where deltas have full rank: for low-rank deltas the empty directions, whose singular
-    vectors are arbitrary, stay empty.
+    r is the numerical rank (the paper: min(o, i)), so that empty directions, whose singular vectors are arbitrary, stay empty.
     """
     if base.ndim != 2:
         return linear(base, [dense(delta) for delta in deltas], weights, scale=scale)
@@ -88,9 +85,8 @@ def opcm(
     D_1 = v_1,  D_t = (l_{t-1} D_{t-1} + P(v_t)) / l_t,  theta = theta_0 + scale * D_k,  v_t = k w_t delta_t.
     P(v) takes out of U^T v V (D_{t-1} = U S V^T) its diagonal and its first r x r block, r the number of leading singular values that
     make up at most `alpha` of their sum. l_1 = 1;  growth norm: l_t such that |D_t| = mean(|v_1| .. |v_t|);  sqrt: l_t = sqrt(t).
-    The paper takes that norm over the whole model, we over the tensor, so that tensors can be merged one by one. We leave alone the basis
-    vectors of singular value 0, which are arbitrary. Where a tensor is no matrix, P(v) = v. With uniform weights v_t = delta_t; experts of
-    weight 0 or delta 0 are left out. Order matters.
+    The paper takes that norm over the whole model, we over the tensor. We leave alone the basis vectors of singular value 0, which are
+    arbitrary. Where a tensor is no matrix, P(v) = v. Uniform weights: v_t = delta_t; experts of weight 0 or delta 0 are left out.
     """
     present = _present(deltas, weights)
     if not present:

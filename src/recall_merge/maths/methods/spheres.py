@@ -58,9 +58,8 @@ def nuslerp(
     """Spherical interpolation between two experts' deltas: `slerp` around the base, with a straight line only where it must be.
 
     theta = theta_0 + (sin((1 - t) a) delta_1 + sin(t a) delta_2) / sin a,  cos a = <delta_1, delta_2> / (|delta_1| |delta_2|),
-    t = w_2 / (w_1 + w_2).
-    mergekit 0.1.5 with a base model is sphere: deltas, without one sphere: weights; its `nuslerp_flatten: false` is vectors: rows,
-    with `nuslerp_row_wise: true` vectors: columns. Only the ratio of the weights matters, w = 0, 0 counts as equal.
+    t = w_2 / (w_1 + w_2), equal weights if both are 0. mergekit 0.1.5 with a base model is sphere: deltas, without one sphere: weights;
+    its `nuslerp_flatten: false` is vectors: rows, with `nuslerp_row_wise: true` vectors: columns.
     """
     return slerp(base, deltas, weights, vectors=vectors, sphere=sphere, linear_above=linear_above)
 
@@ -70,9 +69,8 @@ def karcher(base: Dense, deltas: Sequence[Dense], weights: Sequence[float], *, s
     """Weighted mean on the sphere of any number of experts: SLERP for many.
 
     theta = (sum_q w_q |theta_q|) * mu,  mu = the unit vector with sum_q w_q log_mu(theta_q / |theta_q|) = 0: the point of least weighted
-    squared angle, from the normalised mean by steps mu <- exp_mu(sum_q w_q log_mu(u_q)) until they vanish.
-    mergekit 0.1.5 stops after 10 steps or at a step of 1e-5, and its weights are equal; ours are those of the run, over their sum. A vector
-    of 0 has no direction and only shortens the result; where the mean direction is undefined (opposite vectors), the plain mean is taken.
+    squared angle, from the normalised mean by steps mu <- exp_mu(sum_q w_q log_mu(u_q)) until they vanish (mergekit 0.1.5: 10 steps or
+    1e-5, equal weights). A vector of 0 only shortens the result; where opposite vectors have no mean direction, the plain mean is taken.
     """
     products = _products(base, deltas, "whole", sphere)[0]
     return _combine(base, deltas, _karcher(products, _shares(weights))[None], "whole", sphere)

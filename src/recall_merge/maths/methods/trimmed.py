@@ -68,8 +68,7 @@ def dare_linear(
     """Drop entries at random, rescale the rest, average.
 
     theta = theta_0 + scale * sum_q w_q v_q,  v_q = m_q delta_q / density,  m_q ~ Bernoulli(density), entry by entry.
-    The random numbers depend on seed, expert and tensor name alone. The weights sum to 1, so this is a mean of trimmed deltas; the
-    paper's plain sum is scale = k.
+    Random numbers depend on seed, expert and tensor name alone. This is a mean of trimmed deltas; the paper's plain sum is scale = k.
     """
     trims = drop_random(deltas, draws.streams, density=density, rescale=rescale)
     return add_trimmed(base, deltas, trims, partial(weighted_sum, weights=weights), scale)
@@ -143,8 +142,7 @@ def breadcrumbs_ties(
 
     theta = theta_0 + scale * sum_{q in A} w_q v_q, entry by entry, with v_q the middle of delta_q, as in `breadcrumbs`.
     A = {q : sign(v_q) = s},  s = sign(sum_q w_q v_q), + where that sum is 0.
-    Signs are elected after weighting and the sum is not divided (mean: none), as in mergekit 0.1.5: where all agree, this is the mean of
-    the trimmed deltas.
+    Signs are elected after weighting and the sum is not divided (mean: none), as in mergekit 0.1.5.
     """
     trims = keep_sizes(deltas, middle, thresholds, rescale=rescale, density=density, gamma=gamma)
     return add_trimmed(base, deltas, trims, partial(agreeing, weights=weights, elect=elect, mean=mean), scale)
