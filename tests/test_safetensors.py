@@ -257,9 +257,8 @@ def test_a_header_that_claims_more_than_the_file_has(tmp_path):
 def test_a_file_that_is_not_there_or_no_file(tmp_path):
     with pytest.raises(CheckpointError) as error:
         read_header(tmp_path / "none")
-    assert str(error.value) == (
-        f"the file cannot be read: No such file or directory\n  where: {tmp_path}/none\n  fix: check the path, your permissions and the disk"
-    )
+    fix = "check the path, your permissions and the disk"
+    assert str(error.value) == f"the file cannot be read: No such file or directory\n  where: {tmp_path}/none\n  fix: {fix}"
     with pytest.raises(CheckpointError, match="this is not a file"):
         read_header(tmp_path)
 
