@@ -111,6 +111,7 @@ def test_json_is_json_and_nothing_else(here):
     assert [sample["cluster"] for sample in weights["samples"]] and sum(s["cluster"] for s in weights["samples"]) == len(ROWS)
     plan = json.loads(recall("plan", "run.yaml", "--json", "--overwrite").stdout)
     assert plan["weights"] == "hidden states"
+    assert 0 < plan["memory_of_weights"] < plan["memory"]
     assert set(json.loads(recall("methods", "--json").stdout)) == set(METHODS) | set(ALIASES)
     assert json.loads(recall("verify", "merged", "--json").stdout)["matches"] is True
 

@@ -87,7 +87,7 @@ def plan(
     rows = table(show_header=False)
     for name, value in facts.items():
         if name != "notes":
-            rows.add_row({"seconds": "time", "memory": "peak memory"}.get(name, name.replace("_", " ")), _in_words(name, value))
+            rows.add_row(LABELS.get(name, name.replace("_", " ")), _in_words(name, value))
     console().print(rows)
     print_notes(merge_plan.notes)
     return console().print("no faults found; nothing was written. The time is estimated from a short probe of this machine.")
@@ -193,8 +193,12 @@ def _numbers(merge_weights: MergeWeights) -> Any:
     return rows
 
 
+LABELS = {"seconds": "time", "memory": "peak memory", "memory_of_weights": "peak memory of `recall weights`"}
+"""Rows of `recall plan` that are not named as in its JSON."""
+
+
 def _plan_facts(plan: Plan, estimate: Estimate) -> dict[str, Any]:
-    from recall_merge.merging.cost import passes, peak_memory
+    from recall_merge.merging.cost import passes, peak_memory, weights_memory
     from recall_merge.merging.run import SampleWeights
 
     rule: Any = plan.weights
@@ -218,6 +222,7 @@ def _plan_facts(plan: Plan, estimate: Estimate) -> dict[str, Any]:
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
         "memory": peak_memory(plan),
+        **({"memory_of_weights": weights_memory(plan)} if isinstance(rule, SampleWeights) else {}),  # of `recall weights`
         "seconds": round(estimate.seconds, 1),
         "notes": plan.notes,
     }
@@ -225,7 +230,7 @@ def _plan_facts(plan: Plan, estimate: Estimate) -> dict[str, Any]:
 
 
 def _in_words(name: str, value: Any) -> str:
-    if name.startswith("bytes") or name == "memory":
+    if name.startswith(("bytes", "memory")):
         return f"{value / 1e6:,.1f} MB"
     if name == "seconds":
         return f"about {value:,.1f} s"
