@@ -9,6 +9,7 @@ from recall_merge.merging import losses
 from recall_merge.merging.forward import expert_tokenizer, load_expert
 from recall_merge.merging.layerwise import compute_weights
 from recall_merge.merging.plan import make_plan
+from recall_merge.merging.run import DEFAULT_RECALL
 from recall_merge.merging.samples import encode_samples
 from recall_merge.models.losses import mean_loss
 from recall_merge.runtime.errors import NotLayerwise
@@ -30,7 +31,7 @@ def a_plan(base, experts, rows, target, **settings):
 def whole(plan, samples) -> dict[str, float]:
     """The same losses from whole models."""
     return {
-        expert.name: mean_loss(load_expert(plan, expert, losses.PRECISION), encode_samples(plan, samples, expert_tokenizer(plan, expert)))
+        expert.name: mean_loss(load_expert(plan, expert, DEFAULT_RECALL), encode_samples(plan, samples, expert_tokenizer(plan, expert)))
         for expert in plan.experts
     }
 

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 from recall_merge.files.digest import ModelDigest
 from recall_merge.files.durable import sync
-from recall_merge.files.experts import FullExpert
 from recall_merge.files.output import MARKER, WeightWriter
 from recall_merge.files.safetensors import READ
 from recall_merge.merging.cost import forward_memory, merge_memory, weights_memory, whole_model_memory
@@ -28,7 +27,7 @@ from recall_merge.merging.layerwise import Visit, compute_weights, run_pass, who
 from recall_merge.merging.plan import Plan
 from recall_merge.merging.run import LossWeights, RecallWeights
 from recall_merge.merging.samples import choose_samples
-from recall_merge.merging.tensors import merge_tensors
+from recall_merge.merging.tensors import digests_of, merge_tensors
 from recall_merge.merging.weights import MergeWeights, given_weights
 from recall_merge.runtime.errors import NotLayerwise, OutputError
 from recall_merge.runtime.executor import PATIENCE, Executor
@@ -97,7 +96,7 @@ def merge_distributed(
     for leftover in folder.glob(f"{ATTEMPT}*"):
         shutil.rmtree(leftover)
     for shard in shards:
-        for own, lines in zip(_digests(plan, digest), shard.lines, strict=True):
+        for own, lines in zip(digests_of(plan, digest), shard.lines, strict=True):
             own.lines.update(lines)
     return {planned.file: shard.hash for planned, shard in zip(plan.shards, shards, strict=True)}
 
@@ -115,7 +114,7 @@ def write_shard(plan: Plan, weights: MergeWeights, folder: Path, number: int) ->
     sync(attempt / shard.file)
     (attempt / shard.file).replace(folder / shard.file)
     attempt.rmdir()
-    return ShardDone(writer.hashes[shard.file], tuple(own.lines for own in _digests(plan, digest)))
+    return ShardDone(writer.hashes[shard.file], tuple(own.lines for own in digests_of(plan, digest)))
 
 
 def hidden_states_of(plan: Plan, number: int, texts: Sequence[str], whole: bool) -> Tensor:
@@ -184,7 +183,3 @@ def _counted(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[
     """What a function returns, and how many bytes of tensors it read."""
     before = READ.total
     return function(*arguments), READ.total - before
-
-
-def _digests(plan: Plan, base: ModelDigest) -> list[ModelDigest]:
-    return [base, *(expert.digest for expert in plan.experts if isinstance(expert, FullExpert))]

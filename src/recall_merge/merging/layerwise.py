@@ -18,7 +18,7 @@ from recall_merge.files.experts import FullExpert
 from recall_merge.merging.forward import Tokens, check_finite, layer_parameters, start_forward, tokens_of, whole_hidden_states_at
 from recall_merge.merging.losses import weights_from_losses
 from recall_merge.merging.plan import Plan
-from recall_merge.merging.run import LossWeights, RecallWeights
+from recall_merge.merging.run import DEFAULT_RECALL, LossWeights, RecallWeights
 from recall_merge.merging.samples import choose_samples
 from recall_merge.merging.weights import MergeWeights, TypicalSamples, given_weights, weights_from_similarity
 from recall_merge.runtime.errors import NotLayerwise
@@ -58,7 +58,7 @@ def prepare(plan: Plan, progress: Progress) -> MergeWeights | TypicalSamples:
     """What must be known before tensors are merged: all weights, or only the typical samples where weights follow layer by layer."""
     rule = plan.weights
     if isinstance(rule, LossWeights):
-        return weights_from_losses(plan, rule, choose_samples(plan, RecallWeights.model_validate({}), progress), progress)
+        return weights_from_losses(plan, rule, choose_samples(plan, DEFAULT_RECALL, progress), progress)
     if not isinstance(rule, RecallWeights):
         return given_weights(plan)
     samples = choose_samples(plan, rule, progress)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from recall_merge.files.experts import Expert, own_tensor
 from recall_merge.merging.forward import expert_tokenizer, layer_parameters, load_expert, start_forward
 from recall_merge.merging.plan import Plan
-from recall_merge.merging.run import LossWeights, RecallWeights
+from recall_merge.merging.run import DEFAULT_RECALL, LossWeights
 from recall_merge.merging.samples import encode_samples
 from recall_merge.merging.weights import MergeWeights, TypicalSamples
 from recall_merge.runtime.errors import CheckpointError, NotLayerwise
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from recall_merge.models.tokens import EncodedRow
-
-PRECISION = RecallWeights.model_validate({})  # forward passes in float32
 
 
 def weights_from_losses(plan: Plan, rule: LossWeights, samples: TypicalSamples, progress: Progress) -> MergeWeights:
@@ -41,7 +39,7 @@ def weights_from_losses(plan: Plan, rule: LossWeights, samples: TypicalSamples, 
             try:
                 losses[expert.name] = _layerwise_loss(plan, expert, rows, advance)
             except NotLayerwise:
-                losses[expert.name] = mean_loss(load_expert(plan, expert, PRECISION), rows)
+                losses[expert.name] = mean_loss(load_expert(plan, expert, DEFAULT_RECALL), rows)
         if not math.isfinite(losses[expert.name]):
             raise CheckpointError(f"the loss of expert '{expert.name}' is not finite", where=expert.folder, fix="look at its training")
     row = softmax_weights(-torch.tensor([[*losses.values()]], dtype=torch.float64), temperature=rule.temperature)
@@ -63,11 +61,11 @@ def _layerwise_loss(plan: Plan, expert: Expert, rows: Sequence[EncodedRow], adva
         losses[row] = row_loss(logits[0], rows[row])
         return torch.empty(0)
 
-    with start_forward(plan, expert, PRECISION, tokens, one_by_one=True) as forward:
+    with start_forward(plan, expert, DEFAULT_RECALL, tokens, one_by_one=True) as forward:
         for layer in range(layers.blocks + 1):
-            forward.step(layer_parameters(plan, expert, PRECISION, layer, tokens))
+            forward.step(layer_parameters(plan, expert, DEFAULT_RECALL, layer, tokens))
             advance(1)
-        head = layer_parameters(plan, expert, PRECISION, layers.last, tokens)
+        head = layer_parameters(plan, expert, DEFAULT_RECALL, layers.last, tokens)
         if plan.base.is_tied:  # the whole table, of which the first layer has only the rows of the tokens
             head[plan.base.embedding] = own_tensor(expert, plan.base, plan.base.embedding, plan.merges)
         forward.finish(head, reduce)

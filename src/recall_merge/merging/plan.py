@@ -123,7 +123,14 @@ class Plan:
 
     def names_of_layer(self, layer: int) -> list[str]:
         """The result's tensors at one layer, in the order of writing."""
-        return [name for name in self.specs if self.base.layers.of(name) == layer]
+        return self._names_by_layer.get(layer, [])
+
+    @cached_property
+    def _names_by_layer(self) -> dict[int, list[str]]:
+        names: dict[int, list[str]] = {}
+        for name in self.specs:
+            names.setdefault(self.base.layers.of(name), []).append(name)
+        return names
 
 
 def make_plan(run: MergeRun, *, writes: bool = True, download: bool = True) -> Plan:

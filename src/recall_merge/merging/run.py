@@ -92,6 +92,10 @@ class LossWeights(Section):
     temperature: Positive = Field(5.0, description="of the softmax over the negated losses; smaller values sharpen the weights")
 
 
+DEFAULT_RECALL = RecallWeights.model_validate({})
+"""How samples are chosen and models run where weights do not come from hidden states: as RECALL does by default."""
+
+
 class FromHiddenStates(Section):
     """Weights per layer, from the similarity of hidden states."""
 

@@ -11,7 +11,7 @@ from recall_merge.files.names import Names
 from recall_merge.files.statistics import InputStatistics, open_statistics, parts_of, write_statistics
 from recall_merge.merging.forward import expert_tokenizer, load_expert
 from recall_merge.merging.plan import Plan, make_plan
-from recall_merge.merging.run import MergeRun, RecallWeights
+from recall_merge.merging.run import DEFAULT_RECALL, MergeRun
 from recall_merge.merging.samples import choose_samples, encode_samples
 from recall_merge.merging.weights import TypicalSample
 from recall_merge.runtime.errors import CheckpointError
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RANK = 24
-RULE = RecallWeights.model_validate({})  # typical samples are chosen as RECALL chooses them
 
 
 def make_statistics(run: MergeRun, *, rank: int = RANK, folder: Path | None = None, progress: Progress | None = None) -> InputStatistics:
@@ -36,7 +35,7 @@ def make_statistics(run: MergeRun, *, rank: int = RANK, folder: Path | None = No
     """
     plan, progress = make_plan(run, writes=False), progress or Silent()
     expert = plan.experts[-1]
-    samples = choose_samples(plan, RULE, progress).rows
+    samples = choose_samples(plan, DEFAULT_RECALL, progress).rows
     parts, tensors = _moments(plan, expert, samples, rank, progress)
     facts = {
         "expert": hash_expert(expert),
@@ -67,7 +66,7 @@ def _moments(
 
     rows = encode_samples(plan, samples, expert_tokenizer(plan, expert))
     with progress.stage(f"input statistics of {expert.name}", sum(len(row.input_ids) for row in rows), "tokens") as advance:
-        groups = input_moments(load_expert(plan, expert, RULE), rows, seed=plan.run.seed, progress=advance)
+        groups = input_moments(load_expert(plan, expert, DEFAULT_RECALL), rows, seed=plan.run.seed, progress=advance)
     names = Names(plan.base)
     parts: dict[str, Tensor] = {}
     tensors: dict[str, tuple[str, int]] = {}

@@ -76,7 +76,7 @@ def merge_tensors(
         ResultError: if the merge overflows.
     """
     memory.one_heap()
-    digests = [digest, *(expert.digest for expert in plan.experts if isinstance(expert, FullExpert))]
+    digests = digests_of(plan, digest)
     failures: list[BaseException] = []
     turn = Lock()
 
@@ -98,6 +98,11 @@ def merge_tensors(
             for name, merged in unit:
                 writer.add_piece(name, merged)
             advance(sum(merged.nbytes for _, merged in unit))
+
+
+def digests_of(plan: Plan, base: ModelDigest) -> list[ModelDigest]:
+    """The digests that a pass feeds: the base's, then those of the full experts."""
+    return [base, *(expert.digest for expert in plan.experts if isinstance(expert, FullExpert))]
 
 
 def weights_of(plan: Plan, weights: MergeWeights, name: str) -> list[float]:
