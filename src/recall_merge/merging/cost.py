@@ -6,6 +6,8 @@ import hashlib
 import time
 from dataclasses import dataclass
 
+import torch
+
 from recall_merge.files.safetensors import StoredTensor
 from recall_merge.merging.plan import Plan
 from recall_merge.merging.run import LossWeights, RecallWeights
@@ -126,8 +128,6 @@ def _seconds_per_byte(stored: StoredTensor) -> float:
 
 
 def _operations_per_second() -> float:
-    import torch
-
     n = 1024
     matrix = torch.ones(n, n)
     _ = matrix @ matrix  # the first product also pays for setting up

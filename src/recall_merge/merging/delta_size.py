@@ -6,16 +6,13 @@ import math
 import threading
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from torch import Tensor
+
+from recall_merge.maths.deltas import Delta, squared
 from recall_merge.merging.nonfinite import refuse_nonfinite
 from recall_merge.merging.plan import Plan
 from recall_merge.runtime.errors import CheckpointError, Faults
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from recall_merge.maths.deltas import Delta
 
 USUAL = 0.05
 """The least size that a base's tensor counts as, so that a tensor of zeros may be learnt, and a new one be drawn from N(0, 1)."""
@@ -36,8 +33,6 @@ class DeltaSizes:
 
     def add(self, name: str, base: Tensor, deltas: Sequence[Delta | None]) -> None:
         """Measure a tensor, or a span of one; spans may come from several threads."""
-        from recall_merge.maths.deltas import squared
-
         if self._limit is not None and any(delta is not None for delta in deltas):
             squares = [0.0 if values is None else squared(values) for values in (base, *deltas)]
             with self._lock:

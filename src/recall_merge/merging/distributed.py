@@ -15,7 +15,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from recall_merge.files.digest import ModelDigest
 from recall_merge.files.durable import sync
@@ -32,9 +35,6 @@ from recall_merge.merging.weights import MergeWeights, given_weights
 from recall_merge.runtime.errors import NotLayerwise, OutputError
 from recall_merge.runtime.executor import PATIENCE, Executor
 from recall_merge.runtime.progress import Progress, Silent
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 ATTEMPT = ".attempt-"  # prefix of a folder in which a shard is being written; the number of its process follows
 
@@ -157,7 +157,6 @@ def _hidden_states_by_tasks(
     executor: Executor, progress: Progress, plan: Plan, rule: RecallWeights, texts: Sequence[str], visit: Visit, *, hold: bool
 ) -> list[str]:
     """A source of hidden states for `run_pass`: one task per model, which give all layers at once."""
-    import torch
 
     def states(*, whole: bool) -> Tensor:
         memory = whole_model_memory(plan) if whole else forward_memory(plan)

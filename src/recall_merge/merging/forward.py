@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from recall_merge.files.experts import Expert, own_rows, own_tensor, own_tensors
 from recall_merge.files.vocabulary import read_vocabulary
 from recall_merge.merging.nonfinite import refuse_nonfinite
@@ -14,8 +17,6 @@ from recall_merge.models.tokens import tokenize
 from recall_merge.runtime.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from recall_merge.models.layerwise import LayerwiseForward
 
 Tokens = Sequence[Sequence[int]]
@@ -54,8 +55,6 @@ def start_forward(plan: Plan, expert: Expert, rule: RecallWeights, tokens: Token
 
 def layer_parameters(plan: Plan, expert: Expert, rule: RecallWeights, layer: int, tokens: Tokens) -> dict[str, Tensor]:
     """An expert's parameters at one layer. The embedding holds only the rows that the texts need, where it can be read by rows."""
-    import torch
-
     rows = sorted({token for ids in tokens for token in ids})
     parameters = {}
     for name in plan.base.tensors:
@@ -76,8 +75,6 @@ def hidden_states_at(
     Raises:
         NotLayerwise: if the architecture cannot be run so.
     """
-    import torch
-
     wanted = list(layers)
     states = []
     with start_forward(plan, expert, rule, tokens) as forward:

@@ -13,8 +13,12 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
+import torch
+from torch import Tensor
+
 from recall_merge.files.checkpoint import Checkpoint, HeldCheckpoint
 from recall_merge.files.experts import FullExpert
+from recall_merge.maths.similarity import similarity
 from recall_merge.merging.forward import Tokens, check_finite, layer_parameters, start_forward, tokens_of, whole_hidden_states_at
 from recall_merge.merging.losses import weights_from_losses
 from recall_merge.merging.plan import Plan
@@ -26,8 +30,6 @@ from recall_merge.runtime.parallel import in_order
 from recall_merge.runtime.progress import Progress, Silent
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from recall_merge.models.layerwise import LayerwiseForward
 
 Visit = Callable[[int, Plan, "Tensor"], None]
@@ -83,10 +85,6 @@ def run_pass(
         CheckpointError: if a model cannot be run, or holds or gives numbers that are not finite.
         ResultError: if the merge overflows.
     """
-    import torch
-
-    from recall_merge.maths.similarity import similarity
-
     rule = plan.weights
     assert isinstance(rule, RecallWeights)
     rows: list[Tensor] = []  # (n,) for each layer so far
@@ -126,8 +124,6 @@ def hidden_states_here(plan: Plan, rule: RecallWeights, texts: Sequence[str], vi
                 _visit_layer(plan, rule, forwards, tokens, layer, visit, hold=hold)
                 visited += 1
     except NotLayerwise as error:
-        import torch
-
         left = range(visited, plan.base.layers.blocks + 1)
         pairs = zip(plan.compared, tokens, strict=True)
         states = torch.stack([whole_hidden_states_at(plan, expert, rule, ids, left) for expert, ids in pairs], dim=1)
@@ -141,8 +137,6 @@ def _visit_layer(
     plan: Plan, rule: RecallWeights, forwards: Sequence[LayerwiseForward], tokens: Sequence[Tokens], layer: int, visit: Visit, *, hold: bool
 ) -> None:
     """One layer of all models. A function of its own, so that nothing holds its blocks when the next ones are read."""
-    import torch
-
     from recall_merge.models.layerwise import step
 
     held = _with_layer_in_memory(plan, layer) if hold else plan

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from recall_merge.files.experts import Expert, own_tensor
+from recall_merge.maths.weights import softmax_weights
 from recall_merge.merging.forward import expert_tokenizer, layer_parameters, load_expert, start_forward
 from recall_merge.merging.plan import Plan
 from recall_merge.merging.run import DEFAULT_RECALL, LossWeights
 from recall_merge.merging.samples import encode_samples
 from recall_merge.merging.weights import MergeWeights, TypicalSamples
+from recall_merge.models.tokens import EncodedRow
 from recall_merge.runtime.errors import CheckpointError, NotLayerwise
 from recall_merge.runtime.progress import Progress
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from recall_merge.models.tokens import EncodedRow
 
 
 def weights_from_losses(plan: Plan, rule: LossWeights, samples: TypicalSamples, progress: Progress) -> MergeWeights:
@@ -27,9 +26,6 @@ def weights_from_losses(plan: Plan, rule: LossWeights, samples: TypicalSamples, 
     Raises:
         CheckpointError: if a model cannot be run, or its loss is not finite.
     """
-    import torch
-
-    from recall_merge.maths.weights import softmax_weights
     from recall_merge.models.losses import mean_loss
 
     losses: dict[str, float] = {}
@@ -49,8 +45,6 @@ def weights_from_losses(plan: Plan, rule: LossWeights, samples: TypicalSamples, 
 
 def _layerwise_loss(plan: Plan, expert: Expert, rows: Sequence[EncodedRow], advance: Callable[[int], None]) -> float:
     """`mean_loss` of an expert with one of its layers in memory at a time."""
-    import torch
-
     from recall_merge.models.losses import row_loss
 
     layers, tokens = plan.base.layers, [row.input_ids for row in rows]

@@ -10,7 +10,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
 
 from recall_merge.files.companions import write_companions
 from recall_merge.files.digest import ModelDigest
@@ -38,9 +40,6 @@ from recall_merge.runtime import memory
 from recall_merge.runtime.errors import MissingExtra, ResultError
 from recall_merge.runtime.open_executor import LOCAL, check_executor, open_executor
 from recall_merge.runtime.progress import Progress, Silent
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 Draw = Callable[[Mapping[str, Any] | None, Mapping[str, Any], Path], object]
 """Draws similarity (if any) and weights, in the form of the record, into a file."""

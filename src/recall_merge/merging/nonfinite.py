@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from torch import Tensor
 
 from recall_merge.files.experts import widen
+from recall_merge.maths.deltas import dense
 from recall_merge.merging.plan import Plan
 from recall_merge.runtime.errors import CheckpointError, Faults
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -23,8 +21,6 @@ def refuse_nonfinite(plan: Plan) -> None:
     Raises:
         CheckpointError: if there is any.
     """
-    from recall_merge.maths.deltas import dense
-
     faults = Faults()
     fix = "its training went wrong: take an earlier checkpoint, or `skip` the tensor to keep the base's"
     for name in filter(plan.merges, plan.specs):

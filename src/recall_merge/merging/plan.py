@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from recall_merge.files.checkpoint import Checkpoint
 from recall_merge.files.experts import AdapterExpert, BaseExpert, Expert, FullExpert
@@ -17,15 +17,13 @@ from recall_merge.files.rows import Row, read_rows
 from recall_merge.files.safetensors import CODES, TensorSpec
 from recall_merge.files.statistics import InputStatistics, has_statistics
 from recall_merge.files.vocabulary import Vocabulary, plan_vocabulary
+from recall_merge.maths.methods import Method
 from recall_merge.merging.inputs import check_distinct, locate_models, open_base, open_expert, read_statistics
 from recall_merge.merging.parts import GivenWeights, Override, overrides_of_tensors, weights_per_layer
 from recall_merge.merging.rules import Rules, choose_method, make_rules
 from recall_merge.merging.run import LossWeights, MergeRun, RecallWeights, Samples, SampleWeights, skipped
 from recall_merge.runtime.errors import Faults, OutputError
 from recall_merge.runtime.parallel import cores
-
-if TYPE_CHECKING:
-    from recall_merge.maths.methods import Method
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from recall_merge.files.digest import ModelDigest
 from recall_merge.files.experts import BaseExpert, FullExpert
 from recall_merge.files.hashing import hash_file
@@ -56,7 +58,6 @@ def overrides_for_record(plan: Plan) -> list[dict[str, Any]]:
 
 def weights_from_record(record: Mapping[str, Any]) -> MergeWeights:
     """The reverse of `weights_for_record`."""
-    import torch
 
     def table(name: str) -> Any:
         return torch.tensor(record[name]["rows"], dtype=torch.float64) if name in record else None

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from torch import Tensor
 
 from recall_merge.files.adapter import CONFIG, WEIGHTS, is_adapter
 from recall_merge.files.checkpoint import Checkpoint, open_checkpoint
@@ -16,14 +18,12 @@ from recall_merge.files.hashing import hash_file
 from recall_merge.files.hub import Located, locate
 from recall_merge.files.names import named_like
 from recall_merge.files.record import RECORD
+from recall_merge.maths.weights import lines_scales
 from recall_merge.merging.record import weights_from_record
 from recall_merge.merging.run import skipped
 from recall_merge.merging.verify import verify
 from recall_merge.merging.weights import MergeWeights
 from recall_merge.runtime.errors import Fault, Faults, ResultError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class _Section(BaseModel):
@@ -142,10 +142,6 @@ def coefficients(result: Result) -> Tensor | None:
     Weights, the method's scale and the layers' scale, in one number each. None where the method or pruning makes more than a sum,
     and where some tensors have weights or options of their own.
     """
-    import torch
-
-    from recall_merge.maths.weights import lines_scales
-
     method, k = result.record["method"], len(result.experts)
     options, merge_weights = method["options"], result.merge_weights
     scales = {"linear": "scale", "recall": "scale", "task_arithmetic": "scale", "wise_ft": "alpha"}

@@ -4,28 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, create_model
 
+from recall_merge.maths.methods import ALIASES, METHODS, Method
 from recall_merge.maths.weights import normalised
 from recall_merge.merging.parts import GivenWeights, PartRules, RampPoints
-from recall_merge.merging.run import (
-    ByLayer,
-    FromHiddenStates,
-    FromLosses,
-    LossWeights,
-    MergeRun,
-    Part,
-    Ramp,
-    RecallWeights,
-    SampleWeights,
-)
+from recall_merge.merging.run import ByLayer, FromHiddenStates, FromLosses, LossWeights, MergeRun, Part, Ramp, RecallWeights, SampleWeights
 from recall_merge.runtime.errors import Faults, RunError, did_you_mean
 from recall_merge.runtime.sections import parse
-
-if TYPE_CHECKING:
-    from recall_merge.maths.methods import Method
 
 WEIGHT_OPTIONS: dict[str, type[RecallWeights] | type[LossWeights]] = {"recall": RecallWeights, "losses": LossWeights}
 """The options of weights from samples, by the key that asks for them."""
@@ -78,8 +66,6 @@ def choose_method(has_statistics: Sequence[bool], *, samples: bool, weights: boo
 
 def method_named(name: str) -> Method | None:
     """The method that a name or an alias stands for; None if there is no such name."""
-    from recall_merge.maths.methods import ALIASES, METHODS
-
     return METHODS.get(ALIASES[name].method if name in ALIASES else name)
 
 
@@ -89,8 +75,6 @@ def make_rules(run: MergeRun) -> Rules:
     Raises:
         RunError: with every fault.
     """
-    from recall_merge.maths.methods import ALIASES, METHODS
-
     name = str(run.method)
     method = method_named(name)
     if method is None:

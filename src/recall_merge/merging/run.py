@@ -211,8 +211,7 @@ class MergeRun(Section):
     method: str | None = Field(None, description="one of `recall methods`; if left out, it is chosen and the plan's notes say why")
     options: dict[str, Any] = Field(default_factory=dict, description="options of the method")
     weights: Weights = Field(
-        "uniform",
-        description="`uniform`, one number per expert, or one of `by_layer`, `ramp`, `recall`, `losses` with its options",
+        "uniform", description="`uniform`, one number per expert, or one of `by_layer`, `ramp`, `recall`, `losses` with its options"
     )
     parts: list[Part] = Field(
         default_factory=list,

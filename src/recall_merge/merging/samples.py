@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+from recall_merge.maths.samples import typical_samples
 from recall_merge.merging.forward import expert_tokenizer, hidden_states_at, whole_hidden_states_at
 from recall_merge.merging.plan import Plan
 from recall_merge.merging.run import RecallWeights
@@ -22,8 +23,6 @@ def choose_samples(plan: Plan, rule: RecallWeights, progress: Progress) -> Typic
         DataError: if no row has any text.
         CheckpointError: if the expert cannot be run.
     """
-    from recall_merge.maths.samples import typical_samples
-
     newest, wanted = plan.experts[-1], plan.samples
     tokenizer = expert_tokenizer(plan, newest)
     first_row = _distinct_texts(plan, tokenizer)

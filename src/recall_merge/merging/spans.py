@@ -11,13 +11,14 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from recall_merge.files.experts import FullExpert, widen
+from recall_merge.maths.order_statistics import kth_largest_size
 from recall_merge.merging.plan import Plan
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 SPAN = 1 << 19
 """Numbers per span. A multiple of what a processor's vectors hold, so that spans are rounded as the whole tensor is."""
@@ -54,10 +55,6 @@ class ThresholdSearch:
 
     def _find(self, plan: Plan) -> Any:
         """The threshold of the expert's whole delta, found by reading it span by span, a few times over."""
-        import torch
-
-        from recall_merge.maths.order_statistics import kth_largest_size
-
         name, expert = self.name, plan.experts[self.expert]
         size, dtype = plan.specs[name].numel, torch.promote_types(plan.base.tensors[name].spec.torch_dtype, torch.float32)
         assert plan.method.find_threshold is not None

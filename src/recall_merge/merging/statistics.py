@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from recall_merge.files.experts import Expert, hash_expert
 from recall_merge.files.names import Names
 from recall_merge.files.statistics import InputStatistics, open_statistics, parts_of, write_statistics
+from recall_merge.maths.moments import compress
 from recall_merge.merging.forward import expert_tokenizer, load_expert
 from recall_merge.merging.plan import Plan, make_plan
 from recall_merge.merging.run import DEFAULT_RECALL, MergeRun
@@ -16,9 +18,6 @@ from recall_merge.merging.samples import choose_samples, encode_samples
 from recall_merge.merging.weights import TypicalSample
 from recall_merge.runtime.errors import CheckpointError
 from recall_merge.runtime.progress import Progress, Silent
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 RANK = 24
 
@@ -61,7 +60,6 @@ def _moments(
     plan: Plan, expert: Expert, samples: Sequence[TypicalSample], rank: int, progress: Progress
 ) -> tuple[dict[str, Tensor], dict[str, tuple[str, int]]]:
     """The numbers by name, and for each tensor of the base its group of inputs and the axis along which they run."""
-    from recall_merge.maths.moments import compress
     from recall_merge.models.input_moments import input_moments
 
     rows = encode_samples(plan, samples, expert_tokenizer(plan, expert))

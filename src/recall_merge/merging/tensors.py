@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
 
 from recall_merge.files.digest import ModelDigest
 from recall_merge.files.experts import FullExpert, widen
@@ -27,9 +30,6 @@ from recall_merge.runtime import memory
 from recall_merge.runtime.errors import CheckpointError, ResultError
 from recall_merge.runtime.parallel import in_order
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 class Writer(Protocol):
     """Takes the numbers of the result in the order of the plan."""
@@ -46,8 +46,6 @@ class TensorCollector:
         self._pieces: list[Tensor] = []
 
     def add_piece(self, name: str, piece: Tensor) -> None:
-        import torch
-
         self._pieces.append(piece.reshape(-1))
         spec = self._specs[name]
         if sum(each.numel() for each in self._pieces) == spec.numel:

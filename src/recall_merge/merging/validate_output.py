@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.merging.plan import Plan
 from recall_merge.runtime.errors import CheckpointError, ResultError
@@ -40,8 +42,6 @@ def runs_finite(folder: Path, tokens: int) -> bool:
     Raises:
         CheckpointError: if transformers cannot load the folder.
     """
-    import torch
-
     from recall_merge.models.load import build_model
 
     model = build_model(folder, dtype="auto")

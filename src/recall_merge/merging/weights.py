@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from recall_merge.maths.weights import ablate, outside_blocks, softmax_weights
 from recall_merge.merging.plan import Plan
 from recall_merge.merging.run import RecallWeights
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,6 @@ class MergeWeights:
 
 def given_weights(plan: Plan) -> MergeWeights:
     """The weights that the run itself gives, with a row for every layer."""
-    import torch
-
     names = tuple(expert.name for expert in plan.experts)
     weights = torch.tensor(plan.weights, dtype=torch.float64)
     return MergeWeights(names, weights if weights.ndim == 2 else weights.repeat(plan.base.layers.last + 1, 1))
@@ -81,8 +80,6 @@ def weights_from_similarity(plan: Plan, rule: RecallWeights, similarity: Tensor,
     Args:
         similarity: (i, n), of every compared model at the first i layers.
     """
-    from recall_merge.maths.weights import ablate, outside_blocks, softmax_weights
-
     weights = softmax_weights(similarity, temperature=rule.temperature)
     weights = outside_blocks(ablate(weights, rule.ablation, seed=plan.run.seed), rule.outside_blocks)
     return MergeWeights(tuple(model.name for model in plan.compared), weights, similarity, samples.rows, samples.notes)
