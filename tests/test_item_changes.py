@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from recall_merge.maths.item_changes import item_changes
+from recall_merge.maths.metrics import item_changes
 
 
 def test_items_that_change_places_are_counted_though_the_mean_stays():

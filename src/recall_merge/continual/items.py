@@ -35,7 +35,7 @@ def pairs_of(before: Score, after: Score) -> list[tuple[dict[str, Any], dict[str
 
 def change_of(before: Score, after: Score) -> Change | None:
     """What went from right to wrong, and back; None where items have no scores of their own."""
-    from recall_merge.maths.item_changes import item_changes
+    from recall_merge.maths.metrics import item_changes
 
     pairs = pairs_of(before, after)
     if not pairs:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from recall_merge.files.experts import Expert, own_rows, own_tensor, own_tensors
 from recall_merge.files.vocabulary import read_vocabulary
-from recall_merge.merging.nonfinite import refuse_nonfinite
 from recall_merge.merging.plan import Plan
 from recall_merge.merging.run import RecallWeights
+from recall_merge.merging.unsound import refuse_nonfinite
 from recall_merge.models.tokens import tokenize
 from recall_merge.runtime.errors import CheckpointError
 

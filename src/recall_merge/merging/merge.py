@@ -34,7 +34,7 @@ from recall_merge.merging.record import (
 )
 from recall_merge.merging.run import MergeRun
 from recall_merge.merging.tensors import TensorCollector, Writer, condition_numbers, merge_tensors
-from recall_merge.merging.validate_output import validate_output
+from recall_merge.merging.verify import validate_output
 from recall_merge.merging.weights import MergeWeights
 from recall_merge.runtime import memory
 from recall_merge.runtime.errors import MissingExtra, ResultError

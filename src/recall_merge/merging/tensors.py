@@ -21,10 +21,9 @@ from recall_merge.maths.methods import METHODS, Draws
 from recall_merge.maths.methods.informed import condition
 from recall_merge.maths.trimming import prune_by_saliency
 from recall_merge.maths.weights import lines_scales
-from recall_merge.merging.delta_size import DeltaSizes
-from recall_merge.merging.nonfinite import is_finite, refuse_nonfinite
 from recall_merge.merging.plan import Plan
 from recall_merge.merging.spans import Piece, ThresholdSearch, Unit, units
+from recall_merge.merging.unsound import DeltaSizes, is_finite, refuse_nonfinite
 from recall_merge.merging.weights import MergeWeights
 from recall_merge.runtime import memory
 from recall_merge.runtime.errors import CheckpointError, ResultError

@@ -1,4 +1,4 @@
-"""Deltas out of all proportion: finite numbers that no sound training leaves, measured during the pass, and refused."""
+"""Numbers that no sound training leaves, named and refused: NaN and infinity, and deltas out of all proportion."""
 
 from __future__ import annotations
 
@@ -9,14 +9,35 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from recall_merge.maths.deltas import Delta, squared
-from recall_merge.merging.nonfinite import refuse_nonfinite
+from recall_merge.files.experts import widen
+from recall_merge.maths.deltas import Delta, dense, squared
 from recall_merge.merging.plan import Plan
 from recall_merge.runtime.errors import CheckpointError, Faults
 
 USUAL = 0.05
 """The least size that a base's tensor counts as, so that a tensor of zeros may be learnt, and a new one be drawn from N(0, 1)."""
 SHOWN = 3  # tensors per expert in an error
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every number is finite. A finite sum proves it; where a sum overflows, each number is checked."""
+    return not tensor.is_floating_point() or bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+def refuse_nonfinite(plan: Plan) -> None:
+    """Read all models again. CheckpointError names every tensor that holds NaN or infinity, if there is any."""
+    faults = Faults()
+    fix = "its training went wrong: take an earlier checkpoint, or `skip` the tensor to keep the base's"
+    for name in filter(plan.merges, plan.specs):
+        base = widen(plan.base.read(name))
+        if not is_finite(base):
+            faults.add(f"the base holds NaN or infinity in '{name}'", where=plan.base.folder, fix="no merge can mend the base")
+            continue
+        for expert in plan.experts:
+            delta = expert.delta(name, base) if plan.vocabulary is None else expert.own(name, base)
+            if delta is not None and not is_finite(dense(delta)):
+                faults.add(f"expert '{expert.name}' holds NaN or infinity in '{name}'", where=expert.folder, fix=fix)
+    faults.raise_any(CheckpointError)
 
 
 class DeltaSizes:
@@ -39,10 +60,9 @@ class DeltaSizes:
                 self._spans[name].append((base.numel(), squares))
 
     def check(self) -> None:
-        """Refuse experts that change a tensor out of all proportion; the error names the three worst tensors of each.
+        """Refuse experts that change a tensor out of all proportion, and numbers that are not finite but did not reach the result.
 
-        Raises:
-            CheckpointError: with all of them; or if a number is not finite that did not reach the result.
+        CheckpointError names all experts, and the three worst tensors of each.
         """
         excessive: dict[int, list[tuple[float, float, str]]] = defaultdict(list)  # by expert: size of the delta, of the base, tensor
         for name, spans in self._spans.items():

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from recall_merge import MergeRun, RecallError, merge
-from recall_merge.merging import validate_output
+from recall_merge.merging import verify
 from recall_merge.merging.plan import make_plan
-from recall_merge.merging.validate_output import runs_finite
+from recall_merge.merging.verify import runs_finite
 from recall_merge.runtime.errors import CheckpointError, ResultError
 from tiny import FAMILIES, fine_tuned, load_tensors, make_model, make_tokenizer, save_model
 
@@ -38,7 +38,7 @@ def loaded(monkeypatch) -> list[Path]:
         folders.append(folder)
         return runs_finite(folder, tokens)
 
-    monkeypatch.setattr(validate_output, "runs_finite", runs)
+    monkeypatch.setattr(verify, "runs_finite", runs)
     return folders
 
 
@@ -107,10 +107,10 @@ def test_a_result_that_cannot_be_loaded_leaves_nothing(llama, tmp_path, monkeypa
         raise CheckpointError("no architecture of that name", where=folder)
 
     expert = fine_tuned(llama, tmp_path / "expert", seed=1)
-    monkeypatch.setattr(validate_output, "runs_finite", refuse)
+    monkeypatch.setattr(verify, "runs_finite", refuse)
     with pytest.raises(ResultError, match="cannot be loaded: no architecture of that name"):
         merge(a_run(llama, expert, tmp_path / "out", reload=True))
-    monkeypatch.setattr(validate_output, "runs_finite", lambda folder, tokens: False)
+    monkeypatch.setattr(verify, "runs_finite", lambda folder, tokens: False)
     with pytest.raises(ResultError, match="not finite"):
         merge(a_run(llama, expert, tmp_path / "out", reload=True))
     assert not (tmp_path / "out").exists()
