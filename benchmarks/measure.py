@@ -123,6 +123,7 @@ def run(command: Sequence[str | Path]) -> Run:
         RuntimeError: if it fails, with what it printed.
     """
     env = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # installed packages are compiled: so is ours
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         start = time.perf_counter()
         process = subprocess.Popen([str(word) for word in command], stdout=out, stderr=err, cwd=ROOT, env=env)

@@ -76,7 +76,7 @@ def test_commands(here, arguments, printed):
         (["merge", "run.yaml", "--set", "options.temprature=2"], "no option 'temprature'", "did you mean 'temperature'"),
         (["merge", "run.yaml", "--set", "metod=linear"], "unknown key 'metod'", "did you mean 'method'"),
         (["merge", "run.yaml", "--set", "seed"], "not of the form KEY=VALUE", "--set"),
-        (["plan", "--base", "base", "-e", "a"], "--expert a: there is no '=' in it", "NAME=PATH"),
+        (["plan", "--base", "base", "-e", "a"], "--expert a: not of the form NAME=PATH", "NAME=PATH"),
         (["plan", *FLAGS], "does not say where the result goes", "--out"),
         (["methods", "lineer"], "there is no method 'lineer'", "did you mean 'linear'"),
         (["verify", "base"], "there is no record.json", "result of `recall merge`"),

@@ -11,7 +11,7 @@ import typer
 from recall_merge.cli import terminal_charts
 from recall_merge.cli.console import err, print_json
 from recall_merge.cli.console import out as console
-from recall_merge.cli.options import AsJson, ExecutorName, Quiet, Sets, settings_of
+from recall_merge.cli.options import AsJson, Executor, Quiet, Sets, settings_of
 
 if TYPE_CHECKING:
     from recall_merge.bench.bench import JobDone
@@ -26,7 +26,7 @@ def bench(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the jobs and the results.", show_default=False)] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Say what there is to do and about how long it takes; do nothing.")] = False,
     summary: Annotated[bool, typer.Option("--summary", help="Write the results of what is done so far; do nothing else.")] = False,
-    executor: ExecutorName = "local",
+    executor: Executor = "local",
     sets: Sets = None,
     as_json: AsJson = False,
     quiet: Quiet = False,

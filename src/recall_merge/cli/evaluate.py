@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from recall_merge.cli.console import out, print_json, progress, table
-from recall_merge.cli.options import AsJson, ExecutorName, Quiet, pairs
+from recall_merge.cli.options import AsJson, Executor, Quiet, pairs
 from recall_merge.evaluation.scoring import CHOICE_METRICS, METRICS
 
 
@@ -28,7 +28,7 @@ def evaluate(
     device: Annotated[str | None, typer.Option(help="Device; by default a GPU if there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Dtype of the model; float32 on a CPU by default.")] = None,
     template: Annotated[bool, typer.Option(help="Apply the model's chat template if it has one.")] = True,
-    executor: ExecutorName = "local",
+    executor: Executor = "local",
     card: Annotated[bool, typer.Option("--card", help="Add the scores to the model card (README.md).")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,

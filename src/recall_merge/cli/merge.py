@@ -11,20 +11,7 @@ import typer
 from recall_merge.cli import terminal_charts
 from recall_merge.cli.console import out as console
 from recall_merge.cli.console import print_json, print_notes, progress, table
-from recall_merge.cli.options import (
-    AsJson,
-    Base,
-    ExecutorName,
-    Experts,
-    MethodName,
-    Overwrite,
-    Quiet,
-    RunFile,
-    SamplesPath,
-    Sets,
-    Target,
-    read_run,
-)
+from recall_merge.cli.options import AsJson, Base, Executor, Experts, Method, Overwrite, Quiet, RunFile, Samples, Sets, Target, read_run
 
 if TYPE_CHECKING:
     from recall_merge.merging.cost import Estimate
@@ -36,11 +23,11 @@ def merge(
     run: RunFile = None,
     base: Base = None,
     expert: Experts = None,
-    method: MethodName = None,
-    samples: SamplesPath = None,
+    method: Method = None,
+    samples: Samples = None,
     out: Target = None,
     overwrite: Overwrite = False,
-    executor: ExecutorName = "local",
+    executor: Executor = "local",
     sets: Sets = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -65,8 +52,8 @@ def plan(
     run: RunFile = None,
     base: Base = None,
     expert: Experts = None,
-    method: MethodName = None,
-    samples: SamplesPath = None,
+    method: Method = None,
+    samples: Samples = None,
     out: Target = None,
     overwrite: Overwrite = False,
     sets: Sets = None,
@@ -97,8 +84,8 @@ def weights(
     run: RunFile = None,
     base: Base = None,
     expert: Experts = None,
-    method: MethodName = None,
-    samples: SamplesPath = None,
+    method: Method = None,
+    samples: Samples = None,
     sets: Sets = None,
     picture: Annotated[Path | None, typer.Option(help="Also save a picture: .png, .svg or .html.")] = None,
     as_json: AsJson = False,
@@ -124,16 +111,14 @@ def weights(
     _print_weights(result)
     if not quiet:
         print_notes(result.notes)
-    if picture is not None:
-        console().print(f"picture: {picture}")
-    return None
+    return None if picture is None else console().print(f"picture: {picture}")
 
 
 def stats(
     run: RunFile = None,
     base: Base = None,
     expert: Experts = None,
-    samples: SamplesPath = None,
+    samples: Samples = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the statistics; the expert's own by default.")] = None,
     rank: Annotated[int, typer.Option(min=0, help="Directions to keep of each second moment.")] = 24,
     sets: Sets = None,

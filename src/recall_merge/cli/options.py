@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,12 +18,12 @@ if TYPE_CHECKING:
 RunFile = Annotated[Path | None, typer.Argument(metavar="RUN.yaml", help="A run file, or one of mergekit; or use the options.")]
 Base = Annotated[str | None, typer.Option(help="Base: a folder, or a hub name with optional @revision.")]
 Experts = Annotated[list[str] | None, typer.Option("--expert", "-e", metavar="NAME=PATH", help="An expert; repeat, newest last.")]
-MethodName = Annotated[str | None, typer.Option("--method", "-m", help="One of `recall methods`.")]
-SamplesPath = Annotated[str | None, typer.Option("--samples", "-s", help="Rows of the newest expert's data.")]
+Method = Annotated[str | None, typer.Option("--method", "-m", help="One of `recall methods`.")]
+Samples = Annotated[str | None, typer.Option("--samples", "-s", help="Rows of the newest expert's data.")]
 Target = Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the result.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing result as a whole.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. seed=1; repeat.")]
-ExecutorName = Annotated[str, typer.Option(help="Where the work runs: local, ray, or ray://ADDRESS.")]
+Executor = Annotated[str, typer.Option(help="Where the work runs: local, ray, or ray://ADDRESS.")]
 ResultBase = Annotated[str | None, typer.Option(help="The result's base, if it is not where the record says.")]
 ResultExperts = Annotated[
     list[str] | None, typer.Option("--expert", "-e", metavar="NAME=PATH", help="An expert that is not where the record says; repeat.")
@@ -76,23 +77,7 @@ def settings_of(words: list[str] | None) -> dict[str, Any]:
     Raises:
         RunError: with every word that is not KEY=VALUE.
     """
-    faults, settings = Faults(), {}
-    for word in words or []:
-        with faults.collect():
-            key, value = _setting(word)
-            settings[key] = value
-    faults.raise_any(RunError)
-    return settings
-
-
-def _setting(word: str) -> tuple[str, Any]:
-    key, equals, text = word.partition("=")
-    if not equals or not key:
-        raise RunError(f"--set {word}: not of the form KEY=VALUE", fix="write e.g. --set options.temperature=0.5")
-    try:
-        return key, parse_yaml(text)
-    except NotYaml as error:
-        raise RunError(f"--set {word}: the value is not YAML", fix="put text with special characters in quotes") from error
+    return dict(pairs("--set", "KEY=VALUE", words, read=parse_yaml))
 
 
 def models_of(base: str | None, experts: list[str] | None) -> dict[str, str]:
@@ -100,17 +85,21 @@ def models_of(base: str | None, experts: list[str] | None) -> dict[str, str]:
     return ({} if base is None else {"base": base}) | dict(pairs("--expert", "NAME=PATH", experts))
 
 
-def pairs(option: str, form: str, words: list[str] | None) -> list[tuple[str, str]]:
-    """The values of a repeated option of the form NAME=VALUE.
+def pairs(option: str, form: str, words: list[str] | None, *, read: Callable[[str], Any] = str) -> list[tuple[str, Any]]:
+    """The values of a repeated option of the form NAME=VALUE, each value read by `read`.
 
     Raises:
-        RunError: with every word that has no '='.
+        RunError: with every word that is not of this form.
     """
     faults, named = Faults(), []
     for word in words or []:
-        name, equals, value = word.partition("=")
-        if not equals:
-            faults.add(f"{option} {word}: there is no '=' in it", fix=f"write {option} {form}")
-        named.append((name, value))
+        name, equals, text = word.partition("=")
+        if not equals or not name:
+            faults.add(f"{option} {word}: not of the form {form}", fix=f"write {option} {form}")
+            continue
+        try:
+            named.append((name, read(text)))
+        except NotYaml:
+            faults.add(f"{option} {word}: the value is not YAML", fix="put text with special characters in quotes")
     faults.raise_any(RunError)
     return named

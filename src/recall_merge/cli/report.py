@@ -66,7 +66,7 @@ def write(
     from recall_merge.continual.page import make_page
     from recall_merge.continual.state import is_workspace
     from recall_merge.files.record import RECORD
-    from recall_merge.report.result_page import result_page
+    from recall_merge.report.merge_page import result_page
     from recall_merge.report.write import write_report
 
     progress = progress or Silent()

@@ -10,7 +10,7 @@ import typer
 
 from recall_merge.cli import terminal_charts
 from recall_merge.cli.console import out, print_json, print_notes, progress, table
-from recall_merge.cli.options import AsJson, MethodName, Quiet, Sets, settings_of
+from recall_merge.cli.options import AsJson, Method, Quiet, Sets, settings_of
 from recall_merge.runtime.errors import RunError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ Workspace = Annotated[Path, typer.Argument(help="The folder of the workspace.")]
 def init(
     workspace: Workspace,
     base: Annotated[str, typer.Option(help="Base: a folder, or a hub name with optional @revision.")],
-    method: MethodName = None,
+    method: Method = None,
     sets: Sets = None,
     as_json: AsJson = False,
 ) -> None:
@@ -52,7 +52,7 @@ def learn(
     unseen: Annotated[
         str | None, typer.Option(metavar="A,B,..", help="Tasks to score but not to learn: FILE, NAME=FILE, or of lm-eval.")
     ] = None,
-    method: MethodName = None,
+    method: Method = None,
     sets: Sets = None,
     as_json: AsJson = False,
     quiet: Quiet = False,

@@ -13,7 +13,7 @@ from recall_merge.continual.state import unchanged_path
 from recall_merge.continual.workspace import Branch, scores_by_row
 from recall_merge.files.rows import read_rows
 from recall_merge.report import workspace_charts as charts
-from recall_merge.report.page import Block, Cell, Code, Figure, Matrix, Text
+from recall_merge.report.page import Block, Cell, Figure, Matrix, Text
 from recall_merge.report.words import Words
 
 DRAWS = 500  # of the bootstrap
@@ -56,7 +56,7 @@ def branch_blocks(branch: BranchScores, words: Words, *, first: bool) -> Iterato
     yield _picture(branch)
     if first and not words.wanted:
         yield Text("To see the texts of items and samples on this page, where they are kept:")
-        yield Code("recall report WORKSPACE --text")
+        yield Text("recall report WORKSPACE --text", is_code=True)
     yield _curves(branch)
     yield from _numbers(branch)
     yield from _flow(branch)

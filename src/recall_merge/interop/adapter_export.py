@@ -28,44 +28,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExportedAdapter:
-    """An adapter that was written.
-
-    Attributes:
-        path: its folder.
-        error: |delta - adapter| / |delta| over the whole model, in the Frobenius norm, with delta = result - base as stored.
-        errors: the same by layer, 0..L+1; 0 where nothing changed.
-        ranks: the rank of every linear layer that it changes.
-        whole: tensors that it stores whole, because they are not the weights of linear layers.
-        notes: what a reader should know.
-    """
+    """An adapter that was written. Errors are |delta - adapter| / |delta| in the Frobenius norm, with delta = result - base as stored."""
 
     path: Path
-    error: float
-    errors: tuple[float, ...]
-    ranks: Mapping[str, int]
-    whole: tuple[str, ...]
+    error: float  # over the whole model
+    errors: tuple[float, ...]  # by layer, 0..L+1; 0 where nothing changed
+    ranks: Mapping[str, int]  # of every linear layer that it changes
+    whole: tuple[str, ...]  # tensors that it stores whole, because they are not the weights of linear layers
     notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class AdapterPlan:
-    """An adapter before its numbers are computed.
-
-    Attributes:
-        places: tensor of the base -> its modules in memory; a tied embedding has two.
-        ranks: of the changed weights of linear layers.
-        whole: the other changed tensors.
-        experts: the adapters that the result is a weighted sum of, if it is one.
-        shares: then the share of each expert at each layer (L + 2, k).
-    """
+    """An adapter before its numbers are computed."""
 
     result: Result
     base: Checkpoint
-    places: Mapping[str, Sequence[ParameterInfo]]
-    ranks: Mapping[str, int]
-    whole: tuple[str, ...]
-    experts: Sequence[AdapterExpert]
-    shares: Tensor | None
+    places: Mapping[str, Sequence[ParameterInfo]]  # tensor of the base -> its modules in memory; a tied embedding has two
+    ranks: Mapping[str, int]  # of the changed weights of linear layers
+    whole: tuple[str, ...]  # the other changed tensors
+    experts: Sequence[AdapterExpert]  # the adapters that the result is a weighted sum of, if it is one
+    shares: Tensor | None  # then the share of each expert at each layer (L + 2, k)
 
     @property
     def biases(self) -> list[str]:
@@ -184,7 +167,7 @@ def _changed(result: Result, base: Checkpoint, name: str) -> bool:
 
 
 def _rank(shape: tuple[int, ...], name: str, experts: Sequence[AdapterExpert], rank: int | None) -> int:
-    """The given rank, or that of an exact adapter: the sum of the experts' ranks where they consist of nothing but factors."""
+    """The given rank, or that of an exact adapter: the sum of the experts' ranks where all of them are nothing but factors."""
     edits = [edit for expert in experts if (edit := expert.adapter.edits.get(name)) is not None]
     downs = [edit.down for edit in edits if edit.is_product]
     exact = sum(down.spec.shape[0] for down in downs if down is not None) if edits and len(downs) == len(edits) else min(shape)

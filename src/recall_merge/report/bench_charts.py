@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from recall_merge.report.pictures import altair
-from recall_merge.report.theme import SEQUENTIAL, WIDTH, WON, model_colours
+from recall_merge.report.pictures import SEQUENTIAL, WIDTH, WON, altair, model_colours
 
 
 def matrix(scores: Sequence[Sequence[float | None]], stages: Sequence[str], title: str) -> Any:

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from recall_merge.report.pictures import altair, chart_of, save_chart
-from recall_merge.report.theme import DIVERGING, SEQUENTIAL, WIDTH, model_colours
+from recall_merge.report.pictures import DIVERGING, SEQUENTIAL, WIDTH, altair, chart_of, model_colours, save_chart
 
 LAYER = "layer (0 = embedding)"
 

@@ -10,34 +10,26 @@ import base64
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from recall_merge.report.pictures import altair, save_chart
-from recall_merge.report.theme import PAGE_INK, spec_of
+from recall_merge.report.pictures import PAGE_INK, altair, save_chart, spec_of
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart, and the same numbers as a table for readers who cannot see it.
+    """A chart, and the same numbers as a table for readers who cannot see it."""
 
-    Attributes:
-        name: of its files, in plain letters.
-        says: the caption: what the chart shows.
-        chart: by Altair; its width is a maximum.
-    """
-
-    name: str
+    name: str  # of its files, in plain letters
     title: str
-    says: str
-    chart: Any
+    says: str  # the caption: what the chart shows
+    chart: Any  # by Altair; its width is a maximum
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
-    on_page: bool = True
-    """False: it is only written as a picture."""
+    on_page: bool = True  # False: it is only written as a picture
 
 
 @dataclass(frozen=True)
@@ -51,16 +43,10 @@ class Table:
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph."""
+    """A paragraph, or a command to type."""
 
     text: str
-
-
-@dataclass(frozen=True)
-class Code:
-    """A command to type."""
-
-    text: str
+    is_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,14 +65,12 @@ class Item:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of R. `anchor` leads to its items, if there are any."""
+    """A cell of R."""
 
     shown: str
-    share: float | None
-    """0 to 1: how strong its colour is; None for an empty cell."""
-    anchor: str = ""
-    new: bool = False
-    """The task was learnt at this stage."""
+    share: float | None  # 0 to 1: how strong its colour is; None for an empty cell
+    anchor: str = ""  # of its items, if there are any
+    new: bool = False  # the task was learnt at this stage
 
 
 @dataclass(frozen=True)
@@ -116,7 +100,7 @@ class Tree:
     nodes: Sequence[Any]
 
 
-Block = Figure | Table | Text | Code | Matrix | Tree
+Block = Figure | Table | Text | Matrix | Tree
 """What a section consists of. The template tells them apart by the names of their classes."""
 
 
@@ -131,18 +115,13 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """A report.
-
-    Attributes:
-        lede: the main findings in a few sentences.
-        facts: small print at the end: (name, value).
-    """
+    """A report."""
 
     title: str
     subject: str
-    lede: Sequence[str]
+    lede: Sequence[str]  # the main findings in a few sentences
     sections: Sequence[Section]
-    facts: Sequence[tuple[str, str]] = field(default=())
+    facts: Sequence[tuple[str, str]] = ()  # small print at the end: (name, value)
 
     @property
     def figures(self) -> list[Figure]:
@@ -165,20 +144,15 @@ def render(page: Page) -> str:
         page=page,
         style=(here / "page.css").read_text("utf-8"),
         scripts=scripts,
-        policy="; ".join(
-            ("default-src 'none'", f"script-src {' '.join(map(_hash, scripts.values()))}", "style-src 'unsafe-inline'", "img-src data:")
-        ),
+        policy=f"default-src 'none'; script-src {' '.join(map(_hash, scripts.values()))}; style-src 'unsafe-inline'; img-src data:",
         spec=_spec,
     )
 
 
 def save_figures(figures: Sequence[Figure], folder: Path) -> list[Path]:
     """Save each chart as PNG and SVG."""
-    return [
-        save_chart(figure.chart.properties(title=figure.title), folder / f"{figure.name}.{form}", figure.says)
-        for figure in figures
-        for form in ("png", "svg")
-    ]
+    files = [(figure, folder / f"{figure.name}.{form}") for figure in figures for form in ("png", "svg")]
+    return [save_chart(figure.chart.properties(title=figure.title), file, figure.says) for figure, file in files]
 
 
 def json_in_html(value: Any) -> str:

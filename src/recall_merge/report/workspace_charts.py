@@ -6,8 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from recall_merge.report.pictures import altair, chart_of
-from recall_merge.report.theme import LOST, SEQUENTIAL, WIDTH, WON, model_colours
+from recall_merge.report.pictures import LOST, SEQUENTIAL, WIDTH, WON, altair, chart_of, model_colours
 
 
 def matrix(cells: Sequence[Mapping[str, Any]], stages: Sequence[str], tasks: Sequence[str]) -> Any:
