@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
 
-from recall_merge.maths.deltas import Dense
+from recall_merge.maths.deltas import Deltas, Dense, Weights
 
 Elect = Annotated[
     Literal["weighted", "unweighted", "count"],
@@ -19,7 +18,7 @@ Mean = Annotated[
 ]
 
 
-def weighted_sum(deltas: Sequence[Dense], weights: Sequence[float]) -> Dense:
+def weighted_sum(deltas: Deltas, weights: Weights) -> Dense:
     """sum_q w_q delta_q.
 
     >>> weighted_sum([torch.ones(2), 3 * torch.ones(2)], [0.5, 0.5])
@@ -31,7 +30,7 @@ def weighted_sum(deltas: Sequence[Dense], weights: Sequence[float]) -> Dense:
     return total
 
 
-def agreeing(deltas: Sequence[Dense], weights: Sequence[float], *, elect: Elect = "weighted", mean: Mean = "weights") -> Dense:
+def agreeing(deltas: Deltas, weights: Weights, *, elect: Elect = "weighted", mean: Mean = "weights") -> Dense:
     """sum_{q in A} w_q delta_q / sum_{q in A} w_q, A = {q : sign(delta_q) = s}, s the elected sign, entry by entry.
 
     s is the sign of sum_q w_q delta_q, or as `elect` says of sum_q delta_q or sum_q sign(delta_q); `mean` can change the divisor.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,12 @@ class LowRank:
 Dense = Float[Tensor, "*s"]
 """A tensor of any shape; within one call the same shape for all."""
 Delta = Dense | LowRank
+Deltas = Sequence[Dense]
+"""One per expert, in the run's order, dense."""
+Factored = Sequence[Delta]
+"""The same, as factors where an expert has them."""
+Weights = Sequence[float]
+"""One per delta, for the tensor's layer."""
 
 
 def dense(delta: Delta) -> Dense:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from recall_merge.maths.deltas import Delta, LowRank, dense
+from recall_merge.maths.deltas import Delta, Factored, LowRank, dense
 
 _SHARED = 1e-3  # vectors that differ by less than about this, relative to their length, count as one direction
 
@@ -52,7 +52,7 @@ def _decomposed(delta: Delta) -> Singular:
     return Singular(left @ u, values, right @ vt.T)
 
 
-def combined(deltas: Sequence[Delta], factors: Sequence[float]) -> Delta:
+def combined(deltas: Factored, factors: Sequence[float]) -> Delta:
     """sum_q c_q delta_q: factors side by side if all are low-rank, else dense.
 
     >>> one = LowRank(torch.ones(2, 1), torch.ones(1, 3))

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from recall_merge.maths.deltas import Delta, Dense, LowRank
+from recall_merge.maths.deltas import Dense, Factored, LowRank, Weights
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def compress(moment: Float[Tensor, "i i"], rank: int) -> Moment:
     return Moment(factor.float(), rest.float())
 
 
-def least_squares(deltas: Sequence[Delta], moments: Sequence[Moment], weights: Sequence[float], *, ridge: float = 0.0) -> Dense:
+def least_squares(deltas: Factored, moments: Sequence[Moment], weights: Weights, *, ridge: float = 0.0) -> Dense:
     """The change that answers every expert's typical inputs as that expert would.    (o, i)
 
     argmin_D sum_q w_q tr((D - delta_q) G_q (D - delta_q)^T) + ridge |D|^2 = (sum_q w_q delta_q G_q) (sum_q w_q G_q + ridge I)^-1.
@@ -92,13 +92,13 @@ def least_squares(deltas: Sequence[Delta], moments: Sequence[Moment], weights: S
     return change
 
 
-def _system(moments: Sequence[Moment], weights: Sequence[float], ridge: float) -> tuple[Tensor, Tensor]:
+def _system(moments: Sequence[Moment], weights: Weights, ridge: float) -> tuple[Tensor, Tensor]:
     """d (i,) and V (i, k r) of sum_q w_q G_q + ridge I = diag(d) + V V^T."""
     diagonal = sum((weight * moment.rest for moment, weight in zip(moments, weights, strict=True)), torch.zeros_like(moments[0].rest))
     return diagonal + ridge, torch.cat([weight**0.5 * moment.factor for moment, weight in zip(moments, weights, strict=True)], dim=1)
 
 
-def condition_bound(moments: Sequence[Moment], weights: Sequence[float], *, ridge: float) -> float:
+def condition_bound(moments: Sequence[Moment], weights: Weights, *, ridge: float) -> float:
     """An upper bound of the system's condition number, from eigenvalues in [min d, max d + |V|^2]: the solve can lose 1e-16 times this."""
     diagonal, factor = _system(moments, weights, ridge)
     return float((diagonal.max() + torch.linalg.matrix_norm(factor, 2).square()) / diagonal.min()) if factor.numel() else 1.0

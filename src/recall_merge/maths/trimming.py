@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import hardshrink
 
 from recall_merge.maths.consensus import weighted_sum
-from recall_merge.maths.deltas import Dense
+from recall_merge.maths.deltas import Deltas, Dense
 from recall_merge.maths.draws import Start
 from recall_merge.maths.order_statistics import below, kth_largest
 from recall_merge.maths.pieces import in_pieces, pieces
@@ -32,19 +32,17 @@ FindThreshold = Callable[[Callable[[int], float], int, torch.dtype, int, Mapping
 """(k -> k-th largest size of a delta, its number of entries, its dtype, the expert's number, options) -> which sizes stay."""
 PerExpert = float | list[float]
 """One number for all experts, or one for each."""
-Rescale = Annotated[
+RescaleKept = Annotated[
     Literal["none", "l1"], "multiply what stays: none, by nothing; l1, so that the sum of sizes is as before, over the tensor (as mergekit)"
 ]
-RescaleDrop = Annotated[
+Rescale = Annotated[
     Literal["share", "l1", "none"],
     "multiply what stays: share, by 1 / the probability of staying (as DARE and DELLA); l1, so that the sum of sizes is as before, over "
     "the tensor (as mergekit); none, by nothing",
 ]
 
 
-def add_trimmed(
-    base: Dense, deltas: Sequence[Dense], trims: Sequence[Trim], combine: Combine, scale: float, *, by_row: bool = False
-) -> Dense:
+def add_trimmed(base: Dense, deltas: Deltas, trims: Sequence[Trim], combine: Combine, scale: float, *, by_row: bool = False) -> Dense:
     """theta_0 + scale * combine(v_1 .. v_k), v_q = trim_q(delta_q), in pieces; of whole rows where a trim needs them.
 
     >>> add_trimmed(torch.zeros(2), [torch.tensor([1.0, 5.0])], [partial(between, low=2.0)], lambda kept: kept[0], scale=2.0)
@@ -59,7 +57,7 @@ def add_trimmed(
 
 
 def keep_sizes(
-    deltas: Sequence[Dense], find: FindThreshold, thresholds: list[Threshold] | None = None, *, rescale: Rescale = "none", **options: Any
+    deltas: Deltas, find: FindThreshold, thresholds: list[Threshold] | None = None, *, rescale: RescaleKept = "none", **options: Any
 ) -> list[Trim]:
     """For every delta, [delta]_e if its size is one that stays, else 0. Thresholds that are given are not looked for again.
 
@@ -99,7 +97,7 @@ def between(piece: Dense, low: float, high: float | None = None) -> Dense:
     return kept if high is None else kept.sub_(hardshrink(piece, high))
 
 
-def drop_random(deltas: Sequence[Dense], streams: Sequence[Start], *, density: PerExpert, rescale: RescaleDrop = "share") -> list[Trim]:
+def drop_random(deltas: Deltas, streams: Sequence[Start], *, density: PerExpert, rescale: Rescale = "share") -> list[Trim]:
     """For every delta, [delta]_e / density with probability density, else 0, each entry on its own (DARE).
 
     >>> delta, numbers = torch.tensor([1.0, 1.0, 1.0]), torch.tensor([0.1, 0.6, 0.4])
@@ -118,7 +116,7 @@ def drop_random(deltas: Sequence[Dense], streams: Sequence[Start], *, density: P
 
 
 def drop_by_rank(
-    deltas: Sequence[Dense], streams: Sequence[Start], *, density: PerExpert, epsilon: PerExpert, rescale: RescaleDrop = "share"
+    deltas: Deltas, streams: Sequence[Start], *, density: PerExpert, epsilon: PerExpert, rescale: Rescale = "share"
 ) -> list[Trim]:
     """For every delta, [delta]_e / p_e with probability p_e, else 0; p_e rises with the rank of |delta_e| in its row (DELLA's MagPrune).
 
@@ -143,9 +141,7 @@ def drop_by_rank(
     ]
 
 
-def prune_by_saliency(
-    deltas: Sequence[Dense], *, density: float = 0.5, saliency: Literal["deviation", "magnitude"] = "deviation"
-) -> list[Dense]:
+def prune_by_saliency(deltas: Deltas, *, density: float = 0.5, saliency: Literal["deviation", "magnitude"] = "deviation") -> list[Dense]:
     """Before the merge, whatever the method: each delta with all but its int(density * n) most salient entries set to 0. Ties stay.
 
     saliency_q = |delta_q - mean_p delta_p| (deviation) or |delta_q| (magnitude), entry by entry. Both scores are our own; masks by a

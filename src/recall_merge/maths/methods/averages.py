@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
 from annotated_types import Interval
 
-from recall_merge.maths.deltas import Dense
+from recall_merge.maths.deltas import Deltas, Dense, Weights
 from recall_merge.maths.methods.registry import Scale, method
 
 Position = Annotated[float, Interval(ge=0, le=1), "place on the line from the base (0) to the expert (1)"]
 
 
 @method("linear", source="Wortsman et al. 2022, Model soups, arXiv:2203.05482", elementwise=True, sums=True)
-def linear(base: Dense, deltas: Sequence[Dense], weights: Sequence[float], *, scale: Scale = 1.0) -> Dense:
+def linear(base: Dense, deltas: Deltas, weights: Weights, *, scale: Scale = 1.0) -> Dense:
     """Weighted average of the experts.
 
     theta = theta_0 + scale * sum_q w_q delta_q.
@@ -32,7 +31,7 @@ def linear(base: Dense, deltas: Sequence[Dense], weights: Sequence[float], *, sc
 
 
 @method("task_arithmetic", source="Ilharco et al. 2023, Editing models with task arithmetic, arXiv:2212.04089", elementwise=True)
-def task_arithmetic(base: Dense, deltas: Sequence[Dense], weights: Sequence[float], *, scale: Scale = 1.0) -> Dense:
+def task_arithmetic(base: Dense, deltas: Deltas, weights: Weights, *, scale: Scale = 1.0) -> Dense:
     """Sum of the experts' deltas: with uniform weights each counts in full, not 1/k of it.
 
     theta = theta_0 + scale * k * sum_q w_q delta_q.
@@ -47,7 +46,7 @@ def task_arithmetic(base: Dense, deltas: Sequence[Dense], weights: Sequence[floa
 @method(
     "wise_ft", source="Wortsman et al. 2022, Robust fine-tuning of zero-shot models, arXiv:2109.01903", elementwise=True, experts=(1, 1)
 )
-def wise_ft(base: Dense, deltas: Sequence[Dense], weights: Sequence[float], *, alpha: Position = 0.5) -> Dense:
+def wise_ft(base: Dense, deltas: Deltas, weights: Weights, *, alpha: Position = 0.5) -> Dense:
     """A point on the line between the base and its one expert.
 
     theta = (1 - alpha) theta_0 + alpha theta_1 = theta_0 + alpha * w_1 delta_1.

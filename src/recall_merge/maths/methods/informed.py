@@ -11,7 +11,7 @@ from typing import Annotated
 import torch
 from annotated_types import Interval
 
-from recall_merge.maths.deltas import Delta, Dense, dense
+from recall_merge.maths.deltas import Deltas, Dense, Factored, Weights, dense
 from recall_merge.maths.methods.averages import linear
 from recall_merge.maths.methods.registry import Scale, method
 from recall_merge.maths.moments import Moment, condition_bound, identity, least_squares
@@ -25,9 +25,7 @@ Ridge = Annotated[float, Interval(gt=0), "added to the diagonal of the moments' 
 
 
 @method("fisher", source="Matena and Raffel 2022, Fisher-weighted averaging, arXiv:2111.09832", matrices=True)
-def fisher(
-    base: Dense, deltas: Sequence[Dense], weights: Sequence[float], *, moments: Moments = (), floor: Floor = 1e-6, scale: Scale = 1.0
-) -> Dense:
+def fisher(base: Dense, deltas: Deltas, weights: Weights, *, moments: Moments = (), floor: Floor = 1e-6, scale: Scale = 1.0) -> Dense:
     """Average of the experts, each entry weighted by how much each expert's predictions depend on it.
 
     theta = theta_0 + scale * (sum_q w_q) * sum_q w_q F_q delta_q / sum_q w_q F_q.    base (o, i), k of (o, i), F_q (o, i)
@@ -59,8 +57,8 @@ def fisher(
 @method("regmean", source="Jin et al. 2023, Dataless knowledge fusion, arXiv:2212.09849", factors=True, matrices=True)
 def regmean(
     base: Dense,
-    deltas: Sequence[Delta],
-    weights: Sequence[float],
+    deltas: Factored,
+    weights: Weights,
     *,
     moments: Moments = (),
     offdiagonal: OffDiagonal = 0.9,
@@ -91,8 +89,8 @@ def regmean(
 @method("aligned", source="this project, after RegMean, Jin et al. 2023, arXiv:2212.09849", factors=True, matrices=True)
 def aligned(
     base: Dense,
-    deltas: Sequence[Delta],
-    weights: Sequence[float],
+    deltas: Factored,
+    weights: Weights,
     *,
     moments: Moments = (),
     offdiagonal: OffDiagonal = 0.9,
@@ -113,7 +111,7 @@ def aligned(
     return base + least_squares(deltas, units, _shares(weights), ridge=ridge).mul_(scale * sum(weights)).to(base.dtype)
 
 
-def condition(moments: Moments, weights: Sequence[float], *, offdiagonal: float = 0.9, ridge: float = 1e-6) -> float:
+def condition(moments: Moments, weights: Weights, *, offdiagonal: float = 0.9, ridge: float = 1e-6) -> float:
     """An upper bound of the condition number of the system that `aligned` solves for one tensor; at least one moment is known."""
     return condition_bound(_units(moments, offdiagonal), _shares(weights), ridge=ridge)
 
@@ -124,6 +122,6 @@ def _units(moments: Moments, offdiagonal: float) -> list[Moment]:
     return [identity(size) if moment is None else moment.shrunk(offdiagonal) for moment in moments]
 
 
-def _shares(weights: Sequence[float]) -> list[float]:
+def _shares(weights: Weights) -> list[float]:
     total = sum(weights) or 1.0
     return [weight / total for weight in weights]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import reduce
 from typing import Annotated, Literal
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import hardshrink
 
 from recall_merge.maths.consensus import agreeing, weighted_sum
-from recall_merge.maths.deltas import Dense
+from recall_merge.maths.deltas import Deltas, Dense, Weights
 from recall_merge.maths.methods.registry import Fraction, Scale, method
 from recall_merge.maths.order_statistics import below, kth_largest
 from recall_merge.maths.pieces import in_pieces, inner_products, pieces, rows
@@ -22,7 +21,7 @@ Competing = Annotated[Fraction, "share of each delta's entries that stay, those 
 
 
 @method("model_stock", source="Jang et al. 2024, Model Stock, arXiv:2403.19522")
-def model_stock(base: Dense, deltas: Sequence[Dense], weights: Sequence[float], *, vectors: Filters = "whole") -> Dense:
+def model_stock(base: Dense, deltas: Deltas, weights: Weights, *, vectors: Filters = "whole") -> Dense:
     """The average of the experts, drawn back to the base: the wider the angle between their deltas, the further.
 
     theta = theta_0 + t * sum_q w_q delta_q,  t = k c / (1 + (k - 1) c),  c = mean over pairs p < q of cos(delta_p, delta_q).
@@ -44,7 +43,7 @@ def model_stock(base: Dense, deltas: Sequence[Dense], weights: Sequence[float], 
 
 
 @method("magmax", source="Marczak et al. 2024, MagMax, arXiv:2407.06322", elementwise=True)
-def magmax(base: Dense, deltas: Sequence[Dense], weights: Sequence[float], *, scale: Scale = 1.0) -> Dense:
+def magmax(base: Dense, deltas: Deltas, weights: Weights, *, scale: Scale = 1.0) -> Dense:
     """The delta of largest size, entry by entry.
 
     theta = theta_0 + scale * v_q*,  v_q = k w_q delta_q,  q* = argmax_q |v_q|.
@@ -63,7 +62,7 @@ def magmax(base: Dense, deltas: Sequence[Dense], weights: Sequence[float], *, sc
 
 
 @method("sce", source="Wan et al. 2024, FuseChat, arXiv:2408.07990")
-def sce(base: Dense, deltas: Sequence[Dense], weights: Sequence[float], *, density: Selected = 0.1, scale: Scale = 1.0) -> Dense:
+def sce(base: Dense, deltas: Deltas, weights: Weights, *, density: Selected = 0.1, scale: Scale = 1.0) -> Dense:
     """Select the entries where experts differ, calculate each expert's weight from them, erase minority signs.
 
     theta = theta_0 + scale * sum_{q in A} eta_q delta_q / sum_{q in A} eta_q on the selected entries, theta_0 elsewhere, with
@@ -98,7 +97,7 @@ def sce(base: Dense, deltas: Sequence[Dense], weights: Sequence[float], *, densi
 
 
 @method("pcb", source="Du et al. 2024, Parameter competition balancing, arXiv:2410.02396, and its code, github.com/duguodong7/pcb-merging")
-def pcb(base: Dense, deltas: Sequence[Dense], weights: Sequence[float], *, density: Competing = 0.1, scale: Scale = 1.0) -> Dense:
+def pcb(base: Dense, deltas: Deltas, weights: Weights, *, density: Competing = 0.1, scale: Scale = 1.0) -> Dense:
     """Let the entries of each delta compete: within it by size, between experts by agreement; keep the winners, weighted by score.
 
     theta = theta_0 + scale * sum_q w_q s_q v_q / sum_q w_q s_q,  entry by entry, 0 / 0 = 0.

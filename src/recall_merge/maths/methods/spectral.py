@@ -13,7 +13,7 @@ import torch
 from annotated_types import Interval
 from torch import Tensor
 
-from recall_merge.maths.deltas import Delta, Dense, LowRank, dense
+from recall_merge.maths.deltas import Delta, Dense, Factored, LowRank, Weights, dense
 from recall_merge.maths.low_rank import Singular, combined, norm, orthonormal, singular
 from recall_merge.maths.methods.averages import linear
 from recall_merge.maths.methods.registry import Scale, method
@@ -31,7 +31,7 @@ Growth = Annotated[
 
 
 @method("tsv", source="Gargiulo et al. 2025, Task Singular Vectors, arXiv:2412.00081", factors=True, matrices=True)
-def tsv(base: Dense, deltas: Sequence[Delta], weights: Sequence[float], *, rank: Rank = 0, scale: Scale = 1.0) -> Dense:
+def tsv(base: Dense, deltas: Factored, weights: Weights, *, rank: Rank = 0, scale: Scale = 1.0) -> Dense:
     """The top singular vectors of every delta, made orthogonal to each other, so that experts do not interfere.
 
     theta = theta_0 + scale * U' S V'^T,  S = diag(k w_1 S_1, .., k w_k S_k),  U' = polar([U_1 .. U_k]),  V' = polar([V_1 .. V_k]),
@@ -51,7 +51,7 @@ def tsv(base: Dense, deltas: Sequence[Delta], weights: Sequence[float], *, rank:
 
 
 @method("isotropic", source="Marczak et al. 2025, No task left behind, arXiv:2502.04959", factors=True, matrices=True)
-def isotropic(base: Dense, deltas: Sequence[Delta], weights: Sequence[float], *, common: Common = 1.0, scale: Scale = 1.0) -> Dense:
+def isotropic(base: Dense, deltas: Factored, weights: Weights, *, common: Common = 1.0, scale: Scale = 1.0) -> Dense:
     """The sum of the deltas with all its singular values made equal, so that no expert's few strong directions drown the others'.
 
     theta = theta_0 + scale * s U V^T,  sum_q k w_q delta_q = U S V^T of rank r,  s = mean of S.
@@ -77,9 +77,7 @@ def isotropic(base: Dense, deltas: Sequence[Delta], weights: Sequence[float], *,
 
 
 @method("opcm", source="Tang et al. 2025, Merging models on the fly, arXiv:2501.09522", factors=True, matrices=True, ordered=True)
-def opcm(
-    base: Dense, deltas: Sequence[Delta], weights: Sequence[float], *, alpha: Alpha = 0.5, growth: Growth = "norm", scale: Scale = 1.0
-) -> Dense:
+def opcm(base: Dense, deltas: Factored, weights: Weights, *, alpha: Alpha = 0.5, growth: Growth = "norm", scale: Scale = 1.0) -> Dense:
     """One expert after another: each new delta is added outside the directions of the merged delta so far.
 
     D_1 = v_1,  D_t = (l_{t-1} D_{t-1} + P(v_t)) / l_t,  theta = theta_0 + scale * D_k,  v_t = k w_t delta_t.
@@ -102,7 +100,7 @@ def opcm(
     return dense(combined([base, merged], [1.0, scale]))
 
 
-def _present(deltas: Sequence[Delta], weights: Sequence[float]) -> list[tuple[Delta, float]]:
+def _present(deltas: Factored, weights: Weights) -> list[tuple[Delta, float]]:
     """The deltas that count, each with k w_q: neither their weight nor the delta is 0."""
     pairs = [(delta, len(deltas) * weight) for delta, weight in zip(deltas, weights, strict=True)]
     return [(delta, factor) for delta, factor in pairs if factor and (isinstance(delta, LowRank) or delta.any())]

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from recall_merge.maths.consensus import weighted_sum
-from recall_merge.maths.deltas import Dense
+from recall_merge.maths.deltas import Deltas, Dense, Weights
 from recall_merge.maths.methods.registry import method
 from recall_merge.maths.pieces import Vectors, columns_last, in_pieces, inner_products, rows
 
@@ -25,13 +25,7 @@ Above = Annotated[float, Interval(ge=0, le=1), "vectors with a cosine of more th
 
 @method("slerp", source="Shoemake 1985, Animating rotation with quaternion curves, doi:10.1145/325165.325242", experts=(2, 2))
 def slerp(
-    base: Dense,
-    deltas: Sequence[Dense],
-    weights: Sequence[float],
-    *,
-    vectors: Vectors = "whole",
-    sphere: Sphere = "weights",
-    linear_above: Above = 0.9995,
+    base: Dense, deltas: Deltas, weights: Weights, *, vectors: Vectors = "whole", sphere: Sphere = "weights", linear_above: Above = 0.9995
 ) -> Dense:
     """Spherical interpolation between two experts' weights.
 
@@ -47,13 +41,7 @@ def slerp(
 
 @method("nuslerp", source="Goddard 2024, mergekit's NuSLERP, github.com/arcee-ai/mergekit docs/merge_methods.md", experts=(2, 2))
 def nuslerp(
-    base: Dense,
-    deltas: Sequence[Dense],
-    weights: Sequence[float],
-    *,
-    vectors: Vectors = "whole",
-    sphere: Sphere = "deltas",
-    linear_above: Above = 1.0,
+    base: Dense, deltas: Deltas, weights: Weights, *, vectors: Vectors = "whole", sphere: Sphere = "deltas", linear_above: Above = 1.0
 ) -> Dense:
     """Spherical interpolation between two experts' deltas: `slerp` around the base, with a straight line only where it must be.
 
@@ -65,7 +53,7 @@ def nuslerp(
 
 
 @method("karcher", source="Karcher 1977, Riemannian center of mass, doi:10.1002/cpa.3160300502")
-def karcher(base: Dense, deltas: Sequence[Dense], weights: Sequence[float], *, sphere: Sphere = "weights") -> Dense:
+def karcher(base: Dense, deltas: Deltas, weights: Weights, *, sphere: Sphere = "weights") -> Dense:
     """Weighted mean on the sphere of any number of experts: SLERP for many.
 
     theta = (sum_q w_q |theta_q|) * mu,  mu = the unit vector with sum_q w_q log_mu(theta_q / |theta_q|) = 0: the point of least weighted
@@ -84,7 +72,7 @@ def _products(base: Tensor, deltas: Sequence[Tensor], vectors: Vectors, sphere: 
     return mixing @ inner_products([base, *deltas], vectors) @ mixing.T
 
 
-def _shares(weights: Sequence[float]) -> Float[Tensor, " k"]:
+def _shares(weights: Weights) -> Float[Tensor, " k"]:
     """Weights over their sum, float64; equal where all are 0."""
     shares = torch.tensor(weights, dtype=torch.float64)
     return shares / shares.sum() if shares.sum() else torch.full_like(shares, 1 / len(weights))

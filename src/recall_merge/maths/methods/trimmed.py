@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Annotated
 
 from annotated_types import Interval
 
 from recall_merge.maths.consensus import Elect, Mean, agreeing, weighted_sum
-from recall_merge.maths.deltas import Dense
+from recall_merge.maths.deltas import Deltas, Dense, Weights
 from recall_merge.maths.draws import Draws
 from recall_merge.maths.methods.registry import Fraction, Scale, method
-from recall_merge.maths.trimming import Rescale, RescaleDrop, Threshold, add_trimmed, drop_by_rank, drop_random, keep_sizes, largest, middle
+from recall_merge.maths.trimming import Rescale, RescaleKept, Threshold, add_trimmed, drop_by_rank, drop_random, keep_sizes, largest, middle
 
 BelowOne = Annotated[float, Interval(ge=0, lt=1)]
 Density = Annotated[Fraction | list[Fraction], "share of each delta's entries that stay; one number, or one per expert"]
@@ -28,12 +27,12 @@ Epsilon = Annotated[
 @method("ties", source="Yadav et al. 2023, TIES-Merging, arXiv:2306.01708", find_threshold=largest)
 def ties(
     base: Dense,
-    deltas: Sequence[Dense],
-    weights: Sequence[float],
+    deltas: Deltas,
+    weights: Weights,
     *,
     thresholds: list[Threshold] | None = None,
     density: Density = 0.2,
-    rescale: Rescale = "none",
+    rescale: RescaleKept = "none",
     elect: Elect = "weighted",
     mean: Mean = "weights",
     scale: Scale = 1.0,
@@ -56,14 +55,7 @@ def ties(
 
 @method("dare_linear", source="Yu et al. 2024, Language models are super Mario, arXiv:2311.03099")
 def dare_linear(
-    base: Dense,
-    deltas: Sequence[Dense],
-    weights: Sequence[float],
-    *,
-    draws: Draws,
-    density: Density = 0.5,
-    rescale: RescaleDrop = "share",
-    scale: Scale = 1.0,
+    base: Dense, deltas: Deltas, weights: Weights, *, draws: Draws, density: Density = 0.5, rescale: Rescale = "share", scale: Scale = 1.0
 ) -> Dense:
     """Drop entries at random, rescale the rest, average.
 
@@ -77,12 +69,12 @@ def dare_linear(
 @method("dare_ties", source="Yu et al. 2024, Language models are super Mario, arXiv:2311.03099, with the election of arXiv:2306.01708")
 def dare_ties(
     base: Dense,
-    deltas: Sequence[Dense],
-    weights: Sequence[float],
+    deltas: Deltas,
+    weights: Weights,
     *,
     draws: Draws,
     density: Density = 0.5,
-    rescale: RescaleDrop = "share",
+    rescale: Rescale = "share",
     elect: Elect = "weighted",
     mean: Mean = "none",
     scale: Scale = 1.0,
@@ -101,13 +93,13 @@ def dare_ties(
 @method("breadcrumbs", source="Davari and Belilovsky 2024, Model Breadcrumbs, arXiv:2312.06795", find_threshold=middle)
 def breadcrumbs(
     base: Dense,
-    deltas: Sequence[Dense],
-    weights: Sequence[float],
+    deltas: Deltas,
+    weights: Weights,
     *,
     thresholds: list[Threshold] | None = None,
     density: Density = 0.1,
     gamma: Gamma = 0.01,
-    rescale: Rescale = "none",
+    rescale: RescaleKept = "none",
     scale: Scale = 1.0,
 ) -> Dense:
     """Drop outliers and small entries, average.
@@ -127,13 +119,13 @@ def breadcrumbs(
 )
 def breadcrumbs_ties(
     base: Dense,
-    deltas: Sequence[Dense],
-    weights: Sequence[float],
+    deltas: Deltas,
+    weights: Weights,
     *,
     thresholds: list[Threshold] | None = None,
     density: Density = 0.1,
     gamma: Gamma = 0.01,
-    rescale: Rescale = "none",
+    rescale: RescaleKept = "none",
     elect: Elect = "weighted",
     mean: Mean = "none",
     scale: Scale = 1.0,
@@ -151,13 +143,13 @@ def breadcrumbs_ties(
 @method("della", source="Deep et al. 2024, DELLA-Merging, arXiv:2406.11617")
 def della(
     base: Dense,
-    deltas: Sequence[Dense],
-    weights: Sequence[float],
+    deltas: Deltas,
+    weights: Weights,
     *,
     draws: Draws,
     density: Density = 0.5,
     epsilon: Epsilon = 0.15,
-    rescale: RescaleDrop = "share",
+    rescale: Rescale = "share",
     elect: Elect = "weighted",
     mean: Mean = "weights",
     scale: Scale = 1.0,
@@ -177,13 +169,13 @@ def della(
 @method("della_linear", source="Deep et al. 2024, DELLA-Merging, arXiv:2406.11617, without the election")
 def della_linear(
     base: Dense,
-    deltas: Sequence[Dense],
-    weights: Sequence[float],
+    deltas: Deltas,
+    weights: Weights,
     *,
     draws: Draws,
     density: Density = 0.5,
     epsilon: Epsilon = 0.15,
-    rescale: RescaleDrop = "share",
+    rescale: Rescale = "share",
     scale: Scale = 1.0,
 ) -> Dense:
     """Drop small entries more often than large ones, rescale, average.
