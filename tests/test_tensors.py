@@ -16,7 +16,7 @@ from recall_merge.maths.trimming import prune_by_saliency
 from recall_merge.merging import spans
 from recall_merge.merging.layerwise import compute_weights
 from recall_merge.merging.plan import make_plan
-from recall_merge.merging.record import hashes_of
+from recall_merge.merging.result import hashes_of
 from recall_merge.merging.tensors import TensorCollector, merge_tensors
 from tiny import fine_tuned, load_tensors, lora, make_model, save_model
 

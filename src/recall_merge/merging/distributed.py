@@ -77,16 +77,9 @@ def compute_weights_distributed(plan: Plan, executor: Executor, progress: Progre
 def merge_distributed(
     plan: Plan, weights: MergeWeights, executor: Executor, folder: Path, digest: ModelDigest, progress: Progress
 ) -> dict[str, str]:
-    """Write the result's weight files and their index, one task per shard.    -> the files' hashes
+    """`merge_tensors`, one task per shard: write the result's weight files and their index where all machines find them.    -> hashes
 
-    Args:
-        folder: where all machines find it.
-        digest: takes in every tensor of the base, as the full experts' own digests take in theirs.
-
-    Raises:
-        CheckpointError: if a model holds NaN or infinity, or a machine finds other files than were planned for.
-        ResultError: if the merge overflows.
-        OutputError: if a machine does not find the folder.
+    The errors are the same; or a machine does not find the folder, or finds other files than were planned for.
     """
     WeightWriter(folder, plan.shards)  # writes the index
     plan = plan_for_tasks(plan)
@@ -132,11 +125,7 @@ def plan_for_tasks(plan: Plan) -> Plan:
 
 
 def run_tasks(plan: Plan, executor: Executor, tasks: Sequence[Task], done: Callable[[int], None] = lambda _: None) -> list[Any]:
-    """The results of the tasks, in their order; no more of them are in flight than the executor has slots.
-
-    Args:
-        done: is called with the number of each task that is done.
-    """
+    """The results of the tasks, in their order; no more of them are in flight than the executor has slots. `done` takes their numbers."""
     results: dict[int, Any] = {}
     running: dict[Future[Any], int] = {}
     begun = 0

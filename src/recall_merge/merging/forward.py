@@ -70,11 +70,7 @@ def layer_parameters(plan: Plan, expert: Expert, rule: RecallWeights, layer: int
 def hidden_states_at(
     plan: Plan, expert: Expert, rule: RecallWeights, tokens: Tokens, layers: Iterable[int], advance: Callable[[int], None] = lambda _: None
 ) -> Tensor:
-    """An expert's pooled hidden states of texts at some layers, in rising order, block by block.    -> (layers, m, d), float32
-
-    Raises:
-        NotLayerwise: if the architecture cannot be run so.
-    """
+    """An expert's pooled hidden states of texts at some layers, in rising order, block by block, or NotLayerwise.    -> (layers, m, d)"""
     wanted = list(layers)
     states = []
     with start_forward(plan, expert, rule, tokens) as forward:
@@ -104,11 +100,7 @@ def load_expert(plan: Plan, expert: Expert, rule: RecallWeights) -> Any:
 
 
 def check_finite(plan: Plan, expert: Expert, states: Tensor) -> Tensor:
-    """The hidden states, refused if they are not finite; the error names the model and the tensors that cause it.
-
-    Raises:
-        CheckpointError: if there are any.
-    """
+    """The hidden states, refused if they are not finite; the error names the model and the tensors that cause it."""
     if not states.isfinite().all():
         refuse_nonfinite(plan)
         fix = "its weights are finite, so the forward pass overflows: check the training that made it"

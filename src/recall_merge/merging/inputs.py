@@ -37,11 +37,7 @@ def open_base(located: Located) -> Checkpoint:
 
 
 def open_expert(entry: ExpertEntry, located: Located, base: Checkpoint, run: MergeRun) -> Expert:
-    """An expert that fits the base.
-
-    Raises:
-        CheckpointError: with every difference.
-    """
+    """An expert that fits the base, or CheckpointError with every difference."""
     if is_adapter(located.folder):
         adapter = open_adapter(located.folder, base, located.remote)
         check_adapter_base(entry.name, adapter, base, run.base, entry.same_base)
@@ -54,13 +50,7 @@ def open_expert(entry: ExpertEntry, located: Located, base: Checkpoint, run: Mer
 def check_adapter_base(expert: str, adapter: Adapter, base: Checkpoint, base_reference: str, same_base: bool) -> None:
     """Check that an adapter was trained on the run's base: its config names it, or names a local model with the same weights.
 
-    Args:
-        expert: the expert's name.
-        base_reference: the base as the run names it, a folder or a hub name.
-        same_base: the user vouches for it.
-
-    Raises:
-        CheckpointError: if the config names no model, another model, or one that is not here to be compared.
+    `base_reference` is the base as the run names it, a folder or a hub name; with `same_base` the user vouches for it.
     """
     if same_base:
         return

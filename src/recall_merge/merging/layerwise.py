@@ -75,15 +75,9 @@ def run_pass(
     hidden_states: HiddenStates | None = None,
     progress: Progress | None = None,
 ) -> MergeWeights:
-    """Compare all models layer by layer; with `merge`, merge each layer as soon as its weights are known.
+    """Compare all models layer by layer; with `merge`, which reports its own progress, merge each layer as soon as its weights are known.
 
-    Args:
-        hidden_states: where they come from; None = from this process, one layer in memory at a time.
-        progress: hears of layers, unless `merge` reports its own.
-
-    Raises:
-        CheckpointError: if a model cannot be run, or holds or gives numbers that are not finite.
-        ResultError: if the merge overflows.
+    Hidden states come from this process, with one layer in memory at a time, unless another source is given.
     """
     rule = plan.weights
     assert isinstance(rule, RecallWeights)
@@ -111,8 +105,7 @@ def run_pass(
 def hidden_states_here(plan: Plan, rule: RecallWeights, texts: Sequence[str], visit: Visit, *, hold: bool) -> list[str]:
     """Hidden states of all compared models, block by block; whole models from the layer on where an architecture does not allow that.
 
-    Args:
-        hold: keep the bytes of a layer in memory while it is visited, for the merge.
+    `hold` keeps the bytes of a layer in memory while it is visited, for the merge.
     """
     tokens = [tokens_of(plan, expert, texts) for expert in plan.compared]
     visited = 0

@@ -21,11 +21,7 @@ from recall_merge.runtime.progress import Progress
 
 
 def weights_from_losses(plan: Plan, rule: LossWeights, samples: TypicalSamples, progress: Progress) -> MergeWeights:
-    """Weights that are the same at every layer.
-
-    Raises:
-        CheckpointError: if a model cannot be run, or its loss is not finite.
-    """
+    """Weights that are the same at every layer. CheckpointError if a model cannot be run, or its loss is not finite."""
     from recall_merge.models.losses import mean_loss
 
     losses: dict[str, float] = {}

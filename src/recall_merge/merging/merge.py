@@ -23,7 +23,7 @@ from recall_merge.files.safetensors import READ
 from recall_merge.merging.distributed import compute_weights_distributed, merge_distributed
 from recall_merge.merging.layerwise import prepare, run_pass
 from recall_merge.merging.plan import Plan, make_plan
-from recall_merge.merging.record import (
+from recall_merge.merging.result import (
     hash_models,
     hashes_of,
     inputs_for_record,

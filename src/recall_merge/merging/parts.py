@@ -54,8 +54,7 @@ class Override:
 def overrides_of_tensors(parts: Sequence[PartRules], names: Sequence[str], layers: Layers) -> dict[str, Override]:
     """The overrides of each tensor that a part selects. Of several parts, the first that gives a setting counts.
 
-    Raises:
-        RunError: with every part that selects no tensor, or has weights for other layers.
+    RunError names every part that selects no tensor, or has weights for other layers.
     """
     faults, all_names = Faults(), frozenset(names)
     overrides: dict[str, Override] = {}
@@ -77,11 +76,7 @@ def overrides_of_tensors(parts: Sequence[PartRules], names: Sequence[str], layer
 
 
 def weights_per_layer(weights: GivenWeights | RampPoints, layers: Layers, where: str) -> GivenWeights:
-    """Given weights for a base with these layers; a ramp becomes one row per layer.
-
-    Raises:
-        RunError: if there are weights for more or fewer layers.
-    """
+    """Given weights for a base with these layers, neither more nor fewer; a ramp becomes one row per layer."""
     if isinstance(weights, RampPoints):
         return tuple(tuple(normalised(row)) for row in along_blocks(weights.rows, layers.blocks))
     if isinstance(weights[0], tuple) and len(weights) != layers.last + 1:

@@ -1,7 +1,11 @@
-"""A result, opened again with its record: where its models are, and how much of each expert's delta it holds."""
+"""A result and its record: what it was made from, without local paths; opened again, where its models are and how much of each it holds.
+
+In a record, models of the hub are named by commit, and all else is known by its hash.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +18,90 @@ from torch import Tensor
 from recall_merge.files.adapter import CONFIG, WEIGHTS, is_adapter
 from recall_merge.files.checkpoint import Checkpoint, open_checkpoint
 from recall_merge.files.digest import ModelDigest
+from recall_merge.files.experts import BaseExpert, FullExpert
 from recall_merge.files.hashing import hash_file
 from recall_merge.files.hub import Located, locate
 from recall_merge.files.names import named_like
-from recall_merge.files.record import RECORD
+from recall_merge.files.record import RECORD, versions
 from recall_merge.maths.weights import lines_scales
-from recall_merge.merging.record import weights_from_record
+from recall_merge.merging.plan import Plan
 from recall_merge.merging.run import skipped
 from recall_merge.merging.verify import verify
-from recall_merge.merging.weights import MergeWeights
+from recall_merge.merging.weights import MergeWeights, TypicalSample
 from recall_merge.runtime.errors import Fault, Faults, ResultError
+
+
+def inputs_for_record(plan: Plan) -> dict[str, Any]:
+    """The resolved run, its method, the hash of its rows, and versions: known before any work, and equal for equal work."""
+    run = plan.run.model_dump(mode="json", exclude={"threads"})  # threads do not change the result
+    run["base"] = public_name(plan, "base")
+    for entry in run["experts"]:
+        entry["path"] = public_name(plan, entry["name"])
+        entry["stats"] = entry["stats"] and Path(entry["stats"]).name  # local paths stay private
+    run["out"]["path"] = plan.target.name
+    rows: str | None = None
+    if plan.run.samples is not None:
+        data = Path(plan.run.samples.path)
+        run["samples"]["path"] = data.name if data.exists() else plan.run.samples.path
+        rows = hash_file(data) if data.is_file() else None
+    method = {"name": plan.name, "source": plan.source, "options": dict(plan.options)}
+    return {"run": run, "method": method, "rows_sha256": rows, "versions": versions()}
+
+
+def weights_for_record(merge_weights: MergeWeights) -> dict[str, Any]:
+    """Weights, similarity and typical samples; rows by their numbers, never their text."""
+    samples = [vars(sample) for sample in merge_weights.samples]
+    values: dict[str, Any] = {"samples": samples, "weights": merge_weights.table(merge_weights.weights)}
+    if merge_weights.similarity is not None:
+        values["similarity"] = merge_weights.table(merge_weights.similarity)
+    if merge_weights.losses is not None:
+        values["losses"] = dict(merge_weights.losses)
+    return values
+
+
+def overrides_for_record(plan: Plan) -> list[dict[str, Any]]:
+    """What the run's parts came to: tensors that share weights or options of their own, grouped."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name in plan.specs:
+        if (override := plan.overrides.get(name)) is not None and plan.merges(name):
+            settings: dict[str, Any] = {} if override.weights is None else {"weights": list(override.weights)}
+            settings |= {"options": dict(override.options)} if override.options else {}
+            groups.setdefault(json.dumps(settings, sort_keys=True), {"tensors": [], **settings})["tensors"].append(name)
+    return [*groups.values()]
+
+
+def weights_from_record(record: Mapping[str, Any]) -> MergeWeights:
+    """The reverse of `weights_for_record`."""
+
+    def table(name: str) -> Any:
+        return torch.tensor(record[name]["rows"], dtype=torch.float64) if name in record else None
+
+    samples = tuple(TypicalSample(**sample) for sample in record["samples"])
+    return MergeWeights(tuple(record["weights"]["experts"]), table("weights"), table("similarity"), samples, losses=record.get("losses"))
+
+
+def hash_models(plan: Plan) -> dict[str, dict[str, str]]:
+    """Hash all models by reading them: the same tensors as the pass over the parameters reads."""
+    digest = ModelDigest()
+    for name in plan.specs:
+        digest.add(name, plan.base.read(name))
+        for expert in plan.experts:
+            if isinstance(expert, FullExpert) and plan.merges(name):
+                expert.digest.add(name, expert.checkpoint.read(name))
+    return hashes_of(plan, digest)
+
+
+def hashes_of(plan: Plan, digest: ModelDigest) -> dict[str, dict[str, str]]:
+    """The hashes of all models, once a pass has read them; `digest` holds the base's."""
+    merged = {"tensors": digest.hexdigest(plan.merges)}  # of an expert, only what is merged is read
+    experts = {expert.name: merged if isinstance(expert, BaseExpert) else expert.hashes() for expert in plan.experts}
+    return {"base": {"tensors": digest.hexdigest()}, **experts}
+
+
+def public_name(plan: Plan, name: str) -> str:
+    """A model's name in public: its hub name and commit, or the bare name of its folder."""
+    model = plan.located[name]
+    return f"{model.repo}@{model.revision}" if model.repo else model.folder.resolve().name
 
 
 class _Section(BaseModel):
@@ -118,21 +196,16 @@ class Result:
 
 
 def open_result(folder: Path) -> Result:
-    """Open a result that still matches its record.
-
-    Raises:
-        ResultError: with every file that is missing, changed or new.
-    """
+    """Open a result that still matches its record. ResultError names every file that is missing, changed or new, or what is damaged."""
     record = verify(folder)
+    fix = "give the folder of a result of `recall merge`, as it was made"
     try:
         checked = _Record.model_validate(record)
     except ValidationError as error:
         what = [(".".join(map(str, detail["loc"])), detail["msg"]) for detail in error.errors()]
-        fix = "give the folder of a result of `recall merge`, as it was made"
         raise ResultError(Fault(f"the record is damaged: {key}: {message}", str(folder / RECORD), fix) for key, message in what) from None
     if missing := {entry.name for entry in checked.run.experts} - set(checked.weights.experts):
-        what = f"the record is damaged: it has no weights of '{min(missing)}'"
-        raise ResultError(what, where=folder / RECORD, fix="give the folder of a result of `recall merge`, as it was made")
+        raise ResultError(f"the record is damaged: it has no weights of '{min(missing)}'", where=folder / RECORD, fix=fix)
     return Result(folder, record, open_checkpoint(folder))
 
 
@@ -158,13 +231,12 @@ def coefficients(result: Result) -> Tensor | None:
 def find_models(result: Result, names: Sequence[str], given: Mapping[str, str], *, fetch: bool = True) -> dict[str, Located | str]:
     """Find models of a result: where the user says, on the hub at the commit of the record, or in the current folder.
 
+    ResultError names all models that are unknown or cannot be found.
+
     Args:
         names: 'base', or experts.
         given: name -> folder or hub name, from the user.
         fetch: download hub models; otherwise return their names with their commits, which identify their bytes already.
-
-    Raises:
-        ResultError: with all models that are unknown or cannot be found.
     """
     faults, models = Faults(), {}
     for name in given:
@@ -185,12 +257,7 @@ def find_models(result: Result, names: Sequence[str], given: Mapping[str, str], 
 
 
 def check_model(result: Result, name: str, folder: Path) -> None:
-    """Read a whole model, and compare it with the one that the result was made from.
-
-    Raises:
-        ResultError: if it is another model, or has changed.
-    """
-    wanted = result.record["models"][name]
+    """Read a whole model. ResultError if it is not the one that the result was made from, or has changed."""
     if is_adapter(folder):
         hashes = {file: hash_file(folder / file) for file in (CONFIG, WEIGHTS) if (folder / file).is_file()}
     else:
@@ -199,7 +266,7 @@ def check_model(result: Result, name: str, folder: Path) -> None:
             if name == "base" or (tensor in result.checkpoint.tensors and result.merges(tensor)):
                 digest.add(tensor, model.read(tensor))
         hashes = {"tensors": digest.hexdigest()}
-    if hashes != wanted:
+    if hashes != result.record["models"][name]:
         what = f"this is not {_words(name)} that the result was made from, or it has changed"
         raise ResultError(what, where=folder, fix="give the model of the record, or merge again")
 

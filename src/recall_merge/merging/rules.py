@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from typing import Any
 
 from pydantic import ConfigDict, create_model
 
@@ -21,19 +21,15 @@ WEIGHT_OPTIONS: dict[str, type[RecallWeights] | type[LossWeights]] = {"recall": 
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """What a run asks for.
-
-    Attributes:
-        name: of the method, or of the alias that the run gives.
-        source: where it was published.
-        options: all options of `method`, defaults included.
-        weights: given, or how samples give them.
-    """
+    """What a run asks for."""
 
     name: str
+    """Of the method, or of the alias that the run gives."""
     source: str
+    """Where it was published."""
     method: Method
     options: Mapping[str, Any]
+    """All options of `method`, defaults included."""
     weights: GivenWeights | RampPoints | SampleWeights
     parts: tuple[PartRules, ...] = ()
 
@@ -70,10 +66,9 @@ def method_named(name: str) -> Method | None:
 
 
 def make_rules(run: MergeRun) -> Rules:
-    """The method with its options, and where its weights come from. An alias is expanded here: into a method and a rule for weights.
+    """The method with its options, and where its weights come from, or RunError with every fault.
 
-    Raises:
-        RunError: with every fault.
+    An alias is expanded here: into a method and a rule for weights.
     """
     name = str(run.method)
     method = method_named(name)
@@ -170,19 +165,13 @@ def _scaled_to_one(numbers: list[float], where: str) -> tuple[float, ...]:
 def _check_options(
     method: Method, given: Mapping[str, Any], experts: int, where: str, name: str | None = None, others: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """All options of a method, checked against the signature of its function.
-
-    Args:
-        name: what the run calls the method.
-        others: options that are known beside those of the method.
-    """
-    hints = get_type_hints(method.function, include_extras=True)
+    """All options of a method, whose name in the run is `name`, checked against its signature; `others` belong to the run's weights."""
     for key in given:
         if key not in method.options:
             known = [*method.options, *others]
             fix = did_you_mean(key, known) if known else "it has no options"
             raise RunError(f"method '{name or method.name}' has no option '{key}'", where=where, fix=fix)
-    fields: Any = {key: (hints[key], parameter.default) for key, parameter in method.options.items()}
+    fields: Any = {key: (parameter.annotation, parameter.default) for key, parameter in method.options.items()}
     schema = create_model(method.name, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **fields)
     options = parse(schema, dict(given), where=where).model_dump()
     for key, value in options.items():

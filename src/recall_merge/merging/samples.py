@@ -17,12 +17,7 @@ from recall_merge.runtime.progress import Progress
 
 
 def choose_samples(plan: Plan, rule: RecallWeights, progress: Progress) -> TypicalSamples:
-    """Cluster the newest expert's hidden states of its own rows, and take the row nearest to each centroid.
-
-    Raises:
-        DataError: if no row has any text.
-        CheckpointError: if the expert cannot be run.
-    """
+    """Cluster the newest expert's hidden states of its own rows, and take the row nearest to each centroid."""
     newest, wanted = plan.experts[-1], plan.samples
     tokenizer = expert_tokenizer(plan, newest)
     first_row = _distinct_texts(plan, tokenizer)

@@ -25,12 +25,7 @@ class TypicalSample:
 
 @dataclass(frozen=True)
 class TypicalSamples:
-    """The typical samples of the newest expert's rows.
-
-    Attributes:
-        texts: as the models read them, in the order of `rows`.
-        notes: how rows were handled, for the reader of the result.
-    """
+    """The typical samples of the newest expert's rows; their texts as the models read them; notes on how rows were handled."""
 
     texts: list[str]
     rows: tuple[TypicalSample, ...]
@@ -75,11 +70,7 @@ def given_weights(plan: Plan) -> MergeWeights:
 
 
 def weights_from_similarity(plan: Plan, rule: RecallWeights, similarity: Tensor, samples: TypicalSamples) -> MergeWeights:
-    """Weights of the layers whose similarity is known, and of the layer that follows them.
-
-    Args:
-        similarity: (i, n), of every compared model at the first i layers.
-    """
+    """Weights of the first i layers, whose similarity (i, n) is known, and of the layer that follows them."""
     weights = softmax_weights(similarity, temperature=rule.temperature)
     weights = outside_blocks(ablate(weights, rule.ablation, seed=plan.run.seed), rule.outside_blocks)
     return MergeWeights(tuple(model.name for model in plan.compared), weights, similarity, samples.rows, samples.notes)
