@@ -10,7 +10,7 @@ import torch
 
 from recall_merge.files.safetensors import StoredTensor
 from recall_merge.merging.plan import Plan
-from recall_merge.merging.run import LossWeights, RecallWeights
+from recall_merge.merging.run import LossWeights, RecallWeights, SampleWeights
 from recall_merge.merging.spans import SPAN, TWICE, in_spans
 
 CHARACTERS_PER_TOKEN = 4  # of English prose under byte-level tokenizers
@@ -19,7 +19,7 @@ PROBE = 1 << 24  # bytes that are read and hashed; enough to get past the first 
 
 def passes(plan: Plan) -> str:
     """How often the models are read, and why."""
-    if not isinstance(plan.weights, RecallWeights | LossWeights):
+    if not isinstance(plan.weights, SampleWeights):
         return "one pass over all models" + (f", tensors of more than {TWICE:,} numbers twice" if plan.method.find_threshold else "")
     newest = f"'{plan.experts[-1].name}' once for the typical samples"
     if plan.single_pass:
@@ -36,8 +36,7 @@ def peak_memory(plan: Plan) -> int:
     """
     if plan.single_pass:
         return merge_memory(plan) + _block(plan) * (len(plan.experts) + 2) + _states(plan, len(plan.compared))
-    weights = isinstance(plan.weights, RecallWeights | LossWeights)
-    return max(merge_memory(plan), weights_memory(plan)) if weights else merge_memory(plan)
+    return max(merge_memory(plan), weights_memory(plan)) if isinstance(plan.weights, SampleWeights) else merge_memory(plan)
 
 
 def weights_memory(plan: Plan) -> int:
@@ -86,7 +85,7 @@ def estimate_time(plan: Plan) -> Estimate:
     largest = max(plan.base.tensors.values(), key=lambda stored: stored.spec.nbytes)
     per_byte = _seconds_per_byte(largest) / plan.threads
     merging = per_byte * (plan.bytes_read + plan.bytes_written)
-    if not isinstance(plan.weights, RecallWeights | LossWeights):
+    if not isinstance(plan.weights, SampleWeights):
         return Estimate(merging, 0.0)
     lengths = [len(row.plain) + len(row.completion) for row in plan.rows]
     mean = sum(lengths) / len(lengths) / CHARACTERS_PER_TOKEN

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from recall_merge.files.experts import Expert, own_rows, own_tensor, own_tensors
 from recall_merge.files.vocabulary import read_vocabulary
+from recall_merge.merging.inputs import embedding_rows
 from recall_merge.merging.plan import Plan
 from recall_merge.merging.run import RecallWeights
 from recall_merge.merging.unsound import refuse_nonfinite
@@ -39,14 +40,12 @@ def start_forward(plan: Plan, expert: Expert, rule: RecallWeights, tokens: Token
     """A forward pass over texts that waits before each block for that block's parameters."""
     from recall_merge.models.layerwise import LayerwiseForward
 
-    spec = expert.spec(plan.base.embedding)
-    rows = plan.base.vocabulary_size if spec is None else spec.shape[0]
     return LayerwiseForward(
         plan.base.folder,
         tokens,
         plan.base.layers,
         dtype=rule.precision,
-        vocabulary_size=rows,
+        vocabulary_size=embedding_rows(expert, plan.base),
         pooling=rule.pooling,
         threads=plan.threads,
         one_by_one=one_by_one,

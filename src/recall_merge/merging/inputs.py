@@ -70,6 +70,12 @@ def check_adapter_base(expert: str, adapter: Adapter, base: Checkpoint, base_ref
     raise CheckpointError(what + ("" if folder else ", and the former is not here to be compared"), where=where, fix=fix)
 
 
+def embedding_rows(expert: Expert, base: Checkpoint) -> int:
+    """The number of tokens that an expert knows."""
+    spec = expert.spec(base.embedding)
+    return base.vocabulary_size if spec is None else spec.shape[0]
+
+
 def check_distinct(run: MergeRun, located: Mapping[str, Located], faults: Faults) -> None:
     """No two experts may be the same folder."""
     owners: dict[Path, str] = {}

@@ -90,7 +90,7 @@ def run_pass(
     def visit(layer: int, held: Plan, states: Tensor) -> None:
         rows.append(similarity(states, kernel=rule.kernel, bandwidth=rule.bandwidth))
         if merge is not None:
-            merge(held, weights(), plan.names_of_layer(layer))
+            merge(held, weights(), plan.names_of_layer[layer])
         else:
             advance(1)
 
@@ -98,7 +98,7 @@ def run_pass(
     with (Silent() if merge or progress is None else progress).stage("comparing hidden states", layers.blocks + 1, "layers") as advance:
         notes = source(plan, rule, samples.texts, visit, hold=merge is not None)
     if merge is not None:
-        merge(plan, weights(), plan.names_of_layer(layers.last))
+        merge(plan, weights(), plan.names_of_layer[layers.last])
     return replace(weights(), notes=(*samples.notes, *notes))
 
 
@@ -142,7 +142,7 @@ def _visit_layer(
 
 def _with_layer_in_memory(plan: Plan, layer: int) -> Plan:
     """The plan, with its checkpoints' tensors of one layer in memory, except token tensors, of which texts need a few rows only."""
-    names = [name for name in plan.names_of_layer(layer) if name not in plan.base.token_tensors]
+    names = [name for name in plan.names_of_layer[layer] if name not in plan.base.token_tensors]
 
     def held(checkpoint: Checkpoint, wanted: list[str]) -> HeldCheckpoint:
         return HeldCheckpoint.of(checkpoint, dict(zip(wanted, in_order(checkpoint.read, wanted, plan.threads), strict=True)))

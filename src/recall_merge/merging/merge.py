@@ -47,21 +47,18 @@ Draw = Callable[[Mapping[str, Any] | None, Mapping[str, Any], Path], object]
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What a merge made.
-
-    Attributes:
-        path: the folder of the result.
-        merge_weights: similarity and weights by layer, and the typical samples.
-        record: the content of `record.json`.
-        notes: what a reader should know.
-        reused: an earlier merge had made it.
-    """
+    """What a merge made."""
 
     path: Path
+    """The folder of the result."""
     merge_weights: MergeWeights
+    """Similarity and weights by layer, and the typical samples."""
     record: dict[str, Any]
+    """The content of `record.json`."""
     notes: tuple[str, ...]
+    """What a reader should know."""
     reused: bool = False
+    """An earlier merge had made it."""
 
     @property
     def models(self) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,10 +19,10 @@ from recall_merge.files.safetensors import CODES, TensorSpec
 from recall_merge.files.statistics import InputStatistics, has_statistics
 from recall_merge.files.vocabulary import Vocabulary, plan_vocabulary
 from recall_merge.maths.methods import Method
-from recall_merge.merging.inputs import check_distinct, locate_models, open_base, open_expert, read_statistics
+from recall_merge.merging.inputs import check_distinct, embedding_rows, locate_models, open_base, open_expert, read_statistics
 from recall_merge.merging.parts import GivenWeights, Override, overrides_of_tensors, weights_per_layer
 from recall_merge.merging.rules import Rules, choose_method, make_rules
-from recall_merge.merging.run import LossWeights, MergeRun, RecallWeights, Samples, SampleWeights, skipped
+from recall_merge.merging.run import MergeRun, RecallWeights, Samples, SampleWeights, skipped
 from recall_merge.runtime.errors import Faults, OutputError
 from recall_merge.runtime.parallel import cores
 
@@ -119,15 +120,12 @@ class Plan:
         """The method's options for one tensor."""
         return {**self.options, **(self.overrides[name].options if name in self.overrides else {})}
 
-    def names_of_layer(self, layer: int) -> list[str]:
-        """The result's tensors at one layer, in the order of writing."""
-        return self._names_by_layer.get(layer, [])
-
     @cached_property
-    def _names_by_layer(self) -> dict[int, list[str]]:
-        names: dict[int, list[str]] = {}
+    def names_of_layer(self) -> Mapping[int, list[str]]:
+        """The result's tensors at each layer, in the order of writing."""
+        names: defaultdict[int, list[str]] = defaultdict(list)
         for name in self.specs:
-            names.setdefault(self.base.layers.of(name), []).append(name)
+            names[self.base.layers.of(name)].append(name)
         return names
 
 
@@ -171,7 +169,7 @@ def make_plan(run: MergeRun, *, writes: bool = True, download: bool = True) -> P
     weights, overrides = _weights_and_overrides(rules, base, faults)
     vocabulary, vocabulary_notes = None, []
     with faults.collect():
-        tokens = {expert.name: _tokens_of(expert, base) for expert in experts}
+        tokens = {expert.name: (expert.folder, embedding_rows(expert, base)) for expert in experts}
         vocabulary, vocabulary_notes = plan_vocabulary((base.folder, base.vocabulary_size), tokens, run.vocabulary)
     _check_skip(run, (base, *experts), faults)
     _check_dtypes(run, base, experts, faults)
@@ -183,7 +181,10 @@ def make_plan(run: MergeRun, *, writes: bool = True, download: bool = True) -> P
     statistics = read_statistics(run, experts, base, located, faults) if rules.method.informed else ()
     faults.raise_any()
     assert weights is not None
-    notes += [*vocabulary_notes, *(note for expert in experts for note in _adapter_notes(expert, base))]
+    notes += vocabulary_notes
+    for expert in experts:
+        if isinstance(expert, AdapterExpert) and base.is_tied and base.embedding in expert.adapter.edits:
+            notes.append(f"expert '{expert.name}' trains the embedding, to which the head is tied: both change, as in PEFT's own merge")
     without = [expert.name for expert, stats in zip(experts, statistics, strict=False) if stats is None]
     notes += [f"expert '{name}' has no input statistics: all its inputs count alike" for name in without]
     return Plan(
@@ -220,7 +221,7 @@ def _read_rows(run: MergeRun, rules: Rules | None, faults: Faults) -> list[Row]:
     if run.samples is not None:
         with faults.collect():
             return read_rows(run.samples.path, split=run.samples.split)
-    elif rules is not None and isinstance(rules.weights, RecallWeights | LossWeights):
+    elif rules is not None and isinstance(rules.weights, SampleWeights):
         what = f"`samples` are missing: {rules.weights.compares} are compared on the newest expert's data"
         faults.add(what, fix="add `samples: {path: rows.jsonl}`")
     return []
@@ -230,13 +231,10 @@ def _weights_and_overrides(
     rules: Rules, base: Checkpoint, faults: Faults
 ) -> tuple[GivenWeights | SampleWeights | None, dict[str, Override]]:
     """The rules' weights and parts, for the layers and tensors of the base; None where they do not fit it."""
-    weights: GivenWeights | SampleWeights | None = None
-    overrides: dict[str, Override] = {}
+    weights, overrides = None, dict[str, Override]()
     with faults.collect():
-        if isinstance(rules.weights, RecallWeights | LossWeights):
-            weights = rules.weights
-        else:
-            weights = weights_per_layer(rules.weights, base.layers, "weights")
+        rule = rules.weights
+        weights = rule if isinstance(rule, SampleWeights) else weights_per_layer(rule, base.layers, "weights")
     with faults.collect():
         overrides = overrides_of_tensors(rules.parts, list(base.tensors), base.layers)
     return weights, overrides
@@ -270,12 +268,6 @@ def _check_space(path: Path, needed: int) -> None:
         raise OutputError(what, where=path, fix="make room, or choose another disk")
 
 
-def _tokens_of(expert: Expert, base: Checkpoint) -> tuple[Path, int]:
-    """An expert's folder, and the number of rows of its embedding."""
-    spec = expert.spec(base.embedding)
-    return expert.folder, spec.shape[0] if spec is not None else base.vocabulary_size
-
-
 def _result_specs(run: MergeRun, base: Checkpoint, vocabulary: Vocabulary | None) -> dict[str, TensorSpec]:
     specs: dict[str, TensorSpec] = {}
     for name in sorted(base.tensors, key=base.layers.of):  # a stable sort: within a layer, the base's own order
@@ -284,9 +276,3 @@ def _result_specs(run: MergeRun, base: Checkpoint, vocabulary: Vocabulary | None
         rows = (vocabulary.size,) if vocabulary is not None and name in base.token_tensors else spec.shape[:1]
         specs[name] = TensorSpec(dtype, (*rows, *spec.shape[1:]))
     return specs
-
-
-def _adapter_notes(expert: Expert, base: Checkpoint) -> list[str]:
-    if isinstance(expert, AdapterExpert) and base.is_tied and base.embedding in expert.adapter.edits:
-        return [f"expert '{expert.name}' trains the embedding, to which the head is tied: both change, as in PEFT's own merge"]
-    return []
