@@ -44,7 +44,7 @@ def pass_alone(run: Any) -> None:
     Off: hashes of inputs and output, the search for numbers that are not finite or far too large, the check of the result, record and
     model card, and the wait until the disk has everything.
     """
-    from recall_merge.files.digest import ModelDigest
+    from recall_merge.files.hashing import ModelDigest
     from recall_merge.files.output import WeightWriter
     from recall_merge.merging.merge import merge_into
     from recall_merge.merging.plan import make_plan

@@ -29,7 +29,7 @@ from recall_merge.evaluation.evaluate import evaluate
 from recall_merge.merging.distributed import ATTEMPT
 from recall_merge.merging.run import load_run
 from recall_merge.runtime.errors import CheckpointError, ExecutorError, MissingExtra, RunError
-from recall_merge.runtime.open_executor import open_executor
+from recall_merge.runtime.executor import open_executor
 from test_bench import ALL, questions, two_tasks
 from test_distributed import a_run, files_of, spoilt
 from test_docs import ROOT, blocks

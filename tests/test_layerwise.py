@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from recall_merge import MergeRun, merge
-from recall_merge.files.digest import ModelDigest
+from recall_merge.files.hashing import ModelDigest
 from recall_merge.merging.layerwise import compute_weights
 from recall_merge.merging.plan import make_plan
 from recall_merge.merging.tensors import TensorCollector, merge_tensors

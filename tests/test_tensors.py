@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from recall_merge import MergeRun, RecallError
-from recall_merge.files.digest import ModelDigest
 from recall_merge.files.experts import FullExpert
+from recall_merge.files.hashing import ModelDigest
 from recall_merge.files.output import WeightWriter
 from recall_merge.files.safetensors import READ, StoredTensor, TensorSpec
 from recall_merge.maths.methods import ALIASES, METHODS

@@ -17,8 +17,7 @@ from recall_merge.bench.scenario import Scenario
 from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.files.durable import write_whole
 from recall_merge.runtime.errors import MissingExtra, OutputError
-from recall_merge.runtime.executor import PATIENCE, Executor
-from recall_merge.runtime.open_executor import check_executor, open_executor
+from recall_merge.runtime.executor import PATIENCE, Executor, check_executor, open_executor
 
 if TYPE_CHECKING:
     from recall_merge.bench.results import Results

@@ -16,7 +16,7 @@ from recall_merge.files.model_card import add_scores, read_model_card
 from recall_merge.files.rows import read_rows
 from recall_merge.models.load import load_model
 from recall_merge.runtime.errors import CheckpointError, Faults, MissingExtra, RunError, did_you_mean
-from recall_merge.runtime.open_executor import check_executor, open_executor
+from recall_merge.runtime.executor import check_executor, open_executor
 from recall_merge.runtime.parallel import cores
 from recall_merge.runtime.progress import Progress
 

@@ -69,17 +69,11 @@ def adapter_weights(present: Collection[str], where: object) -> str:
 
 
 def open_adapter(folder: Path, base: Checkpoint, remote: Mapping[str, RemoteFile] = MappingProxyType({})) -> Adapter:
-    """Read an adapter's config and header, and find the tensor of the base that each of its parts changes.
+    """Read an adapter's config and header, and find the tensor of the base that each of its parts changes. `remote`: files on the hub.
 
-    Args:
-        remote: weight files that are still on the hub, by name.
-
-    Raises:
-        CheckpointError: with every fault: another kind of adapter, pickled or damaged weights, parts that do not fit the base.
+    Raises CheckpointError with every fault: another kind of adapter, pickled or damaged weights, parts that do not fit the base.
     """
-    faults = Faults()
-    config: dict[str, Any] = {}
-    stored: dict[str, StoredTensor] = {}
+    faults, config, stored = Faults(), {}, {}
     with faults.collect():
         config = read_json(folder / CONFIG)
         _check_config(folder, config, faults)
@@ -117,11 +111,11 @@ def _check_config(folder: Path, config: Mapping[str, Any], faults: Faults) -> No
         patterns = config.get(pattern) or {}
         numbers |= {f"{pattern}.{key}": value for key, value in patterns.items()} if isinstance(patterns, dict) else {pattern: patterns}
         for key in patterns:
-            if len(key) > MAX_PATTERN:
-                faults.add(f"`{pattern}` of the adapter holds a pattern of {len(key):,} characters", where=where, fix=COPY_AGAIN)
-                continue
             try:
-                regex.compile(_whole_name(key))
+                if len(key) > MAX_PATTERN:
+                    faults.add(f"`{pattern}` of the adapter holds a pattern of {len(key):,} characters", where=where, fix=COPY_AGAIN)
+                else:
+                    regex.compile(_whole_name(key))
             except (regex.error, RecursionError) as error:
                 what = f"`{pattern}` of the adapter holds {short(key)}, which is not a pattern: {error}"
                 faults.add(what, where=where, fix=COPY_AGAIN)
@@ -216,21 +210,19 @@ class _Parts:
         if embedding in self._trained_whole and "weight" not in self._head:
             return False
         ours = {"weight": edit.replace, "base_layer.weight": own, "token_adapter.trainable_tokens_delta": edit.rows}
-        for kind, part in self._head.items():
-            same = ours.get(kind)
-            factor = {"lora_A": edit.up, "lora_B": edit.down}.get(kind)
-            if not (same is not None and part.same_bytes(same)) and not (factor is not None and _is_transpose(part, factor)):
-                return False
-        return True
+        factors = {"lora_A": edit.up, "lora_B": edit.down}
+        return all(
+            ((same := ours.get(kind)) is not None and part.same_bytes(same))
+            or ((factor := factors.get(kind)) is not None and _is_transpose(part, factor))
+            for kind, part in self._head.items()
+        )
 
     def _scale(self, module: str, rank: int | None) -> float:
         """alpha / r, or alpha / sqrt(r) for rsLoRA, with the patterns of the config, matched as PEFT does."""
 
         def pattern(key: str, otherwise: str) -> Any:
-            for expression, value in (self._config.get(key) or {}).items():
-                if self._matches(expression, module):
-                    return value
-            return self._config[otherwise]
+            matching = (value for expression, value in (self._config.get(key) or {}).items() if self._matches(expression, module))
+            return next(matching, self._config[otherwise])
 
         r = pattern("rank_pattern", "r") if rank is None else rank
         if not r:
@@ -264,8 +256,6 @@ def _whole_name(expression: str) -> str:
 
 def _is_transpose(part: StoredTensor, factor: StoredTensor) -> bool:
     """Whether two stored factors are each other's transpose; for files that are still on the hub, the shapes decide."""
-    import torch
-
     if part.spec.shape != factor.spec.shape[::-1]:
         return False
-    return part.remote is not None or factor.remote is not None or torch.equal(part.read(), factor.read().T)
+    return part.remote is not None or factor.remote is not None or part.read().equal(factor.read().T)

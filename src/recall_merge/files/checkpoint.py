@@ -47,9 +47,13 @@ class Checkpoint:
     config: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
     layers: Layers
+    held: Mapping[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+    """Tensors in memory, read once for several uses. They must not be changed."""
 
     def read(self, name: str, span: range | None = None) -> torch.Tensor:
-        return self.tensors[name].read(span)
+        if name not in self.held:
+            return self.tensors[name].read(span)
+        return self.held[name].view(-1)[span.start : span.stop] if span else self.held[name]
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
@@ -90,41 +94,17 @@ class Checkpoint:
         """SHA-256 of names, dtypes, shapes and the first 256 bytes of every tensor. Models with different fingerprints differ; models with
         the same one may differ too, which `hashing.py` decides."""
         digest = hashlib.sha256()
-        for name in sorted(self.tensors):
-            stored = self.tensors[name]
-            digest.update(f"{name} {stored.spec}".encode())
-            digest.update(stored.identity())
+        for name, stored in sorted(self.tensors.items()):
+            digest.update(f"{name} {stored.spec}".encode() + stored.identity())
         return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class HeldCheckpoint(Checkpoint):
-    """A checkpoint with some tensors in memory, read once for several uses. They must not be changed."""
-
-    held: Mapping[str, torch.Tensor] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint, held: Mapping[str, torch.Tensor]) -> HeldCheckpoint:
-        return cls(checkpoint.folder, checkpoint.config, checkpoint.tensors, checkpoint.layers, held)
-
-    def read(self, name: str, span: range | None = None) -> torch.Tensor:
-        if name not in self.held:
-            return super().read(name, span)
-        return self.held[name].view(-1)[span.start : span.stop] if span else self.held[name]
-
-
 def open_checkpoint(folder: Path, remote: Mapping[str, RemoteFile] = MappingProxyType({})) -> Checkpoint:
-    """Read a folder's config and headers.
+    """Read a folder's config and headers. `remote`: weight files that are still on the hub, by name.
 
-    Args:
-        remote: weight files that are still on the hub, by name.
-
-    Raises:
-        CheckpointError: with every fault found: missing, damaged or pickled weights, a bad index, quantised weights, unknown layers.
+    Raises CheckpointError with every fault found: missing, damaged or pickled weights, a bad index, quantised weights, unknown layers.
     """
-    faults = Faults()
-    config: dict[str, Any] = {}
-    stored: dict[str, StoredTensor] = {}
+    faults, config, stored = Faults(), {}, {}
     with faults.collect():
         config = read_json(folder / "config.json")
     with faults.collect():

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 from recall_merge.files.adapter import CONFIG, WEIGHTS, Adapter
 from recall_merge.files.checkpoint import Checkpoint
-from recall_merge.files.digest import ModelDigest
-from recall_merge.files.hashing import hash_file, hash_model
+from recall_merge.files.hashing import ModelDigest, hash_file, hash_model
 from recall_merge.files.safetensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from recall_merge.maths.deltas import Delta
 
 
+@dataclass(frozen=True)
 class Expert:
     """What a merge needs to know about an expert; here, about one that changes nothing.
 
@@ -28,20 +28,16 @@ class Expert:
     """
 
     name: str
+    source: Checkpoint | Adapter
 
     @property
     def folder(self) -> Path:
-        raise NotImplementedError
+        return self.source.folder
 
     @property
     def nbytes(self) -> int:
         """Bytes to read for all of its tensors once."""
-        return 0
-
-    @property
-    def tensors(self) -> Iterable[str]:
-        """Names of the tensors that it has, or changes."""
-        return ()
+        return self.source.nbytes
 
     def spec(self, name: str) -> TensorSpec | None:
         """Dtype and shape of its own version of a tensor; None if it has the base's."""
@@ -68,39 +64,26 @@ class Expert:
 class FullExpert(Expert):
     """An expert that is a whole checkpoint."""
 
-    name: str
-    checkpoint: Checkpoint
+    source: Checkpoint
     digest: ModelDigest = field(default_factory=ModelDigest, compare=False, repr=False)
 
-    @property
-    def folder(self) -> Path:
-        return self.checkpoint.folder
-
-    @property
-    def nbytes(self) -> int:
-        return self.checkpoint.nbytes
-
-    @property
-    def tensors(self) -> Iterable[str]:
-        return self.checkpoint.tensors
-
     def spec(self, name: str) -> TensorSpec | None:
-        return self.checkpoint.tensors[name].spec
+        return self.source.tensors[name].spec
 
     def delta(self, name: str, base: Tensor, span: range | None = None) -> Delta | None:
-        stored = self.checkpoint.read(name, span)
+        stored = self.source.read(name, span)
         if span:
-            self.digest.add_piece(name, self.checkpoint.tensors[name].spec, span.start, stored)
+            self.digest.add_piece(name, self.source.tensors[name].spec, span.start, stored)
         else:
             self.digest.add(name, stored)
         return _minus(stored, base)
 
     def read_delta(self, name: str, base: Tensor, span: range) -> Tensor:
         """A span of its delta, not added to the digest: for a pass before the one that merges."""
-        return _minus(self.checkpoint.read(name, span), base)
+        return _minus(self.source.read(name, span), base)
 
     def own(self, name: str, base: Tensor) -> Tensor:
-        return self.checkpoint.read(name).to(base.dtype)
+        return self.source.read(name).to(base.dtype)
 
     def hashes(self) -> dict[str, str]:
         return {"tensors": self.digest.hexdigest()}
@@ -110,34 +93,21 @@ class FullExpert(Expert):
 class AdapterExpert(Expert):
     """An expert that is an adapter on the base."""
 
-    name: str
-    adapter: Adapter
-
-    @property
-    def folder(self) -> Path:
-        return self.adapter.folder
-
-    @property
-    def nbytes(self) -> int:
-        return self.adapter.nbytes
-
-    @property
-    def tensors(self) -> Iterable[str]:
-        return self.adapter.edits
+    source: Adapter
 
     def spec(self, name: str) -> TensorSpec | None:
-        edit = self.adapter.edits.get(name)
+        edit = self.source.edits.get(name)
         return edit.replace.spec if edit and edit.replace else None
 
     def comes_in_pieces(self, name: str) -> bool:
-        return name not in self.adapter.edits
+        return name not in self.source.edits
 
     def delta(self, name: str, base: Tensor, span: range | None = None) -> Delta | None:
-        edit = self.adapter.edits.get(name)
+        edit = self.source.edits.get(name)
         return edit.delta(base) if edit else None
 
     def own(self, name: str, base: Tensor) -> Tensor:
-        edit = self.adapter.edits.get(name)
+        edit = self.source.edits.get(name)
         return edit.apply(base) if edit else base
 
     def hashes(self) -> dict[str, str]:
@@ -148,12 +118,11 @@ class AdapterExpert(Expert):
 class BaseExpert(Expert):
     """The base as one of the models: it changes nothing, so it is not read again."""
 
-    base: Checkpoint
-    name: str = "base"
+    source: Checkpoint
 
     @property
-    def folder(self) -> Path:
-        return self.base.folder
+    def nbytes(self) -> int:
+        return 0
 
 
 def own_tensors(expert: Expert, base: Checkpoint, merges: Callable[[str], bool]) -> dict[str, Tensor]:
@@ -162,11 +131,8 @@ def own_tensors(expert: Expert, base: Checkpoint, merges: Callable[[str], bool])
     `merges` tells which tensors are the expert's own; the others are the base's, as in the result.
     """
 
-    def own(name: str) -> Tensor:
-        tensor = own_tensor(expert, base, name, merges)
-        return widen(tensor) if merges(name) else tensor
-
-    return {name: own(name) for name in base.tensors}
+    own = ((name, own_tensor(expert, base, name, merges)) for name in base.tensors)
+    return {name: widen(tensor) if merges(name) else tensor for name, tensor in own}
 
 
 def own_tensor(expert: Expert, base: Checkpoint, name: str, merges: Callable[[str], bool]) -> Tensor:
@@ -174,7 +140,7 @@ def own_tensor(expert: Expert, base: Checkpoint, name: str, merges: Callable[[st
     if not merges(name):
         return base.read(name)
     if isinstance(expert, FullExpert):
-        return expert.checkpoint.read(name)
+        return expert.source.read(name)
     stored = base.read(name)
     return stored if expert.comes_in_pieces(name) else expert.own(name, widen(stored))
 
@@ -184,12 +150,11 @@ def own_rows(
 ) -> Tensor:
     """A tensor of which only some rows are read; the others are 0, and take no memory until they are written to.
 
-    Args:
-        dtype: the dtype of its use; converting it later would write to all rows.
+    `dtype` is the dtype of its use; converting it later would write to all rows.
     """
     from recall_merge.runtime.memory import zeros
 
-    source = expert.checkpoint if isinstance(expert, FullExpert) and merges(name) else base
+    source = expert.source if isinstance(expert, FullExpert) and merges(name) else base
     spec = source.tensors[name].spec
     tensor = zeros(spec.shape, dtype)
     width = spec.numel // max(1, spec.shape[0])
@@ -207,8 +172,8 @@ def widen(tensor: Tensor) -> Tensor:
 
 def hash_expert(expert: Expert) -> str:
     """A hash of an expert's present state: SHA-256 of an adapter's files, or of a checkpoint's weights and config."""
-    if isinstance(expert, FullExpert | BaseExpert):
-        return hash_model(expert.checkpoint if isinstance(expert, FullExpert) else expert.base)
+    if isinstance(expert.source, Checkpoint):
+        return hash_model(expert.source)
     return hashlib.sha256(repr(sorted(expert.hashes().items())).encode()).hexdigest()
 
 

@@ -168,7 +168,7 @@ def _changed(result: Result, base: Checkpoint, name: str) -> bool:
 
 def _rank(shape: tuple[int, ...], name: str, experts: Sequence[AdapterExpert], rank: int | None) -> int:
     """The given rank, or that of an exact adapter: the sum of the experts' ranks where all of them are nothing but factors."""
-    edits = [edit for expert in experts if (edit := expert.adapter.edits.get(name)) is not None]
+    edits = [edit for expert in experts if (edit := expert.source.edits.get(name)) is not None]
     downs = [edit.down for edit in edits if edit.is_product]
     exact = sum(down.spec.shape[0] for down in downs if down is not None) if edits and len(downs) == len(edits) else min(shape)
     return min(rank or exact, *shape)

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recall_merge.files.digest import ModelDigest
 from recall_merge.files.durable import sync
+from recall_merge.files.hashing import ModelDigest
 from recall_merge.files.output import MARKER, WeightWriter
 from recall_merge.files.safetensors import READ
 from recall_merge.merging.cost import forward_memory, merge_memory, weights_memory, whole_model_memory

@@ -44,7 +44,7 @@ def open_expert(entry: ExpertEntry, located: Located, base: Checkpoint, run: Mer
         return AdapterExpert(entry.name, adapter)
     checkpoint = named_like(open_checkpoint(located.folder, located.remote), base)
     check_checkpoint(entry.name, checkpoint, base, lambda tensor: skipped(tensor, run.skip), is_base=entry.is_base)
-    return BaseExpert(checkpoint, entry.name) if entry.is_base else FullExpert(entry.name, checkpoint)
+    return BaseExpert(entry.name, checkpoint) if entry.is_base else FullExpert(entry.name, checkpoint)
 
 
 def check_adapter_base(expert: str, adapter: Adapter, base: Checkpoint, base_reference: str, same_base: bool) -> None:

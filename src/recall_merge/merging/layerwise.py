@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from recall_merge.files.checkpoint import Checkpoint, HeldCheckpoint
+from recall_merge.files.checkpoint import Checkpoint
 from recall_merge.files.experts import FullExpert
 from recall_merge.maths.similarity import similarity
 from recall_merge.merging.forward import Tokens, check_finite, layer_parameters, start_forward, tokens_of, whole_hidden_states_at
@@ -144,13 +144,11 @@ def _with_layer_in_memory(plan: Plan, layer: int) -> Plan:
     """The plan, with its checkpoints' tensors of one layer in memory, except token tensors, of which texts need a few rows only."""
     names = [name for name in plan.names_of_layer[layer] if name not in plan.base.token_tensors]
 
-    def held(checkpoint: Checkpoint, wanted: list[str]) -> HeldCheckpoint:
-        return HeldCheckpoint.of(checkpoint, dict(zip(wanted, in_order(checkpoint.read, wanted, plan.threads), strict=True)))
+    def held(checkpoint: Checkpoint, wanted: list[str]) -> Checkpoint:
+        return replace(checkpoint, held=dict(zip(wanted, in_order(checkpoint.read, wanted, plan.threads), strict=True)))
 
     merged = [name for name in names if plan.merges(name)]
-    experts = [
-        replace(expert, checkpoint=held(expert.checkpoint, merged)) if isinstance(expert, FullExpert) else expert for expert in plan.experts
-    ]
+    experts = [replace(expert, source=held(expert.source, merged)) if isinstance(expert, FullExpert) else expert for expert in plan.experts]
     return replace(plan, base=held(plan.base, names), experts=tuple(experts))
 
 

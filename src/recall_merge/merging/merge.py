@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from recall_merge.files.companions import write_companions
-from recall_merge.files.digest import ModelDigest
+from recall_merge.files.hashing import ModelDigest
 from recall_merge.files.model_card import PICTURE, write_model_card
 from recall_merge.files.output import OutputFolder, WeightWriter
 from recall_merge.files.record import RECORD, verify_files, write_record
@@ -38,7 +38,7 @@ from recall_merge.merging.verify import validate_output
 from recall_merge.merging.weights import MergeWeights
 from recall_merge.runtime import memory
 from recall_merge.runtime.errors import MissingExtra, ResultError
-from recall_merge.runtime.open_executor import LOCAL, check_executor, open_executor
+from recall_merge.runtime.executor import LOCAL, check_executor, open_executor
 from recall_merge.runtime.progress import Progress, Silent
 
 Draw = Callable[[Mapping[str, Any] | None, Mapping[str, Any], Path], object]

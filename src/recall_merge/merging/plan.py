@@ -83,7 +83,7 @@ class Plan:
         asked = isinstance(rule, RecallWeights) and (
             rule.base_in_pool == "always" or (rule.base_in_pool == "single" and len(self.experts) == 1)
         )
-        return [*([BaseExpert(self.base)] if asked else []), *self.experts]
+        return [*([BaseExpert("base", self.base)] if asked else []), *self.experts]
 
     @property
     def single_pass(self) -> bool:
@@ -171,7 +171,7 @@ def make_plan(run: MergeRun, *, writes: bool = True, download: bool = True) -> P
     with faults.collect():
         tokens = {expert.name: (expert.folder, embedding_rows(expert, base)) for expert in experts}
         vocabulary, vocabulary_notes = plan_vocabulary((base.folder, base.vocabulary_size), tokens, run.vocabulary)
-    _check_skip(run, (base, *experts), faults)
+    _check_skip(run, [base, *(expert.source for expert in experts if isinstance(expert, FullExpert))], faults)
     _check_dtypes(run, base, experts, faults)
     specs = _result_specs(run, base, vocabulary)
     if writes and run.out.path is not None:
@@ -183,7 +183,7 @@ def make_plan(run: MergeRun, *, writes: bool = True, download: bool = True) -> P
     assert weights is not None
     notes += vocabulary_notes
     for expert in experts:
-        if isinstance(expert, AdapterExpert) and base.is_tied and base.embedding in expert.adapter.edits:
+        if isinstance(expert, AdapterExpert) and base.is_tied and base.embedding in expert.source.edits:
             notes.append(f"expert '{expert.name}' trains the embedding, to which the head is tied: both change, as in PEFT's own merge")
     without = [expert.name for expert, stats in zip(experts, statistics, strict=False) if stats is None]
     notes += [f"expert '{name}' has no input statistics: all its inputs count alike" for name in without]
@@ -247,7 +247,7 @@ def _check_output(run: MergeRun, located: Mapping[str, Located]) -> None:
     OutputFolder(run.out.path, overwrite=run.out.overwrite).check(folders)
 
 
-def _check_skip(run: MergeRun, models: Sequence[Checkpoint | Expert], faults: Faults) -> None:
+def _check_skip(run: MergeRun, models: Sequence[Checkpoint], faults: Faults) -> None:
     for pattern in run.skip:
         if not any(skipped(name, [pattern]) for model in models for name in model.tensors):
             faults.add(f"`skip` names no tensor: '{pattern}'", fix="write a tensor's whole name, or a pattern such as '*.norm.weight'")
@@ -256,8 +256,8 @@ def _check_skip(run: MergeRun, models: Sequence[Checkpoint | Expert], faults: Fa
 def _check_dtypes(run: MergeRun, base: Checkpoint, experts: Sequence[Expert], faults: Faults) -> None:
     """Where experts are stored in another dtype than the base, the user says which one the result has."""
     for expert in experts if run.out.dtype == "auto" else ():
-        if isinstance(expert, FullExpert) and expert.checkpoint.dtypes != base.dtypes:
-            theirs, ours = (" and ".join(sorted(dtypes)) for dtypes in (expert.checkpoint.dtypes, base.dtypes))
+        if isinstance(expert, FullExpert) and expert.source.dtypes != base.dtypes:
+            theirs, ours = (" and ".join(sorted(dtypes)) for dtypes in (expert.source.dtypes, base.dtypes))
             what = f"expert '{expert.name}' is in {theirs}, the base in {ours}"
             faults.add(what, where=expert.folder, fix="say which dtype the result has, such as `dtype: bfloat16` under `out:`")
 

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from recall_merge.files.adapter import CONFIG, WEIGHTS, is_adapter
 from recall_merge.files.checkpoint import Checkpoint, open_checkpoint
-from recall_merge.files.digest import ModelDigest
 from recall_merge.files.experts import BaseExpert, FullExpert
-from recall_merge.files.hashing import hash_file
+from recall_merge.files.hashing import ModelDigest, hash_file
 from recall_merge.files.hub import Located, locate
 from recall_merge.files.names import named_like
 from recall_merge.files.record import RECORD, versions
@@ -87,7 +86,7 @@ def hash_models(plan: Plan) -> dict[str, dict[str, str]]:
         digest.add(name, plan.base.read(name))
         for expert in plan.experts:
             if isinstance(expert, FullExpert) and plan.merges(name):
-                expert.digest.add(name, expert.checkpoint.read(name))
+                expert.digest.add(name, expert.source.read(name))
     return hashes_of(plan, digest)
 
 

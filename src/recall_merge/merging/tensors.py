@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from recall_merge.files.digest import ModelDigest
 from recall_merge.files.experts import FullExpert, widen
+from recall_merge.files.hashing import ModelDigest
 from recall_merge.maths.deltas import Delta, LowRank, dense
 from recall_merge.maths.methods import METHODS, Draws
 from recall_merge.maths.methods.informed import condition

@@ -17,27 +17,16 @@ from recall_merge.models.load import BUILD_LOCK, load_config, refused_by_transfo
 
 @dataclass(frozen=True)
 class ParameterInfo:
-    """A parameter of a model.
+    """A parameter of a model."""
 
-    Attributes:
-        module: the dotted name of its module.
-        part: its name there, mostly 'weight' or 'bias'.
-        is_linear: the module is a linear map.
-        transposed: the map stores its weight as (i, o), as GPT-2's Conv1D does.
-    """
-
-    module: str
-    part: str
-    is_linear: bool
-    transposed: bool
+    module: str  # the dotted name of its module
+    part: str  # its name there, mostly 'weight' or 'bias'
+    is_linear: bool  # the module is a linear map
+    transposed: bool  # the map stores its weight as (i, o), as GPT-2's Conv1D does
 
 
 def outline(folder: Path) -> list[ParameterInfo]:
-    """All parameters of a folder's model, in its order. A tied parameter is listed under each of its names.
-
-    Raises:
-        CheckpointError: if transformers does not know the architecture.
-    """
+    """All parameters of a folder's model, in its order. A tied parameter is listed under each of its names. Raises as `empty_model`."""
     model = empty_model(folder)
     modules = dict(model.named_modules())
     parameters = []
@@ -51,8 +40,7 @@ def outline(folder: Path) -> list[ParameterInfo]:
 def empty_model(folder: Path, *, dtype: str = "float32", vocabulary_size: int | None = None) -> Any:
     """The architecture of a folder in evaluation mode. Parameters are on the meta device; buffers have their numbers.
 
-    Raises:
-        CheckpointError: if transformers does not know the architecture.
+    Raises CheckpointError if transformers does not know the architecture.
     """
     config = load_config(folder, vocabulary_size=vocabulary_size)
     with refused_by_transformers(folder), BUILD_LOCK, _EmptyOnMeta():

@@ -17,22 +17,15 @@ from recall_merge.models.tokens import NO_LABEL, EncodedRow
 
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs of one linear map, or of several that read the same hidden states.
+    """The inputs of one linear map, or of several that read the same hidden states: q, k and v of a block share theirs."""
 
-    Attributes:
-        modules: their dotted names (q, k and v of a block share their inputs).
-        axis: the axis of their weights along which inputs run: 1 for torch's Linear (o, i), 0 for GPT-2's Conv1D (i, o).
-        moment: sum over tokens of x x^T / tokens, (i, i) float64; zeros where no token arrived, as at an expert that no token is routed to.
-        gradients: per module, the mean over rows of the sum over tokens of g^2, (o,) float64; g is the gradient of the log-likelihood of
-            predictions that the model makes itself, with respect to the map's output.
-        tokens: how many arrived.
-    """
-
-    modules: tuple[str, ...]
-    axis: int
-    moment: Tensor
+    modules: tuple[str, ...]  # dotted names
+    axis: int  # of the weights along which inputs run: 1 for torch's Linear (o, i), 0 for GPT-2's Conv1D (i, o)
+    moment: Tensor  # sum over tokens of x x^T / tokens, (i, i) float64; zeros where no token arrived, as at an expert without any
     gradients: tuple[Tensor, ...]
-    tokens: int
+    """Per module, the mean over rows of the sum over tokens of g^2, (o,) float64; g is the gradient of the log-likelihood of predictions
+    that the model makes itself, with respect to the map's output."""
+    tokens: int  # that arrived
 
 
 def input_moments(

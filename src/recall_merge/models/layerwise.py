@@ -65,28 +65,18 @@ class LayerwiseForward:
         self._hooks += [self._blocks[-1].register_forward_hook(_pause)]
 
     def step(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Pooled hidden states at the next layer, from 0 on.    -> (m, d), float32
+        """Pooled hidden states at the next layer, from 0 on, given its parameters under the names of the files.    -> (m, d), float32
 
-        Args:
-            tensors: the parameters of that layer, under the names of the files.
-
-        Raises:
-            CheckpointError: if transformers does not take these parameters.
+        Raises CheckpointError if transformers does not take these parameters.
         """
         return step([self], [lambda: tensors])[0]
 
     def finish(self, tensors: Mapping[str, Tensor], reduce: Callable[[Tensor, list[int]], Tensor]) -> list[Tensor]:
-        """Run from the last block to the logits.
+        """Run from the last block to the logits; returns what `reduce` gives for each batch. Raises as `step`.
 
         Args:
             tensors: the parameters of final norm and head; of a tied head, the embedding.
             reduce: logits (b, t, vocabulary) and the rows of a batch -> what to keep of them.
-
-        Returns:
-            What `reduce` gives for each batch.
-
-        Raises:
-            CheckpointError: if transformers does not take these parameters.
         """
         self._loader.load(tensors)
         self._model.tie_weights()

@@ -31,8 +31,7 @@ def load_model(folder: Path, base: Path | None = None, *, device: str | None = N
         device: by default a GPU if there is one.
         dtype: by default float32 on a CPU, and on a GPU the dtype of the folder.
 
-    Raises:
-        CheckpointError: if the files cannot be used, or transformers does not know the architecture.
+    Raises CheckpointError if the files cannot be used, or transformers does not know the architecture.
     """
     import torch
 
@@ -49,11 +48,7 @@ def load_model(folder: Path, base: Path | None = None, *, device: str | None = N
 
 
 def load_trainable(folder: Path, base: Path, *, dtype: str = "float32") -> Any:
-    """An expert as it is trained further: a whole model, or a base under an adapter whose factors are marked as trained.
-
-    Raises:
-        CheckpointError: as `load_model`.
-    """
+    """An expert as it is trained further: a whole model, or a base under an adapter whose factors are marked as trained."""
     if not is_adapter(folder):
         return build_model(folder, dtype=dtype)
     import peft
@@ -73,8 +68,7 @@ def build_model(
         dtype: 'float32', 'bfloat16', ... or 'auto' for the dtype of the config.
         vocabulary_size: rows of the token tensors, where they are not those of the config.
 
-    Raises:
-        CheckpointError: if transformers does not know the architecture, or finds tensors missing or unexpected.
+    Raises CheckpointError if transformers does not know the architecture, or finds tensors missing or unexpected.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -91,11 +85,7 @@ def build_model(
 
 
 def load_config(folder: Path, *, vocabulary_size: int | None = None) -> Any:
-    """The config of a model folder, as transformers knows it.
-
-    Raises:
-        CheckpointError: if transformers does not know the architecture, or refuses a value.
-    """
+    """The config of a model folder. Raises CheckpointError if transformers does not know the architecture, or refuses a value."""
     from transformers import AutoConfig
 
     with refused_by_transformers(folder):
@@ -106,11 +96,7 @@ def load_config(folder: Path, *, vocabulary_size: int | None = None) -> Any:
 
 
 def load_tokenizer(folder: Path, base: Path | None = None) -> Any:
-    """The tokenizer of a model folder, or of its base where an adapter's folder has none.
-
-    Raises:
-        CheckpointError: if there is none.
-    """
+    """The tokenizer of a model folder, or of its base where an adapter's folder has none. Raises CheckpointError if there is none."""
     from transformers import AutoTokenizer
 
     folder = folder if base is None or read_vocabulary(folder) is not None else base
@@ -153,8 +139,8 @@ def quiet() -> Iterator[None]:
 def hushed() -> Iterator[None]:
     """As `quiet`, and without other packages' warnings of future changes."""
     with quiet(), warnings.catch_warnings():
-        for kind in (FutureWarning, DeprecationWarning):
-            warnings.simplefilter("ignore", kind)
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
         yield
 
 

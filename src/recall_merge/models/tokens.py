@@ -54,8 +54,7 @@ def encode_rows(
         max_length: cut longer rows to this many tokens.
         label_prompt: give the tokens of the prompt labels too.
 
-    Raises:
-        DataError: with every row that has nothing to learn from.
+    Raises DataError with every row that has nothing to learn from.
     """
     encoded: list[EncodedRow] = []
     faults: list[Fault] = []
@@ -78,9 +77,7 @@ def encode_rows(
 
 def tokenize(texts: Sequence[str], tokenizer: Any, *, max_tokens: int) -> list[list[int]]:
     """Token ids of rendered texts, without further special tokens, cut to `max_tokens`."""
-    if not texts:
-        return []
-    return [ids[:max_tokens] for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    return [ids[:max_tokens] for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]] if texts else []
 
 
 def _start_token(tokenizer: Any) -> str:

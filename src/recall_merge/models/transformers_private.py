@@ -32,11 +32,7 @@ class TensorLoader:
         self._config = LoadStateDictConfig(dtype=dtype, dtype_plan=model._get_dtype_plan(dtype), weight_mapping=mapping)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put these tensors into the model.
-
-        Raises:
-            CheckpointError: if transformers does not expect them, or cannot convert them.
-        """
+        """Put these tensors into the model. Raises CheckpointError if transformers does not expect them, or cannot convert them."""
         with quiet():
             report, _ = convert_and_load_state_dict_in_model(self._model, dict(tensors), self._config)
         for kind in ("unexpected_keys", "mismatched_keys", "conversion_errors", "error_msgs"):

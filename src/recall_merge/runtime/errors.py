@@ -19,12 +19,8 @@ class Fault:
     fix: str = ""
 
     def __str__(self) -> str:
-        lines = [self.what]
-        if self.where:
-            lines.append(f"  where: {self.where}")
-        if self.fix:
-            lines.append(f"  fix: {self.fix}")
-        return "\n".join(lines)
+        details = {"where": self.where, "fix": self.fix}
+        return "\n".join([self.what, *(f"  {name}: {text}" for name, text in details.items() if text)])
 
 
 class RecallError(Exception):

@@ -1,13 +1,18 @@
-"""What an executor is: tasks in, futures out. One implementation is local (`processes.py`), the other is Ray (`ray_cluster.py`)."""
+"""Where tasks run: one interface, and the executor that `--executor` names: processes on this machine, or a Ray cluster."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
+
+from recall_merge.runtime.errors import MissingExtra, RunError
 
 R = TypeVar("R")
 PATIENCE = 10.0  # seconds after which code that waits for tasks checks whether a cluster has grown
+LOCAL, RAY = "local", "ray"
 
 
 class Executor(Protocol):
@@ -30,3 +35,33 @@ class Executor(Protocol):
             threads: processors that it uses, likewise.
         """
         ...
+
+
+def check_executor(name: str) -> None:
+    """Raises RunError if a name is not `local`, `ray` or `ray://ADDRESS`; MissingExtra if it is Ray, which is not installed."""
+    if name == RAY or name.startswith(f"{RAY}://"):
+        if importlib.util.find_spec("ray") is None:
+            raise MissingExtra("cluster", "`--executor ray`")
+    elif name != LOCAL:
+        raise RunError(f"there is no executor '{name}'", where="--executor", fix="give local, ray, or ray://ADDRESS")
+
+
+@contextmanager
+def open_executor(name: str, workers: int) -> Iterator[Executor]:
+    """Open an executor; if the block raises, tasks that have not started are cancelled.
+
+    Args:
+        name: `local`; `ray`, which starts Ray on this machine; `ray://ADDRESS`, a cluster that this machine is a node of.
+        workers: processes of `local`, or of a Ray that is started here; a cluster has as many as it has processors.
+    """
+    check_executor(name)
+    if name == LOCAL:
+        from recall_merge.runtime.processes import local_executor
+
+        opened = local_executor(workers)
+    else:
+        from recall_merge.runtime.ray_cluster import ray_executor
+
+        opened = ray_executor(name.removeprefix(RAY).removeprefix("://") or None, workers)
+    with opened as executor:
+        yield executor

@@ -36,7 +36,7 @@ class ThisProcess:
 
 
 class Processes:
-    """An executor that runs tasks in a pool of processes."""
+    """An executor that runs tasks in a pool of `slots` processes."""
 
     def __init__(self, pool: ProcessPoolExecutor, slots: int) -> None:
         self._pool, self.slots = pool, slots
@@ -61,13 +61,12 @@ def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"  # subtle: read when torch is first loaded, so each process must be started with it
     try:  # subtle: forking a process that has run torch's threads may hang
-        pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_begin)
-        try:
-            yield pool
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-        pool.shutdown()
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_begin) as pool:
+            try:
+                yield pool
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
     finally:
         if before is None:
             del os.environ["OMP_NUM_THREADS"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import pickle
@@ -13,20 +12,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from recall_merge.runtime.errors import ExecutorError, MissingExtra
-from recall_merge.runtime.executor import Executor
+from recall_merge.runtime.errors import ExecutorError
 
 R = TypeVar("R")
 RETRIES = 3  # of a task whose worker or node was lost; after that, the task itself is likely to kill them
 STORE = 10**8  # bytes of Ray's object store if we start Ray: models stay in files, and tasks pass their paths
 ENDING = 30.0  # seconds to wait for cancelled tasks to end
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-
-
-def check_installed() -> None:
-    """Raises: MissingExtra: without Ray."""
-    if importlib.util.find_spec("ray") is None:
-        raise MissingExtra("cluster", "`--executor ray`")
 
 
 class Cluster:
@@ -80,20 +72,17 @@ class Cluster:
 
 
 @contextmanager
-def ray_executor(address: str | None, workers: int) -> Iterator[Executor]:
+def ray_executor(address: str | None, workers: int) -> Iterator[Cluster]:
     """Ray, started on this machine with `workers` processes, or the cluster at an address (`auto`: this machine's cluster)."""
-    check_installed()
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     import ray
 
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "include_dashboard": None}
+    options: dict[str, Any] = {"address": address, "include_dashboard": None}
     if address is None:
-        options |= {"address": "local", "num_cpus": workers, "object_store_memory": STORE, "include_dashboard": False}
-    else:
-        options |= {"address": address}
+        options = {"address": "local", "num_cpus": workers, "object_store_memory": STORE, "include_dashboard": False}
     try:
-        ray.init(**options)
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         fix = "give the address of its head, as `ray start --head` prints it, or `ray://auto` on one of its nodes"
         raise ExecutorError(f"there is no cluster: {_lines(error)[0]}", where="--executor", fix=fix) from error
@@ -108,11 +97,7 @@ def ray_executor(address: str | None, workers: int) -> Iterator[Executor]:
 
 
 def _call(folder: Path, function: Callable[..., R], arguments: tuple[Any, ...]) -> tuple[BaseException | None, R | None]:
-    """Run a task on a worker. What it raises is returned, so that Ray itself reports lost workers only.
-
-    Args:
-        folder: that relative paths start from; on a machine without it, they are not found either.
-    """
+    """Run a task on a worker, in the same folder. What it raises is returned, so that Ray itself reports lost workers only."""
     import torch
 
     with suppress(OSError):

@@ -11,7 +11,6 @@ import yaml
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 50
 MAX_NODES = 100_000  # with every alias expanded: nine lines can mean a billion of them
-
 TOO_DEEP = f"it is nested more than {MAX_DEPTH} deep"
 MERGE = "tag:yaml.org,2002:merge"  # of the key `<<`
 
@@ -44,12 +43,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> Any:
-    """The content of a YAML file.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        NotYaml: if it cannot be read, is not YAML, or is beyond the limits.
-    """
+    """The content of a YAML file. Raises FileNotFoundError; or NotYaml if it cannot be read, is not YAML, or is beyond the limits."""
     try:
         if path.exists() and not path.is_file():
             raise NotYaml("it is not a file")
@@ -63,10 +57,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """The content of YAML in a string.
-
-    Raises:
-        NotYaml: if it is not YAML, or beyond the limits.
+    """The content of YAML in a string. Raises NotYaml if it is not YAML, or beyond the limits.
 
     >>> parse_yaml("{a: [1, 2.5, yes]}")
     {'a': [1, 2.5, True]}

@@ -24,14 +24,9 @@ class Section(BaseModel):
 
 
 def read_mapping(path: Path, kind: str, form: str) -> dict[str, Any]:
-    """The keys and values of a YAML file.
+    """The keys and values of a YAML file that describes a `kind` of thing (a run, a scenario); the page `form` documents such files.
 
-    Args:
-        kind: what the file describes: a run, a scenario.
-        form: the page that documents such files.
-
-    Raises:
-        RunError: if the file is missing, is not YAML, or holds no mapping.
+    Raises RunError if the file is missing, is not YAML, or holds no mapping.
     """
     try:
         data = read_yaml(path)
