@@ -5,7 +5,7 @@ import math
 import pytest
 
 from recall_merge import MergeRun, merge
-from recall_merge.merging import losses
+from recall_merge.merging import weights as merge_weights
 from recall_merge.merging.forward import expert_tokenizer, load_expert
 from recall_merge.merging.layerwise import compute_weights
 from recall_merge.merging.plan import make_plan
@@ -71,5 +71,5 @@ def test_what_cannot_be_run_block_by_block_is_run_whole(bases, rows, tmp_path, m
     experts = {name: fine_tuned(bases("llama"), tmp_path / name, seed=seed) for seed, name in enumerate("ab")}
     plan = a_plan(bases("llama"), experts, rows, tmp_path / "out")
     wanted = compute_weights(plan).losses
-    monkeypatch.setattr(losses, "_layerwise_loss", unwalkable)
+    monkeypatch.setattr(merge_weights, "_layerwise_loss", unwalkable)
     assert compute_weights(plan).losses == wanted

@@ -20,11 +20,10 @@ from recall_merge.files.checkpoint import Checkpoint
 from recall_merge.files.experts import FullExpert
 from recall_merge.maths.similarity import similarity
 from recall_merge.merging.forward import Tokens, check_finite, layer_parameters, start_forward, tokens_of, whole_hidden_states_at
-from recall_merge.merging.losses import weights_from_losses
 from recall_merge.merging.plan import Plan
 from recall_merge.merging.run import DEFAULT_RECALL, LossWeights, RecallWeights
-from recall_merge.merging.samples import choose_samples
-from recall_merge.merging.weights import MergeWeights, TypicalSamples, given_weights, weights_from_similarity
+from recall_merge.merging.samples import TypicalSamples, choose_samples
+from recall_merge.merging.weights import MergeWeights, given_weights, weights_from_losses, weights_from_similarity
 from recall_merge.runtime.errors import NotLayerwise
 from recall_merge.runtime.parallel import in_order
 from recall_merge.runtime.progress import Progress, Silent

@@ -18,7 +18,6 @@ from recall_merge.files.rows import Row, read_rows
 from recall_merge.files.safetensors import CODES, TensorSpec
 from recall_merge.files.statistics import InputStatistics, has_statistics
 from recall_merge.files.vocabulary import Vocabulary, plan_vocabulary
-from recall_merge.maths.methods import Method
 from recall_merge.merging.inputs import check_distinct, embedding_rows, locate_models, open_base, open_expert, read_statistics
 from recall_merge.merging.parts import GivenWeights, Override, overrides_of_tensors, weights_per_layer
 from recall_merge.merging.rules import Rules, choose_method, make_rules
@@ -28,12 +27,10 @@ from recall_merge.runtime.parallel import cores
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A merge that has passed all checks that need no weights.
+class Plan(Rules):
+    """A merge that has passed all checks that need no weights: the rules of a run, and the files that they apply to.
 
     Attributes:
-        name: of the method, or of the alias that the run gives.
-        source: where the method was published.
         weights: one number per expert, summing to 1; one such row per layer; or how samples give them.
         overrides: weights and options that single tensors have of their own, by tensor name.
         rows: of the newest expert's data; empty where the run needs none.
@@ -46,10 +43,6 @@ class Plan:
     run: MergeRun
     base: Checkpoint
     experts: tuple[Expert, ...]
-    name: str
-    source: str
-    method: Method
-    options: Mapping[str, Any]
     weights: GivenWeights | SampleWeights
     overrides: Mapping[str, Override]
     rows: list[Row]
@@ -188,14 +181,10 @@ def make_plan(run: MergeRun, *, writes: bool = True, download: bool = True) -> P
     without = [expert.name for expert, stats in zip(experts, statistics, strict=False) if stats is None]
     notes += [f"expert '{name}' has no input statistics: all its inputs count alike" for name in without]
     return Plan(
+        **{**vars(rules), "weights": weights},
         run=run,
         base=base,
         experts=tuple(experts),
-        name=rules.name,
-        source=rules.source,
-        method=rules.method,
-        options=rules.options,
-        weights=weights,
         overrides=overrides,
         rows=rows,
         vocabulary=vocabulary,

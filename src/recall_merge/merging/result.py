@@ -25,8 +25,9 @@ from recall_merge.files.record import RECORD, versions
 from recall_merge.maths.weights import lines_scales
 from recall_merge.merging.plan import Plan
 from recall_merge.merging.run import skipped
+from recall_merge.merging.samples import TypicalSample
 from recall_merge.merging.verify import verify
-from recall_merge.merging.weights import MergeWeights, TypicalSample
+from recall_merge.merging.weights import MergeWeights
 from recall_merge.runtime.errors import Fault, Faults, ResultError
 
 

@@ -4,16 +4,34 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from recall_merge.maths.samples import typical_samples
 from recall_merge.merging.forward import expert_tokenizer, hidden_states_at, whole_hidden_states_at
 from recall_merge.merging.plan import Plan
 from recall_merge.merging.run import RecallWeights
-from recall_merge.merging.weights import TypicalSample, TypicalSamples
 from recall_merge.models.tokens import EncodedRow, encode_rows, render, tokenize
 from recall_merge.runtime.errors import DataError, NotLayerwise
 from recall_merge.runtime.progress import Progress
+
+
+@dataclass(frozen=True)
+class TypicalSample:
+    """A row that stands for a cluster: its position in the file, its length in tokens, and the cluster's size."""
+
+    row: int
+    tokens: int
+    cluster: int
+
+
+@dataclass(frozen=True)
+class TypicalSamples:
+    """The typical samples of the newest expert's rows; their texts as the models read them; notes on how rows were handled."""
+
+    texts: list[str]
+    rows: tuple[TypicalSample, ...]
+    notes: tuple[str, ...]
 
 
 def choose_samples(plan: Plan, rule: RecallWeights, progress: Progress) -> TypicalSamples:

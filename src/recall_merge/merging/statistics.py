@@ -14,8 +14,7 @@ from recall_merge.maths.moments import compress
 from recall_merge.merging.forward import expert_tokenizer, load_expert
 from recall_merge.merging.plan import Plan, make_plan
 from recall_merge.merging.run import DEFAULT_RECALL, MergeRun
-from recall_merge.merging.samples import choose_samples, encode_samples
-from recall_merge.merging.weights import TypicalSample
+from recall_merge.merging.samples import TypicalSample, choose_samples, encode_samples
 from recall_merge.runtime.errors import CheckpointError
 from recall_merge.runtime.progress import Progress, Silent
 

@@ -1,35 +1,24 @@
-"""Merge weights, layer by layer, and the typical samples that they come from."""
+"""Merge weights, layer by layer: given by the run, from the similarity of hidden states, or from losses (LM-Cocktail)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from recall_merge.files.experts import Expert, own_tensor
 from recall_merge.maths.weights import ablate, outside_blocks, softmax_weights
+from recall_merge.merging.forward import expert_tokenizer, layer_parameters, load_expert, start_forward
 from recall_merge.merging.plan import Plan
-from recall_merge.merging.run import RecallWeights
-
-
-@dataclass(frozen=True)
-class TypicalSample:
-    """A row that stands for a cluster: its position in the file, its length in tokens, and the cluster's size."""
-
-    row: int
-    tokens: int
-    cluster: int
-
-
-@dataclass(frozen=True)
-class TypicalSamples:
-    """The typical samples of the newest expert's rows; their texts as the models read them; notes on how rows were handled."""
-
-    texts: list[str]
-    rows: tuple[TypicalSample, ...]
-    notes: tuple[str, ...]
+from recall_merge.merging.run import DEFAULT_RECALL, LossWeights, RecallWeights
+from recall_merge.merging.samples import TypicalSample, TypicalSamples, encode_samples
+from recall_merge.models.tokens import EncodedRow
+from recall_merge.runtime.errors import CheckpointError, NotLayerwise
+from recall_merge.runtime.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -74,3 +63,46 @@ def weights_from_similarity(plan: Plan, rule: RecallWeights, similarity: Tensor,
     weights = softmax_weights(similarity, temperature=rule.temperature)
     weights = outside_blocks(ablate(weights, rule.ablation, seed=plan.run.seed), rule.outside_blocks)
     return MergeWeights(tuple(model.name for model in plan.compared), weights, similarity, samples.rows, samples.notes)
+
+
+def weights_from_losses(plan: Plan, rule: LossWeights, samples: TypicalSamples, progress: Progress) -> MergeWeights:
+    """Weights that are the same at every layer. CheckpointError if a model cannot be run, or its loss is not finite."""
+    from recall_merge.models.losses import mean_loss
+
+    losses: dict[str, float] = {}
+    for expert in plan.experts:
+        rows = encode_samples(plan, samples.rows, expert_tokenizer(plan, expert))
+        with progress.stage(f"loss of {expert.name}", plan.base.layers.last + 1, "layers") as advance:
+            try:
+                losses[expert.name] = _layerwise_loss(plan, expert, rows, advance)
+            except NotLayerwise:
+                losses[expert.name] = mean_loss(load_expert(plan, expert, DEFAULT_RECALL), rows)
+        if not math.isfinite(losses[expert.name]):
+            raise CheckpointError(f"the loss of expert '{expert.name}' is not finite", where=expert.folder, fix="look at its training")
+    row = softmax_weights(-torch.tensor([[*losses.values()]], dtype=torch.float64), temperature=rule.temperature)
+    weights = row.repeat(plan.base.layers.last + 1, 1)
+    return MergeWeights(tuple(losses), weights, samples=samples.rows, notes=samples.notes, losses=losses)
+
+
+def _layerwise_loss(plan: Plan, expert: Expert, rows: Sequence[EncodedRow], advance: Callable[[int], None]) -> float:
+    """`mean_loss` of an expert with one of its layers in memory at a time."""
+    from recall_merge.models.losses import row_loss
+
+    layers, tokens = plan.base.layers, [row.input_ids for row in rows]
+    losses = [0.0] * len(rows)
+
+    def reduce(logits: Tensor, batch: list[int]) -> Tensor:
+        (row,) = batch
+        losses[row] = row_loss(logits[0], rows[row])
+        return torch.empty(0)
+
+    with start_forward(plan, expert, DEFAULT_RECALL, tokens, one_by_one=True) as forward:
+        for layer in range(layers.blocks + 1):
+            forward.step(layer_parameters(plan, expert, DEFAULT_RECALL, layer, tokens))
+            advance(1)
+        head = layer_parameters(plan, expert, DEFAULT_RECALL, layers.last, tokens)
+        if plan.base.is_tied:  # the whole table, of which the first layer has only the rows of the tokens
+            head[plan.base.embedding] = own_tensor(expert, plan.base, plan.base.embedding, plan.merges)
+        forward.finish(head, reduce)
+        advance(1)
+    return sum(losses) / len(losses)
