@@ -7,7 +7,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from recall_merge.files.adapter import CONFIG, PREFIX, WEIGHTS
 from recall_merge.files.checkpoint import Checkpoint
@@ -15,15 +18,12 @@ from recall_merge.files.experts import AdapterExpert
 from recall_merge.files.names import Names
 from recall_merge.files.output import OutputFolder, Shard, WeightWriter
 from recall_merge.files.safetensors import TensorSpec
+from recall_merge.maths.deltas import LowRank
+from recall_merge.maths.low_rank import combined, squared_error, truncate
 from recall_merge.merging.result import Result
+from recall_merge.models.architecture import ParameterInfo, outline
 from recall_merge.runtime.errors import Faults, ResultError
 from recall_merge.runtime.progress import Progress
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from recall_merge.maths.deltas import LowRank
-    from recall_merge.models.architecture import ParameterInfo
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,6 @@ def plan_adapter(
 
 def write_adapter(target: Path, plan: AdapterPlan, base_name: str, progress: Progress) -> ExportedAdapter:
     """Write a planned adapter, whole or not at all; its config names the base `base_name`."""
-    from recall_merge.maths.low_rank import squared_error
-
     specs, layers = plan.specs(), plan.base.layers
     missed, sizes = [0.0] * (layers.last + 1), [0.0] * (layers.last + 1)
     bar = progress.stage("writing the adapter", sum(spec.nbytes for spec in specs.values()), "bytes")
@@ -145,8 +143,6 @@ def write_adapter(target: Path, plan: AdapterPlan, base_name: str, progress: Pro
 
 
 def _find_places(base: Checkpoint) -> dict[str, list[ParameterInfo]]:
-    from recall_merge.models.architecture import outline
-
     names, places = Names(base), {}
     for place in outline(base.folder):
         wanted = f"{place.module}.{place.part}"
@@ -158,8 +154,6 @@ def _find_places(base: Checkpoint) -> dict[str, list[ParameterInfo]]:
 
 def _changed(result: Result, base: Checkpoint, name: str) -> bool:
     """Whether a tensor differs from the base's by more than its dtype."""
-    import torch
-
     old, new = base.tensors[name], result.checkpoint.tensors[name]
     if old.spec.shape != new.spec.shape or old.spec == new.spec:
         return not old.same_bytes(new)
@@ -180,9 +174,6 @@ def _delta(plan: AdapterPlan, name: str) -> Tensor:
 
 def _factors(plan: AdapterPlan, name: str) -> LowRank:
     """The factors of one linear layer, in the base's orientation."""
-    from recall_merge.maths.deltas import LowRank
-    from recall_merge.maths.low_rank import combined, truncate
-
     rank = plan.ranks[name]
     if plan.shares is not None:
         base = plan.base.read(name).double()

@@ -12,6 +12,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
 from recall_merge.maths.layers import Layers
+from recall_merge.maths.weights import interpolated
 from recall_merge.merging.run import MAX_PATH
 from recall_merge.runtime.errors import Faults, RunError, did_you_mean, short
 from recall_merge.runtime.sections import Section
@@ -275,6 +276,4 @@ def _evaluated(setting: Any, parameter: Parameter, tensor: str, t: float, where:
     values = [parameter.read(number, where) for number in setting]
     if isinstance(parameter.default, bool):
         return values[int(t * (len(values) - 1))]
-    from recall_merge.maths.weights import interpolated
-
     return interpolated([[number] for number in values], t)[0]

@@ -11,7 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from recall_merge.files.adapter import is_adapter, open_adapter
 from recall_merge.files.checkpoint import Checkpoint, open_checkpoint, read_json
@@ -20,12 +23,10 @@ from recall_merge.files.experts import AdapterExpert, Expert, FullExpert, widen
 from recall_merge.files.names import named_like
 from recall_merge.files.record import RECORD
 from recall_merge.files.statistics import InputStatistics, open_statistics
+from recall_merge.maths.deltas import dense
 from recall_merge.merging.run import skipped
 from recall_merge.runtime.errors import CheckpointError
 from recall_merge.runtime.progress import Progress
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 FORMAT = 1
 MERGE = "the merge"
@@ -82,8 +83,6 @@ class LayerSums:
     """Sums over the tensors of each layer, in float64."""
 
     def __init__(self, experts: list[str], layers: int) -> None:
-        import torch
-
         k = len(experts)
         self._experts, self._layers = experts, layers
         self._base = torch.zeros(layers, dtype=torch.float64)  # |theta_0|^2
@@ -94,10 +93,6 @@ class LayerSums:
     def add(
         self, layer: int, name: str, base: Tensor, merged: Tensor, experts: list[Expert], statistics: Mapping[str, InputStatistics]
     ) -> None:
-        import torch
-
-        from recall_merge.maths.deltas import dense
-
         deltas = [torch.zeros_like(base) if (delta := expert.delta(name, base)) is None else dense(delta) for expert in experts]
         merged = merged - base
         flat = torch.stack([delta.flatten() for delta in (*deltas, merged)])
