@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from recall_merge.files.checkpoint import read_json
-from recall_merge.files.vocabulary import TOKENIZER_FILES, Vocabulary, add_tokens, read_vocabulary
+from recall_merge.files.vocabulary import TOKENIZER_FILES, Vocabulary, read_vocabulary
+from recall_merge.runtime.errors import CheckpointError
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -17,10 +18,8 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 def write_companions(target: Path, base: Path, experts: Sequence[Path], vocabulary: Vocabulary | None, dtype: str | None) -> None:
     """Write all files but weights, statistics and record.
 
-    Config, generation config and code files are the base's; tokenizer and chat template are those that the vocabulary chose.
-
-    Args:
-        dtype: the dtype of the result's weights where the run gives one; None keeps what the base's config says.
+    Config, generation config and code files are the base's; tokenizer and chat template are those that the vocabulary chose. `dtype` is
+    that of the result's weights where the run gives one; None keeps what the base's config says.
     """
     config = read_json(base / "config.json")
     config.pop("_name_or_path", None)  # may be a local path
@@ -49,11 +48,15 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def _extended_tokenizer(base: Path, experts: Sequence[Path], vocabulary: Vocabulary) -> Any:
+    """The base's tokenizer with the experts' tokens added, special ones as special."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     donors = [AutoTokenizer.from_pretrained(folder, trust_remote_code=False) for folder in experts if read_vocabulary(folder) is not None]
-    add_tokens(tokenizer, vocabulary, donors)
+    for row, token in enumerate(vocabulary.added, start=len(tokenizer)):
+        tokenizer.add_tokens([token], special_tokens=any(token in donor.all_special_tokens for donor in donors))
+        if tokenizer.convert_tokens_to_ids(token) != row:
+            raise CheckpointError(f"the base's tokenizer cannot take the token {token!r} at row {row}", where=vocabulary.tokenizer)
     return tokenizer
 
 

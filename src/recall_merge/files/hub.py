@@ -72,8 +72,7 @@ def locate(reference: str, *, weights: bool = True, progress: Progress | None = 
         weights: fetch the weights as well; if False, only the headers of weight files that are not in the cache, by byte ranges.
         progress: of the download of the weights, in bytes.
 
-    Raises:
-        CheckpointError: if the model does not exist, cannot be accessed or reached, or holds nothing that can be merged.
+    Raises CheckpointError if the model does not exist, cannot be accessed or reached, or holds nothing that can be merged.
     """
     folder = path_of(reference)
     with suppress(OSError):  # a name that is too long for a folder
@@ -90,8 +89,7 @@ def locate(reference: str, *, weights: bool = True, progress: Progress | None = 
         raise CheckpointError(f"'{name.repo}' holds no config.json, so it is not a model", where=name, fix="check the name")
     pinned = Reference(name.repo, listing.commit)
     if listing.online and name.revision != listing.commit:  # subtle: fetched by its name, so that the cache knows the name's commit
-        config = CONFIG if CONFIG in listing.files else "config.json"
-        _ask(name, lambda: _download(name, [config], lambda _: None))
+        _ask(name, lambda: _download(name, [CONFIG if CONFIG in listing.files else "config.json"], lambda _: None))
     companions = [file for file in listing.files if COMPANIONS.fullmatch(file)]
     snapshot = _ask(name, lambda: _download(pinned, companions, lambda _: None))
     wanted = _weights(snapshot, listing, name)
@@ -134,11 +132,9 @@ def cached_folder(reference: Reference) -> Path | None:
     """The folder of a model in the hub's cache, if its config is there; the hub is not asked."""
     from huggingface_hub import try_to_load_from_cache
 
-    for file in ("config.json", CONFIG):
-        with suppress(ValueError):  # a name that the hub library refuses
-            path = try_to_load_from_cache(reference.repo, file, revision=reference.revision)
-            if isinstance(path, str):
-                return Path(path).parent
+    with suppress(ValueError):  # a name that the hub library refuses
+        paths = (try_to_load_from_cache(reference.repo, file, revision=reference.revision) for file in ("config.json", CONFIG))
+        return next((Path(path).parent for path in paths if isinstance(path, str)), None)
     return None
 
 

@@ -64,11 +64,9 @@ def take_lock(descriptor: int) -> bool:
 
 def _take(file: IO[str]) -> bool:
     deadline = time.monotonic() + PATIENCE
-    while not take_lock(file.fileno()):
-        if time.monotonic() > deadline:
-            return False
+    while not (taken := take_lock(file.fileno())) and time.monotonic() < deadline:
         time.sleep(0.01)
-    return True
+    return taken
 
 
 def _read_holder(file: IO[str]) -> Holder | None:

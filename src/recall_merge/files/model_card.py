@@ -9,6 +9,9 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +37,9 @@ def write_model_card(folder: Path, *, base: str, base_folder: Path, sources: Seq
     """
     from huggingface_hub import ModelCardData
 
-    base_card = _front_matter(base_folder)
+    base_card: dict[str, Any] = {}
+    with suppress(NotYaml):  # a base whose card cannot be read counts as one without a card
+        base_card = _metadata(_read(base_folder)) if (base_folder / MODEL_CARD).is_file() else {}
     data = ModelCardData(
         base_model=list(sources) or None,
         library_name="transformers",
@@ -55,13 +60,11 @@ def read_model_card(folder: Path) -> ModelCard:
     if not (folder / MODEL_CARD).is_file():
         fix = "scores are added to the card of a folder that has one"
         raise CheckpointError(f"there is no model card ({MODEL_CARD})", where=folder, fix=fix)
-    with (folder / MODEL_CARD).open("rb") as file:
-        text = file.read(MAX_BYTES + 1)
+    text = _read(folder)
     try:
         if len(text) > MAX_BYTES:
             raise NotYaml(f"it is larger than {MAX_BYTES} bytes")
-        if not isinstance(parse_yaml(_metadata(text)), dict):
-            raise NotYaml("it has no metadata between two lines of '---'")
+        _metadata(text)
         return ModelCard(text.decode("utf-8"))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         fix = "repair the metadata at its start, or delete the file and merge again"
@@ -75,8 +78,7 @@ def add_scores(folder: Path, name: str, scores: Sequence[Mapping[str, Any]]) -> 
         name: the model's name in the card, unless the card has one.
         scores: task, metric, score (0 to 1), stderr or None, and n, the rows.
 
-    Raises:
-        CheckpointError: if there is no card, or it cannot be read.
+    Raises as `read_model_card`.
     """
     card = read_model_card(folder)
     new = [result for score in scores for result in _results(score)]
@@ -95,24 +97,15 @@ def _results(score: Mapping[str, Any]) -> Iterator[EvalResult]:
     """A score and its standard error in the hub's form."""
     from huggingface_hub import EvalResult
 
-    numbers = {score["metric"]: score["score"], **({} if score["stderr"] is None else {score["metric"] + ERROR: score["stderr"]})}
-    for metric, value in numbers.items():
-        yield EvalResult(
-            task_type="text-generation",
-            dataset_type=score["task"],
-            dataset_name=score["task"],
-            dataset_args={"rows": score["n"]},
-            metric_type=metric,
-            metric_value=round(value, 4),
-        )
+    task: dict[str, Any] = {"dataset_type": score["task"], "dataset_name": score["task"], "dataset_args": {"rows": score["n"]}}
+    for metric, value in ((score["metric"], score["score"]), (score["metric"] + ERROR, score["stderr"])):
+        if value is not None:
+            yield EvalResult(task_type="text-generation", **task, metric_type=metric, metric_value=round(value, 4))
 
 
 def _scores(results: Sequence[EvalResult]) -> Iterator[str]:
     errors = {(result.dataset_type, result.metric_type): result.metric_value for result in results}
-    yield "## Scores"
-    yield ""
-    yield "| task | metric | score | standard error | rows |"
-    yield "|---|---|---|---|---|"
+    yield from ("## Scores", "", "| task | metric | score | standard error | rows |", "|---|---|---|---|---|")
     for result in results:
         if not result.metric_type.endswith(ERROR):
             error = errors.get((result.dataset_type, result.metric_type + ERROR), "-")
@@ -168,31 +161,22 @@ def _essentials(record: Mapping[str, Any]) -> Iterator[str]:
 def _table(table: Mapping[str, Any]) -> list[str]:
     """A Markdown table; consecutive layers with equal printed numbers share a line."""
     lines = ["| layer | " + " | ".join(map(plain, table["experts"])) + " |", "|---" * (1 + len(table["experts"])) + "|"]
-    shown: list[tuple[int, int, str]] = []
-    for layer, row in zip(table["layers"], table["rows"], strict=True):
-        text = " | ".join(f"{number:.3f}" for number in row)
-        if shown and shown[-1][2] == text:
-            shown[-1] = (shown[-1][0], layer, text)
-        else:
-            shown.append((layer, layer, text))
-    return lines + [f"| {first if first == last else f'{first} to {last}'} | {text} |" for first, last, text in shown]
+    rows = [" | ".join(f"{number:.3f}" for number in row) for row in table["rows"]]
+    for text, same in groupby(zip(table["layers"], rows, strict=True), key=itemgetter(1)):
+        first, *others = [layer for layer, _ in same]
+        lines.append(f"| {f'{first} to {others[-1]}' if others else first} | {text} |")
+    return lines
 
 
-def _front_matter(base: Path) -> dict[str, Any]:
-    """The metadata of the base's own card; nothing if it cannot be read."""
-    card = base / MODEL_CARD
-    if not card.is_file():
-        return {}
-    with card.open("rb") as file:
-        text = file.read(MAX_BYTES)
-    try:
-        metadata = parse_yaml(_metadata(text))
-    except NotYaml:
-        return {}
-    return metadata if isinstance(metadata, dict) else {}
+def _read(folder: Path) -> bytes:
+    with (folder / MODEL_CARD).open("rb") as file:
+        return file.read(MAX_BYTES + 1)
 
 
-def _metadata(card: bytes) -> str:
-    """The text between the first two '---' of a card."""
+def _metadata(card: bytes) -> dict[str, Any]:
+    """What stands between the first two '---' of a card. Raises NotYaml."""
     parts = card.decode("utf-8", errors="replace").split("---", 2)
-    return parts[1] if len(parts) == 3 and not parts[0].strip() else ""
+    metadata = parse_yaml(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
+    if not isinstance(metadata, dict):
+        raise NotYaml("it has no metadata between two lines of '---'")
+    return metadata

@@ -72,16 +72,13 @@ class OutputFolder:
     def __init__(self, target: Path, *, overwrite: bool) -> None:
         self.target = path_of(target).resolve()  # a link is followed: its target is replaced, the link stays
         self.overwrite = overwrite
-        self.path = self._beside(".partial")
+        self.path = self.target.parent / f"{self.target.name}.partial"
+        self._old = self.target.parent / f"{self.target.name}.replaced.partial"  # where an old folder waits until the new one is there
 
     def check(self, protected: Mapping[str, Path]) -> None:
-        """Check that the folder can be written, without writing.
+        """Raises OutputError if the folder cannot be written; writes nothing.
 
-        Args:
-            protected: folders that the run reads; the target may neither be nor contain nor lie in one of them.
-
-        Raises:
-            OutputError: if something is in the way.
+        `protected` are folders that the run reads: the target may neither be nor contain nor lie in one of them.
         """
         target = self.target
         if not target.name:
@@ -161,14 +158,6 @@ class OutputFolder:
         if self._old.exists():
             shutil.rmtree(self._old)
 
-    @property
-    def _old(self) -> Path:
-        """Where the old folder waits until the new one is there."""
-        return self._beside(".replaced.partial")
-
-    def _beside(self, suffix: str) -> Path:
-        return self.target.parent / (self.target.name + suffix)
-
     def _finish_replacement(self) -> None:
         """After a replacement that was stopped: the old folder goes back if there is no new one, and is removed if there is."""
         if not self._old.exists():
@@ -181,10 +170,7 @@ class OutputFolder:
 
 
 class WeightWriter:
-    """Writes the planned tensors, in the planned order, to the shards, and hashes each file (BLAKE3) on the way.
-
-    Use as a context, which closes the open file.
-    """
+    """A context that writes the planned tensors, in the planned order, to the shards, and hashes each file (BLAKE3) on the way."""
 
     def __init__(self, folder: Path, shards: list[Shard]) -> None:
         self.hashes: dict[str, str] = {}
@@ -201,18 +187,14 @@ class WeightWriter:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Append the next tensor. It must be the next one of the plan, in the planned dtype and shape."""
-        if not self._expected:
-            self._next_shard()
-        wanted, spec = self._expected[0]
+        wanted, spec = self._next()
         if tuple(tensor.shape) != spec.shape or self._pieces:
             raise AssertionError(f"the plan expects {wanted} {spec}, got {name} {tensor.dtype} {tuple(tensor.shape)}")
         self.add_piece(name, tensor)
 
     def add_piece(self, name: str, piece: Tensor) -> None:
         """Append the next numbers of the next tensor, in the planned dtype; the tensor ends with the last of its numbers."""
-        if not self._expected:
-            self._next_shard()
-        wanted, spec = self._expected[0]
+        wanted, spec = self._next()
         self._pieces += piece.numel()
         if (name, piece.dtype) != (wanted, spec.torch_dtype) or self._pieces > spec.numel:
             raise AssertionError(f"the plan expects {wanted} {spec}, got {piece.numel()} more numbers of {name} {piece.dtype}")
@@ -221,8 +203,9 @@ class WeightWriter:
         if self._pieces == spec.numel:
             self._pieces = 0
             self._expected.popleft()
-            if not self._expected:
-                self._end_shard()
+            if not self._expected and self._file is not None:
+                self.hashes[Path(self._file.name).name] = self._digest.hexdigest()
+                self._file.close()
 
     def __enter__(self) -> WeightWriter:
         return self
@@ -231,17 +214,15 @@ class WeightWriter:
         if self._file is not None:
             self._file.close()
 
-    def _end_shard(self) -> None:
-        assert self._file is not None
-        self.hashes[Path(self._file.name).name] = self._digest.hexdigest()
-        self._file.close()
-
-    def _next_shard(self) -> None:
-        shard = next(self._shards)
-        self._expected = deque(shard.specs.items())
-        self._file = (self._folder / shard.file).open("wb", buffering=0)
-        self._digest = blake3()
-        self._write(memoryview(encode_header(shard.specs)))
+    def _next(self) -> tuple[str, TensorSpec]:
+        """The next tensor of the plan; with the first of a shard, its file is begun."""
+        if not self._expected:
+            shard = next(self._shards)
+            self._expected = deque(shard.specs.items())
+            self._file = (self._folder / shard.file).open("wb", buffering=0)
+            self._digest = blake3()
+            self._write(memoryview(encode_header(shard.specs)))
+        return self._expected[0]
 
     def _write(self, data: memoryview) -> None:
         assert self._file is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,8 @@ def versions() -> dict[str, str]:
     """Versions of Python, the machine type and the packages that a result depends on."""
     installed = {"python": platform.python_version(), "machine": platform.machine()}
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             installed[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return installed
 
 
@@ -42,14 +41,7 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def verify_files(folder: Path) -> dict[str, Any]:
-    """Compare a result's files with its record.
-
-    Returns:
-        The record.
-
-    Raises:
-        ResultError: with every file that is missing, changed, or new.
-    """
+    """The record of a result whose files match it. Raises ResultError with every file that is missing, changed, or new."""
     record = read_json(folder / RECORD) if (folder / RECORD).exists() else None
     if record is None or record.get("format") != FORMAT or not isinstance(record.get("files"), dict):
         what = f"there is no {RECORD}" if record is None else f"{RECORD} is in a format that this version does not know"

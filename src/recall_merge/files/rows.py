@@ -37,10 +37,7 @@ Example = tuple[tuple[tuple[str, str], ...], str, tuple[str, ...]]  # prompt, co
 
 
 def read_rows(source: str | Path, *, split: str = "train") -> list[Row]:
-    """Read all rows of a file, or of a `datasets` hub name.
-
-    Raises DataError with every faulty row of the file, its line number and the fix.
-    """
+    """Read all rows of a file, or of a `datasets` hub name. Raises DataError with every faulty row, its line number and the fix."""
     return parse_rows(read_records(source, split=split), where=str(source))
 
 
@@ -102,21 +99,21 @@ def _json_lines(path: Path) -> Iterator[Any]:
                 yield _json(line, f"{path}, line {number}")
 
 
-def _json_list(path: Path) -> Iterator[Any]:
+def _json_list(path: Path) -> list[Any]:
     fix = "write one JSON object per line, in a .jsonl file"
     if path.stat().st_size > MAX_LIST:
         raise DataError(f"the file is longer than {MAX_LIST:,} bytes", where=path, fix=fix)
     records = _json(path.read_bytes(), str(path))
     if not isinstance(records, list):
         raise DataError("a .json file of rows must hold one list", where=path, fix=fix)
-    yield from records
+    return records
 
 
-def _parquet(path: Path) -> Iterator[Any]:
+def _parquet(path: Path) -> list[Any]:
     from pyarrow import parquet
 
     try:
-        yield from parquet.read_table(path).to_pylist()
+        return parquet.read_table(path).to_pylist()
     except Exception as error:  # pyarrow raises its own tree; the message is what helps
         raise DataError(f"this is not a readable Parquet file: {error}", where=path) from error
 

@@ -84,19 +84,13 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file on the hub whose header alone was fetched.
+    """A file on the hub whose header alone was fetched."""
 
-    Attributes:
-        start: its first bytes, at least to the end of the header.
-        size: its size in bytes.
-        content: a hash of its content.
-        peek: fetches `count` bytes from `begin` on: to compare, not to read whole tensors.
-    """
-
-    start: bytes = field(repr=False)
+    start: bytes = field(repr=False)  # its first bytes, at least to the end of the header
     size: int
-    content: str
+    content: str  # a hash
     peek: Callable[[int, int], bytes] = field(repr=False, compare=False)
+    """Fetches a number of bytes from a position on: to compare, not to read whole tensors."""
 
 
 @dataclass(frozen=True)
@@ -129,22 +123,17 @@ class StoredTensor:
             what = "the weights in this file are not downloaded, only their header is"
             raise CheckpointError(what, where=self.file, fix="locate the model with its weights")
         try:
-            descriptor = os.open(self.file, os.O_RDONLY)
+            with self.file.open("rb", buffering=0) as file:
+                done = 0
+                while done < len(buffer):  # subtle: one call reads at most 2 GiB
+                    count = os.preadv(file.fileno(), [buffer[done:]], self.begin + start + done)
+                    if count == 0:
+                        missing = len(buffer) - done
+                        fix = "it changed while it was read: restore it, and run again"
+                        raise CheckpointError(f"the file ended {missing} bytes early", where=self.file, fix=fix)
+                    done += count
         except OSError as error:
             raise _unreadable(self.file, error) from error
-        try:
-            done = 0
-            while done < len(buffer):  # subtle: one call reads at most 2 GiB
-                count = os.preadv(descriptor, [buffer[done:]], self.begin + start + done)
-                if count == 0:
-                    missing = len(buffer) - done
-                    fix = "it changed while it was read: restore it, and run again"
-                    raise CheckpointError(f"the file ended {missing} bytes early", where=self.file, fix=fix)
-                done += count
-        except OSError as error:
-            raise _unreadable(self.file, error) from error
-        finally:
-            os.close(descriptor)
 
     def same_bytes(self, other: StoredTensor, piece: int = 1 << 24) -> bool:
         """Whether two tensors are equal to the bit; for tensors that are still on the hub, whether their starts are."""
@@ -188,13 +177,9 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 
 
 def read_header(path: Path, remote: RemoteFile | None = None) -> dict[str, StoredTensor]:
-    """Read and check one file's header; tensors in the order of their bytes.
+    """Read and check one file's header; tensors in the order of their bytes. `remote`: the file on the hub, if it is not at `path` yet.
 
-    Args:
-        remote: the file on the hub, if it is not at `path` yet.
-
-    Raises:
-        CheckpointError: with every fault of the header.
+    Raises CheckpointError with every fault of the header.
     """
 
     def broken(what: str) -> CheckpointError:

@@ -26,8 +26,7 @@ def check_checkpoint(
         skipped: whether the run does not merge a tensor: an expert may lack it, or have it in another shape.
         is_base: the run says that this expert is the base.
 
-    Raises:
-        CheckpointError: with every difference (the first few of each kind).
+    Raises CheckpointError with every difference (the first few of each kind).
     """
     faults, where = Faults(), expert.folder
     if (expert.folder.resolve() == base.folder.resolve() or same_weights(expert, base)) != is_base:

@@ -57,10 +57,8 @@ class InputStatistics:
         if entry is None:
             return None
         group, axis = entry
-        return Moment(self._read(f"{group}.factor"), self._read(f"{group}.rest"), self._read(f"{name}.gradient")), axis
-
-    def _read(self, part: str) -> Tensor:
-        return self.stored[part].read().float()
+        factor, rest, gradient = (self.stored[part].read().float() for part in (*parts_of(group), f"{name}.gradient"))
+        return Moment(factor, rest, gradient), axis
 
 
 def parts_of(group: str) -> tuple[str, str]:
@@ -93,17 +91,16 @@ def has_statistics(folder: Path) -> bool:
 
 
 def open_statistics(folder: Path) -> InputStatistics | None:
-    """The input statistics in a folder; None if there are none.
-
-    Raises CheckpointError if they are damaged, or in a format that this version does not know.
-    """
+    """The input statistics in a folder, or None. Raises CheckpointError if they are damaged, or in an unknown format."""
     if not has_statistics(folder):
         return None
     facts = read_json(folder / STATS)
     fix = "make them again with `recall stats`"
     if facts.get("format") != FORMAT or not isinstance(facts.get("tensors"), dict):
         raise CheckpointError("the input statistics are in a format that this version does not know", where=folder / STATS, fix=fix)
-    if not all(isinstance(facts.get(key), kind) for key, kind in KINDS.items()) or not all(map(_is_entry, facts["tensors"].values())):
+    entries = facts["tensors"].values()
+    sound = all(isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) and entry[1] in (0, 1) for entry in entries)
+    if not sound or not all(isinstance(facts.get(key), kind) for key, kind in KINDS.items()):
         raise CheckpointError("the input statistics are damaged", where=folder / STATS, fix=fix)
     stored = read_header(folder / WEIGHTS)
     wanted = {part for name, (group, _) in facts["tensors"].items() for part in (*parts_of(group), f"{name}.gradient")}
@@ -115,7 +112,3 @@ def open_statistics(folder: Path) -> InputStatistics | None:
             what = f"the input statistics of group '{group}' are not a factor and a rest: {factor}, {rest}"
             raise CheckpointError(what, where=folder / WEIGHTS, fix=fix)
     return InputStatistics(folder, facts, stored)
-
-
-def _is_entry(entry: Any) -> bool:
-    return isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) and entry[1] in (0, 1)

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from recall_merge.files.checkpoint import AGAIN, read_json
 from recall_merge.runtime.errors import CheckpointError, Fault
@@ -27,19 +27,12 @@ Choice = Literal["base", "newest", "union"]
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The result's tokens.
+    """The result's tokens."""
 
-    Attributes:
-        size: rows of the result's token tensors.
-        rows: for the base, then each expert: (size,) its row of each token, or -1.
-        tokenizer: the folder of the tokenizer that the result gets, to which `added` is added.
-        added: tokens of the experts that the base lacks, in the order of the experts ('union' only).
-    """
-
-    size: int
-    rows: tuple[Tensor, ...]
-    tokenizer: Path
-    added: tuple[str, ...] = ()
+    size: int  # rows of the result's token tensors
+    rows: tuple[Tensor, ...]  # for the base, then each expert: (size,) its row of each token, or -1
+    tokenizer: Path  # the folder of the tokenizer that the result gets, to which `added` is added
+    added: tuple[str, ...] = ()  # tokens of the experts that the base lacks, in the order of the experts ('union' only)
 
     def align_base(self, own: Tensor) -> Tensor:
         """The base's rows in the result's order; the mean row for tokens that it lacks.    own (v, *s) -> (size, *s)"""
@@ -86,18 +79,14 @@ def read_vocabulary(folder: Path) -> dict[str, int] | None:
 def plan_vocabulary(
     base: tuple[Path, int], experts: Mapping[str, tuple[Path, int]], choice: Choice | None
 ) -> tuple[Vocabulary | None, list[str]]:
-    """Choose the result's tokens.
+    """The result's vocabulary, or None if every model has the base's tokens and rows; and notes for readers of the plan.
 
     Args:
         base: its folder, and the number of rows of its embedding.
         experts: the same by name, in the order of the run; a folder without a tokenizer shares the base's.
         choice: whose tokens; None expects all to be the same.
 
-    Returns:
-        The vocabulary, or None if every model has the base's tokens and rows; and notes for readers of the plan.
-
-    Raises:
-        CheckpointError: if they differ without a choice, or rows cannot be matched because a tokenizer is missing.
+    Raises CheckpointError if they differ without a choice, or rows cannot be matched because a tokenizer is missing.
     """
     folder, size = base
     same = {name for name, (path, _) in experts.items() if _same_tokenizer(path, folder)}
@@ -105,9 +94,7 @@ def plan_vocabulary(
         read_json(folder / "tokenizer.json")  # to refuse a damaged file
         return None, []
     tokens = read_vocabulary(folder)
-    theirs: dict[str, Mapping[str, int] | None] = {
-        name: tokens if name in same else read_vocabulary(path) for name, (path, _) in experts.items()
-    }
+    theirs = {name: tokens if name in same else read_vocabulary(path) for name, (path, _) in experts.items()}
     different = {n: expert for n, expert in experts.items() if expert[1] != size or (theirs[n] is not None and theirs[n] != tokens)}
     if not different:
         return None, []
@@ -118,20 +105,15 @@ def plan_vocabulary(
     if tokens is None or without:
         fix = "put the model's tokenizer files into its folder"
         raise CheckpointError(Fault("its rows cannot be matched by token: it has no tokenizer", str(path), fix) for path in without)
-    known: dict[str, Mapping[str, int]] = {n: tokens if own is None else own for n, own in theirs.items()}
-    added: tuple[str, ...] = ()
+    known = {n: tokens if own is None else own for n, own in theirs.items()}
+    donor, target, added = folder, tokens, ()
     if choice == "newest":
         name = list(experts)[-1]
-        donor, size = experts[name]
-        target: Mapping[str, int] = known[name]
-    elif choice == "base":
-        donor, target = folder, tokens
-    else:
-        donor = folder
-        added = tuple(
-            dict.fromkeys(token for n in known for token, _ in sorted(known[n].items(), key=lambda item: item[1]) if token not in tokens)
-        )
-        target = {**tokens, **{token: len(tokens) + i for i, token in enumerate(added)}}
+        (donor, size), target = experts[name], known[name]
+    elif choice == "union":
+        new = (token for own in known.values() for token in sorted(own, key=own.__getitem__) if token not in tokens)
+        added = tuple(dict.fromkeys(new))
+        target = {**tokens, **{token: row for row, token in enumerate(added, start=len(tokens))}}
         size = max(size, len(target))
     sizes = [base[1], *(rows for _, rows in experts.values())]
     rows = tuple(_rows(target, size, own, count) for own, count in zip([tokens, *known.values()], sizes, strict=True))
@@ -140,18 +122,6 @@ def plan_vocabulary(
         lost = {n: len(set(own) - set(target)) for n, own in known.items()}
         notes += [f"{count} tokens of expert '{n}' are not among them and are left out" for n, count in lost.items() if count]
     return Vocabulary(size, rows, donor, added), notes
-
-
-def add_tokens(tokenizer: Any, vocabulary: Vocabulary, donors: Sequence[Any]) -> None:
-    """Add the experts' tokens to the base's tokenizer, special ones as special.
-
-    Raises CheckpointError if the tokenizer gives a token another id than its row.
-    """
-    for row, token in enumerate(vocabulary.added, start=len(tokenizer)):
-        special = any(token in donor.all_special_tokens for donor in donors)
-        tokenizer.add_tokens([token], special_tokens=special)
-        if tokenizer.convert_tokens_to_ids(token) != row:
-            raise CheckpointError(f"the base's tokenizer cannot take the token {token!r} at row {row}", where=vocabulary.tokenizer)
 
 
 def _same_tokenizer(one: Path, other: Path) -> bool:
