@@ -19,8 +19,7 @@ from recall_merge.files.safetensors import CODES, TensorSpec
 from recall_merge.files.statistics import InputStatistics, has_statistics
 from recall_merge.files.vocabulary import Vocabulary, plan_vocabulary
 from recall_merge.merging.inputs import check_distinct, embedding_rows, locate_models, open_base, open_expert, read_statistics
-from recall_merge.merging.parts import GivenWeights, Override, overrides_of_tensors, weights_per_layer
-from recall_merge.merging.rules import Rules, choose_method, make_rules
+from recall_merge.merging.rules import GivenWeights, Override, Rules, choose_method, make_rules, overrides_of_tensors, weights_per_layer
 from recall_merge.merging.run import MergeRun, RecallWeights, Samples, SampleWeights, skipped
 from recall_merge.runtime.errors import Faults, OutputError
 from recall_merge.runtime.parallel import cores
