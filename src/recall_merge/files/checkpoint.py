@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -23,8 +23,9 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # the spellings of L in transformers' configs
 MAX_BLOCKS = 10**6  # larger numbers are damage
-BLOCK_LISTS = ("layers_block_type",)  # one entry per block, in configs that give no number
+BLOCK_LIST = "layers_block_type"  # one entry per block, in configs that give no number
 HEADS = re.compile(r"(^|\.)(lm_head|embed_out|output_projection|head)\.(weight|bias)$")
+COMPUTED = (".rotary_emb.inv_freq", ".masked_bias")  # tables that old versions of transformers stored and new ones compute; and masks
 POSITIONS = re.compile(r"wpe|pos")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state")  # pickles that trainers leave beside the weights
@@ -71,7 +72,7 @@ class Checkpoint:
     @cached_property
     def vocabulary_size(self) -> int:
         """Rows of the input embedding according to the config; often more than the tokenizer has tokens."""
-        return _vocab_size(self.config)
+        return _setting(self.config, "vocab_size")
 
     @cached_property
     def embedding(self) -> str:
@@ -80,14 +81,23 @@ class Checkpoint:
 
     @cached_property
     def token_tensors(self) -> tuple[str, ...]:
-        """The tensors whose rows are tokens: the input embedding, others like it, and a head that is not tied."""
-        inputs = _embeddings(self.config, self.tensors, self.layers)
-        return (*inputs, *(name for name in self.tensors if _is_head(name, self.layers)))
+        """The tensors whose rows are tokens: the input embedding, others named after it ('.._per_layer'), and a head that is not tied."""
+        rows, shapes = self.vocabulary_size, {name: stored.spec.shape for name, stored in self.tensors.items() if self.layers.of(name) == 0}
+        tables = [name for name, shape in shapes.items() if len(shape) == 2 and shape[0] == rows and not POSITIONS.search(name)]
+        tables.sort(key=len)
+        if not tables or not all(name.startswith(tables[0].removesuffix(".weight")) for name in tables):
+            what = f"the config says vocab_size {rows}; {'more than one' if tables else 'no'} tensor before the blocks has that many rows"
+            fix = "config and weights must be of the same model: copy or download it again"
+            raise CheckpointError(what, where=self.folder, fix=fix)
+        return (*tables, *filter(self.is_head, self.tensors))
+
+    def is_head(self, name: str) -> bool:
+        return HEADS.search(name) is not None and self.layers.of(name) == self.layers.last
 
     @property
     def is_tied(self) -> bool:
         """Whether the head is the embedding, not a tensor of its own."""
-        return not any(_is_head(name, self.layers) for name in self.tensors)
+        return not any(map(self.is_head, self.tensors))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -118,8 +128,14 @@ def open_checkpoint(folder: Path, remote: Mapping[str, RemoteFile] = MappingProx
         what = f"tensor '{unfit[0]}' is of dtype {stored[unfit[0]].spec.dtype}" + (f" (and {len(unfit) - 1} more)" if unfit[1:] else "")
         faults.add(what, where=stored[unfit[0]].file, fix="merge a model in F32, F16 or BF16")
     faults.raise_any(CheckpointError)
-    layers = _layers(folder, config, stored)
-    checkpoint = Checkpoint(folder, config, _without_tied_head(folder, config, stored, layers), layers)
+    if (blocks := block_count(config)) is None:
+        what = "the config does not say how many blocks there are"
+        raise CheckpointError(what, where=folder / "config.json", fix="add num_hidden_layers")
+    try:
+        layers = find_layers(stored, blocks)
+    except ValueError as error:
+        raise CheckpointError(str(error), where=folder, fix="recall merges decoder-only models with one list of blocks") from error
+    checkpoint = _without_tied_head(Checkpoint(folder, config, stored, layers))
     _ = checkpoint.embedding  # config and weights must agree on the vocabulary
     return checkpoint
 
@@ -130,9 +146,8 @@ def block_count(config: Mapping[str, Any]) -> int | None:
         for key in BLOCK_COUNTS:
             if isinstance(part.get(key), int) and not isinstance(part[key], bool) and part[key] < MAX_BLOCKS:
                 return part[key]
-        for key in BLOCK_LISTS:
-            if isinstance(part.get(key), list):
-                return len(part[key])
+        if isinstance(part.get(BLOCK_LIST), list):
+            return len(part[BLOCK_LIST])
     return None
 
 
@@ -214,12 +229,8 @@ def _read_headers(folder: Path, remote: Mapping[str, RemoteFile]) -> dict[str, S
         for name, file in sorted(stored_in - set(promised.items()))[:5]:
             faults.add(f"'{file}' holds tensor '{name}', which the index does not list there", where=folder / INDEX, fix=DAMAGED_MODEL)
     faults.raise_any(CheckpointError)
-    return {name: tensor for name, tensor in stored.items() if not _is_buffer(name, tensor.spec)}
-
-
-def _is_buffer(name: str, spec: TensorSpec) -> bool:
-    """Whether a tensor is not a parameter but a table that old versions of transformers stored and new ones compute."""
-    return name.endswith((".rotary_emb.inv_freq", ".masked_bias")) or (name.endswith(".bias") and len(spec.shape) == 4)
+    masks = {name for name, tensor in stored.items() if name.endswith(".bias") and len(tensor.spec.shape) == 4}
+    return {name: tensor for name, tensor in stored.items() if name not in masks and not name.endswith(COMPUTED)}
 
 
 def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -228,52 +239,20 @@ def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return part if isinstance(part, Mapping) else {}
 
 
-def _vocab_size(config: Mapping[str, Any]) -> Any:
-    return config.get("vocab_size", _text_part(config).get("vocab_size"))
+def _setting(config: Mapping[str, Any], key: str) -> Any:
+    return config.get(key, _text_part(config).get(key))
 
 
-def _embeddings(config: Mapping[str, Any], names: Mapping[str, StoredTensor], layers: Layers) -> list[str]:
-    """The tensors before the blocks with one row per token: the embedding, then others named after it ('.._per_layer')."""
-    rows = _vocab_size(config)
-    tables = [
-        name
-        for name, stored in names.items()
-        if layers.of(name) == 0 and len(stored.spec.shape) == 2 and stored.spec.shape[0] == rows and not POSITIONS.search(name)
-    ]
-    tables.sort(key=len)
-    if not tables or not all(name.startswith(tables[0].removesuffix(".weight")) for name in tables):
-        what = f"the config says vocab_size {rows}; {'more than one' if tables else 'no'} tensor before the blocks has that many rows"
-        fix = "config and weights must be of the same model: copy or download it again"
-        raise CheckpointError(what, where=next(iter(names.values())).file.parent, fix=fix)
-    return tables
-
-
-def _is_head(name: str, layers: Layers) -> bool:
-    return HEADS.search(name) is not None and layers.of(name) == layers.last
-
-
-def _without_tied_head(folder: Path, config: Mapping[str, Any], stored: dict[str, StoredTensor], layers: Layers) -> dict[str, StoredTensor]:
+def _without_tied_head(checkpoint: Checkpoint) -> Checkpoint:
     """Leave out a head that is the embedding stored twice. If the config does not say that they are tied, equal bytes do."""
-    tied = config.get("tie_word_embeddings", _text_part(config).get("tie_word_embeddings"))
-    head = next((name for name in stored if _is_head(name, layers) and name.endswith("weight")), None)
+    tied, stored = _setting(checkpoint.config, "tie_word_embeddings"), checkpoint.tensors
+    head = next((name for name in stored if checkpoint.is_head(name) and name.endswith("weight")), None)
     if tied is False or head is None:
-        return stored
-    embedding = _embeddings(config, stored, layers)[0]
-    if stored[head].same_bytes(stored[embedding]):
-        return {name: tensor for name, tensor in stored.items() if name != head}
+        return checkpoint
+    if stored[head].same_bytes(stored[checkpoint.embedding]):
+        return replace(checkpoint, tensors={name: tensor for name, tensor in stored.items() if name != head})
     if tied:
-        what = f"the config ties head and embedding, yet '{head}' differs from '{embedding}'"
+        what = f"the config ties head and embedding, yet '{head}' differs from '{checkpoint.embedding}'"
         fix = "set tie_word_embeddings to false in config.json if the head was trained apart; else save the model again"
-        raise CheckpointError(what, where=folder, fix=fix)
-    return stored
-
-
-def _layers(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> Layers:
-    blocks = block_count(config)
-    if blocks is None:
-        what = "the config does not say how many blocks there are"
-        raise CheckpointError(what, where=folder / "config.json", fix="add num_hidden_layers")
-    try:
-        return find_layers(tensors, blocks)
-    except ValueError as error:
-        raise CheckpointError(str(error), where=folder, fix="recall merges decoder-only models with one list of blocks") from error
+        raise CheckpointError(what, where=checkpoint.folder, fix=fix)
+    return checkpoint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,7 +39,11 @@ def input_moments(
     are not modules, are not seen.
     """
     maps: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    sums: dict[str, _Sums] = {}
+    axes = {name: 1 if isinstance(module, nn.Linear) else 0 for name, module in maps.items()}  # of inputs
+    leaders: dict[str, str] = {}
+    moments: dict[str, Tensor] = {}  # sums over the tokens of all rows, by leader
+    tokens: Counter[str] = Counter()
+    gradients = {name: torch.zeros(module.weight.shape[1 - axes[name]], dtype=torch.float64) for name, module in maps.items()}
     generator = torch.Generator().manual_seed(seed)
     with _record_reads(model, maps) as reads:
         for row in rows:
@@ -49,22 +54,20 @@ def input_moments(
                 drawn = torch.multinomial(labelled.detach().softmax(-1), 1, generator=generator).squeeze(1)
                 cross_entropy(labelled, drawn, reduction="sum").backward()
             for name, read in reads.items():
-                sums.setdefault(name, _Sums(read.leader)).add(read, is_leader=read is reads[read.leader])
+                leaders.setdefault(name, read.leader)
+                gradients[name] += read.squares
+                if read.leader == name and len(x := read.x.reshape(-1, read.x.shape[-1]).double()):
+                    tokens[name] += len(x)
+                    moments[name] = moments[name].add_(x.mT @ x) if name in moments else x.mT @ x
             progress(len(row.input_ids))
     groups: dict[str, list[str]] = {}
     for name in maps:
-        groups.setdefault(sums[name].leader if name in sums else name, []).append(name)
+        groups.setdefault(leaders.get(name, name), []).append(name)
     inputs = []
     for leader, names in groups.items():
-        axis = 1 if isinstance(maps[leader], nn.Linear) else 0
-        size, total = maps[leader].weight.shape[axis], sums.get(leader, _Sums(leader))
-        moment = torch.zeros(size, size, dtype=torch.float64) if total.moment is None else total.moment / total.tokens
-        gradients = []
-        for name in names:
-            gradient = sums[name].gradient if name in sums else None
-            nothing = torch.zeros(maps[name].weight.shape[1 - axis], dtype=torch.float64)
-            gradients.append(nothing if gradient is None else gradient / len(rows))
-        inputs.append(Inputs(tuple(names), axis, moment, tuple(gradients), total.tokens))
+        size = maps[leader].weight.shape[axes[leader]]
+        moment = moments[leader] / tokens[leader] if leader in moments else torch.zeros(size, size, dtype=torch.float64)
+        inputs.append(Inputs(tuple(names), axes[leader], moment, tuple(gradients[name] / len(rows) for name in names), tokens[leader]))
     return inputs
 
 
@@ -74,30 +77,10 @@ class _Read:
     def __init__(self, leader: str, x: Tensor) -> None:
         self.leader = leader  # the first map that read the same hidden states
         self.x = x.detach()
-        self.squares: Tensor | None = None  # (tokens, o)
+        self.squares: Tensor | float = 0.0  # (o,), summed over tokens
 
     def keep_squares(self, gradient: Tensor) -> None:
-        self.squares = gradient.detach().reshape(-1, gradient.shape[-1]).double().square()
-
-
-class _Sums:
-    """Sums over rows for one map. Those of inputs are kept by the leader."""
-
-    def __init__(self, leader: str) -> None:
-        self.leader = leader
-        self.moment: Tensor | None = None
-        self.tokens = 0
-        self.gradient: Tensor | None = None
-
-    def add(self, read: _Read, *, is_leader: bool) -> None:
-        if read.squares is not None:
-            squares = read.squares.sum(0)
-            self.gradient = squares if self.gradient is None else self.gradient + squares
-        x = read.x.reshape(-1, read.x.shape[-1]).double()
-        if is_leader and len(x):
-            self.tokens += len(x)
-            moment = x.mT @ x
-            self.moment = moment if self.moment is None else self.moment.add_(moment)
+        self.squares = gradient.detach().reshape(-1, gradient.shape[-1]).double().square().sum(0)
 
 
 @contextmanager
