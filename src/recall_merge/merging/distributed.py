@@ -71,7 +71,7 @@ def compute_weights_distributed(plan: Plan, executor: Executor, progress: Progre
     with progress.stage(f"choosing typical samples with {newest}", 1, "tasks") as advance:
         choose = Task(f"typical samples by {newest}", choose_samples, (plan, rule, Silent()), forward_memory(plan))
         (samples,) = run_tasks(plan, executor, [choose], lambda _: advance(1))
-    return run_pass(plan, samples, hidden_states=partial(_hidden_states_by_tasks, executor, progress))
+    return run_pass(plan, samples, source=partial(_hidden_states_by_tasks, executor, progress))
 
 
 def merge_distributed(

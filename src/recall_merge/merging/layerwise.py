@@ -67,12 +67,7 @@ def prepare(plan: Plan, progress: Progress) -> MergeWeights | TypicalSamples:
 
 
 def run_pass(
-    plan: Plan,
-    samples: TypicalSamples,
-    *,
-    merge: Merge | None = None,
-    hidden_states: HiddenStates | None = None,
-    progress: Progress | None = None,
+    plan: Plan, samples: TypicalSamples, *, merge: Merge | None = None, source: HiddenStates | None = None, progress: Progress | None = None
 ) -> MergeWeights:
     """Compare all models layer by layer; with `merge`, which reports its own progress, merge each layer as soon as its weights are known.
 
@@ -81,7 +76,6 @@ def run_pass(
     rule = plan.weights
     assert isinstance(rule, RecallWeights)
     rows: list[Tensor] = []  # (n,) for each layer so far
-    source = hidden_states or hidden_states_here
 
     def weights() -> MergeWeights:
         return weights_from_similarity(plan, rule, torch.stack(rows), samples)
@@ -95,7 +89,7 @@ def run_pass(
 
     layers = plan.base.layers
     with (Silent() if merge or progress is None else progress).stage("comparing hidden states", layers.blocks + 1, "layers") as advance:
-        notes = source(plan, rule, samples.texts, visit, hold=merge is not None)
+        notes = (source or hidden_states_here)(plan, rule, samples.texts, visit, hold=merge is not None)
     if merge is not None:
         merge(plan, weights(), plan.names_of_layer[layers.last])
     return replace(weights(), notes=(*samples.notes, *notes))

@@ -23,17 +23,9 @@ from recall_merge.files.safetensors import READ
 from recall_merge.merging.distributed import compute_weights_distributed, merge_distributed
 from recall_merge.merging.layerwise import prepare, run_pass
 from recall_merge.merging.plan import Plan, make_plan
-from recall_merge.merging.result import (
-    hash_models,
-    hashes_of,
-    inputs_for_record,
-    overrides_for_record,
-    public_name,
-    weights_for_record,
-    weights_from_record,
-)
+from recall_merge.merging.result import hash_models, inputs_for_record, public_name, record_of, weights_from_record
 from recall_merge.merging.run import MergeRun
-from recall_merge.merging.tensors import TensorCollector, Writer, condition_numbers, merge_tensors
+from recall_merge.merging.tensors import TensorCollector, Writer, merge_tensors
 from recall_merge.merging.verify import validate_output
 from recall_merge.merging.weights import MergeWeights
 from recall_merge.runtime import memory
@@ -106,12 +98,7 @@ def apply(plan: Plan, *, executor: str = LOCAL, progress: Progress | None = None
             validate_output(plan, out.path)
             advance(1)
         record = {
-            **inputs_for_record(plan),
-            "models": hashes_of(plan, digest),
-            **weights_for_record(weights),
-            **({"parts": overrides_for_record(plan)} if plan.overrides else {}),
-            **({"statistics": _statistics(plan, weights)} if plan.method.informed else {}),
-            "notes": [*plan.notes, *weights.notes],
+            **record_of(plan, weights, digest),
             "bytes": {"read": READ.total - before, "written": plan.bytes_written},
             "peak_memory": peak_memory(),
             "seconds": seconds,
@@ -189,16 +176,6 @@ def peak_memory() -> int:
     """Maximum bytes that this process has held since it began, whatever it did before the merge."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
-
-
-def _statistics(plan: Plan, weights: MergeWeights) -> dict[str, Any]:
-    """What the input statistics were made from, and a bound of the condition number of each system that they make."""
-    experts = {
-        expert.name: {key: stats.facts[key] for key in ("samples", "tokens", "rank")}
-        for expert, stats in zip(plan.experts, plan.statistics, strict=True)
-        if stats
-    }
-    return {"experts": experts, "condition": condition_numbers(plan, weights)}
 
 
 @contextmanager

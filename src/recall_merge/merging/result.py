@@ -26,6 +26,7 @@ from recall_merge.maths.weights import lines_scales
 from recall_merge.merging.plan import Plan
 from recall_merge.merging.run import skipped
 from recall_merge.merging.samples import TypicalSample
+from recall_merge.merging.tensors import condition_numbers
 from recall_merge.merging.verify import verify
 from recall_merge.merging.weights import MergeWeights
 from recall_merge.runtime.errors import Fault, Faults, ResultError
@@ -48,18 +49,28 @@ def inputs_for_record(plan: Plan) -> dict[str, Any]:
     return {"run": run, "method": method, "rows_sha256": rows, "versions": versions()}
 
 
-def weights_for_record(merge_weights: MergeWeights) -> dict[str, Any]:
-    """Weights, similarity and typical samples; rows by their numbers, never their text."""
-    samples = [vars(sample) for sample in merge_weights.samples]
-    values: dict[str, Any] = {"samples": samples, "weights": merge_weights.table(merge_weights.weights)}
-    if merge_weights.similarity is not None:
-        values["similarity"] = merge_weights.table(merge_weights.similarity)
-    if merge_weights.losses is not None:
-        values["losses"] = dict(merge_weights.losses)
-    return values
+def record_of(plan: Plan, weights: MergeWeights, digest: ModelDigest) -> dict[str, Any]:
+    """All that a merge came from and came to; typical samples by the numbers of their rows, never their text."""
+    record = {
+        **inputs_for_record(plan),
+        "models": hashes_of(plan, digest),
+        "samples": [vars(sample) for sample in weights.samples],
+        "weights": weights.table(weights.weights),
+    }
+    if weights.similarity is not None:
+        record["similarity"] = weights.table(weights.similarity)
+    if weights.losses is not None:
+        record["losses"] = dict(weights.losses)
+    if plan.overrides:
+        record["parts"] = _overrides(plan)
+    if plan.method.informed:  # what the statistics were made from, and a bound of the condition number of each system that they make
+        known = {expert.name: stats.facts for expert, stats in zip(plan.experts, plan.statistics, strict=True) if stats}
+        experts = {name: {key: facts[key] for key in ("samples", "tokens", "rank")} for name, facts in known.items()}
+        record["statistics"] = {"experts": experts, "condition": condition_numbers(plan, weights)}
+    return {**record, "notes": [*plan.notes, *weights.notes]}
 
 
-def overrides_for_record(plan: Plan) -> list[dict[str, Any]]:
+def _overrides(plan: Plan) -> list[dict[str, Any]]:
     """What the run's parts came to: tensors that share weights or options of their own, grouped."""
     groups: dict[str, dict[str, Any]] = {}
     for name in plan.specs:
@@ -71,7 +82,7 @@ def overrides_for_record(plan: Plan) -> list[dict[str, Any]]:
 
 
 def weights_from_record(record: Mapping[str, Any]) -> MergeWeights:
-    """The reverse of `weights_for_record`."""
+    """The weights, similarity and samples of a record."""
 
     def table(name: str) -> Any:
         return torch.tensor(record[name]["rows"], dtype=torch.float64) if name in record else None
