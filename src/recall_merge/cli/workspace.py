@@ -145,7 +145,7 @@ def _status_json(folder: Path, now: Status) -> dict[str, Any]:
         "model": current_model(folder, now.state),
         **now.state.model_dump(mode="json"),
         "unfinished": unfinished,
-        "in_use": str(now.holder) if now.holder else None,
+        "in_use": now.holder,
         "missing": list(now.missing),
         "branches": [_branch_json(line) for line in now.branches],
         "formulas": {name: metric.formula for name, metric in METRICS.items()},

@@ -30,7 +30,7 @@ from recall_merge.continual.state import (
 from recall_merge.files.adapter import is_adapter
 from recall_merge.files.durable import is_partial, sync
 from recall_merge.files.hub import locate
-from recall_merge.files.lock import Holder, holder, lock
+from recall_merge.files.lock import holder, lock
 from recall_merge.runtime.errors import Faults, WorkspaceError
 
 S = TypeVar("S")
@@ -125,7 +125,7 @@ class Status:
     state: State
     branches: tuple[Branch, ...]
     unfinished: tuple[StageSpec, str] | None
-    holder: Holder | None
+    holder: str | None
     missing: tuple[str, ...]
 
 

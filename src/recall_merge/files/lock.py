@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO
 
@@ -16,30 +14,17 @@ from recall_merge.runtime.errors import RecallError, WorkspaceError
 PATIENCE = 0.2  # seconds: `holder` takes the lock for an instant to see if it is free
 
 
-@dataclass(frozen=True)
-class Holder:
-    """The process that holds a lock."""
-
-    pid: int
-    command: str
-    since: str
-
-    def __str__(self) -> str:
-        return f"process {self.pid}, `{self.command}`, since {self.since}"
-
-
 @contextmanager
 def lock(path: Path, command: str, *, what: str = "the workspace", error: type[RecallError] = WorkspaceError) -> Iterator[None]:
     """Hold the lock file at `path` while `command` works on `what`; the file stays, empty, when the lock is given back.
 
     Raises an `error` that names the holder, if another process holds it.
     """
-    with path.open("a+", encoding="utf-8") as file:
+    with path.open("a+", encoding="utf-8", errors="replace") as file:
         if not _take(file):
-            holder = _read_holder(file) or "another process"
-            raise error(f"{what} is in use by {holder}", where=path.parent, fix="wait until it has ended, or end it")
+            raise error(f"{what} is in use by {_read_holder(file)}", where=path.parent, fix="wait until it has ended, or end it")
         file.truncate(0)
-        json.dump(asdict(Holder(os.getpid(), command, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))), file)
+        file.write(f"process {os.getpid()}, `{command}`, since {time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}")
         file.flush()
         try:
             yield
@@ -47,12 +32,12 @@ def lock(path: Path, command: str, *, what: str = "the workspace", error: type[R
             file.truncate(0)
 
 
-def holder(path: Path) -> Holder | None:
-    """The process that holds a lock now, or None."""
+def holder(path: Path) -> str | None:
+    """The process that holds a lock now, as it described itself, or None."""
     if not path.exists():
         return None
-    with path.open("r", encoding="utf-8") as file:
-        return None if _take(file) else _read_holder(file) or Holder(0, "unknown", "just now")
+    with path.open("r", encoding="utf-8", errors="replace") as file:
+        return None if _take(file) else _read_holder(file)
 
 
 def take_lock(descriptor: int) -> bool:
@@ -69,10 +54,6 @@ def _take(file: IO[str]) -> bool:
     return taken
 
 
-def _read_holder(file: IO[str]) -> Holder | None:
-    """The holder as it described itself; None if it has not finished writing."""
+def _read_holder(file: IO[str]) -> str:
     file.seek(0)
-    try:
-        return Holder(**json.load(file))
-    except (ValueError, TypeError):
-        return None
+    return file.read() or "another process"

@@ -9,8 +9,7 @@ from pathlib import Path
 from recall_merge.files.adapter import CONFIG, Adapter, is_adapter, open_adapter
 from recall_merge.files.checkpoint import Checkpoint, open_checkpoint
 from recall_merge.files.experts import AdapterExpert, BaseExpert, Expert, FullExpert, hash_expert
-from recall_merge.files.file_states import FileStates
-from recall_merge.files.hashing import same_weights
+from recall_merge.files.hashing import FileStates, same_weights
 from recall_merge.files.hub import Located, Reference, cached_folder, locate, meaning
 from recall_merge.files.names import named_like
 from recall_merge.files.same_architecture import check_checkpoint

@@ -11,7 +11,7 @@ from typing import Any
 
 from recall_merge.files.checkpoint import Checkpoint
 from recall_merge.files.experts import AdapterExpert, BaseExpert, Expert, FullExpert
-from recall_merge.files.file_states import FileStates
+from recall_merge.files.hashing import FileStates
 from recall_merge.files.hub import Located
 from recall_merge.files.output import OutputFolder, Shard, free_bytes, plan_shards
 from recall_merge.files.rows import Row, read_rows
