@@ -36,8 +36,8 @@ from recall_merge.maths.methods.spectral import tsv
 from recall_merge.maths.moments import Moment
 from recall_merge.merging.merge import merge_in_memory
 from recall_merge.merging.plan import Plan, make_plan
+from recall_merge.merging.weights import mean_loss
 from recall_merge.models.load import build_model, load_tokenizer
-from recall_merge.models.losses import mean_loss
 from recall_merge.models.tokens import EncodedRow, encode_rows
 
 HELD_OUT = 16  # rows of each task

@@ -11,7 +11,7 @@ from recall_merge.merging.layerwise import compute_weights
 from recall_merge.merging.plan import make_plan
 from recall_merge.merging.run import DEFAULT_RECALL
 from recall_merge.merging.samples import encode_samples
-from recall_merge.models.losses import mean_loss
+from recall_merge.merging.weights import mean_loss
 from recall_merge.runtime.errors import NotLayerwise
 from test_layerwise import ROWS
 from tiny import FAMILIES, fine_tuned, lora, make_model, save_model, write_rows

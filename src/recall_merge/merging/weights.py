@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from recall_merge.files.experts import Expert, own_tensor
 from recall_merge.maths.weights import ablate, outside_blocks, softmax_weights
@@ -67,8 +68,6 @@ def weights_from_similarity(plan: Plan, rule: RecallWeights, similarity: Tensor,
 
 def weights_from_losses(plan: Plan, rule: LossWeights, samples: TypicalSamples, progress: Progress) -> MergeWeights:
     """Weights that are the same at every layer. CheckpointError if a model cannot be run, or its loss is not finite."""
-    from recall_merge.models.losses import mean_loss
-
     losses: dict[str, float] = {}
     for expert in plan.experts:
         rows = encode_samples(plan, samples.rows, expert_tokenizer(plan, expert))
@@ -86,14 +85,12 @@ def weights_from_losses(plan: Plan, rule: LossWeights, samples: TypicalSamples, 
 
 def _layerwise_loss(plan: Plan, expert: Expert, rows: Sequence[EncodedRow], advance: Callable[[int], None]) -> float:
     """`mean_loss` of an expert with one of its layers in memory at a time."""
-    from recall_merge.models.losses import row_loss
-
     layers, tokens = plan.base.layers, [row.input_ids for row in rows]
     losses = [0.0] * len(rows)
 
     def reduce(logits: Tensor, batch: list[int]) -> Tensor:
         (row,) = batch
-        losses[row] = row_loss(logits[0], rows[row])
+        losses[row] = _row_loss(logits[0], rows[row])
         return torch.empty(0)
 
     with start_forward(plan, expert, DEFAULT_RECALL, tokens, one_by_one=True) as forward:
@@ -106,3 +103,14 @@ def _layerwise_loss(plan: Plan, expert: Expert, rows: Sequence[EncodedRow], adva
         forward.finish(head, reduce)
         advance(1)
     return sum(losses) / len(losses)
+
+
+@torch.inference_mode()
+def mean_loss(model: Any, rows: Sequence[EncodedRow]) -> float:
+    """Mean over rows of the mean negative log-likelihood, in nats, of a row's labelled tokens. Each row runs on its own: none is padded."""
+    losses = [_row_loss(model(input_ids=torch.tensor([row.input_ids]), use_cache=False).logits[0], row) for row in rows]
+    return sum(losses) / len(losses)
+
+
+def _row_loss(logits: Tensor, row: EncodedRow) -> float:
+    return float(cross_entropy(logits[:-1].float(), torch.tensor(row.labels[1:]), ignore_index=-100))
