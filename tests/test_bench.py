@@ -22,7 +22,7 @@ from recall_merge.bench.jobs import Scores, Store, Trained
 from recall_merge.bench.results import NUMBERS, SCORES, MethodResults, Results, Spread, read_results
 from recall_merge.bench.scenario import Scenario, load_scenario
 from recall_merge.runtime.errors import RecallError, RunError
-from recall_merge.training.ewc import Consolidation, Pull, anchored, fisher, penalty
+from recall_merge.training.ewc import Anchor, Consolidation, Pull, anchored, fisher
 from tiny import write_rows
 
 WORDS = ("the", "no")  # a token each
@@ -243,6 +243,11 @@ def test_fisher_is_the_mean_of_squared_gradients() -> None:
     model, rows_done = Line(), []
     assert fisher(model, [([1, 2], [1, 2]), ([4], [4])], rows_done.append)["w"].item() == (3**2 + 4**2) / 2
     assert sum(rows_done) == 2 and model.w.grad is None
+
+
+def penalty(anchor: Anchor, values: dict[str, torch.Tensor], strength: float) -> float:
+    """lambda / 2 * sum A (theta - m)^2."""
+    return strength / 2 * sum(float((pull.importance * (values[name] - pull.centre) ** 2).sum()) for name, pull in anchor.items())
 
 
 def test_the_anchor_of_two_tasks_pulls_as_both_do() -> None:

@@ -30,11 +30,8 @@ def passes(plan: Plan) -> str:
 
 
 def peak_memory(plan: Plan) -> int:
-    """Maximum bytes that a merge holds, beside the interpreter's own.
-
-    In a single pass, the merge also holds one layer of base and experts, the blocks that run, and the samples' hidden states.
-    """
-    if plan.single_pass:
+    """Maximum bytes that a merge holds, beside the interpreter's own."""
+    if plan.single_pass:  # one layer of base and experts too, the blocks that run, and the samples' hidden states
         return merge_memory(plan) + _block(plan) * (len(plan.experts) + 2) + _states(plan, len(plan.compared))
     return max(merge_memory(plan), weights_memory(plan)) if isinstance(plan.weights, SampleWeights) else merge_memory(plan)
 
@@ -58,8 +55,7 @@ def whole_model_memory(plan: Plan) -> int:
 
 
 def merge_memory(plan: Plan) -> int:
-    """Bytes of the pass over the parameters: per thread one tensor, or one span, of base, experts and result in float32, and finished
-    ones that wait for their turn to be written."""
+    """Bytes of the pass over the parameters: per thread one tensor or span of all models in float32, and results not yet written."""
     sizes = [SPAN if in_spans(plan, name) else spec.numel for name, spec in plan.specs.items()]
     tensors = len(plan.experts) + 3 + (len(plan.experts) + 1 if plan.run.prune is not None else 0)
     return 4 * (tensors + 1) * sum(sorted(sizes)[-plan.threads :])

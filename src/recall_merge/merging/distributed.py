@@ -1,8 +1,7 @@
 """A merge as tasks for the machines of a cluster: one for the hidden states of each model, one for each shard of the result.
 
-The tasks are parts of the same pass. Each gets the plan as it was made and reads and writes files that all machines see; of the models,
-only pooled hidden states travel. A shard is written under a temporary name and renamed when it is whole, so a machine that is lost in the
-middle leaves nothing that looks like a part of the result, and the next attempt starts clean.
+Each gets the plan as it was made, and reads and writes files that all machines see; of the models, only pooled hidden states travel. A
+shard is renamed when it is whole: a machine that is lost in the middle leaves nothing that looks like a part of the result.
 """
 
 from __future__ import annotations
@@ -58,10 +57,7 @@ class ShardDone:
 
 
 def compute_weights_distributed(plan: Plan, executor: Executor, progress: Progress) -> MergeWeights:
-    """`compute_weights`, with one task for the typical samples and one for each model's hidden states. It raises the same errors.
-
-    Losses are a single task: they take a small part of the time.
-    """
+    """`compute_weights`: one task for the typical samples, one for each model's hidden states. Losses, soon done, are a single task."""
     rule, plan = plan.weights, plan_for_tasks(plan)
     if isinstance(rule, LossWeights):
         return run_tasks(plan, executor, [Task("losses", compute_weights, (plan,), weights_memory(plan))])[0]
@@ -77,10 +73,7 @@ def compute_weights_distributed(plan: Plan, executor: Executor, progress: Progre
 def merge_distributed(
     plan: Plan, weights: MergeWeights, executor: Executor, folder: Path, digest: ModelDigest, progress: Progress
 ) -> dict[str, str]:
-    """`merge_tensors`, one task per shard: write the result's weight files and their index where all machines find them.    -> hashes
-
-    The errors are the same; or a machine does not find the folder, or finds other files than were planned for.
-    """
+    """`merge_tensors`, one task per shard: write the result's weight files and their index where all machines find them.    -> hashes"""
     WeightWriter(folder, plan.shards)  # writes the index
     plan = plan_for_tasks(plan)
     tasks = [Task(shard.file, write_shard, (plan, weights, folder, i), merge_memory(plan)) for i, shard in enumerate(plan.shards)]

@@ -47,10 +47,7 @@ def open_expert(entry: ExpertEntry, located: Located, base: Checkpoint, run: Mer
 
 
 def check_adapter_base(expert: str, adapter: Adapter, base: Checkpoint, base_reference: str, same_base: bool) -> None:
-    """Check that an adapter was trained on the run's base: its config names it, or names a local model with the same weights.
-
-    `base_reference` is the base as the run names it, a folder or a hub name; with `same_base` the user vouches for it.
-    """
+    """Check that an adapter was trained on the run's base: its config names it, or a local model of the same weights; or the user does."""
     if same_base:
         return
     named, revision = adapter.config.get("base_model_name_or_path"), adapter.config.get("revision")
@@ -92,8 +89,7 @@ def read_statistics(
 ) -> tuple[InputStatistics | None, ...]:
     """The input statistics of each expert; None where it has none.
 
-    Statistics of another state of an expert would mislead, so they are refused. Of a model whose weights are still on the hub
-    that cannot be told yet.
+    Those of another state of an expert would mislead, and are refused; of weights that are still on the hub that cannot be told yet.
     """
     fix = "make them again with `recall stats`"
     statistics: list[InputStatistics | None] = []

@@ -1,8 +1,7 @@
 """The one pass over all models, layer by layer: hidden states, similarity, weights and, where a result is wanted, the merge.
 
 The weights of a layer need only the hidden states up to it. So every model is read once, and memory holds one layer of each beside the
-samples' hidden states. `recall weights` is the same pass without the merge; a cluster runs its parts as tasks. Only architectures that
-cannot be run block by block are run as whole models, through the same interface.
+samples' hidden states. Only architectures that cannot be run block by block are run as whole models, through the same interface.
 """
 
 from __future__ import annotations
@@ -96,10 +95,7 @@ def run_pass(
 
 
 def hidden_states_here(plan: Plan, rule: RecallWeights, texts: Sequence[str], visit: Visit, *, hold: bool) -> list[str]:
-    """Hidden states of all compared models, block by block; whole models from the layer on where an architecture does not allow that.
-
-    `hold` keeps the bytes of a layer in memory while it is visited, for the merge.
-    """
+    """Block by block, or whole models from where an architecture does not allow that; `hold` keeps a layer's bytes while it is visited."""
     tokens = [tokens_of(plan, expert, texts) for expert in plan.compared]
     visited = 0
     try:

@@ -1,7 +1,4 @@
-"""A result and its record: what it was made from, without local paths; opened again, where its models are and how much of each it holds.
-
-In a record, models of the hub are named by commit, and all else is known by its hash.
-"""
+"""A result and its record: what it was made from, hub models by commit and all else by hash; and the same, opened again."""
 
 from __future__ import annotations
 
@@ -240,14 +237,9 @@ def coefficients(result: Result) -> Tensor | None:
 
 
 def find_models(result: Result, names: Sequence[str], given: Mapping[str, str], *, fetch: bool = True) -> dict[str, Located | str]:
-    """Find models of a result: where the user says, on the hub at the commit of the record, or in the current folder.
+    """Find models of a result: where the user says (name -> folder or hub name), on the hub at the record's commit, or in this folder.
 
-    ResultError names all models that are unknown or cannot be found.
-
-    Args:
-        names: 'base', or experts.
-        given: name -> folder or hub name, from the user.
-        fetch: download hub models; otherwise return their names with their commits, which identify their bytes already.
+    Without `fetch`, hub models are returned by name and commit, which identify their bytes. ResultError names all that cannot be found.
     """
     faults, models = Faults(), {}
     for name in given:

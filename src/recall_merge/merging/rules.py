@@ -1,7 +1,4 @@
-"""The rules of a run: its method with all options checked, and where its weights come from; for the whole model, and for parts of it.
-
-They are made before any file is read. Later the rules of parts, which select tensors by name, kind or layer, become overrides of tensors.
-"""
+"""The rules of a run, before any file is read: method, options, and where weights come from; for the model, and for parts of it."""
 
 from __future__ import annotations
 
@@ -84,10 +81,7 @@ def choose_method(has_statistics: Sequence[bool], *, samples: bool, weights: boo
     keep nearly all of what the experts know, TSV keeps most of what can be kept without data, and plain averages, RECALL's among them,
     lose nearly half of it or more.
 
-    Args:
-        has_statistics: one entry per expert.
-        samples: the run gives rows of the newest expert's data.
-        weights: the run gives weights, or a rule for them.
+    `has_statistics` has one entry per expert; `samples` and `weights` say whether the run gives them.
 
     >>> choose_method([True, True], samples=True, weights=False)[0], choose_method([True, False], samples=False, weights=False)[0]
     ('aligned', 'tsv')
@@ -109,10 +103,7 @@ def method_named(name: str) -> Method | None:
 
 
 def make_rules(run: MergeRun) -> Rules:
-    """The method with its options, and where its weights come from, or RunError with every fault.
-
-    An alias is expanded here: into a method and a rule for weights.
-    """
+    """The rules of a run, or RunError with every fault. An alias is expanded: into a method and a rule for weights."""
     name = str(run.method)
     method = method_named(name)
     if method is None:
@@ -219,10 +210,7 @@ def _check_options(
 
 
 def overrides_of_tensors(parts: Sequence[PartRules], names: Sequence[str], layers: Layers) -> dict[str, Override]:
-    """The overrides of each tensor that a part selects. Of several parts, the first that gives a setting counts.
-
-    RunError names every part that selects no tensor, or has weights for other layers.
-    """
+    """The overrides of each tensor that a part selects, or RunError. Of several parts, the first that gives a setting counts."""
     faults, all_names = Faults(), frozenset(names)
     overrides: dict[str, Override] = {}
     for number, part in reversed([*enumerate(parts)]):  # so that the first part has the last word

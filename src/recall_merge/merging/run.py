@@ -249,10 +249,9 @@ def skipped(name: str, patterns: Iterable[str]) -> bool:
 
 
 def load_run(path: Path, overrides: Mapping[str, Any] | None = None) -> MergeRun:
-    """Read a run from YAML, or raise RunError with every fault of the file.
+    """Read a run from YAML, or raise RunError with every fault of it. Overrides have the dotted keys of `--set`, and win over the file.
 
-    Relative paths in it are tried from the file's folder first, then from the current one. Overrides are the dotted keys of `--set`, e.g.
-    {"options.temperature": 0.5}; they win over the file.
+    Relative paths in the file are tried from its folder first, then from the current one.
     """
     data = _relative_to(path.parent, read_mapping(path, "run", "docs/run.md"))
     for key, value in (overrides or {}).items():

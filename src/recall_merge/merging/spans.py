@@ -1,8 +1,7 @@
 """How the parameters are divided into units of work: spans of large tensors, and several small tensors together.
 
-What it buys: memory that does not depend on the model, since a thread holds one span of each model in float32 and never a whole
-tensor, and speed, since a span fits the processor's cache. A method that first needs a threshold of each whole delta (TIES and its
-kind) gets it by reading the delta span by span before the merge, instead of holding it.
+A thread holds one span of each model in float32, never a whole tensor, and a span fits the processor's cache. A method that first needs a
+threshold of each whole delta (TIES and its kind) gets it by reading the delta span by span before the merge.
 """
 
 from __future__ import annotations

@@ -60,17 +60,11 @@ def merge_tensors(
     digest: ModelDigest,
     advance: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Merge the tensors named and hand them to the writer, in the plan's order and dtypes.
+    """Merge the tensors named and hand them to the writer, in the plan's order and dtypes. `advance` takes the bytes that were written.
 
-    A tensor that no expert changes keeps the base's own numbers, whatever the method: each method promises as much of zero deltas.
-
-    Args:
-        digest: takes in every tensor of the base, as the full experts' own digests take in theirs.
-        advance: is called with the bytes that were written.
-
-    Raises:
-        CheckpointError: if a model holds NaN or infinity, or an expert changes a tensor out of all proportion; all such are named.
-        ResultError: if the merge overflows.
+    A tensor that no expert changes keeps the base's own numbers, whatever the method: each method promises as much of zero deltas. `digest`
+    takes in every tensor of the base, as the full experts' own digests take in theirs. CheckpointError names all NaN, infinity and changes
+    out of all proportion; ResultError says that the merge overflows.
     """
     memory.one_heap()
     digests = digests_of(plan, digest)

@@ -60,10 +60,7 @@ class DeltaSizes:
                 self._spans[name].append((base.numel(), squares))
 
     def check(self) -> None:
-        """Refuse experts that change a tensor out of all proportion, and numbers that are not finite but did not reach the result.
-
-        CheckpointError names all experts, and the three worst tensors of each.
-        """
+        """Refuse experts that change a tensor out of all proportion, by the worst tensors of each, and numbers that are not finite."""
         excessive: dict[int, list[tuple[float, float, str]]] = defaultdict(list)  # by expert: size of the delta, of the base, tensor
         for name, spans in self._spans.items():
             count = max(1, sum(numbers for numbers, _ in spans))

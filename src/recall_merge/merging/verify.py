@@ -48,10 +48,7 @@ def runs_finite(folder: Path, tokens: int) -> bool:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """The record of a result, or of an expert that `recall learn` trained, after every byte is hashed and the headers are read.
-
-    ResultError names every file that is missing, changed or new; CheckpointError says why the folder is no sound checkpoint any more.
-    """
+    """The record of a result or an expert, after every byte is hashed: ResultError names each file that is missing, changed or new."""
     if not folder.is_dir():
         raise ResultError("there is no such folder", where=folder, fix="give the folder of a result of `recall merge`")
     record = verify_files(folder)

@@ -16,11 +16,7 @@ NOTE = "key.json"  # in the folder: the key of the training, and a sign that the
 
 
 def open_folder(folder: Path, key: str) -> Path | None:
-    """Make the folder, or find its last whole checkpoint. Checkpoints of a training with another key are removed.
-
-    Raises:
-        OutputError: if the folder is not ours.
-    """
+    """Make the folder, or find its last whole checkpoint. Those of a training with another key are removed, but only from our folders."""
     note = folder / NOTE
     if folder.exists():
         if not note.is_file() and not all(is_partial(file, note) for file in folder.iterdir()):

@@ -40,10 +40,7 @@ def fisher(model: nn.Module, rows: Iterable[tuple[Sequence[int], Sequence[int]]]
     """Diagonal empirical Fisher information: for each trained parameter the mean over rows of its squared gradient.
 
     The gradient is that of a row's mean loss over its labelled tokens: the loss that training sees, in a batch of one.
-
-    Args:
-        rows: (token ids, labels) of each row; -100 means no label.
-        advance: called for every row.
+    A row is (token ids, labels), -100 where a token has no label.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     total = {name: torch.zeros_like(parameter) for name, parameter in trained.items()}
@@ -75,15 +72,6 @@ def anchored(importance: dict[str, Tensor], values: dict[str, Tensor], before: A
         centre = (old.importance * old.centre + new * values[name]) / total
         anchor[name] = Pull(total, torch.where(total > 0, centre, values[name]))
     return anchor
-
-
-def penalty(anchor: Anchor, values: dict[str, Tensor], strength: float) -> float:
-    """lambda / 2 * sum A (theta - m)^2.
-
-    >>> penalty({"w": Pull(torch.tensor([4.0]), torch.tensor([5.0]))}, {"w": torch.tensor([8.0])}, strength=0.5)    # .25 * 4 * 3^2
-    9.0
-    """
-    return strength / 2 * sum(float((pull.importance * (values[name] - pull.centre) ** 2).sum()) for name, pull in anchor.items())
 
 
 class Consolidation(TrainerCallback):

@@ -20,7 +20,7 @@ from recall_merge.files.rows import Row, numbered
 from recall_merge.models.load import build_model, hushed, load_tokenizer, load_trainable
 from recall_merge.models.tokens import EncodedRow, encode_rows
 from recall_merge.runtime.errors import DataError, Faults, OutputError, ResultError, RunError
-from recall_merge.runtime.progress import Progress, Silent
+from recall_merge.runtime.progress import Progress
 from recall_merge.training import checkpoints
 from recall_merge.training.settings import TrainSettings, check_arguments
 
@@ -92,7 +92,8 @@ def train(
     checkpoint = checkpoints.open_folder(work, key)
     with hushed():
         model = _make_model(base, settings, init_from)
-        trainer = _make_trainer(model, tokenizer, encoded, settings, arguments | {"output_dir": str(work)}, progress, callbacks)
+        arguments["output_dir"] = str(work)
+        trainer = _make_trainer(model, tokenizer, encoded, settings, arguments, progress=progress, callbacks=callbacks)
         with _explain_full_disk(work):
             trainer.run(resume_from=checkpoint)
             result = TrainResult(
@@ -109,15 +110,7 @@ def train(
 
 
 def check_rows(base: Path, rows: Sequence[Row], settings: TrainSettings, window: int) -> None:
-    """Check that every row can be learnt, and that the model can read it whole.
-
-    Args:
-        window: the number of tokens that the model can read.
-
-    Raises:
-        DataError: with every row that has nothing to learn from, and those that are too long.
-        CheckpointError: if the base has no usable tokenizer.
-    """
+    """Check that every row can be learnt, and read whole in a window of so many tokens, or raise DataError with those that cannot."""
     encoded = encode_rows(rows, load_tokenizer(base), **settings.encoding)
     if long := [row.index for row, tokens in zip(rows, encoded, strict=True) if len(tokens.input_ids) > window]:
         what = f"{len(long)} of {len(rows)} training rows are longer than the {window} tokens that the model can read"
@@ -170,9 +163,8 @@ def _make_model(base: Path, settings: TrainSettings, init_from: Path | None) -> 
     transformers.set_seed(settings.seed)  # an adapter's A is drawn before trl sets the seed
     if settings.kind == "full":
         if init_from is not None and is_adapter(init_from):
-            raise RunError(
-                "all weights are to be trained, but the model to continue from is an adapter", where=init_from, fix="merge it first"
-            )
+            what = "all weights are to be trained, but the model to continue from is an adapter"
+            raise RunError(what, where=init_from, fix="merge it first")
         return build_model(init_from or base, dtype=settings.dtype)
     if init_from is not None:
         _check_same_shape(settings, init_from)
@@ -212,13 +204,7 @@ def _check_same_shape(settings: TrainSettings, adapter: Path) -> None:
 
 
 def _make_trainer(
-    model: Any,
-    tokenizer: Any,
-    encoded: Sequence[EncodedRow],
-    settings: TrainSettings,
-    arguments: dict[str, Any],
-    progress: Progress | None,
-    callbacks: Sequence[Any],
+    model: Any, tokenizer: Any, encoded: Sequence[EncodedRow], settings: TrainSettings, arguments: dict[str, Any], **listeners: Any
 ) -> Trainer:
     import datasets
     from trl.trainer.sft_config import SFTConfig
@@ -227,14 +213,7 @@ def _make_trainer(
 
     data = datasets.Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in encoded])
     try:
-        return Trainer(
-            model=model,
-            args=SFTConfig(**arguments),
-            train_dataset=data,
-            processing_class=tokenizer,
-            callbacks=callbacks,
-            progress=progress or Silent(),
-        )
+        return Trainer(model=model, args=SFTConfig(**arguments), train_dataset=data, processing_class=tokenizer, **listeners)
     except (ValueError, TypeError, ImportError) as error:
         raise RunError(f"trl refuses these arguments: {error}", where=", ".join(settings.arguments)) from error
 

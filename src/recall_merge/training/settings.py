@@ -76,11 +76,8 @@ class TrainSettings(Section):
     @property
     def encoding(self) -> dict[str, Any]:
         """Arguments of `encode_rows`."""
-        return {
-            "template": self.template,
-            "max_length": self.max_length,
-            "label_prompt": self.arguments.get("completion_only_loss") is False,
-        }
+        label_prompt = self.arguments.get("completion_only_loss") is False
+        return {"template": self.template, "max_length": self.max_length, "label_prompt": label_prompt}
 
     @model_validator(mode="after")
     def _adapter_settings_need_an_adapter(self) -> TrainSettings:
@@ -91,12 +88,7 @@ class TrainSettings(Section):
 
 
 def check_arguments(settings: TrainSettings) -> dict[str, Any]:
-    """The arguments for trl's SFTConfig.
-
-    Raises:
-        MissingExtra: without trl.
-        RunError: with all names that trl does not know, or that cannot be given as `arguments`.
-    """
+    """The arguments for trl's SFTConfig, or RunError with all names that trl does not know, or that cannot be given as `arguments`."""
     try:
         with hushed():
             from trl.trainer.sft_config import SFTConfig
