@@ -133,42 +133,33 @@ def make_plan(run: MergeRun, *, writes: bool = True, download: bool = True) -> P
     """
     faults, (located, not_located, inputs) = Faults(), locate_models(run, download)
     run, notes = _with_method(run, located)
-    rules: Rules | None = None
-    with faults.collect():
-        rules = make_rules(run)
+    rules = faults.attempt(make_rules, run)
     rows = _read_rows(run, rules, faults)
-    with faults.collect():
-        not_located.raise_any()
-
-    base: Checkpoint | None = None
+    faults.attempt(not_located.raise_any)
+    base = faults.attempt(open_base, located["base"]) if "base" in located else None
     experts: list[Expert] = []
-    if "base" in located:
-        with faults.collect():
-            base = open_base(located["base"])
     if base is not None:
         check_distinct(run, located, faults)
-        for entry in run.experts:
-            if entry.name in located:
-                with faults.collect():
-                    experts.append(open_expert(entry, located[entry.name], base, run))
+        entries = [entry for entry in run.experts if entry.name in located]
+        opened = [faults.attempt(open_expert, entry, located[entry.name], base, run) for entry in entries]
+        experts = [expert for expert in opened if expert is not None]
     if writes:
-        with faults.collect():
-            _check_output(run, located)
+        faults.attempt(_check_output, run, located)
     if base is None or rules is None or len(experts) < len(run.experts):
         faults.raise_any()
     assert base is not None and rules is not None
 
-    weights, overrides = _weights_and_overrides(rules, base, faults)
-    vocabulary, vocabulary_notes = None, []
-    with faults.collect():
-        tokens = {expert.name: (expert.folder, embedding_rows(expert, base)) for expert in experts}
-        vocabulary, vocabulary_notes = plan_vocabulary((base.folder, base.vocabulary_size), tokens, run.vocabulary)
+    rule = rules.weights
+    weights = rule if isinstance(rule, SampleWeights) else faults.attempt(weights_per_layer, rule, base.layers, "weights")
+    overrides = faults.attempt(overrides_of_tensors, rules.parts, list(base.tensors), base.layers) or {}
+    tokens = {expert.name: (expert.folder, embedding_rows(expert, base)) for expert in experts}
+    planned = faults.attempt(plan_vocabulary, (base.folder, base.vocabulary_size), tokens, run.vocabulary)
+    vocabulary, vocabulary_notes = planned or (None, [])
     _check_skip(run, [base, *(expert.source for expert in experts if isinstance(expert, FullExpert))], faults)
     _check_dtypes(run, base, experts, faults)
     specs = _result_specs(run, base, vocabulary)
     if writes and run.out.path is not None:
-        with faults.collect():
-            _check_space(run.out.path, sum(spec.nbytes for spec in specs.values()))
+        faults.attempt(_check_space, run.out.path, sum(spec.nbytes for spec in specs.values()))
     faults.raise_any()
     statistics = read_statistics(run, experts, base, located, faults) if rules.method.informed else ()
     faults.raise_any()
@@ -207,25 +198,11 @@ def _with_method(run: MergeRun, located: Mapping[str, Located]) -> tuple[MergeRu
 
 def _read_rows(run: MergeRun, rules: Rules | None, faults: Faults) -> list[Row]:
     if run.samples is not None:
-        with faults.collect():
-            return read_rows(run.samples.path, split=run.samples.split)
-    elif rules is not None and isinstance(rules.weights, SampleWeights):
+        return faults.attempt(read_rows, run.samples.path, split=run.samples.split) or []
+    if rules is not None and isinstance(rules.weights, SampleWeights):
         what = f"`samples` are missing: {rules.weights.compares} are compared on the newest expert's data"
         faults.add(what, fix="add `samples: {path: rows.jsonl}`")
     return []
-
-
-def _weights_and_overrides(
-    rules: Rules, base: Checkpoint, faults: Faults
-) -> tuple[GivenWeights | SampleWeights | None, dict[str, Override]]:
-    """The rules' weights and parts, for the layers and tensors of the base; None where they do not fit it."""
-    weights, overrides = None, dict[str, Override]()
-    with faults.collect():
-        rule = rules.weights
-        weights = rule if isinstance(rule, SampleWeights) else weights_per_layer(rule, base.layers, "weights")
-    with faults.collect():
-        overrides = overrides_of_tensors(rules.parts, list(base.tensors), base.layers)
-    return weights, overrides
 
 
 def _check_output(run: MergeRun, located: Mapping[str, Located]) -> None:

@@ -117,30 +117,25 @@ def make_rules(run: MergeRun) -> Rules:
         number = f"{fewest} or more" if most is None else f"{fewest}" if fewest == most else f"{fewest} to {most}"
         what = f"method '{name}' merges {number} experts, the run lists {len(experts)}"
         faults.add(what, where="experts", fix="choose another method")
-    rule: GivenWeights | RampPoints | SampleWeights | None = None
     if alias:
         if weights != "uniform":
             faults.add(f"`method: {name}` has weights of its own", where="weights", fix=f"give `method: {method.name}` with `weights`")
-        with faults.collect():
-            given = {key: options.pop(key) for key in list(options) if key in weight_options}
-            rule = parse(WEIGHT_OPTIONS[alias.weights], given, where="options")
+        given = {key: options.pop(key) for key in list(options) if key in weight_options}
+        rule = faults.attempt(parse, WEIGHT_OPTIONS[alias.weights], given, where="options")
     elif isinstance(weights, FromHiddenStates):
         rule = weights.recall
     elif isinstance(weights, FromLosses):
         rule = weights.losses
     else:
-        with faults.collect():
-            rule = _given_weights(weights, experts, "weights")
-    with faults.collect():
-        options = _check_options(method, options, len(experts), "options", name, list(weight_options))
-    parts: list[PartRules] = []
-    for number, part in enumerate(run.parts):
-        with faults.collect():
-            parts.append(_part_rules(part, method, experts, f"parts.{number}", list(weight_options)))
+        rule = faults.attempt(_given_weights, weights, experts, "weights")
+    checked = faults.attempt(_check_options, method, options, len(experts), "options", name, list(weight_options))
+    parts = [
+        faults.attempt(_part_rules, part, method, experts, f"parts.{number}", list(weight_options)) for number, part in enumerate(run.parts)
+    ]
     faults.raise_any(RunError)
-    assert rule is not None
+    assert rule is not None and checked is not None
     source = alias.source if alias else method.source
-    return Rules(name=name, source=source, method=method, options=options, weights=rule, parts=tuple(parts))
+    return Rules(name=name, source=source, method=method, options=checked, weights=rule, parts=tuple(filter(None, parts)))
 
 
 def _part_rules(part: Part, method: Method, experts: list[str], where: str, weight_options: list[str]) -> PartRules:
@@ -214,9 +209,8 @@ def overrides_of_tensors(parts: Sequence[PartRules], names: Sequence[str], layer
     faults, all_names = Faults(), frozenset(names)
     overrides: dict[str, Override] = {}
     for number, part in reversed([*enumerate(parts)]):  # so that the first part has the last word
-        weights: Any = None
-        with faults.collect():
-            weights = None if part.weights is None else weights_per_layer(part.weights, layers, f"parts.{number}.weights")
+        where = f"parts.{number}"
+        weights: Any = None if part.weights is None else faults.attempt(weights_per_layer, part.weights, layers, f"{where}.weights")
         selected = [name for name in names if part.fits(name, all_names, layers)]
         for name in selected:
             before = overrides.get(name, Override())
@@ -225,7 +219,7 @@ def overrides_of_tensors(parts: Sequence[PartRules], names: Sequence[str], layer
         if not selected:
             selectors = part.part.model_dump(include={"filter", "kind", "layers"}, exclude_none=True)
             what = f"a part selects no tensor: {', '.join(f'{key} {value}' for key, value in selectors.items())}"
-            faults.add(what, where=f"parts.{number}", fix=_suggestion(part.part, names, layers))
+            faults.add(what, where=where, fix=_suggestion(part.part, names, layers))
     faults.raise_any(RunError)
     return overrides
 

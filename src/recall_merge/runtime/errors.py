@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from reprlib import Repr
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,12 @@ class Faults:
         except RecallError as error:
             self._first_type = self._first_type or type(error)
             self.extend(error.faults)
+
+    def attempt(self, function: Callable[P, T], *args: P.args, **options: P.kwargs) -> T | None:
+        """What a function returns; None where its faults were collected instead."""
+        with self.collect():
+            return function(*args, **options)
+        return None
 
     def __iter__(self) -> Iterator[Fault]:
         return iter(self._faults)
