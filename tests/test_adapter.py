@@ -9,9 +9,8 @@ import torch
 from peft import IA3Config, PeftModel
 from safetensors.torch import save_file
 
-from recall_merge.files.adapter import _Parts, is_adapter, open_adapter
+from recall_merge.files.adapter import Names, _Parts, is_adapter, open_adapter
 from recall_merge.files.checkpoint import open_checkpoint
-from recall_merge.files.names import Names
 from recall_merge.maths.deltas import LowRank, dense
 from recall_merge.merging.inputs import check_adapter_base
 from recall_merge.runtime.errors import CheckpointError

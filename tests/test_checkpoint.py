@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 from recall_merge.files.checkpoint import INDEX, SINGLE, block_count, open_checkpoint, read_json
 from recall_merge.files.hashing import same_weights
-from recall_merge.files.names import named_like
 from recall_merge.files.safetensors import RemoteFile, TensorSpec
+from recall_merge.files.same_architecture import named_like
 from recall_merge.runtime.errors import CheckpointError
 from tiny import FAMILIES, edit_json, fine_tuned, load_tensors, make_model, save_model
 

@@ -26,8 +26,8 @@ def write_companions(target: Path, base: Path, experts: Sequence[Path], vocabula
     if dtype is not None:
         config.pop("torch_dtype", None)  # the old name of the setting
         config["dtype"] = dtype
-    for file in (*base.glob("*.py"), *_existing(base, ("generation_config.json", "preprocessor_config.json", "processor_config.json"))):
-        shutil.copyfile(file, target / file.name)
+    code = [file.name for file in base.glob("*.py")]
+    _copy(base, target, (*code, "generation_config.json", "preprocessor_config.json", "processor_config.json"))
     if vocabulary is None:
         _copy_tokenizer(base, target)
     else:
@@ -41,8 +41,7 @@ def write_companions(target: Path, base: Path, experts: Sequence[Path], vocabula
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
-    for file in _existing(source, TOKENIZER_FILES):
-        shutil.copyfile(file, target / file.name)
+    _copy(source, target, TOKENIZER_FILES)
     if (source / "additional_chat_templates").is_dir():
         shutil.copytree(source / "additional_chat_templates", target / "additional_chat_templates")
 
@@ -66,9 +65,11 @@ def _take_token_ids(donor: Path, target: Path, config: dict[str, Any]) -> None:
         return
     theirs = read_json(donor / "config.json")
     config |= {key: theirs[key] for key in TOKEN_IDS if key in theirs}
-    if (donor / "generation_config.json").exists():
-        shutil.copyfile(donor / "generation_config.json", target / "generation_config.json")
+    _copy(donor, target, ("generation_config.json",))
 
 
-def _existing(folder: Path, names: Sequence[str]) -> list[Path]:
-    return [folder / name for name in names if (folder / name).is_file()]
+def _copy(source: Path, target: Path, names: Sequence[str]) -> None:
+    """Copy those of these files that exist."""
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)

@@ -46,17 +46,16 @@ class FileStates:
         files = [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
         return cls({file: _state(file) for file in files if file.is_file()})
 
-    def check(self) -> None:
-        """Raises CheckpointError with every file that has changed: another file in its place, another size, another content since."""
-        self._check(slice(0, 4), "the file changed while it was read", "wait until that is done, and run again")
+    def check(self, *, elsewhere: bool = False) -> None:
+        """Raises CheckpointError with every file that is missing, or another one, or has another size or time of change.
 
-    def check_elsewhere(self) -> None:
-        """On another machine: raises CheckpointError with every file that is missing, or has another size or time of change."""
-        fix = "models and samples must lie on a file system that all machines share, under the same path"
-        self._check(slice(2, 4), "a machine of the cluster finds another file here, or none", fix)
-
-    def _check(self, facts: slice, what: str, fix: str) -> None:
-        faults = Faults()
+        On another machine (`elsewhere`) the same file has another device and inode.
+        """
+        what, fix = "the file changed while it was read", "wait until that is done, and run again"
+        if elsewhere:
+            what = "a machine of the cluster finds another file here, or none"
+            fix = "models and samples must lie on a file system that all machines share, under the same path"
+        facts, faults = slice(2 if elsewhere else 0, 4), Faults()
         for file, state in self.files.items():
             if _state(file)[facts] != state[facts]:
                 faults.add(what, where=file, fix=fix)

@@ -160,10 +160,6 @@ def _prompt(record: Mapping[str, Any]) -> Example:
     return prompt, completion, choices
 
 
-def _plain_text(record: Mapping[str, Any]) -> Example:
-    return (), _text(record, "text"), ()
-
-
 def _text(record: Any, field: str) -> str:
     value = record.get(field) if isinstance(record, Mapping) else None
     if not isinstance(value, str):
@@ -181,6 +177,6 @@ FORMS: dict[str, tuple[str, Callable[[Mapping[str, Any]], Example]]] = {
     "messages": ("messages", _messages),
     "instruction": ("instruction (+ input) + output", _instruction),
     "prompt": ("prompt + completion or answer (+ choices)", _prompt),
-    "text": ("text", _plain_text),
+    "text": ("text", lambda record: ((), _text(record, "text"), ())),
 }
 """Forms of record: the key by which the form is recognised (the first one in the record decides), all its keys, and its function."""

@@ -1,12 +1,14 @@
-"""Whether an expert that is a whole checkpoint fits the base: the same settings, tensors and shapes."""
+"""Whether an expert that is a whole checkpoint fits the base: the same names, settings, tensors and shapes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from recall_merge.files.checkpoint import Checkpoint
 from recall_merge.files.hashing import same_weights
+from recall_merge.maths.layers import Layers
 from recall_merge.runtime.errors import CheckpointError, Faults
 
 HARMLESS = {  # settings of a config that may differ from the base's without changing what the weights mean
@@ -17,14 +19,29 @@ HARMLESS = {  # settings of a config that may differ from the base's without cha
 }  # fmt: skip
 
 
+def named_like(checkpoint: Checkpoint, base: Checkpoint) -> Checkpoint:
+    """The checkpoint with the base's names, if the two differ by leading words: 'h.0.ln_1.weight' and 'transformer.h.0.ln_1.weight'.
+
+    Some models were stored without their class's name of the decoder, and get it when they are saved again.
+    """
+    ours, theirs = base.layers.prefix, checkpoint.layers.prefix
+    if ours.endswith(f".{theirs}"):
+        lead = ours.removesuffix(theirs)
+        names = {name: lead + name if lead + name in base.tensors else name for name in checkpoint.tensors}
+    elif theirs.endswith(f".{ours}"):
+        names = {name: name.removeprefix(theirs.removesuffix(ours)) for name in checkpoint.tensors}
+    else:
+        return checkpoint
+    tensors = {names[name]: tensor for name, tensor in checkpoint.tensors.items()}
+    return replace(checkpoint, tensors=tensors, layers=Layers(ours, checkpoint.layers.blocks))
+
+
 def check_checkpoint(
     name: str, expert: Checkpoint, base: Checkpoint, skipped: Callable[[str], bool] = lambda _: False, *, is_base: bool = False
 ) -> None:
     """Check that a checkpoint has the base's architecture, tensor by tensor; token tensors may differ in their rows.
 
-    Args:
-        skipped: whether the run does not merge a tensor: an expert may lack it, or have it in another shape.
-        is_base: the run says that this expert is the base.
+    It may lack a tensor that is `skipped`, or have it in another shape; `is_base` says that the run calls it the base.
 
     Raises CheckpointError with every difference (the first few of each kind).
     """

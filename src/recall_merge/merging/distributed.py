@@ -89,7 +89,7 @@ def merge_distributed(
 
 def write_shard(plan: Plan, weights: MergeWeights, folder: Path, number: int) -> ShardDone:
     """Merge the tensors of one shard into its file, on whichever machine this runs."""
-    plan.inputs.check_elsewhere()
+    plan.inputs.check(elsewhere=True)
     if not (folder / MARKER).exists():
         fix = "give `out` a path that means the same folder on every machine: on a shared file system"
         raise OutputError("a machine of the cluster does not find the folder that the result is written to", where=folder, fix=fix)
@@ -105,7 +105,7 @@ def write_shard(plan: Plan, weights: MergeWeights, folder: Path, number: int) ->
 
 def hidden_states_of(plan: Plan, number: int, texts: Sequence[str], whole: bool) -> Tensor:
     """One compared model's hidden states of the typical samples at all layers, block by block or whole.    -> (L + 1, m, d), float32"""
-    plan.inputs.check_elsewhere()
+    plan.inputs.check(elsewhere=True)
     rule, expert = plan.weights, plan.compared[number]
     assert isinstance(rule, RecallWeights)
     read = whole_hidden_states_at if whole else hidden_states_at

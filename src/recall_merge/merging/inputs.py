@@ -11,8 +11,7 @@ from recall_merge.files.checkpoint import Checkpoint, open_checkpoint
 from recall_merge.files.experts import AdapterExpert, BaseExpert, Expert, FullExpert, hash_expert
 from recall_merge.files.hashing import FileStates, same_weights
 from recall_merge.files.hub import Located, Reference, cached_folder, locate, meaning
-from recall_merge.files.names import named_like
-from recall_merge.files.same_architecture import check_checkpoint
+from recall_merge.files.same_architecture import check_checkpoint, named_like
 from recall_merge.files.statistics import InputStatistics, open_statistics
 from recall_merge.merging.run import ExpertEntry, MergeRun, skipped
 from recall_merge.runtime.errors import CheckpointError, Faults

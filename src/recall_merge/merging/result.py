@@ -17,8 +17,8 @@ from recall_merge.files.checkpoint import Checkpoint, open_checkpoint
 from recall_merge.files.experts import BaseExpert, FullExpert
 from recall_merge.files.hashing import ModelDigest, hash_file
 from recall_merge.files.hub import Located, locate
-from recall_merge.files.names import named_like
 from recall_merge.files.record import RECORD, versions
+from recall_merge.files.same_architecture import named_like
 from recall_merge.maths.weights import lines_scales
 from recall_merge.merging.plan import Plan
 from recall_merge.merging.run import skipped

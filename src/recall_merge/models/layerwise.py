@@ -93,11 +93,6 @@ class LayerwiseForward:
         for hook in self._hooks:
             hook.remove()
 
-    def _release(self) -> None:
-        """Discard the parameters of the block that has run. What lies before the blocks may be needed again; it is small, of few tokens."""
-        if self.layer:
-            discard_parameters(self._blocks[self.layer - 1])
-
     def _join(self, parts: Sequence[Tensor]) -> Tensor:
         """The states that the batches have reached, in the order of the texts."""
         self.layer += 1
@@ -126,8 +121,8 @@ def step(models: Sequence[LayerwiseForward], tensors: Sequence[Callable[[], Mapp
         with counting:
             unfinished[number] -= 1
             is_last = not unfinished[number]
-        if is_last:
-            models[number]._release()
+        if is_last and (layer := models[number].layer):  # what lies before the blocks may be needed again; it is small, of few tokens
+            discard_parameters(models[number]._blocks[layer - 1])
         return part
 
     batches = ((number, batch) for number, model in enumerate(models) for batch in model._batches)

@@ -18,10 +18,7 @@ KEPT = 1 << 25
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of zeros that takes memory only where it is written to; `torch.zeros` writes to all of it.
-
-    Buys: an embedding of which a few rows are used costs those rows.
-    """
+    """A tensor of zeros that takes memory only where it is written to, so an embedding costs the rows in use."""
     import torch
 
     if not (size := math.prod(shape) * dtype.itemsize):
@@ -45,10 +42,7 @@ def one_heap() -> None:
 
 
 def give_back() -> None:
-    """Return all free memory to the system.
-
-    Buys: one block's memory is gone before the next block is read. Touching it again costs less than running the smallest block.
-    """
+    """Return all free memory to the system: that of one block is gone before the next one is read."""
     if _glibc() is not None:
         _glibc().malloc_trim(0)
 
