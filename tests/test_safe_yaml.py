@@ -8,7 +8,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recall_merge.runtime.safe_yaml import MAX_BYTES, MAX_DEPTH, NotYaml, parse_yaml, read_yaml
+from recall_merge.runtime.errors import RunError
+from recall_merge.runtime.safe_yaml import MAX_BYTES, MAX_DEPTH, NotYaml, parse_yaml
+from recall_merge.runtime.sections import read_mapping
 
 LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10))
 MERGED = "a0: &a0 {x: 1, y: 2}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 10))
@@ -58,8 +60,8 @@ def test_many_keys_take_no_time_that_grows_with_their_square():
 
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "run.yaml")
-    with pytest.raises(NotYaml, match="it is not a file"):
-        read_yaml(tmp_path / "run.yaml")
+    with pytest.raises(RunError, match="it is not a file"):
+        read_mapping(tmp_path / "run.yaml", "run", "docs/run.md")
 
 
 plain = st.recursive(

@@ -128,21 +128,17 @@ def plain(text: str) -> str:
 def _text(base: str, record: Mapping[str, Any], *, pictured: bool) -> str:
     run = record["run"]
     experts = [plain(entry["name"]) for entry in run["experts"]]
-    lines = [
-        "# Merged model",
-        "",
+    made = (
         f"One model from {len(experts)} expert{'s' * (len(experts) > 1)} ({', '.join(experts)}) on the base {plain(base)}, "
-        f"merged by `{run['method']}` with [recall-merge](https://pypi.org/project/recall-merge/) {record['versions']['recall-merge']}.",
-        "",
-    ]
-    if pictured:
-        lines += [f"![Weights of the experts by layer, and the similarity that they follow from]({PICTURE})", ""]
-    lines += [BEGIN, END, "", "## How it was made", "", *_essentials(record), ""]
-    lines += ["## Weights by layer", "", *_table(record["weights"]), ""]
+        f"merged by `{run['method']}` with [recall-merge](https://pypi.org/project/recall-merge/) {record['versions']['recall-merge']}."
+    )
+    picture = [f"![Weights of the experts by layer, and the similarity that they follow from]({PICTURE})"] if pictured else []
+    parts = ["# Merged model", made, *picture, f"{BEGIN}\n{END}", "## How it was made", "\n".join(_essentials(record))]
+    parts += ["## Weights by layer", _table(record["weights"])]
     if record.get("similarity"):
-        lines += ["## Similarity to the newest expert by layer", "", *_table(record["similarity"]), ""]
-    lines += ["Layer 0 is the embedding, the last layer of the weights is the final norm and head. `record.json` holds the whole run.", ""]
-    return "\n".join(lines)
+        parts += ["## Similarity to the newest expert by layer", _table(record["similarity"])]
+    parts += ["Layer 0 is the embedding, the last layer of the weights is the final norm and head. `record.json` holds the whole run."]
+    return "\n\n".join(parts) + "\n"
 
 
 def _essentials(record: Mapping[str, Any]) -> Iterator[str]:
@@ -158,14 +154,14 @@ def _essentials(record: Mapping[str, Any]) -> Iterator[str]:
     )
 
 
-def _table(table: Mapping[str, Any]) -> list[str]:
+def _table(table: Mapping[str, Any]) -> str:
     """A Markdown table; consecutive layers with equal printed numbers share a line."""
     lines = ["| layer | " + " | ".join(map(plain, table["experts"])) + " |", "|---" * (1 + len(table["experts"])) + "|"]
     rows = [" | ".join(f"{number:.3f}" for number in row) for row in table["rows"]]
     for text, same in groupby(zip(table["layers"], rows, strict=True), key=itemgetter(1)):
         first, *others = [layer for layer, _ in same]
         lines.append(f"| {f'{first} to {others[-1]}' if others else first} | {text} |")
-    return lines
+    return "\n".join(lines)
 
 
 def _read(folder: Path) -> bytes:

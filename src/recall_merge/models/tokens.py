@@ -62,7 +62,8 @@ def encode_rows(
         rendered = render(row, tokenizer, template=template)
         prompt, ids = tokenizer([rendered.prompt, rendered.prompt + rendered.completion], add_special_tokens=False)["input_ids"]
         # subtle: a token may reach over the end of the prompt; what is learnt then begins with that token
-        start = 0 if label_prompt else _count_common(prompt, ids)
+        common = takewhile(lambda pair: pair[0] == pair[1], zip(prompt, ids, strict=False))
+        start = 0 if label_prompt else len(list(common))
         ids = ids[:max_length]
         if len(ids) <= max(start, 1):
             what = "no token of the completion is left within `max_length`" if max_length else "the row has no text to learn"
@@ -84,12 +85,3 @@ def _start_token(tokenizer: Any) -> str:
     """The start token, if the tokenizer puts one before a text. We try it out: the tokenizer's own flag is not reliable."""
     puts_it = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     return tokenizer.bos_token if puts_it else ""
-
-
-def _count_common(prompt: list[int], ids: list[int]) -> int:
-    """How many tokens two lists have in common at their beginnings.
-
-    >>> _count_common([1, 2, 3], [1, 2, 4, 5])
-    2
-    """
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, ids, strict=False)))

@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -17,6 +18,19 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside the block, each of torch's operations runs on one thread."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def in_order(function: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
     """Like `map`, with up to `threads` items in work and as many finished and waiting, which bounds the memory.
 
@@ -25,9 +39,7 @@ def in_order(function: Callable[[T], R], items: Iterable[T], threads: int) -> It
     """
     import torch
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         if threads == 1:
             yield from map(function, items)
             return
@@ -43,5 +55,3 @@ def in_order(function: Callable[[T], R], items: Iterable[T], threads: int) -> It
             finally:
                 for future in waiting:
                     future.cancel()
-    finally:
-        torch.set_num_threads(before)

@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from multiprocessing import get_context, parent_process
 from typing import Any, TypeVar
 
+from recall_merge.runtime.parallel import one_thread
 from recall_merge.runtime.progress import Advance, Progress
 
 R = TypeVar("R")
@@ -21,17 +22,12 @@ class ThisProcess:
     slots = 1
 
     def submit(self, label: str, function: Callable[..., R], *arguments: Any, memory: int = 0, threads: int = 1) -> Future[R]:
-        import torch
-
         done: Future[R] = Future()
-        before = torch.get_num_threads()
-        torch.set_num_threads(1)
         try:
-            done.set_result(function(*arguments))
+            with one_thread():
+                done.set_result(function(*arguments))
         except Exception as error:
             done.set_exception(error)
-        finally:
-            torch.set_num_threads(before)
         return done
 
 
@@ -79,14 +75,14 @@ def _begin() -> None:
     import torch
 
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
     parent = parent_process()
     assert parent is not None
-    parent.join()
-    os._exit(1)
+
+    def end() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 def side_by_side(function: Callable[..., R], calls: Sequence[tuple[Any, ...]], workers: int, progress: Progress) -> list[R]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -40,20 +39,6 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.YAMLError(f"the key '{key}' is given twice, in line {node.start_mark.line + 1} or below")
             seen.add(key)
         return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: Path) -> Any:
-    """The content of a YAML file. Raises FileNotFoundError; or NotYaml if it cannot be read, is not YAML, or is beyond the limits."""
-    try:
-        if path.exists() and not path.is_file():
-            raise NotYaml("it is not a file")
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-        return parse_yaml(data.decode("utf-8"))
-    except FileNotFoundError:
-        raise
-    except (OSError, UnicodeDecodeError) as error:
-        raise NotYaml(" ".join(str(error).split())) from error
 
 
 def parse_yaml(text: str) -> Any:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from recall_merge.runtime.errors import Fault, RunError, did_you_mean, short
-from recall_merge.runtime.safe_yaml import NotYaml, read_yaml
+from recall_merge.runtime.safe_yaml import MAX_BYTES, NotYaml, parse_yaml
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -29,11 +29,14 @@ def read_mapping(path: Path, kind: str, form: str) -> dict[str, Any]:
     Raises RunError if the file is missing, is not YAML, or holds no mapping.
     """
     try:
-        data = read_yaml(path)
+        if path.exists() and not path.is_file():  # a pipe would never end
+            raise NotYaml("it is not a file")
+        with path.open("rb") as file:
+            data = parse_yaml(file.read(MAX_BYTES + 1).decode("utf-8"))
     except FileNotFoundError:
         raise RunError(f"this {kind} file does not exist", where=path, fix="give the path of a YAML file") from None
-    except NotYaml as error:
-        raise RunError(f"this is not readable YAML: {error}", where=path, fix=f"see {form} for the form") from error
+    except (OSError, UnicodeDecodeError, NotYaml) as error:
+        raise RunError(f"this is not readable YAML: {' '.join(str(error).split())}", where=path, fix=f"see {form} for the form") from error
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise RunError(f"a {kind} file must hold a mapping of keys to values", where=path, fix=f"see {form} for the form")
     return data
