@@ -62,9 +62,7 @@ def continual_metrics(
 ) -> dict[str, float]:
     """All numbers that the scores allow, by the names of `METRICS`, which are those of the functions.    R (T + 1, T)
 
-    Args:
-        experts: E_j, each expert's score on its own task, (T,).
-        unseen: scores of the base and of the final model on tasks that were not trained on, (K,) each.
+    experts: E_j, each expert's score on its own task, (T,). unseen: scores of base and final model on tasks not trained on, (K,) each.
     """
     r = as_matrix(scores)
     always = (average_performance, learning_accuracy, backward_transfer, forgetting, forward_transfer)

@@ -1,4 +1,4 @@
-"""Trim deltas: which entries stay, and what they are multiplied by.
+"""Trim deltas: which entries stay, and what they are multiplied by; random draws that order, shards and restarts cannot change.
 
 A trim looks at a whole delta first (a threshold on sizes, a rescaling factor) and becomes a `Trim`, which then takes the delta piece by
 piece, in order: trimming, electing and averaging are one pass in the processor's cache. Where a `Threshold` is all that a trim needs, the
@@ -7,7 +7,9 @@ caller may find it span by span from the file, then merge span by span; no tenso
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -19,10 +21,13 @@ from torch.nn.functional import hardshrink
 
 from recall_merge.maths.consensus import weighted_sum
 from recall_merge.maths.deltas import Deltas, Dense
-from recall_merge.maths.draws import Start
 from recall_merge.maths.order_statistics import below, kth_largest
 from recall_merge.maths.pieces import in_pieces, pieces
 
+Stream = Callable[[Sequence[int]], Tensor]
+"""shape -> the next numbers of one expert's stream, uniform in [0, 1), float32."""
+Start = Callable[[], Stream]
+"""Begins one expert's stream, from its first number every time."""
 Trim = Callable[[Tensor], Tensor]
 """The next piece of a delta -> the same piece with what is dropped set to 0."""
 Combine = Callable[[Sequence[Tensor]], Tensor]
@@ -40,6 +45,30 @@ Rescale = Annotated[
     "multiply what stays: share, by 1 / the probability of staying (as DARE and DELLA); l1, so that the sum of sizes is as before, over "
     "the tensor (as mergekit); none, by nothing",
 ]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of one tensor: one stream per expert, Philox keyed by SHA-256 of seed, expert name and tensor name.
+
+    >>> draws = Draws(seed=0, tensor="w", experts=("a", "b"))
+    >>> bool((draws.stream(0)((3,)) == draws.stream(0)((3,))).all())
+    True
+    """
+
+    seed: int
+    tensor: str
+    experts: tuple[str, ...]
+
+    @property
+    def streams(self) -> list[Start]:
+        return [partial(self.stream, expert) for expert in range(len(self.experts))]
+
+    def stream(self, expert: int) -> Stream:
+        words = f"{self.seed}\0{self.experts[expert]}\0{self.tensor}".encode()
+        key = int.from_bytes(hashlib.sha256(words).digest()[:16], "little")
+        generator = np.random.Generator(np.random.Philox(key=key))
+        return lambda shape: torch.from_numpy(generator.random(tuple(shape), dtype=np.float32))
 
 
 def add_trimmed(base: Dense, deltas: Deltas, trims: Sequence[Trim], combine: Combine, scale: float, *, by_row: bool = False) -> Dense:

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +89,11 @@ def apply(plan: Plan, *, executor: str = LOCAL, progress: Progress | None = None
     progress, seconds, before = progress or Silent(), dict[str, float](), READ.total
     with OutputFolder(plan.target, overwrite=plan.run.out.overwrite) as out:
         digest = ModelDigest()
-        write = _write_here if executor == LOCAL else partial(_write_distributed, executor)
-        weights, hashes = write(plan, out.path, digest, seconds, progress)
+        if executor == LOCAL:
+            with WeightWriter(out.path, plan.shards) as writer:
+                weights, hashes = merge_into(writer, plan, digest, seconds, progress), writer.hashes
+        else:
+            weights, hashes = _write_distributed(executor, plan, out.path, digest, seconds, progress)
         dtype = None if plan.run.out.dtype == "auto" else plan.run.out.dtype
         write_companions(out.path, plan.base.folder, [expert.folder for expert in plan.experts], plan.vocabulary, dtype)
         with _timed(seconds, "check"), progress.stage("checking the result", 1, "steps") as advance:
@@ -134,18 +136,10 @@ def merge_into(writer: Writer, plan: Plan, digest: ModelDigest, seconds: dict[st
         return run_pass(plan, start, merge=lambda held, weights, names: merge_tensors(held, weights, names, writer, digest, advance))
 
 
-def _write_here(
-    plan: Plan, folder: Path, digest: ModelDigest, seconds: dict[str, float], progress: Progress
-) -> tuple[MergeWeights, dict[str, str]]:
-    """The weight files of the result.    -> the weights, and the files' hashes"""
-    with WeightWriter(folder, plan.shards) as writer:
-        return merge_into(writer, plan, digest, seconds, progress), writer.hashes
-
-
 def _write_distributed(
     executor: str, plan: Plan, folder: Path, digest: ModelDigest, seconds: dict[str, float], progress: Progress
 ) -> tuple[MergeWeights, dict[str, str]]:
-    """The same by tasks. The executor closes before the folder does, so that nobody goes on writing for a merge that failed."""
+    """Weights and hashes, by tasks. The executor closes before the folder does: nobody goes on writing for a merge that failed."""
     with open_executor(executor, plan.threads) as workers:
         with _timed(seconds, "weights"):
             weights = compute_weights_distributed(plan, workers, progress)

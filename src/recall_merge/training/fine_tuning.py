@@ -72,10 +72,7 @@ def train(
         callbacks: transformers' TrainerCallbacks.
 
     Raises:
-        RunError: if settings or arguments do not fit.
-        DataError: if a row has nothing to learn from.
-        CheckpointError: if base or `init_from` cannot be used.
-        OutputError: if something else lies at `out`.
+        RecallError: if settings, rows, base or `init_from` cannot be used, or something else lies at `out`.
     """
     settings = settings or TrainSettings()
     arguments = check_arguments(settings)

@@ -6,9 +6,9 @@ To add one, write a function with the decorator `@method` in a module of this fo
 from importlib import import_module
 from pkgutil import iter_modules
 
-from recall_merge.maths.draws import Draws
 from recall_merge.maths.methods.averages import ALIASES, Alias
 from recall_merge.maths.methods.registry import METHODS, Method, method
+from recall_merge.maths.trimming import Draws
 
 __all__ = ["ALIASES", "METHODS", "Alias", "Draws", "Method", "method"]
 

@@ -9,9 +9,19 @@ from annotated_types import Interval
 
 from recall_merge.maths.consensus import Elect, Mean, agreeing, weighted_sum
 from recall_merge.maths.deltas import Deltas, Dense, Weights
-from recall_merge.maths.draws import Draws
 from recall_merge.maths.methods.registry import Fraction, Scale, method
-from recall_merge.maths.trimming import Rescale, RescaleKept, Threshold, add_trimmed, drop_by_rank, drop_random, keep_sizes, largest, middle
+from recall_merge.maths.trimming import (
+    Draws,
+    Rescale,
+    RescaleKept,
+    Threshold,
+    add_trimmed,
+    drop_by_rank,
+    drop_random,
+    keep_sizes,
+    largest,
+    middle,
+)
 
 BelowOne = Annotated[float, Interval(ge=0, lt=1)]
 Density = Annotated[Fraction | list[Fraction], "share of each delta's entries that stay; one number, or one per expert"]
