@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +216,7 @@ def test_a_bench_whose_driver_is_killed_goes_on(cluster: Any, local: dict[str, b
 def test_scores_of_tasks_side_by_side_are_the_same(cluster: Any, llama: Path, rows: Path) -> None:
     tasks = [f"{name}={rows / f'{name}-test.jsonl'}" for name in ("films", "dogs", "quick")]
     there = evaluate(str(llama), tasks, executor=f"ray://{cluster.address}")
-    assert [score.to_json() for score in there] == [score.to_json() for score in evaluate(str(llama), tasks)]
+    assert [asdict(score) for score in there] == [asdict(score) for score in evaluate(str(llama), tasks)]
 
 
 @pytest.mark.slow

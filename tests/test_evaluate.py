@@ -8,14 +8,13 @@ import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 import yaml
 
 from recall_merge.evaluation.lm_eval_private import LocalModel, silence, window_of
-from recall_merge.evaluation.lm_eval_tasks import check_named
 from recall_merge.evaluation.scores import TaskScore, check_lengths, score_tasks
 from recall_merge.evaluation.tasks import SPARE_TOKENS, TaskSpec, check_tasks, define, export_task
 from recall_merge.files.rows import Row, parse_rows
@@ -310,7 +309,7 @@ def test_further_right_answers_count(model, tokenizer):
 
 def test_scores_survive_json(model, tokenizer):
     scores = score_tasks(model, tokenizer, [TaskSpec("choices", CHOICES), TaskSpec("answers", ANSWERS, "f1")])
-    assert [TaskScore.from_json(json.loads(json.dumps(score.to_json()))) for score in scores] == scores
+    assert [TaskScore.from_json(json.loads(json.dumps(asdict(score)))) for score in scores] == scores
 
 
 def test_it_tells_of_every_answer_and_prints_nothing(model, tokenizer, capfd, caplog):
@@ -449,7 +448,7 @@ def named(tmp_path, monkeypatch, tokenizer):
     (tmp_path / "tasks" / "far.yaml").write_text("task: far\ntag: distant\ndataset_path: nobody/nothing\noutput_type: multiple_choice\n")
     (tmp_path / "tasks" / "farther.yaml").write_text("include: far.yaml\ntask: farther\n")
     manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
-    monkeypatch.setattr("recall_merge.evaluation.lm_eval_tasks.task_manager", lambda: manager)
+    monkeypatch.setattr("recall_merge.evaluation.tasks.task_manager", lambda: manager)
 
 
 def test_a_task_of_lm_evals_is_asked_by_its_name(named, model, tokenizer):
@@ -489,6 +488,6 @@ def test_a_name_that_means_no_one_task_is_refused(named, model, tokenizer):
 
 
 def test_the_names_are_those_of_the_installed_lm_eval():
-    [fault] = check_named([TaskSpec("hellaswag"), TaskSpec("helaswag"), TaskSpec("rows", CHOICES)])
+    [fault] = check_tasks([TaskSpec("hellaswag"), TaskSpec("helaswag"), TaskSpec("rows", CHOICES)])
     assert fault.what == "lm-eval has no task 'helaswag', and there is no such file"
     assert "did you mean 'hellaswag'?" in fault.fix

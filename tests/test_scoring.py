@@ -12,6 +12,7 @@ import pytest
 import sacrebleu
 
 from recall_merge.evaluation import scoring
+from recall_merge.evaluation.scores import corpus_stderr, mean_stderr
 from recall_merge.evaluation.scoring import (
     METRICS,
     corpus_bleu,
@@ -22,7 +23,6 @@ from recall_merge.evaluation.scoring import (
     metric,
     squad_match,
 )
-from recall_merge.evaluation.standard_errors import corpus_stderr, mean_stderr
 from recall_merge.evaluation.tasks import TaskSpec, check_tasks, define
 from recall_merge.files.rows import parse_rows
 
@@ -104,11 +104,11 @@ def test_corpus_metrics_are_sacrebleus_from_0_to_1():
     assert corpus_bleu(PAIRS) == pytest.approx(sacrebleu.corpus_bleu(predictions, references).score / 100)
     assert corpus_chrf(PAIRS) == pytest.approx(sacrebleu.corpus_chrf(predictions, references).score / 100)
     assert corpus_bleu(PAIRS[:1]) == pytest.approx(1.0)
-    assert scoring.bleu("two men talk", ["two men talk"]) == pytest.approx(1.0)
+    assert METRICS["bleu"].score("two men talk", ["two men talk"]) == pytest.approx(1.0)
 
 
 def test_bleu_of_a_corpus_is_no_mean_of_sentences():
-    assert corpus_bleu(PAIRS) != pytest.approx(sum(scoring.bleu(*pair) for pair in PAIRS) / 3, abs=0.01)
+    assert corpus_bleu(PAIRS) != pytest.approx(sum(METRICS["bleu"].score(*pair) for pair in PAIRS) / 3, abs=0.01)
 
 
 @pytest.mark.parametrize("metric", ["bleu", "chrf"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -55,7 +56,7 @@ def evaluate(
         progress=progress(quiet or as_json),
     )
     if as_json:
-        return print_json({"model": model, "scores": [score.to_json() for score in scores]})
+        return print_json({"model": model, "scores": [asdict(score) for score in scores]})
     rows = table("task", "metric", "score", "standard error", "rows")
     for score in scores:
         error = "-" if score.stderr is None else f"{score.stderr:.3f}"

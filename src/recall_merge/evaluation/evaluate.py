@@ -58,7 +58,6 @@ def evaluate(
         import lm_eval  # noqa: F401
     except ImportError as error:
         raise MissingExtra("eval", "scoring") from error
-    from recall_merge.evaluation.lm_eval_tasks import check_named
 
     check_executor(executor)
     faults, folders = Faults(), (Path(), None)
@@ -70,7 +69,6 @@ def evaluate(
             read_model_card(folders[0])
     specs = _read_tasks(tasks, metrics or {}, faults)
     faults.extend(check_tasks(specs))
-    faults.extend(check_named(specs))
     faults.raise_any(RunError)
     score = partial(_load_and_score, folders, {"device": device, "dtype": dtype}, batch_size=batch_size, limit=limit, template=template)
     if executor == "local":

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lm_eval.api.model
@@ -60,7 +61,8 @@ class LocalModel(HFLM):
     @contextmanager
     def _report_answers(self, label: str, total: int) -> Iterator[None]:
         with self._progress.stage(label, total, "answers") as advance:
-            before, self.cache_hook = self.cache_hook, _Counter(advance)
+            # lm-eval's cache is called for every answer; what takes its place counts the answers
+            before, self.cache_hook = self.cache_hook, SimpleNamespace(add_partial=lambda *_: advance(1))
             try:
                 yield
             finally:
@@ -129,12 +131,9 @@ class _Group:
     """Requests that share a context. The last token of each is only predicted; the others are read."""
 
     numbers: list[int]
-    tokens: Tokens
-    """The longest common beginning of the tokens that they read."""
-    context: int
-    """How many of `tokens` are the context; the others begin every continuation."""
-    tails: dict[int, Tokens]
-    """What each request reads after `tokens`."""
+    tokens: Tokens  # the longest common beginning of the tokens that they read
+    context: int  # how many of `tokens` are the context; the others begin every continuation
+    tails: dict[int, Tokens]  # what each request reads after `tokens`
 
     @classmethod
     def of(cls, requests: Sequence[Request], numbers: list[int]) -> _Group:
@@ -156,16 +155,6 @@ def _batches(groups: Iterable[_Group], size: int) -> Iterator[list[_Group]]:
         batch.append(group)
     if batch:
         yield batch
-
-
-class _Counter:
-    """Takes the place of lm-eval's cache, which is called for every answer, and counts the answers."""
-
-    def __init__(self, advance: Callable[[int], None]) -> None:
-        self._advance = advance
-
-    def add_partial(self, *_: Any) -> None:
-        self._advance(1)
 
 
 def window_of(folder: Path, tokenizer: Any) -> int:

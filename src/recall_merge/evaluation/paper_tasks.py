@@ -1,117 +1,49 @@
-"""The five tasks of the RECALL paper (arXiv:2510.20479) on the hub: where they are, which split, and how a record becomes a row.
-
-The paper names the tasks and their metrics, but not its prompts. These prompts are ours, one per kind of task, in the form of all our
-rows: a prompt that ends without a space, a completion that begins with one.
-"""
+"""The five tasks of the RECALL paper on the hub: `paper_tasks.yaml` says where they are, and how a record becomes a row."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from recall_merge.evaluation.tasks import TaskSpec
 from recall_merge.files.rows import parse_rows
 from recall_merge.runtime.errors import DataError, RunError, did_you_mean
 
-Record = Mapping[str, Any]
 LETTERS = ("A", "B", "C", "D")
-UNANSWERABLE = "unanswerable"
 
 
 @dataclass(frozen=True)
 class HubTask:
-    """A task of the hub."""
+    """A task of the hub; `paper_tasks.yaml` explains the keys."""
 
     hub: str
-    config: str | None
-    train: str
     test: str
-    """The split that is scored: `validation` where the hub's test split hides its labels."""
     metric: str
-    convert: Callable[[Record], dict[str, Any]]
-    """A record -> prompt, completion, and choices or further right answers where there are any."""
+    prompt: str
+    train: str = "train"
+    config: str | None = None
     parquet: bool = False
-    """Read the hub's own copy in Parquet: the repository holds a script, which `datasets` no longer runs."""
+    choices: tuple[str, ...] = LETTERS
+    options: str = ""
+    right: str = ""
+    answers: str = ""
 
 
-def sst2(record: Record) -> dict[str, Any]:
-    """Sentiment of a sentence; one of two words.
-
-    >>> sst2({"idx": 0, "sentence": "a joy to watch ", "label": 1})["completion"]
-    ' positive'
-    """
-    choices = [" negative", " positive"]
-    prompt = f"Review: {record['sentence'].strip()}\nIs the sentiment positive or negative?\nAnswer:"
-    return {"prompt": prompt, "completion": choices[_label(record["label"], 2)], "choices": choices}
-
-
-def squad_v2(record: Record) -> dict[str, Any]:
-    """A question on a passage. The answer is in the words of the passage, or there is none.
-
-    >>> squad_v2({"context": "Ann sings.", "question": "Who dances?", "answers": {"text": [], "answer_start": []}})["completion"]
-    ' unanswerable'
-    """
-    texts = list(dict.fromkeys(text.strip() for text in record["answers"]["text"])) or [UNANSWERABLE]
-    ask = f"Answer with words from the passage, or '{UNANSWERABLE}':"
-    prompt = f"Passage: {record['context'].strip()}\nQuestion: {record['question'].strip()}\n{ask}"
-    return {"prompt": prompt, "completion": f" {texts[0]}", "answers": texts[1:]}
-
-
-def iwslt2017_en_fr(record: Record) -> dict[str, Any]:
-    """Translation of a sentence of a talk.
-
-    >>> iwslt2017_en_fr({"translation": {"en": "Thank you.", "fr": "Merci."}})["completion"]
-    ' Merci.'
-    """
-    pair = record["translation"]
-    return {"prompt": f"Translate English to French.\nEnglish: {pair['en'].strip()}\nFrench:", "completion": f" {pair['fr'].strip()}"}
-
-
-def race(record: Record) -> dict[str, Any]:
-    """A question on an article of an English exam; the letter of one of four options.
-
-    >>> race({"article": "Ann sings.", "question": "Who sings?", "options": ["Bo", "Ann", "Cy", "Di"], "answer": "B"})["completion"]
-    ' B'
-    """
-    if record["answer"] not in LETTERS:
-        raise ValueError(f"the answer {record['answer']!r} is none of {', '.join(LETTERS)}")
-    return _lettered(f"Article: {record['article'].strip()}\n", record["question"], record["options"], LETTERS.index(record["answer"]))
-
-
-def medmcqa(record: Record) -> dict[str, Any]:
-    """A question of a medical entrance exam; the letter of one of four options.
-
-    >>> medmcqa({"question": "Vitamin of citrus fruit?", "opa": "A", "opb": "B12", "opc": "C", "opd": "D", "cop": 2})["completion"]
-    ' C'
-    """
-    options = [record[f"op{letter}"] for letter in "abcd"]
-    return _lettered("", record["question"], options, _label(record["cop"], 4))
-
-
-HUB_TASKS: dict[str, HubTask] = {
-    "sst2": HubTask("stanfordnlp/sst2", None, "train", "validation", "acc", sst2),
-    "squad_v2": HubTask("rajpurkar/squad_v2", None, "train", "validation", "f1", squad_v2),
-    "iwslt2017-en-fr": HubTask("IWSLT/iwslt2017", "iwslt2017-en-fr", "train", "test", "bleu", iwslt2017_en_fr, parquet=True),
-    "race": HubTask("ehovy/race", "high", "train", "test", "acc", race),
-    "race-all": HubTask("ehovy/race", "all", "train", "test", "acc", race),
-    "medmcqa": HubTask("openlifescienceai/medmcqa", None, "train", "validation", "acc", medmcqa),
+HUB_TASKS = {
+    name: HubTask(**keys)
+    for name, keys in yaml.safe_load((files("recall_merge.evaluation") / "paper_tasks.yaml").read_text("utf-8")).items()
 }
-"""The paper's five; RACE also with its easier half."""
 
 
 def load_hub_task(name: str, *, train: bool = False, limit: int | None = None) -> TaskSpec:
-    """A task with its rows and metric, from the test split or the training split.
-
-    Args:
-        name: one of `HUB_TASKS`.
-        limit: only the first rows.
-
-    Raises:
-        RunError: if there is no such task.
-        DataError: if its data cannot be loaded, or a record cannot be a row.
+    """A task of `HUB_TASKS` with its rows and metric, from the test split or the training split; `limit`: only the first rows.
+    Raises RunError if there is no such task; DataError if its data cannot be loaded, or a record cannot be a row.
     """
     records = _load_records(name, train=train, limit=limit)
     answers = {i: tuple(record["answers"]) for i, record in enumerate(records) if record.get("answers")}
@@ -119,11 +51,7 @@ def load_hub_task(name: str, *, train: bool = False, limit: int | None = None) -
 
 
 def write_hub_rows(name: str, file: Path, *, train: bool, limit: int | None = None) -> Path:
-    """Write a split's rows as JSON lines, e.g. for `recall learn --train`.
-
-    Raises:
-        RunError, DataError: as `load_hub_task`.
-    """
+    """Write a split's rows as JSON lines, e.g. for `recall learn --train`. Raises as `load_hub_task` does."""
     records = _load_records(name, train=train, limit=limit)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")
@@ -133,6 +61,7 @@ def write_hub_rows(name: str, file: Path, *, train: bool, limit: int | None = No
 def _load_records(name: str, *, train: bool, limit: int | None) -> list[dict[str, Any]]:
     """A split's records, converted."""
     import datasets
+    from jinja2 import TemplateError
 
     if name not in HUB_TASKS:
         raise RunError(f"the paper has no task '{name}'", fix=did_you_mean(name, HUB_TASKS))
@@ -149,25 +78,39 @@ def _load_records(name: str, *, train: bool, limit: int | None) -> list[dict[str
     except Exception as error:  # `datasets` raises many kinds; all mean that there are no rows
         what = f"its rows cannot be loaded: {' '.join(str(error).split())}"
         raise DataError(what, where=task.hub, fix="is there a network, and room for its cache?") from error
-    converted = []
+    convert, converted = _converter(task), []
     for number, record in enumerate(records, start=1):
         try:
-            converted.append(task.convert(record))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            converted.append(convert(record))
+        except (KeyError, TypeError, ValueError, AttributeError, TemplateError) as error:
             what, where = f"this record cannot be a row: {error}", f"{name} of the hub, row {number}"
             raise DataError(what, where=where, fix="read a split that has labels") from error
     return converted
 
 
-def _lettered(before: str, question: str, options: list[str], right: int) -> dict[str, Any]:
-    """A question with lettered options. The letters are scored, not the words: one token each, so that no choice is longer than another."""
-    listed = "\n".join(f"{letter}. {option.strip()}" for letter, option in zip(LETTERS, options, strict=True))
-    prompt = f"{before}Question: {question.strip()}\n{listed}\nAnswer:"
-    return {"prompt": prompt, "completion": f" {LETTERS[right]}", "choices": [f" {letter}" for letter in LETTERS]}
+def _converter(task: HubTask) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """A function: record -> prompt, which ends without a space; completion, which begins with one; and choices or further right answers."""
+    from jinja2 import Environment, StrictUndefined
 
+    environment = Environment(undefined=StrictUndefined)
+    template = environment.from_string(task.prompt)
+    options, answers, right = (
+        environment.compile_expression(text or "none", undefined_to_none=False) for text in (task.options, task.answers, task.right)
+    )
 
-def _label(label: Any, count: int) -> int:
-    """A label within range. The hub's hidden labels are -1."""
-    if not isinstance(label, int) or not 0 <= label < count:
-        raise ValueError(f"the label is {label!r}; it must be one of 0 to {count - 1}")
-    return label
+    def convert(record: Mapping[str, Any]) -> dict[str, Any]:
+        lettered = zip(LETTERS, options(record), strict=True) if task.options else ()
+        prompt = template.render(record, lettered="\n".join(f"{letter}. {option.strip()}" for letter, option in lettered))
+        if task.answers:
+            first, *further = dict.fromkeys(answer.strip() for answer in answers(record))
+            return {"prompt": prompt, "completion": f" {first}", "answers": further}
+        label, choices = right(record), task.choices
+        if isinstance(label, str):
+            if label not in choices:
+                raise ValueError(f"the answer {label!r} is none of {', '.join(choices)}")
+            label = choices.index(label)
+        elif not isinstance(label, int) or not 0 <= label < len(choices):  # the hub's hidden labels are -1
+            raise ValueError(f"the label is {label!r}; it must be one of 0 to {len(choices) - 1}")
+        return {"prompt": prompt, "completion": f" {choices[label]}", "choices": [f" {choice}" for choice in choices]}
+
+    return convert

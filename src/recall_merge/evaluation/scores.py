@@ -1,38 +1,37 @@
-"""Score a model on tasks: lm-eval asks, greedily and so deterministically, and the result of every item is kept."""
+"""Score a model on tasks: lm-eval asks, greedily and so deterministically, and the result of every item is kept.
+
+The one place that uses private parts of sacrebleu: `Metric._extract_corpus_statistics` and `Metric._compute_score_from_stats`, which split
+a corpus score into counts per sentence that add up. So the standard error of a corpus score takes a thousand sums, not a thousand passes
+over the texts. Checked with sacrebleu 2.6 (tests/test_dependencies.py).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recall_merge.evaluation.lm_eval_tasks import check_named, load_named
-from recall_merge.evaluation.scoring import METRICS
-from recall_merge.evaluation.standard_errors import corpus_stderr, mean_stderr
-from recall_merge.evaluation.tasks import Definition, TaskSpec, build_task, check_tasks, define
+from recall_merge.evaluation.scoring import METRICS, Pair, columns, make_sacrebleu
+from recall_merge.evaluation.tasks import Definition, TaskSpec, build_task, check_tasks, define, load_named
 from recall_merge.files.rows import numbered
 from recall_merge.models.load import load_tokenizer
 from recall_merge.runtime.errors import DataError, Faults, RunError, did_you_mean
 from recall_merge.runtime.progress import Progress, Silent
 
 FEWSHOT_SEED = 1234  # lm-eval's own default
-BOOTSTRAP_DRAWS = 1000  # for the standard errors of lm-eval's tasks whose score is no mean over items
+DRAWS = 1000  # of the bootstrap, for the standard errors of scores that are no mean over items
 
 
 @dataclass(frozen=True)
 class Item:
     """The result of one row."""
 
-    id: int | str
-    """The row's position in its file; for a group of lm-eval's tasks `task/position`."""
-    score: float | None
-    """From 0 to 1. None where the metric has no value for a single item."""
-    prediction: str
-    """The choice that was taken, or the answer that was written."""
-    choices: int = 0
-    """The number of choices; 0 for a written answer."""
+    id: int | str  # the row's position in its file; for a group of lm-eval's tasks `task/position`
+    score: float | None  # from 0 to 1; None where the metric has no value for a single item
+    prediction: str  # the choice that was taken, or the answer that was written
+    choices: int = 0  # how many there were; 0 for a written answer
 
 
 @dataclass(frozen=True)
@@ -41,17 +40,11 @@ class TaskScore:
 
     task: str
     metric: str
-    score: float
-    """From 0 to 1 for every task from rows, BLEU and chrF too, so that scores of different tasks can be averaged."""
-    stderr: float | None
-    """Standard error of the score over items; None where it is not known, as for a single item."""
+    score: float  # from 0 to 1 for every task from rows, BLEU and chrF too, so that scores of different tasks can be averaged
+    stderr: float | None  # standard error of the score over items; None where it is not known, as for a single item
     n: int
     items: tuple[Item, ...]
-    others: Mapping[str, float]
-    """What else was measured, e.g. `acc_norm` beside `acc`."""
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+    others: Mapping[str, float]  # what else was measured, e.g. `acc_norm` beside `acc`
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TaskScore:
@@ -74,7 +67,6 @@ def score_tasks(
     shapes that are multiplied, and are coarse enough to change a close word.)
 
     Args:
-        batch_size: prompts per batch.
         limit: only the first rows of each task.
         template: apply the model's chat template, if it has one, to tasks from rows. Tasks that come with lm-eval are asked without it, as
             lm-eval does.
@@ -84,12 +76,11 @@ def score_tasks(
         DataError: if rows cannot be scored, or do not fit the model.
     """
     check_tasks(tasks).raise_any(RunError)
-    check_named(tasks).raise_any(RunError)
     from recall_merge.evaluation.lm_eval_private import LocalModel, silence
 
     from_rows, named = [task for task in tasks if task.rows is not None], [task for task in tasks if task.rows is None]
     with silence(), _restored(model, tokenizer):
-        objects = load_named(named)
+        objects = load_named([task.name for task in named])
         definitions = {task.name: define(task, tokenizer, template=template) for task in from_rows}
         local = LocalModel(model, tokenizer, batch_size=batch_size, progress=progress or Silent())
         _check_lengths(definitions, tokenizer, local.max_length).raise_any(DataError)
@@ -106,15 +97,7 @@ def score_tasks(
 
 
 def check_lengths(folder: Path, tasks: Sequence[TaskSpec], *, template: bool = True) -> Faults:
-    """The rows that do not fit into a model's window, known before the model has weights.
-
-    Args:
-        folder: the model, or another with its config and tokenizer.
-
-    Raises:
-        DataError: if rows cannot be scored at all.
-        CheckpointError: if config or tokenizer cannot be used.
-    """
+    """The rows that do not fit into a model's window, from config and tokenizer in its folder. DataError if one cannot be scored."""
     from recall_merge.evaluation.lm_eval_private import window_of
 
     tokenizer = load_tokenizer(folder)
@@ -157,7 +140,7 @@ def _run(local: Any, tasks: Mapping[str, Any], groups: Mapping[str, Any], limit:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
     try:
-        results = evaluate(lm=local, task_dict={"tasks": dict(tasks), "groups": dict(groups)}, limit=limit, bootstrap_iters=BOOTSTRAP_DRAWS)
+        results = evaluate(lm=local, task_dict={"tasks": dict(tasks), "groups": dict(groups)}, limit=limit, bootstrap_iters=DRAWS)
     except ValueError as error:  # code that is not trusted, images for a model that reads none
         raise RunError(f"lm-eval refuses: {' '.join(str(error).split())}", where=", ".join(tasks)) from error
     assert results is not None, "there is one process"
@@ -179,6 +162,39 @@ def _score_rows(task: TaskSpec, results: Mapping[str, Any]) -> TaskScore:
     values = [sample[name] for sample in samples]
     stderr = corpus_stderr(name, values) if corpus else mean_stderr([float(value) for value in values])
     return TaskScore(task.name, name, measured.pop(name), stderr, len(items), tuple(items), measured)
+
+
+def mean_stderr(scores: Sequence[float]) -> float | None:
+    """Standard error of a mean: sqrt( sum (x - mean)^2 / (n - 1) / n ); None for a single item.
+
+    >>> mean_stderr([1, 0, 1, 0])    # sqrt(1 / 3 / 4)
+    0.28867513459481287
+    """
+    n = len(scores)
+    if n < 2:
+        return None
+    mean = sum(scores) / n
+    return (sum((score - mean) ** 2 for score in scores) / (n - 1) / n) ** 0.5
+
+
+def corpus_stderr(metric: str, pairs: Sequence[Pair]) -> float | None:
+    """Standard error of a score of all answers together: its standard deviation over `DRAWS` draws of as many items, with replacement and
+    a fixed seed. None for a single item.
+    """
+    import numpy as np
+
+    n, corpus = len(pairs), METRICS[metric].corpus
+    if n < 2 or corpus is None:
+        return None
+    rng = np.random.default_rng(0)
+    draws = (rng.integers(n, size=n) for _ in range(DRAWS))
+    if metric in {"bleu", "chrf"}:
+        sacrebleu = make_sacrebleu(metric)
+        counts = np.array(sacrebleu._extract_corpus_statistics(*columns(pairs)), dtype=np.float64)  # (n, counts)
+        scores = [sacrebleu._compute_score_from_stats(list(counts[rows].sum(axis=0))).score for rows in draws]
+    else:
+        scores = [100 * corpus([pairs[row] for row in rows]) for rows in draws]
+    return float(np.std(scores, ddof=1)) / 100
 
 
 def _score_named(task: TaskSpec, results: Mapping[str, Any]) -> TaskScore:

@@ -32,12 +32,9 @@ Pair = tuple[str, Sequence[str]]
 class Metric(NamedTuple):
     """How written answers are scored."""
 
-    score: Callable[[str, Sequence[str]], float]
-    """Of one answer, from 0 to 1."""
-    corpus: Callable[[Sequence[Pair]], float] | None
-    """Of all answers together, where that is not the mean over answers."""
-    beside: tuple[str, ...]
-    """Metrics that are reported with this one."""
+    score: Callable[[str, Sequence[str]], float]  # of one answer, from 0 to 1
+    corpus: Callable[[Sequence[Pair]], float] | None  # of all answers together, where that is not the mean over answers
+    beside: tuple[str, ...]  # metrics that are reported with this one
 
 
 METRICS: dict[str, Metric] = {}
@@ -104,37 +101,28 @@ def last_number(prediction: str, answers: Sequence[str]) -> float:
     return float(number is not None and number in map(_last_number, answers))
 
 
-def corpus_bleu(pairs: Sequence[Pair]) -> float:
-    """BLEU of all answers together, from 0 to 1: sacrebleu's, at its defaults, / 100."""
-    return make_sacrebleu("bleu").corpus_score(*columns(pairs)).score / 100
+def _register_sacrebleu(name: str) -> None:
+    """BLEU or chrF2 of all answers together, and of one sentence, for looking at single answers: sacrebleu's, at its defaults, / 100."""
+
+    def corpus(pairs: Sequence[Pair]) -> float:
+        return make_sacrebleu(name).corpus_score(*columns(pairs)).score / 100
+
+    @metric(name, corpus=corpus)
+    def sentence(prediction: str, answers: Sequence[str]) -> float:
+        import sacrebleu
+
+        return getattr(sacrebleu, f"sentence_{name}")(prediction, list(answers)).score / 100
 
 
-def corpus_chrf(pairs: Sequence[Pair]) -> float:
-    """chrF2 of all answers together, from 0 to 1: sacrebleu's, at its defaults, / 100."""
-    return make_sacrebleu("chrf").corpus_score(*columns(pairs)).score / 100
-
-
-@metric("bleu", corpus=corpus_bleu)
-def bleu(prediction: str, answers: Sequence[str]) -> float:
-    """BLEU of one sentence, for looking at single answers."""
-    import sacrebleu
-
-    return sacrebleu.sentence_bleu(prediction, list(answers)).score / 100
-
-
-@metric("chrf", corpus=corpus_chrf)
-def chrf(prediction: str, answers: Sequence[str]) -> float:
-    """chrF2 of one sentence, for looking at single answers."""
-    import sacrebleu
-
-    return sacrebleu.sentence_chrf(prediction, list(answers)).score / 100
+_register_sacrebleu("bleu")
+_register_sacrebleu("chrf")
 
 
 def make_sacrebleu(name: str) -> Any:
     """sacrebleu's metric of this name."""
     import sacrebleu
 
-    return {"bleu": sacrebleu.BLEU, "chrf": sacrebleu.CHRF}[name]()
+    return getattr(sacrebleu, name.upper())()
 
 
 def columns(pairs: Sequence[Pair]) -> tuple[list[str], list[list[str | None]]]:

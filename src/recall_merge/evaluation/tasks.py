@@ -7,6 +7,8 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,9 @@ class TaskSpec:
     """What a model is scored on."""
 
     name: str
-    rows: Sequence[Row] | None = None
-    """None: the task of this name that comes with lm-eval, as lm-eval defines it."""
-    metric: str | None = None
-    """None: `acc` for rows with choices, `exact_match` for rows without, the first that lm-eval lists for a task of its own."""
-    answers: Mapping[int, Sequence[str]] = field(default_factory=dict)
-    """Further right answers, beside the completion, by a row's index."""
+    rows: Sequence[Row] | None = None  # None: the task of this name that comes with lm-eval, as lm-eval defines it
+    metric: str | None = None  # None: `acc` for rows with choices, else `exact_match`; for lm-eval's own task the first that it lists
+    answers: Mapping[int, Sequence[str]] = field(default_factory=dict)  # further right ones, beside the completion, by a row's index
 
     @property
     def chosen_metric(self) -> str:
@@ -44,17 +43,12 @@ class TaskSpec:
 class Definition:
     """A task from rows in lm-eval's form."""
 
-    config: dict[str, Any]
-    """The keys of a task's YAML; a `Function` stands for one of `scoring`."""
+    config: dict[str, Any]  # the keys of a task's YAML; a `Function` stands for one of `scoring`
     documents: list[dict[str, Any]]
 
 
 class Function(str):
     """The name of a function of `scoring`: `!function` in YAML."""
-
-    @property
-    def resolved(self) -> Any:
-        return getattr(scoring, self)
 
 
 def task_word(word: str) -> tuple[str, Path | None]:
@@ -71,17 +65,31 @@ def task_word(word: str) -> tuple[str, Path | None]:
 
 
 def check_tasks(tasks: Iterable[TaskSpec]) -> Faults:
-    """What is wrong with the names and metrics of tasks, and rows that cannot be scored."""
+    """What is wrong with the names and metrics of tasks, rows that cannot be scored, and names that lm-eval does not know."""
     faults = Faults()
     seen: set[str] = set()
     for task in tasks:
         if task.name in seen:
             faults.add(f"two tasks are named '{task.name}'", fix="give one another name: NAME=FILE")
         seen.add(task.name)
-        if task.rows is not None:
+        if task.rows is None:
+            _check_named(task.name, faults)
+        else:
             with faults.collect():
                 _check_rows(task, task.rows)
     return faults
+
+
+def _check_named(name: str, faults: Faults) -> None:
+    """Whether a task of this name comes with lm-eval."""
+    index = task_manager().task_index
+    if name not in index:
+        close = get_close_matches(name, index, n=1)
+        fix = (f"did you mean '{close[0]}'? " if close else "") + "`lm_eval ls tasks` lists them; rows are given as a file"
+        faults.add(f"lm-eval has no task '{name}', and there is no such file", fix=fix)
+    elif index[name].tags and index[name].yaml_path is None:
+        members = ", ".join(sorted(index[name].tags))
+        faults.add(f"'{name}' is a tag of several of lm-eval's tasks", fix=f"name one or more of them: {members}")
 
 
 def _check_rows(task: TaskSpec, rows: Sequence[Row]) -> None:
@@ -112,10 +120,7 @@ def define(task: TaskSpec, tokenizer: Any, *, template: bool = True) -> Definiti
     Choices: the words of each choice after the prompt are scored, without the end of the turn, which all have in common. Where one choice
     of a row begins another (`cat`, `cat and dog`), the end is scored with all choices of that row; otherwise the shorter would always win.
     Answers are written greedily, until the end of the turn (or of the line, if all right answers have one line), with at most
-    `SPARE_TOKENS` tokens more than the longest right answer.
-
-    Raises:
-        DataError: if the rows cannot be scored.
+    `SPARE_TOKENS` tokens more than the longest right answer. Raises DataError if the rows cannot be scored.
     """
     assert task.rows is not None, "a task of lm-eval's has its own definition"
     check_tasks([task]).raise_any()
@@ -190,6 +195,23 @@ def _generation(rows: Sequence[Row], tokenizer: Any, template: bool) -> dict[str
     }
 
 
+def load_named(names: list[str]) -> dict[str, Any]:
+    """lm-eval's objects for its tasks and groups, which fetch their data when they are made."""
+    try:
+        return task_manager().load(names) if names else {}
+    except Exception as error:  # the hub, `datasets` and a task's own code each raise their own
+        what = f"lm-eval cannot load its tasks: {' '.join(str(error).split())}"
+        raise DataError(what, where=", ".join(names), fix="their data come from the hub: is there a network?") from error
+
+
+@cache
+def task_manager() -> Any:
+    """lm-eval's list of its own tasks; making it reads some ten thousand files."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
 def build_task(definition: Definition) -> Any:
     """A definition as one of lm-eval's task objects."""
     import datasets
@@ -206,7 +228,7 @@ def _resolved(value: Any) -> Any:
         return {key: _resolved(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_resolved(item) for item in value]
-    return value.resolved if isinstance(value, Function) else value
+    return getattr(scoring, value) if isinstance(value, Function) else value
 
 
 def export_task(task: TaskSpec, folder: Path, tokenizer: Any, *, template: bool = True) -> Path:
@@ -215,10 +237,7 @@ def export_task(task: TaskSpec, folder: Path, tokenizer: Any, *, template: bool 
         lm_eval --model hf --model_args pretrained=MODEL,dtype=float32,add_bos_token=False --include_path FOLDER --tasks NAME
 
     gives the score of `evaluate`. The prompts hold the chat template of the tokenizer, so `--apply_chat_template` must not be given.
-
-    Raises:
-        DataError: if the rows cannot be scored.
-        RunError: for a task that lm-eval has already.
+    Raises as `define` does, and RunError for a task that lm-eval has already.
     """
     if task.rows is None:
         raise RunError(f"'{task.name}' is lm-eval's own task", fix="give its name to lm_eval as it is")
