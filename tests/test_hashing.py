@@ -8,7 +8,7 @@ import time
 import pytest
 
 from recall_merge.bench.jobs import Base, Store
-from recall_merge.continual.keys import fingerprint
+from recall_merge.continual.steps import fingerprint
 from recall_merge.files import hashing as content
 from recall_merge.files.checkpoint import SINGLE, open_checkpoint
 from recall_merge.files.hashing import hash_model, hash_weights, same_weights

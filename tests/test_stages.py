@@ -19,9 +19,9 @@ import torch
 from typer.testing import CliRunner
 
 from recall_merge.cli.app import app
-from recall_merge.continual.request import Request
 from recall_merge.continual.stages import learn
 from recall_merge.continual.state import read_journal, read_state
+from recall_merge.continual.validation import Request
 from recall_merge.continual.workspace import rollback, status
 from recall_merge.evaluation.scores import score_tasks
 from recall_merge.evaluation.tasks import TaskSpec

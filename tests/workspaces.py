@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from recall_merge.continual.request import Request
 from recall_merge.continual.stages import Learned, learn
+from recall_merge.continual.validation import Request
 from recall_merge.continual.workspace import init
 from tiny import write_rows
 

@@ -36,12 +36,12 @@ class Agenda:
 
 @dataclass(frozen=True)
 class JobDone:
-    """What a listener learns about a job that is done. `number` counts all that are done, those of earlier runs included."""
+    """What a listener learns about a job that is done."""
 
     label: str
     kind: str
     seconds: float
-    number: int
+    number: int  # of all that are done, those of earlier runs included
     total: int
     seconds_left: float
 

@@ -23,45 +23,30 @@ from recall_merge.training.settings import check_arguments
 
 @dataclass(frozen=True)
 class Trial:
-    """One method on one order of the tasks with one seed.
-
-    Attributes:
-        order: the tasks as they arrive; a method that ignores the order has one trial, in the order listed.
-        scores: the jobs of scores by (stage, task); stage 0 is the base.
-        jobs: the same, each once, in the order of the stages.
-    """
+    """One method on one order of the tasks with one seed."""
 
     kind: Kind
     method: str
-    order: tuple[str, ...]
+    order: tuple[str, ...]  # the tasks as they arrive; a method that ignores the order has one trial, in the order listed
     seed: int
-    scores: Mapping[tuple[int, str], Scores] = field(repr=False)
-    jobs: tuple[Scores, ...] = field(repr=False)
+    scores: Mapping[tuple[int, str], Scores] = field(repr=False)  # by (stage, task); stage 0 is the base
+    jobs: tuple[Scores, ...] = field(repr=False)  # the same, each once, in the order of the stages
 
 
 @dataclass(frozen=True)
 class Design:
-    """A scenario with its rows read, and its trials.
-
-    Attributes:
-        experts: (seed, task) -> the score of that task's own expert.
-        train_rows: how many rows each task is trained on.
-    """
+    """A scenario with its rows read, and its trials."""
 
     scenario: Scenario
     trials: tuple[Trial, ...]
     questions: Mapping[str, Question]
-    experts: Mapping[tuple[int, str], Scores]
+    experts: Mapping[tuple[int, str], Scores]  # (seed, task) -> the score of that task's own expert
     base: Base
-    train_rows: Mapping[str, int]
+    train_rows: Mapping[str, int]  # how many rows each task is trained on
 
 
 def make_design(scenario: Scenario) -> Design:
-    """Read the rows of a scenario and lay out its trials: by kind, seed and order, and for each of them the methods as they are listed.
-
-    Raises:
-        RecallError: with every fault of the scenario, its methods, its model and its files.
-    """
+    """Read the rows and lay out the trials: by kind, seed, order, and method as listed. Raises RecallError with every fault of it all."""
     faults = Faults()
     train: dict[str, tuple[Row, ...]] = {}
     specs: list[TaskSpec] = []

@@ -1,7 +1,6 @@
 """Jobs: the pieces of a bench's work, each with a key that is a hash of all that it depends on, and the store of those that are done.
 
-A job that is done is found under its key. So a bench goes on where it stopped, and methods, orders and scenarios
-share what they have in common.
+So a bench goes on where it stopped, and methods, orders and scenarios share what they have in common.
 """
 
 from __future__ import annotations
@@ -50,23 +49,16 @@ class Base:
 
 @dataclass(frozen=True)
 class Trained:
-    """A model that is fine-tuned from a base, or further from another trained model.
-
-    Attributes:
-        label: what it is, in words; no part of its key.
-        rows: what it is trained on.
-        start: the trained model that training goes on from.
-        anchor: what earlier tasks need, for elastic weight consolidation; `strength` is its lambda.
-    """
+    """A model that is fine-tuned from a base, or further from another trained model."""
 
     kind: ClassVar = "trained"
-    label: str = field(compare=False)
+    label: str = field(compare=False)  # what it is, in words; no part of its key
     base: Base | Merged
     rows: tuple[Row, ...]
     settings: TrainSettings
-    start: Trained | None = None
-    anchor: Anchor | None = None
-    strength: float = 0.0
+    start: Trained | None = None  # the trained model that training goes on from
+    anchor: Anchor | None = None  # what earlier tasks need, for elastic weight consolidation
+    strength: float = 0.0  # lambda of that
 
     @cached_property
     def key(self) -> str:
@@ -92,16 +84,12 @@ class Anchor:
 
 @dataclass(frozen=True)
 class StatisticsJob:
-    """The input statistics of a trained model on the rows that it was trained on.
-
-    Attributes:
-        samples: how typical samples are chosen: the key `samples` of a run, without a path.
-    """
+    """The input statistics of a trained model on the rows that it was trained on."""
 
     kind: ClassVar = "statistics"
     label: str = field(compare=False)
     model: Trained
-    samples: Mapping[str, Any] = field(hash=False)
+    samples: Mapping[str, Any] = field(hash=False)  # how typical samples are chosen: as in a run, without a path
 
     @cached_property
     def key(self) -> str:
@@ -110,21 +98,15 @@ class StatisticsJob:
 
 @dataclass(frozen=True)
 class Merged:
-    """A merge of models. It is made in memory where it is scored, and written only where another job is made from it.
-
-    Attributes:
-        run: a run's method, options, weights and samples, without experts and paths.
-        samples: the newest expert's rows, where hidden states are compared.
-        statistics: of the experts by name, where the method wants them.
-    """
+    """A merge of models. It is made in memory where it is scored, and written only where another job is made from it."""
 
     kind: ClassVar = "merged"
     label: str = field(compare=False)
     base: Base | Merged
     experts: tuple[tuple[str, Model], ...]
-    run: Mapping[str, Any] = field(hash=False)
-    samples: tuple[Row, ...] = ()
-    statistics: tuple[tuple[str, StatisticsJob], ...] = ()
+    run: Mapping[str, Any] = field(hash=False)  # method, options, weights and samples, without experts and paths
+    samples: tuple[Row, ...] = ()  # the newest expert's rows, where hidden states are compared
+    statistics: tuple[tuple[str, StatisticsJob], ...] = ()  # of the experts by name, where the method wants them
 
     @cached_property
     def key(self) -> str:
@@ -250,15 +232,8 @@ class Store:
         """The questions that have no score yet."""
         return [question for question in job.questions if not self._file("scores", job.score_key(question)).exists()]
 
-    def score(self, job: Scores, question: Question) -> dict[str, Any]:
-        return self.read("scores", job.score_key(question))
-
     def keep_base(self, base: Base) -> None:
-        """Keep the hash of the whole base, which its key does not hold: another base would share its jobs.
-
-        Raises:
-            OutputError: if it is another than when the first job was made.
-        """
+        """Keep the hash of the whole base, which its key does not hold. Raises OutputError if the jobs here are another base's."""
         content = {"sha256": hash_model(open_checkpoint(base.folder))}
         if (self.read("bases", base.fingerprint) or content) != content:
             what = "the base has changed since the bench began: the jobs here were made from another one"

@@ -23,11 +23,7 @@ def is_bench(folder: Path) -> bool:
 
 
 def bench_page(folder: Path) -> Page:
-    """The page of a bench's folder.
-
-    Raises:
-        DataError: if its tables cannot be read, or no trial of it is complete.
-    """
+    """The page of a bench's folder. Raises DataError if its tables cannot be read, or no trial is complete."""
     results = read_results(folder)
     if results.numbers.empty:
         raise DataError("no trial of this bench is complete", where=folder, fix="let `recall bench` go on, then `recall bench --summary`")
@@ -42,11 +38,7 @@ def bench_page(folder: Path) -> Page:
 
 
 def save_pictures(results: Results) -> list[Path]:
-    """Save `numbers.png`, the numbers of every method, and `R.png`, R of the first trial of every method that was scored between stages.
-
-    Raises:
-        MissingExtra: without the `report` extra.
-    """
+    """Save `numbers.png`, the numbers of every method, and `R.png`, R of the first trial of every method that was scored between stages."""
     first: dict[tuple[str, str], Any] = {}
     for trial in results.matrices():
         if any(score is not None for row in trial["R"][1:-1] for score in row):
@@ -136,14 +128,8 @@ def _ranks(results: Results, kind: str) -> Iterator[Figure]:
     orders = [f"{order}, seed {seed}" for order, seed in ranks.index]
     numbers = [str(number) for number in range(1, len(orders) + 1)]
     cells = [
-        {
-            "method": method,
-            "trial": number,
-            "rank": int(ranks[method].iloc[at]),
-            "value": float(values[method].iloc[at]),
-            "order": orders[at],
-        }
-        for at, number in enumerate(numbers)
+        {"method": method, "trial": number, "order": order, "rank": int(ranks[method].iloc[at]), "value": float(values[method].iloc[at])}
+        for at, (number, order) in enumerate(zip(numbers, orders, strict=True))
         for method in methods
     ]
     says = f"Only methods with a trial in each of these orders. {'; '.join(map(': '.join, zip(numbers, orders, strict=True)))}."

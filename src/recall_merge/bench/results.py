@@ -30,15 +30,10 @@ NAN = math.nan
 
 
 class Spread(NamedTuple):
-    """A number over trials.
+    """A number over the trials that have it."""
 
-    Attributes:
-        mean: over the trials that have the number; NaN where none has.
-        deviation: standard deviation over them (n - 1); NaN for a single one.
-    """
-
-    mean: float = NAN
-    deviation: float = NAN
+    mean: float = NAN  # where no trial has it
+    deviation: float = NAN  # standard deviation (n - 1); NaN for a single trial
     trials: int = 0
     signed: bool = False
 
@@ -54,18 +49,13 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class MethodResults:
-    """A method over its orders and seeds, in one kind of scenario.
-
-    Attributes:
-        numbers: by the columns of the table of trials.
-        final: the score of each task at the end, unseen ones too.
-    """
+    """A method over its orders and seeds, in one kind of scenario."""
 
     kind: str
     method: str
     trials: int
-    numbers: Mapping[str, Spread]
-    final: Mapping[str, Spread]
+    numbers: Mapping[str, Spread]  # by the columns of the table of trials
+    final: Mapping[str, Spread]  # the score of each task at the end, unseen ones too
 
 
 class Table(NamedTuple):
@@ -77,20 +67,13 @@ class Table(NamedTuple):
 
 @dataclass(frozen=True)
 class Results:
-    """All results of a bench, of the trials that are complete.
-
-    Attributes:
-        scores: a data frame, one row per score, with the columns `SCORES`.
-        numbers: likewise, one row per trial, with the columns `NUMBERS`; NaN where the scores do not give a number.
-        experts: mean over seeds of the score of each task's own expert; NaN where it is not known yet.
-        unfinished: (kind, method) -> trials that are not complete.
-    """
+    """All results of a bench, of the trials that are complete."""
 
     folder: Path
-    scores: Frame
-    numbers: Frame
-    experts: Mapping[str, float] = field(default_factory=dict)
-    unfinished: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    scores: Frame  # one row per score, with the columns `SCORES`
+    numbers: Frame  # one row per trial, with the columns `NUMBERS`; NaN where the scores do not give a number
+    experts: Mapping[str, float] = field(default_factory=dict)  # mean score of each task's own expert; NaN where it is not known yet
+    unfinished: Mapping[tuple[str, str], int] = field(default_factory=dict)  # (kind, method) -> trials that are not complete
 
     @property
     def kinds(self) -> list[str]:
@@ -188,7 +171,7 @@ def gather(design: Design, store: Store, folder: Path) -> Results:
 
     unfinished = Counter[tuple[str, str]]()
     own = {
-        (seed, task): NAN if store.missing(job) else store.score(job, design.questions[task])["score"]
+        (seed, task): NAN if store.missing(job) else store.read("scores", job.score_key(design.questions[task]))["score"]
         for (seed, task), job in design.experts.items()
     }
     scores: list[dict[str, Any]] = []
@@ -198,7 +181,7 @@ def gather(design: Design, store: Store, folder: Path) -> Results:
             unfinished[trial.kind, trial.method] += 1
             continue
         named = {"kind": trial.kind, "method": trial.method, "seed": trial.seed, "order": ARROW.join(trial.order)}
-        taken = {(stage, task): store.score(job, design.questions[task]) for (stage, task), job in trial.scores.items()}
+        taken = {(stage, task): store.read("scores", job.score_key(design.questions[task])) for (stage, task), job in trial.scores.items()}
         for (stage, task), score in taken.items():
             at = {"stage": stage, "learnt": trial.order[stage - 1] if stage else "", "task": task, "seen": task in trial.order[:stage]}
             scores.append(named | at | {key: score[key] for key in ("metric", "score", "stderr", "n")})
@@ -209,11 +192,7 @@ def gather(design: Design, store: Store, folder: Path) -> Results:
 
 
 def read_results(folder: Path) -> Results:
-    """The results in a folder, from its tables.
-
-    Raises:
-        DataError: if a table cannot be read, or lacks a column.
-    """
+    """The results in a folder, from its tables. Raises DataError if one cannot be read, or lacks a column."""
     import pandas
 
     tables = []

@@ -5,15 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from recall_merge.bench.jobs import Anchor, Job, Merged, Model, Question, Scores, StatisticsJob, Store, Trained, cost_of
-from recall_merge.continual.steps import merge_models, score_model, take_statistics, train_expert
+from recall_merge.continual.steps import merge_models, score_model, take_statistics
 from recall_merge.evaluation.tasks import TaskSpec
 from recall_merge.merging.merge import merge_in_memory
 from recall_merge.merging.plan import make_plan
 from recall_merge.merging.run import MergeRun
 from recall_merge.runtime.progress import Progress
+from recall_merge.training.fine_tuning import train
 
 
 def run_job(job: Job, store: Store, progress: Progress | None = None) -> float:
@@ -64,7 +66,8 @@ def _train(job: Trained, store: Store, progress: Progress | None) -> None:
         callbacks.append(Consolidation(load_anchor(store.path_of(job.anchor)), job.strength))
     start = store.path_of(job.start) if job.start is not None else None
     base = store.folder_of(job.base)
-    train_expert(base, job.rows, store.path_of(job), job.settings, init_from=start, callbacks=callbacks, progress=progress)
+    options: dict[str, Any] = {"init_from": start, "callbacks": callbacks, "progress": progress}
+    train(base, job.rows, store.path_of(job), job.settings, overwrite=True, **options)
 
 
 def _anchor(job: Anchor, store: Store) -> None:
@@ -81,14 +84,10 @@ def _anchor(job: Anchor, store: Store) -> None:
 
 def _score(job: Scores, missing: Sequence[Question], store: Store, progress: Progress | None) -> None:
     first, questions = job.questions[0], {question.task: question for question in missing}
-    score_model(
-        lambda: _load(job.model, store, first.dtype, progress),
-        [TaskSpec(question.task, question.rows, question.metric) for question in questions.values()],
-        lambda task, score: store.write("scores", job.score_key(questions[task]), score),
-        batch_size=first.batch_size,
-        template=first.template,
-        progress=progress,
-    )
+    load = partial(_load, job.model, store, first.dtype, progress)
+    specs = [TaskSpec(question.task, question.rows, question.metric) for question in missing]
+    options: dict[str, Any] = {"batch_size": first.batch_size, "template": first.template, "progress": progress}
+    score_model(load, specs, lambda task, score: store.write("scores", job.score_key(questions[task]), score), **options)
 
 
 def _load(model: Model, store: Store, dtype: str, progress: Progress | None) -> tuple[Any, Any]:

@@ -176,24 +176,15 @@ class Scenario(Section):
         return list(orders)
 
     def settings(self, entry: MethodEntry | None, seed: int) -> TrainSettings:
-        """How a model of this entry is trained; None for the experts that all merges share.
-
-        Raises:
-            RunError: if the entry's own settings do not fit.
-        """
+        """How a model of this entry is trained; None for the experts that all merges share. Raises RunError if its settings do not fit."""
         own, where = (entry.training, f"training of {entry.name}") if entry is not None else ({}, "training")
         shared = self.training.model_dump(exclude_unset=True)
         return parse(TrainSettings, {**shared, **own, "seed": seed, "template": self.template}, where=where)
 
 
 def load_scenario(path: Path, overrides: Mapping[str, Any] | None = None) -> Scenario:
-    """Read a scenario from YAML. `model`, `data` and `out` are relative to its folder, or else to the current one.
-
-    Args:
-        overrides: dotted keys of `--set`; they win over the file, and their paths are relative to the current folder.
-
-    Raises:
-        RunError: with every fault of the file.
+    """Read a scenario from YAML. `model`, `data` and `out` are relative to its folder, or else to the current one. `overrides`, the dotted
+    keys of `--set`, win over the file, and their paths are relative to the current folder. Raises RunError with every fault of the file.
     """
     content = read_mapping(path, "scenario", "docs/bench.md")
     for key in ("model", "data", "out"):

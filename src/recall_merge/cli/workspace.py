@@ -16,8 +16,8 @@ from recall_merge.cli.options import AsJson, Method, Quiet, Sets, settings_of
 from recall_merge.runtime.errors import RunError
 
 if TYPE_CHECKING:
-    from recall_merge.continual.request import Request
     from recall_merge.continual.state import State
+    from recall_merge.continual.validation import Request
     from recall_merge.continual.workspace import Branch, Status
 
 Workspace = Annotated[Path, typer.Argument(help="The folder of the workspace.")]
@@ -121,7 +121,7 @@ def rollback(
 
 def _request(task: str | None, test: Path | None, options: dict[str, Any]) -> Request | None:
     """What is to be learnt; None to continue a stopped stage."""
-    from recall_merge.continual.request import Request
+    from recall_merge.continual.validation import Request
 
     if options["start"] not in {"base", "last"}:
         raise RunError(f"--from {options['start']}: it must be base or last", fix="write --from base, or --from last")

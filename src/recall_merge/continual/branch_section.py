@@ -4,25 +4,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-from recall_merge.continual.items import Change, change_of, changed_items, pairs_of
-from recall_merge.continual.scores import StageScores
 from recall_merge.continual.state import unchanged_path
 from recall_merge.continual.workspace import Branch, scores_by_row
-from recall_merge.files.rows import read_rows
+from recall_merge.files.rows import Row, read_rows
 from recall_merge.report import workspace_charts as charts
-from recall_merge.report.page import Block, Cell, Figure, Matrix, Text
+from recall_merge.report.page import Block, Cell, Figure, Item, Items, Matrix, Text
 from recall_merge.report.words import Words
 
+Score = Mapping[str, Any]  # as a stage's file keeps it, with its items
 DRAWS = 500  # of the bootstrap
+LEAST = 0.1  # smallest change of an item's score that is listed; from wrong to right is 1
+LISTED = 30  # most items listed per direction and cell
+
+
+@dataclass(frozen=True)
+class Change:
+    """How the items of one task changed between two stages: shares of all items, what guessing alone gives of either, and counts."""
+
+    lost: float
+    won: float
+    chance: float
+    lost_items: int
+    won_items: int
+    n: int
 
 
 class BranchScores:
     """A branch with the scores behind its numbers, by row of R (0 is the base) and task."""
 
-    def __init__(self, folder: Path, branch: Branch, scores: Mapping[int, StageScores]) -> None:
+    def __init__(self, folder: Path, branch: Branch, scores: Mapping[int, Mapping[str, Mapping[str, Score]]]) -> None:
         self.branch, self.folder = branch, folder
         self.tasks = (*branch.tasks, *branch.unseen)
         self.end = branch.stages[-1].id
@@ -37,21 +52,14 @@ class BranchScores:
 
     def changes(self) -> Iterator[tuple[int, str, Change]]:
         """How the items of each task changed at each stage, where it was scored before."""
-        for row in range(1, len(self.rows)):
-            for task in self.tasks:
-                earlier = self.row_before(row, task)
-                if (row, task) in self.scores and earlier is not None:
-                    change = change_of(self.scores[earlier, task], self.scores[row, task])
-                    if change is not None:
-                        yield row, task, change
+        for row, task in product(range(1, len(self.rows)), self.tasks):
+            score, earlier = self.scores.get((row, task)), self.row_before(row, task)
+            if score is not None and earlier is not None and (change := _change_of(self.scores[earlier, task], score)):
+                yield row, task, change
 
 
 def branch_blocks(branch: BranchScores, words: Words, *, first: bool) -> Iterator[Block]:
-    """All that is shown of a branch.
-
-    Args:
-        first: it is the first on its page, and so says how to see texts.
-    """
+    """All that is shown of a branch; the `first` on its page also says how to see texts."""
     yield _matrix(branch, words)
     yield _picture(branch)
     if first and not words.wanted:
@@ -72,10 +80,10 @@ def _matrix(branch: BranchScores, words: Words) -> Matrix:
         cells = []
         for column, task in enumerate(branch.tasks):
             score, earlier, anchor = branch.scores.get((number, task)), branch.row_before(number, task), ""
-            if score is not None and earlier is not None and pairs_of(branch.scores[earlier, task], score):
+            if score is not None and earlier is not None and _pairs_of(branch.scores[earlier, task], score):
                 anchor = f"items-{branch.end}-{number}-{column}"
                 title = f"{task}, after stage {name}, against {branch.rows[earlier]}"
-                panels.append(changed_items(anchor, title, branch.scores[earlier, task], score, texts[task], words))
+                panels.append(_changed_items(anchor, title, branch.scores[earlier, task], score, texts[task], words))
             cells.append(_cell(score, anchor, new=number > 0 and task == stages[number - 1].task.name))
         rows.append((name, cells))
     rows.append(("own expert", [_cell(branch.experts.get(task)) for task in branch.tasks]))
@@ -189,3 +197,49 @@ def _share(score: Mapping[str, Any]) -> float:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
+
+
+def _pairs_of(before: Score, after: Score) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The items that are in both scores, and have scores of their own."""
+    old = {item["id"]: item for item in before["items"] if item["score"] is not None}
+    return [(old[item["id"]], item) for item in after["items"] if item["id"] in old and item["score"] is not None]
+
+
+def _change_of(before: Score, after: Score) -> Change | None:
+    """What went from right to wrong, and back; None where items have no scores of their own."""
+    from recall_merge.maths.metrics import item_changes
+
+    pairs = _pairs_of(before, after)
+    if not pairs:
+        return None
+    old, new = [item["score"] for item, _ in pairs], [item["score"] for _, item in pairs]
+    choices = [item["choices"] for _, item in pairs]
+    chance = item_changes(old, new, choices=choices if min(choices) >= 2 else None).chance
+    gains, n = [b - a for a, b in zip(old, new, strict=True)], len(pairs)
+    lost, won = sum(max(-gain, 0) for gain in gains) / n, sum(max(gain, 0) for gain in gains) / n
+    return Change(lost, won, chance, sum(gain < -LEAST for gain in gains), sum(gain > LEAST for gain in gains), n)
+
+
+def _changed_items(anchor: str, title: str, before: Score, after: Score, rows: Mapping[int, Row], words: Words) -> Items:
+    """The items that changed most, lost ones first."""
+    changed = [(new["score"] - old["score"], old, new) for old, new in _pairs_of(before, after)]
+    changed.sort(key=lambda entry: -abs(entry[0]))
+    lost, won = [entry for entry in changed if entry[0] < -LEAST], [entry for entry in changed if entry[0] > LEAST]
+    change = _change_of(before, after)
+    summary = f"{len(lost)} items lost and {len(won)} won, of {len(changed)}."
+    if change and change.chance:
+        summary += f" Guessing alone would lose and win {change.chance:.1%} each."
+    if max(len(lost), len(won)) > LISTED:
+        summary += f" Shown are the {LISTED} of each that changed most."
+    return Items(anchor, title, summary, [_item(old, new, rows, words) for _, old, new in (*lost[:LISTED], *won[:LISTED])])
+
+
+def _item(before: Mapping[str, Any], after: Mapping[str, Any], rows: Mapping[int, Row], words: Words) -> Item:
+    row = rows.get(after["id"]) if isinstance(after["id"], int) else None
+    texts = {"prompt": words.cut(row.plain), "right": words.cut(row.completion)} if row else {}
+    texts |= {"said_before": words.cut(before["prediction"]), "said_after": words.cut(after["prediction"])}
+    return Item(str(after["id"]), _score(before["score"]), _score(after["score"]), after["score"] < before["score"], **texts)
+
+
+def _score(value: float) -> str:
+    return {0.0: "wrong", 1.0: "right"}.get(value, f"{value:.2f}")

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from recall_merge.continual.branch_section import BranchScores, branch_blocks
-from recall_merge.continual.keys import fingerprint
-from recall_merge.continual.scores import read_scores
 from recall_merge.continual.state import Stage, State, found_path, locate_model, read_journal, unchanged_path
+from recall_merge.continual.steps import fingerprint
 from recall_merge.continual.workspace import Status, status
 from recall_merge.files.checkpoint import open_checkpoint, read_json
 from recall_merge.files.record import RECORD
@@ -23,20 +22,14 @@ from recall_merge.runtime.progress import Progress
 
 
 def make_page(folder: Path, *, text: bool, cache: Path, progress: Progress) -> Page:
-    """The page of a workspace.
-
-    Args:
-        text: show the texts of samples, prompts and answers, as far as they are kept.
-        cache: keeps what was read from the models' weights.
-
-    Raises:
-        RunError: if nothing was learnt there yet.
+    """The page of a workspace, with the texts of samples, prompts and answers if they are wanted and kept. `cache` keeps what was read
+    from the models' weights. Raises RunError if nothing was learnt there yet.
     """
     current, words = status(folder), Words(text)
     state = current.state
     if not state.stages:
         raise RunError("nothing was learnt here yet", where=folder, fix=f"recall learn {folder} --task NAME --train FILE --test FILE")
-    scores = {stage.id: read_scores(found_path(folder, stage.scores.file)) for stage in state.stages}
+    scores = {stage.id: read_json(found_path(folder, stage.scores.file))["scores"] for stage in state.stages}
     branches = [BranchScores(folder, branch, scores) for branch in current.branches]
     findings, facts = _findings(current, branches), []
     sections = [Section("lineage", "Lineage", list(_lineage(folder, state)))]

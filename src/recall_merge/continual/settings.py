@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
+from operator import attrgetter
 from typing import Any, Literal
 
 from pydantic import Field
@@ -51,18 +53,11 @@ class Settings(MergeRun):
         return data
 
     def run(self, *, base: str, experts: list[dict[str, Any]], rows: str | None, out: str) -> MergeRun:
-        """The run of one merge.
-
-        Raises:
-            RunError: with everything that does not fit.
-        """
+        """The run of one merge. Raises RunError with everything that does not fit."""
         data = self.model_dump(mode="json", include=set(MergeRun.model_fields))
         samples = {**data["samples"], "path": rows, "template": self.template} if rows is not None else None
-        return parse(
-            MergeRun,
-            {**data, "base": base, "experts": experts, "samples": samples, "out": {**data["out"], "path": out, "overwrite": True}},
-            where="settings of the workspace",
-        )
+        data |= {"base": base, "experts": experts, "samples": samples, "out": {**data["out"], "path": out, "overwrite": True}}
+        return parse(MergeRun, data, where="settings of the workspace")
 
     def for_experts(self, experts: int) -> Settings:
         """The settings of a merge of this many experts: a single one is taken as it is where the method merges two or more."""
@@ -77,11 +72,9 @@ class Settings(MergeRun):
 
 def make_settings(stored: Mapping[str, Any], overrides: Mapping[str, Any], *, where: str = "--set") -> Settings:
     """Settings from those of a workspace, with some overridden by dotted keys. Another method comes with its own options' defaults.
-
-    Raises:
-        RunError: with every fault.
+    Raises RunError with every fault.
     """
-    faults, data = Faults(), _copy(stored)
+    faults, data = Faults(), deepcopy(dict(stored))
     if overrides.get("method", data.get("method")) != data.get("method"):
         data.pop("options", None)
     for key, value in overrides.items():
@@ -100,17 +93,10 @@ def make_settings(stored: Mapping[str, Any], overrides: Mapping[str, Any], *, wh
 
 
 def check_overrides(settings: Settings, stored: Mapping[str, Any]) -> None:
-    """Check that a stage is scored as the other stages are: their scores stand in one table.
-
-    Raises:
-        RunError: with every setting that differs.
-    """
+    """Check that a stage is scored as the others are, since their scores stand in one table. Raises RunError with all that differs."""
     whole, faults = make_settings(stored, {}), Faults()
-    for name, own, others in (
-        ("template", settings.template, whole.template),
-        ("scoring.limit", settings.scoring.limit, whole.scoring.limit),
-        ("scoring.dtype", settings.scoring.dtype, whole.scoring.dtype),
-    ):
+    for name in ("template", "scoring.limit", "scoring.dtype"):
+        own, others = map(attrgetter(name), (settings, whole))
         if own != others:
             what = f"'{name}' is {others} in this workspace and cannot be {own} for one stage: all stages' scores stand in one table"
             faults.add(what, where="--set", fix="leave it out; `recall init` sets it for all stages")
@@ -118,11 +104,7 @@ def check_overrides(settings: Settings, stored: Mapping[str, Any]) -> None:
 
 
 def check_method(settings: Settings, experts: int | None = None) -> Rules:
-    """Check method, options and weights, for a number of experts; by default for a number that fits.
-
-    Raises:
-        RunError: with every fault.
-    """
+    """Check method, options and weights, for a number of experts, by default one that fits. Raises RunError with every fault."""
     weights: Any = settings.weights
     if isinstance(weights, ByLayer | Ramp):
         weights = weights.by_layer if isinstance(weights, ByLayer) else weights.ramp
@@ -133,8 +115,3 @@ def check_method(settings: Settings, experts: int | None = None) -> Rules:
     names = list(row) if isinstance(row, dict) and len(row) == experts else [str(number) for number in range(experts)]
     entries = [{"name": name, "path": name} for name in names]
     return make_rules(settings.run(base="base", experts=entries, rows="rows", out="out"))
-
-
-def _copy(data: Any) -> Any:
-    """Nested mappings, copied, so that setting a key changes no other's."""
-    return {key: _copy(value) for key, value in data.items()} if isinstance(data, Mapping) else data

@@ -12,14 +12,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from recall_merge.continual.artefacts import SCRATCH, copy_adapter, remove_given, tidy
-from recall_merge.continual.keys import fingerprint
-from recall_merge.continual.request import Request, draft
-from recall_merge.continual.scores import StageScores, Target, score_stage
 from recall_merge.continual.state import (
+    STATE,
     Model,
     Scores,
     Stage,
@@ -33,35 +31,36 @@ from recall_merge.continual.state import (
     stored_path,
     write_state,
 )
-from recall_merge.continual.steps import merge_models, take_statistics, train_expert
-from recall_merge.continual.validation import StageValidation, ValidatedStage
+from recall_merge.continual.steps import KeyedFile, fingerprint, merge_models, score_model, scores_key, take_statistics
+from recall_merge.continual.validation import Request, StageValidation, ValidatedStage, draft
 from recall_merge.files.adapter import is_adapter
 from recall_merge.files.durable import write_whole
 from recall_merge.files.model_card import MODEL_CARD, add_scores
+from recall_merge.files.output import OutputFolder
+from recall_merge.files.record import RECORD
 from recall_merge.files.statistics import open_statistics
 from recall_merge.merging.merge import MergeResult
 from recall_merge.merging.run import MergeRun
+from recall_merge.models.load import load_model
 from recall_merge.runtime.errors import Faults, WorkspaceError
 from recall_merge.runtime.progress import Progress, Silent
+from recall_merge.training.fine_tuning import train
+
+StageScores = dict[str, dict[str, dict[str, Any]]]  # role -> task -> score, with its items
+KINDS = ("experts", "statistics", "merges", "scores", "samples")  # folders of what stages make
+SCRATCH = "scratch"  # whole models that are made from adapters for one merge
+ADAPTER_FILES = (".json", ".safetensors", ".txt", ".jinja", ".model")  # that are copied; never a pickle
 
 
 @dataclass(frozen=True)
 class Learned:
-    """What a stage has made.
-
-    Attributes:
-        stage: as the state keeps it.
-        state: the workspace now.
-        merge: the merge, with its weights.
-        scores: role -> task -> score with its items.
-        notes: what a reader should know.
-    """
+    """What a stage has made."""
 
     stage: Stage
-    state: State
+    state: State  # of the workspace now
     merge: MergeResult
     scores: StageScores
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # what a reader should know
 
 
 def learn(folder: Path, request: Request | None = None, *, progress: Progress | None = None) -> Learned:
@@ -87,6 +86,15 @@ def learn(folder: Path, request: Request | None = None, *, progress: Progress | 
             raise AssertionError("without a stage there is a fault")
         stage = StageValidation(folder, state, spec, faults, same_base=request is not None and request.same_base).run()
         return StageRunner(folder, stage, progress or Silent()).run()
+
+
+class _Target(NamedTuple):
+    """A model to be scored, and on which tasks. `base` is that of an adapter; its tokenizer is used where the folder has none."""
+
+    folder: Path
+    base: Path
+    fingerprint: str
+    tasks: tuple[str, ...]
 
 
 class StageRunner:
@@ -118,7 +126,7 @@ class StageRunner:
         """Write down what is to be learnt. From here on the stage is finished or given up, and never half there."""
         if self._state.unfinished != self._spec:
             shutil.rmtree(self._folder / SCRATCH, ignore_errors=True)
-            self._state = self._state.changed(unfinished=self._spec)
+            self._state = self._state.model_copy(update={"unfinished": self._spec})
             write_state(self._folder, self._state)
             self._note("begin", "done")
 
@@ -126,14 +134,16 @@ class StageRunner:
         """The expert: trained here, or given. A given adapter is copied; a given checkpoint stays where it is."""
         given, target = self._spec.given, self._folder / "experts" / self._name
         if given is None:
-            remove_given(target)
-            train_expert(self._start(self._spec), self._stage.rows, target, self._settings.training_settings(), progress=self._progress)
+            if target.exists() and not (target / RECORD).exists():
+                shutil.rmtree(target)  # a copied adapter of a stage that was given up, which training would refuse to replace
+            settings = self._settings.training_settings()
+            train(self._start(self._spec), self._stage.rows, target, settings, overwrite=True, progress=self._progress)
         else:
             source = locate_model(self._folder, given)
             if not is_adapter(source):
                 return given
             if not target.exists() or fingerprint(target) != given.fingerprint:
-                copy_adapter(source, target)
+                _copy_adapter(source, target)
         return self._model(target)
 
     def _take_statistics(self, expert: Model) -> str | None:
@@ -158,19 +168,45 @@ class StageRunner:
         return merge_models(run, progress=self._progress)
 
     def _score(self, expert: Model, merged: Model) -> StageScores:
-        """New tasks on the base and on the merge before, the expert's task on the expert, all tasks on the merge."""
-        spec, base, tasks = self._spec, self._stage.base, self._stage.tasks
+        """New tasks on the base and on the merge before, the expert's task on the expert, all tasks on the merge.
+
+        The stage's file keeps them one by one; what it holds under the same key is not scored again.
+        """
+        settings, scoring, tasks = self._settings, self._settings.scoring, self._stage.tasks
+        targets = self._targets(expert, merged)
+        scored = (self._spec.task, *self._spec.unseen, *(stage.task for stage in self._lineage))
+        hashes = {task.name: [task.test.sha256 if task.test else None, task.metric] for task in scored}
+        asked = scoring.model_dump(mode="json", exclude={"batch_size"}) | {"template": settings.template}
+        key = scores_key({role: [target.fingerprint, target.tasks] for role, target in targets.items()}, hashes, asked)
+        kept = KeyedFile(self._scores_file, key)
+        scores: StageScores = kept.content.setdefault("scores", {})
+
+        def keep(role: str, task: str, score: dict[str, Any]) -> None:
+            if not scoring.words:
+                for item in score["items"]:
+                    item["prediction"] = ""
+            scores[role][task] = score
+            kept.write()
+
+        options: dict[str, Any] = {"batch_size": scoring.batch_size, "limit": scoring.limit, "template": settings.template}
+        for role, target in targets.items():
+            done = scores.setdefault(role, {})
+            missing = [tasks[name] for name in target.tasks if name not in done]
+            load = partial(load_model, target.folder, target.base, device=scoring.device, dtype=scoring.dtype)
+            score_model(load, missing, partial(keep, role), **options, progress=self._progress)
+        return scores
+
+    def _targets(self, expert: Model, merged: Model) -> dict[str, _Target]:
+        """The models to be scored, by their role."""
+        spec, base, tasks = self._spec, self._stage.base, tuple(self._stage.tasks)
         on_base = {name for stage in self._lineage for name in stage.scores.base}
-        targets = [Target("base", base, base, self._state.base.fingerprint, tuple(name for name in tasks if name not in on_base))]
+        targets = {"base": _Target(base, base, self._state.base.fingerprint, tuple(name for name in tasks if name not in on_base))}
         if self._lineage and self._stage.has_before:
             last = self._lineage[-1]
             new = tuple(name for name in tasks if name not in last.scores.merged)
-            targets.append(Target("before", self._before, base, last.merged.fingerprint, new))
-        targets.append(Target("expert", locate_model(self._folder, expert), self._start(spec), expert.fingerprint, (spec.task.name,)))
-        targets.append(Target("merged", found_path(self._folder, merged.path), base, merged.fingerprint, tuple(tasks)))
-        scored = (spec.task, *spec.unseen, *(stage.task for stage in self._lineage))
-        hashes = {task.name: [task.test.sha256 if task.test else None, task.metric] for task in scored}
-        return score_stage(self._scores_file, targets, tasks, hashes, self._settings, self._progress)
+            targets["before"] = _Target(self._before, base, last.merged.fingerprint, new)
+        targets["expert"] = _Target(locate_model(self._folder, expert), self._start(spec), expert.fingerprint, (spec.task.name,))
+        return targets | {"merged": _Target(found_path(self._folder, merged.path), base, merged.fingerprint, tasks)}
 
     def _commit(self, expert: Model, stats: str | None, merged: Model, result: MergeResult, scores: StageScores) -> Learned:
         """Make the stage part of the workspace, and its merge the workspace's model."""
@@ -179,7 +215,7 @@ class StageRunner:
         if (result.path / MODEL_CARD).is_file():
             add_scores(result.path, f"{self._folder.name}-{self._spec.id}", list(scores["merged"].values()))
         with self._noted("commit"):
-            tidy(self._folder)
+            _tidy(self._folder)
             if self._settings.keep_samples:
                 self._write_samples(samples)
             stage = Stage(
@@ -191,7 +227,7 @@ class StageRunner:
                 scores=Scores(file=stored_path(self._folder, self._scores_file), **({"before": {}} | plain)),
                 created=now(),
             )
-            state = self._state.changed(stages=(*self._state.stages, stage), head=stage.id, unfinished=None)
+            state = self._state.model_copy(update={"stages": (*self._state.stages, stage), "head": stage.id, "unfinished": None})
             write_state(self._folder, state)
         return Learned(stage, state, result, scores, (*self._notes(), *result.notes))
 
@@ -251,3 +287,23 @@ class StageRunner:
 
     def _note(self, part: str, event: str) -> None:
         note(self._folder, stage=self._spec.id, task=self._spec.task.name, part=part, event=event)
+
+
+def _tidy(workspace: Path) -> None:
+    """Remove what stops have left unfinished, and what was made for one merge only."""
+    shutil.rmtree(workspace / SCRATCH, ignore_errors=True)
+    unfinished = [path for kind in KINDS for path in (workspace / kind).rglob("*.partial")]
+    for path in (*unfinished, *workspace.glob(f"{STATE}*.partial")):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)  # it may have lain in a folder that is gone
+
+
+def _copy_adapter(source: Path, target: Path) -> None:
+    """Copy an adapter, with its tokenizer and statistics if it has them, in one step. A record stays behind: it is of the other folder."""
+    with OutputFolder(target, overwrite=True) as out:
+        for file in sorted(source.iterdir()):
+            if file.is_file() and file.suffix in ADAPTER_FILES and file.name != RECORD:
+                shutil.copyfile(file, out.path / file.name)
+        out.commit()

@@ -58,51 +58,39 @@ class Task(Part):
 
     name: str
     metric: str | None = None
-    test: DataFile | None = None
-    """None: the task of this name that comes with lm-eval."""
+    test: DataFile | None = None  # None: the task of this name that comes with lm-eval
 
 
 class Scores(Part):
     """Plain scores of a stage, by task. The items behind them are in `file`."""
 
     file: str
-    base: dict[str, float]
-    """Of the base, on tasks that are new with this stage."""
-    before: dict[str, float]
-    """Of the merge before, on tasks that are new with this stage."""
-    expert: dict[str, float]
-    """Of the expert, on its own task."""
-    merged: dict[str, float]
-    """Of this stage's merge, on all tasks so far."""
+    base: dict[str, float]  # of the base, on tasks that are new with this stage
+    before: dict[str, float]  # of the merge before, on the same
+    expert: dict[str, float]  # of the expert, on its own task
+    merged: dict[str, float]  # of this stage's merge, on all tasks so far
 
 
 class StageSpec(Part):
     """What a stage is to learn: all that was asked for, and the hashes of what it reads."""
 
     id: int
-    parent: int
-    """The stage before; 0 is the base."""
+    parent: int  # the stage before; 0 is the base
     task: Task
     train: DataFile | None
-    start: Start
-    """What the expert is fine-tuned from: the base, or the merge before."""
-    given: Model | None = None
-    """An expert that was trained elsewhere."""
-    unseen: tuple[Task, ...] = ()
-    """Tasks that are scored and never trained on, those of the stages before included."""
-    overrides: dict[str, Any] = Field(default_factory=dict)
-    """Settings of this stage alone, by dotted keys."""
+    start: Start  # what the expert is fine-tuned from: the base, or the merge before
+    given: Model | None = None  # an expert that was trained elsewhere
+    unseen: tuple[Task, ...] = ()  # tasks that are scored and never trained on, those of the stages before included
+    overrides: dict[str, Any] = Field(default_factory=dict)  # settings of this stage alone, by dotted keys
 
 
 class Stage(StageSpec):
     """A stage that was learnt."""
 
     expert: Model
-    stats: str | None = None
-    """Folder of the expert's statistics; None if it was given without rows, or no statistics are wanted."""
+    stats: str | None = None  # folder of the expert's statistics; None if it was given without rows, or none are wanted
     merged: Model
-    samples: tuple[int, ...]
-    """Positions of the typical samples among the training rows; never their text."""
+    samples: tuple[int, ...]  # positions of the typical samples among the training rows; never their text
     scores: Scores
     created: str
 
@@ -120,12 +108,9 @@ class State(Part):
     format: Literal[2] = FORMAT
     base: Model
     settings: dict[str, Any]
-    stages: tuple[Stage, ...] = ()
-    """In the order of their numbers, from 1. None is ever removed."""
-    head: int = 0
-    """The stage whose merge is the workspace's model now; 0 is the base."""
-    unfinished: StageSpec | None = None
-    """A stage that was begun, and is not done."""
+    stages: tuple[Stage, ...] = ()  # in the order of their numbers, from 1; none is ever removed
+    head: int = 0  # the stage whose merge is the workspace's model now; 0 is the base
+    unfinished: StageSpec | None = None  # a stage that was begun, and is not done
 
     def lineage(self, to: int | None = None) -> tuple[Stage, ...]:
         """The stages that lead from the base to one, the head by default."""
@@ -141,20 +126,13 @@ class State(Part):
         """The workspace's model now: the merge of the head, or the base."""
         return self.stages[self.head - 1].merged if self.head else self.base
 
-    def changed(self, **changes: Any) -> State:
-        return self.model_copy(update=changes)
-
 
 def is_workspace(folder: Path) -> bool:
     return (folder / STATE).is_file()
 
 
 def read_state(folder: Path) -> State:
-    """The state of a workspace.
-
-    Raises:
-        WorkspaceError: if the folder is no workspace, its state is damaged, or another version's format.
-    """
+    """The state of a workspace. Raises WorkspaceError if there is none, it is damaged, or in another version's format."""
     path, fix = folder / STATE, "put back what was there; the journal beside it says what was done last"
     if not is_workspace(folder):
         what = "this is no workspace" if folder.exists() else "there is no such workspace"
@@ -210,11 +188,7 @@ def current_model(folder: Path, state: State | None = None) -> str:
 
 
 def locate_model(folder: Path, model: Model) -> Path:
-    """The folder of a model that the state names: here, or fetched from the hub.
-
-    Raises:
-        CheckpointError: if it cannot be fetched.
-    """
+    """The folder of a model that the state names: here, or fetched from the hub; CheckpointError if it cannot be."""
     return locate(model.path).folder if model.on_hub else found_path(folder, model.path)
 
 
@@ -225,11 +199,7 @@ def write_state(folder: Path, state: State) -> None:
 
 @contextmanager
 def opened(folder: Path, command: str) -> Iterator[State]:
-    """A workspace's state, with the workspace locked as long as the context lasts.
-
-    Raises:
-        WorkspaceError: if the folder is no workspace, its state is damaged, or it is in use.
-    """
+    """A workspace's state, the workspace being locked inside the context. Raises WorkspaceError if it is none, is damaged or in use."""
     read_state(folder)  # before a lock file is made in a folder that is no workspace
     if not os.access(folder, os.W_OK):
         raise WorkspaceError("there is no permission to write into this workspace", where=folder, fix="change its permissions")

@@ -1,60 +1,79 @@
-"""The steps of continual learning, for workspaces, benches and the demo: train an expert, take its input statistics, merge, score.
+"""The steps of continual learning, for workspaces, benches and the demo: take an expert's input statistics, merge, score.
 
-Each step is done once. An artefact in its place is used again if it was made from the same bytes in the same way and is unchanged;
-otherwise it is made anew. A step that was stopped is finished by the same call, with the result that it would have had.
+Each step is done once, as training is. An artefact in its place is used again if it was made from the same bytes in the same way and is
+unchanged; otherwise it is made anew. A step that was stopped is finished by the same call, with the result that it would have had.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recall_merge.continual.keys import KeyedFile, fingerprint, key_of
-from recall_merge.files.hashing import hash_file
+from recall_merge.files.adapter import CONFIG, WEIGHTS, is_adapter
+from recall_merge.files.checkpoint import open_checkpoint, read_json
+from recall_merge.files.durable import write_whole
+from recall_merge.files.hashing import hash_file, hash_model
 from recall_merge.files.record import versions
-from recall_merge.files.rows import Row
 from recall_merge.merging.merge import MergeResult, merge, reuse
 from recall_merge.merging.run import MergeRun
 from recall_merge.merging.statistics import RANK, make_statistics
 from recall_merge.report.merge_charts import draw_weights
+from recall_merge.runtime.errors import CheckpointError
 from recall_merge.runtime.progress import Progress
 
 if TYPE_CHECKING:
     from recall_merge.evaluation.tasks import TaskSpec
-    from recall_merge.training.fine_tuning import TrainResult
-    from recall_merge.training.settings import TrainSettings
 
 KEY = "key.json"  # in the folder of an expert's statistics
 SCORES_FORMAT = 2  # of the files that keep scores; part of their key
 
 
-def train_expert(
-    base: Path,
-    rows: Sequence[Row],
-    folder: Path,
-    settings: TrainSettings,
-    *,
-    init_from: Path | None = None,
-    callbacks: Sequence[Any] = (),
-    progress: Progress | None = None,
-) -> TrainResult:
-    """Fine-tune a base on rows, or go on from the expert `init_from`. Another expert of ours in `folder` is replaced.
+def key_of(facts: Mapping[str, Any]) -> str:
+    """SHA-256 of facts: two pieces of work with the same key give the same result."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
-    Raises:
-        RecallError: if settings, rows or models cannot be used, or something that is not ours lies in `folder`.
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 of a model: an adapter's weights and settings, or a checkpoint's weights and config.
+
+    Where an adapter's base lies is left out, so that folders can be moved; so is the order of names, which PEFT leaves to chance.
+    Raises CheckpointError if there is no sound model.
     """
-    from recall_merge.training.fine_tuning import train
+    if not folder.is_dir():
+        raise CheckpointError("there is no such model folder", where=folder, fix="check the path")
+    if not is_adapter(folder):
+        return hash_model(open_checkpoint(folder))
+    settings = {key: sorted(value, key=str) if isinstance(value, list) else value for key, value in read_json(folder / CONFIG).items()}
+    settings.pop("base_model_name_or_path", None)
+    if not (folder / WEIGHTS).is_file():
+        raise CheckpointError(f"there is no {WEIGHTS}", where=folder, fix="copy the whole adapter folder")
+    return key_of({"settings": settings, "weights": hash_file(folder / WEIGHTS)})
 
-    return train(base, rows, folder, settings, init_from=init_from, overwrite=True, callbacks=callbacks, progress=progress)
+
+class KeyedFile:
+    """A JSON file that says under which key its content was made. Content of another key is ignored, and replaced by the first `write`."""
+
+    def __init__(self, path: Path, key: str) -> None:
+        self._path, self._key, self.exists = path, key, False
+        self.content: dict[str, Any] = {}
+        with suppress(OSError, ValueError):
+            stored = json.loads(path.read_text("utf-8"))
+            if isinstance(stored, dict) and stored.pop("key", None) == key:
+                self.content = stored
+                self.exists = True
+
+    def write(self) -> None:
+        """Put the content in its place, in one step."""
+        write_whole(self._path, json.dumps({"key": self._key, **self.content}, ensure_ascii=False, indent=1) + "\n")
 
 
 def take_statistics(run: MergeRun, folder: Path, *, rank: int = RANK, progress: Progress | None = None) -> None:
-    """Write the input statistics of the run's newest expert, on the run's samples, into `folder`.
-
-    Raises:
-        RecallError: with every fault of the run; or if the folder cannot be written to.
-    """
+    """Write the input statistics of the run's newest expert, on the run's samples, into `folder`. Raises RecallError with every fault."""
     assert run.samples is not None, "statistics are taken from rows"
     facts: dict[str, Any] = {"rank": rank, "seed": run.seed, "samples": run.samples.model_dump(mode="json", exclude={"path"})}
     facts |= {"rows": hash_file(Path(run.samples.path)), "versions": versions()}
@@ -67,11 +86,7 @@ def take_statistics(run: MergeRun, folder: Path, *, rank: int = RANK, progress: 
 
 
 def merge_models(run: MergeRun, *, progress: Progress | None = None) -> MergeResult:
-    """Merge as the run says, into `run.out.path`.
-
-    Raises:
-        RecallError: with every fault of the run and its files, before any work starts; or with what went wrong later.
-    """
+    """Merge as the run says, into `run.out.path`. Raises what `merging.merge` raises."""
     return reuse(run) or merge(run, progress=progress, draw=draw_weights)
 
 
@@ -81,14 +96,7 @@ def scores_key(models: Mapping[str, Any], tasks: Mapping[str, Any], asked: Mappi
 
 
 def score_model(
-    load: Callable[[], tuple[Any, Any]],
-    tasks: Sequence[TaskSpec],
-    keep: Callable[[str, dict[str, Any]], None],
-    *,
-    batch_size: int = 8,
-    limit: int | None = None,
-    template: bool = True,
-    progress: Progress | None = None,
+    load: Callable[[], tuple[Any, Any]], tasks: Sequence[TaskSpec], keep: Callable[[str, dict[str, Any]], None], **options: Any
 ) -> None:
     """Score a model on tasks, one by one: a stop loses one task at most. Without tasks, the model is not loaded.
 
@@ -96,14 +104,13 @@ def score_model(
         load: gives the model, and its tokenizer.
         tasks: those that are not scored yet.
         keep: called with a task's name and its score, items included, as soon as it is known.
-        batch_size, limit, template: as for `evaluation.scores.score_tasks`.
+        options: as for `evaluation.scores.score_tasks`.
     """
     if not tasks:
         return
     from recall_merge.evaluation.scores import score_tasks
 
     model, tokenizer = load()
-    asked: dict[str, Any] = {"batch_size": batch_size, "limit": limit, "template": template}
     for task in tasks:
-        [score] = score_tasks(model, tokenizer, [task], progress=progress, **asked)
-        keep(task.name, score.to_json())
+        [score] = score_tasks(model, tokenizer, [task], **options)
+        keep(task.name, asdict(score))

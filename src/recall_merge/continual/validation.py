@@ -1,16 +1,17 @@
-"""Every check of a stage that can be made before it begins: all faults at once, nothing written."""
+"""A stage as it is asked for, and every check that can be made before it begins: all faults at once, nothing written."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from recall_merge.continual.keys import fingerprint
 from recall_merge.continual.settings import Settings, check_method, check_overrides, make_settings
-from recall_merge.continual.state import NAME, DataFile, Model, StageSpec, State, Task, found_path, locate_model
-from recall_merge.evaluation.tasks import TaskSpec, check_tasks
+from recall_merge.continual.state import NAME, DataFile, Model, StageSpec, Start, State, Task, found_path, locate_model, stored_path
+from recall_merge.continual.steps import fingerprint
+from recall_merge.evaluation.tasks import TaskSpec, check_tasks, task_word
 from recall_merge.files.hashing import hash_file
 from recall_merge.files.hub import Located, locate
 from recall_merge.files.rows import FORMATS, Row, read_rows
@@ -19,9 +20,60 @@ from recall_merge.merging.plan import make_plan
 from recall_merge.merging.rules import Rules
 from recall_merge.merging.run import MergeRun, SampleWeights
 from recall_merge.runtime.errors import CheckpointError, Faults, MissingExtra, WorkspaceError
+from recall_merge.runtime.paths import exists, path_of
 from recall_merge.training.settings import check_arguments
 
 RESERVED = ("base", "merged")  # words that stand beside the names of tasks
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request to learn a task.
+
+    Attributes:
+        task: its name, everywhere.
+        train, test: files of rows. `train` may be left out where an expert is given and the method compares no representations.
+        start: what the expert is fine-tuned from, the base or the last merge.
+        expert: an expert that is already trained: a folder or a hub name.
+        same_base: that expert was trained on this base, although its config names another.
+        unseen: further tasks to score, from now on, that nothing is trained on: FILE, NAME=FILE, or a name that lm-eval knows.
+        method, sets: for this stage alone: the merge method, and any setting by its dotted key.
+    """
+
+    task: str
+    test: Path
+    train: Path | None = None
+    metric: str | None = None
+    start: Start = "base"
+    expert: str | None = None
+    same_base: bool = False
+    unseen: Sequence[str] = ()
+    method: str | None = None
+    sets: Mapping[str, Any] = field(default_factory=dict)
+
+
+def draft(folder: Path, state: State | None, request: Request) -> StageSpec:
+    """A request as a stage, without the hashes of its files, which validation fills in."""
+
+    def unread(path: Path) -> DataFile:
+        return DataFile(path=stored_path(folder, path), sha256="")
+
+    unseen = [Task(name=name, test=unread(file) if file else None) for name, file in map(task_word, request.unseen)]
+    names = {request.task, *(task.name for task in unseen)}
+    inherited = [task for stage in (state.lineage() if state else ())[-1:] for task in stage.unseen if task.name not in names]
+    expert = request.expert
+    if expert is not None and exists(path_of(expert)):
+        expert = stored_path(folder, path_of(expert))
+    return StageSpec(
+        id=len(state.stages) + 1 if state else 1,
+        parent=state.head if state else 0,
+        task=Task(name=request.task, metric=request.metric, test=unread(request.test)),
+        train=unread(request.train) if request.train else None,
+        start=request.start,
+        given=Model(path=expert, fingerprint="") if expert else None,
+        unseen=(*inherited, *unseen),
+        overrides=({"method": request.method} if request.method is not None else {}) | dict(request.sets),
+    )
 
 
 @dataclass(frozen=True)
@@ -32,12 +84,9 @@ class ValidatedStage:
     spec: StageSpec
     settings: Settings
     base: Path
-    rows: list[Row]
-    """To train on; none where an expert is given without."""
-    tasks: dict[str, TaskSpec]
-    """All tasks to be scored, by name: those learnt, in order, then the unseen ones."""
-    has_before: bool
-    """Whether the merge before is there."""
+    rows: list[Row]  # to train on; none where an expert is given without
+    tasks: dict[str, TaskSpec]  # all that are scored, by name: those learnt, in order, then the unseen ones
+    has_before: bool  # whether the merge before is there
 
 
 class StageValidation:
@@ -56,11 +105,7 @@ class StageValidation:
         self._has_before = spec.parent != 0
 
     def run(self) -> ValidatedStage:
-        """Make all checks.
-
-        Raises:
-            WorkspaceError: with every fault.
-        """
+        """Make all checks. Raises WorkspaceError with every fault."""
         self._check_names()
         self._train, self._train_rows = self._read(self._spec.train, "the training file")
         self._check_tasks()
@@ -115,14 +160,11 @@ class StageValidation:
             file, self._rows[name] = self._read(task.test, f"the test file of '{name}'", since)
             self._tests[name] = task.model_copy(update={"test": file})
         self._check_same_as_before()
+        specs = [spec for spec in self._task_specs().values() if spec.rows != []]
         if find_spec("lm_eval") is None:
             self._faults.extend(MissingExtra("eval", "scoring").faults)
-        specs = [spec for spec in self._task_specs().values() if spec.rows != []]
+            specs = [spec for spec in specs if spec.rows is not None]  # lm-eval's own tasks cannot be looked up
         self._faults.extend(check_tasks(specs))
-        if any(spec.rows is None for spec in specs):
-            from recall_merge.evaluation.lm_eval_tasks import check_named
-
-            self._faults.extend(check_named(specs))
 
     def _check_same_as_before(self) -> None:
         """A task that was scored before under this name must be the same one: its scores stand in one column."""

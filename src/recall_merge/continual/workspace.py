@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from recall_merge.continual.keys import fingerprint
 from recall_merge.continual.settings import check_method, make_settings
 from recall_merge.continual.state import (
     JOURNAL,
@@ -27,6 +26,7 @@ from recall_merge.continual.state import (
     stored_path,
     write_state,
 )
+from recall_merge.continual.steps import fingerprint
 from recall_merge.files.adapter import is_adapter
 from recall_merge.files.durable import is_partial, sync
 from recall_merge.files.hub import locate
@@ -83,50 +83,33 @@ def rollback(folder: Path, to: int) -> State:
         elif to == state.head and state.unfinished is None:
             faults.add(f"the workspace is at stage {to} already", where=folder, fix="`recall status` shows where it can go")
         faults.raise_any(WorkspaceError)
-        write_state(folder, changed := state.changed(head=to, unfinished=None))
+        write_state(folder, changed := state.model_copy(update={"head": to, "unfinished": None}))
         note(folder, event="rollback", was=state.head, to=to, **({"given_up": state.unfinished.id} if state.unfinished else {}))
     return changed
 
 
 @dataclass(frozen=True)
 class Branch:
-    """The scores along one line of stages, from the base to its last stage.
-
-    Attributes:
-        stages: in order.
-        tasks: those learnt, in order.
-        r: R, (T + 1) rows of T scores, the base's row first; None where a score was not taken.
-        experts: E, each expert's score on its own task.
-        unseen: tasks that nothing was trained on.
-        r_unseen: T + 1 rows of their scores.
-        numbers: the numbers of continual learning, by the names of `metrics.METRICS`; None where they are not defined.
-    """
+    """The scores along one line of stages, from the base to its last stage."""
 
     stages: tuple[Stage, ...]
-    tasks: tuple[str, ...]
-    r: list[list[float | None]]
-    experts: list[float | None]
-    unseen: tuple[str, ...]
-    r_unseen: list[list[float | None]]
-    numbers: dict[str, float | None]
+    tasks: tuple[str, ...]  # those learnt, in order
+    r: list[list[float | None]]  # R, (T + 1) rows of T scores, the base's row first; None where a score was not taken
+    experts: list[float | None]  # E, each expert's score on its own task
+    unseen: tuple[str, ...]  # tasks that nothing was trained on
+    r_unseen: list[list[float | None]]  # T + 1 rows of their scores
+    numbers: dict[str, float | None]  # of continual learning, by the names of `metrics.METRICS`; None where they are not defined
 
 
 @dataclass(frozen=True)
 class Status:
-    """How a workspace stands.
-
-    Attributes:
-        branches: one for every stage that no other follows, the head's first.
-        unfinished: the stage that was begun, and the part of it that was begun last.
-        holder: the process that works in it now.
-        missing: models and merges that are not where the state says.
-    """
+    """How a workspace stands."""
 
     state: State
-    branches: tuple[Branch, ...]
-    unfinished: tuple[StageSpec, str] | None
-    holder: str | None
-    missing: tuple[str, ...]
+    branches: tuple[Branch, ...]  # one for every stage that no other follows, the head's first
+    unfinished: tuple[StageSpec, str] | None  # the stage that was begun, and the part of it that was begun last
+    holder: str | None  # the process that works in it now
+    missing: tuple[str, ...]  # models and merges that are not where the state says
 
 
 def status(folder: Path) -> Status:
@@ -161,11 +144,7 @@ def branch(state: State, end: int) -> Branch:
 
 
 def scores_by_row(stages: Sequence[Stage], roles_of: Callable[[Stage], Mapping[str, Mapping[str, S]]]) -> dict[tuple[int, str], S]:
-    """The scores of a line of stages by their row of R (0 is the base) and task.
-
-    Args:
-        roles_of: the scores of a stage, by role and task.
-    """
+    """The scores of a line of stages by their row of R (0 is the base) and task; `roles_of` gives those of a stage, by role and task."""
     scores: dict[tuple[int, str], S] = {}
     for number, stage in enumerate(stages, start=1):
         roles = roles_of(stage)

