@@ -8,19 +8,18 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from recall_merge.bench.design import Design, make_design
 from recall_merge.bench.jobs import Job, Scores, Store, cost_of, needs_of, with_needs
+from recall_merge.bench.markdown import summary_page
+from recall_merge.bench.page import save_pictures
+from recall_merge.bench.results import Results, gather
 from recall_merge.bench.run_job import run_job
 from recall_merge.bench.scenario import Scenario
 from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.files.durable import write_whole
 from recall_merge.runtime.errors import MissingExtra, OutputError
 from recall_merge.runtime.executor import PATIENCE, Executor, check_executor, open_executor
-
-if TYPE_CHECKING:
-    from recall_merge.bench.results import Results
 
 COPIES = 4  # of the base in float32: a job trains it with its gradients, or scores it beside the tensors that it is merged from
 SECONDS_PER_TOKEN = 0.01  # of a forward pass, before anything was measured
@@ -77,10 +76,6 @@ def bench(scenario: Scenario, *, executor: str = "local", command: str = "", lis
 
 def write_results(design: Design, store: Store, *, command: str = "") -> Results:
     """Write the results of all trials that are complete: tables, `summary.md`, and pictures where the `report` extra is installed."""
-    from recall_merge.bench.markdown import summary_page
-    from recall_merge.bench.page import save_pictures
-    from recall_merge.bench.results import gather
-
     results = gather(design, store, out_of(design.scenario))
     results.write()
     pictures: list[Path] = []

@@ -10,6 +10,7 @@ from typing import Any
 
 from recall_merge.bench.jobs import Anchor, Base, Merged, Model, Question, Scores, StatisticsJob, Trained
 from recall_merge.bench.scenario import BASELINE_OPTIONS, BASELINES, EwcOptions, Kind, MethodEntry, ReplayOptions, Scenario
+from recall_merge.evaluation.scores import check_lengths
 from recall_merge.evaluation.tasks import TaskSpec, check_tasks
 from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.files.hub import locate
@@ -18,6 +19,7 @@ from recall_merge.merging.rules import make_rules, method_named
 from recall_merge.merging.run import ByLayer, FromHiddenStates, FromLosses, MergeRun, Samples
 from recall_merge.runtime.errors import DataError, Faults, RunError, did_you_mean
 from recall_merge.runtime.sections import parse
+from recall_merge.training.fine_tuning import check_rows
 from recall_merge.training.settings import check_arguments
 
 
@@ -81,20 +83,14 @@ def make_design(scenario: Scenario) -> Design:
 
 def _check_lengths(scenario: Scenario, base: Base, train: Mapping[str, Sequence[Row]], specs: Sequence[TaskSpec], faults: Faults) -> None:
     """Check that the base can read all rows whole, or as each way of training cuts them."""
-    from recall_merge.evaluation.lm_eval_private import window_of
-    from recall_merge.evaluation.scores import check_lengths
-    from recall_merge.models.load import load_tokenizer
-    from recall_merge.training.fine_tuning import check_rows
-
     with faults.collect():
         faults.extend(check_lengths(base.folder, specs, template=scenario.template))
-        window = window_of(base.folder, load_tokenizer(base.folder))
         settings = [scenario.settings(entry, 0) for entry in (None, *scenario.methods)]
         for way in {(s.max_length, str(s.arguments.get("completion_only_loss"))): s for s in settings}.values():
             for task, rows in train.items():
                 with faults.collect():
                     try:
-                        check_rows(base.folder, rows, way, window)
+                        check_rows(base.folder, rows, way)
                     except DataError as error:
                         raise DataError(replace(fault, where=f"task '{task}', {fault.where}") for fault in error.faults) from None
 

@@ -15,7 +15,7 @@ from recall_merge.bench.design import Design, Trial
 from recall_merge.bench.jobs import Merged, Store
 from recall_merge.bench.scenario import ARROW
 from recall_merge.files.durable import write_whole
-from recall_merge.maths.metrics import METRICS, score_table, table_metrics
+from recall_merge.maths.metrics import METRICS, none_if_nan, score_table, table_metrics
 from recall_merge.runtime.errors import DataError
 
 Frame = Any  # pandas.DataFrame, whose annotations cannot tell a table from a column
@@ -141,7 +141,7 @@ class Results:
             tasks = order.split(ARROW)
             taken = dict(zip(zip(rows["stage"], rows["task"], strict=True), rows["score"], strict=True))
             r = score_table(taken, tasks, experts={})[:-1].tolist()
-            values = [[_known(round(score, 6)) for score in row] for row in r]
+            values = [[none_if_nan(round(score, 6)) for score in row] for row in r]
             found.append({"kind": kind, "method": method, "seed": seed, "order": tasks, "stages": ["base", *tasks], "R": values})
         return found
 
@@ -155,12 +155,12 @@ class Results:
 
     def to_json(self) -> dict[str, Any]:
         def plain(numbers: Mapping[str, Spread]) -> dict[str, Any]:
-            return {name: {key: _known(value) for key, value in spread._asdict().items()} for name, spread in numbers.items()}
+            return {name: {key: none_if_nan(value) for key, value in spread._asdict().items()} for name, spread in numbers.items()}
 
         return {
             "folder": str(self.folder),
             "methods": [vars(row) | {"numbers": plain(row.numbers), "final": plain(row.final)} for row in self.methods],
-            "experts": {task: _known(score) for task, score in self.experts.items()},
+            "experts": {task: none_if_nan(score) for task, score in self.experts.items()},
             "unfinished": [{"kind": kind, "method": method, "trials": left} for (kind, method), left in self.unfinished.items()],
         }
 
@@ -235,8 +235,3 @@ def _costs(trial: Trial, store: Store) -> dict[str, float | None]:
 
 def _spread(values: Any, name: str = "") -> Spread:
     return Spread(float(values.mean()), float(values.std()), int(values.count()), name in METRICS and METRICS[name].signed)
-
-
-def _known(value: float) -> float | None:
-    """A number for JSON: None for NaN."""
-    return None if math.isnan(value) else value

@@ -14,6 +14,8 @@ from recall_merge.evaluation.tasks import TaskSpec
 from recall_merge.merging.merge import merge_in_memory
 from recall_merge.merging.plan import make_plan
 from recall_merge.merging.run import MergeRun
+from recall_merge.models.load import build_model, load_model, load_tokenizer, load_trainable
+from recall_merge.models.tokens import encode_rows
 from recall_merge.runtime.progress import Progress
 from recall_merge.training.fine_tuning import train
 
@@ -71,8 +73,6 @@ def _train(job: Trained, store: Store, progress: Progress | None) -> None:
 
 
 def _anchor(job: Anchor, store: Store) -> None:
-    from recall_merge.models.load import load_tokenizer, load_trainable
-    from recall_merge.models.tokens import encode_rows
     from recall_merge.training.ewc import anchored, fisher, load_anchor, save_anchor, values_of
 
     base, settings = store.folder_of(job.model.base), job.model.settings
@@ -92,8 +92,6 @@ def _score(job: Scores, missing: Sequence[Question], store: Store, progress: Pro
 
 def _load(model: Model, store: Store, dtype: str, progress: Progress | None) -> tuple[Any, Any]:
     """A model as it is scored, and its tokenizer. Merges that are not written are made in memory, in float32."""
-    from recall_merge.models.load import build_model, load_model, load_tokenizer
-
     if not isinstance(model, Merged) or store.path_of(model).exists():
         base = store.folder_of(model.base) if isinstance(model, Trained) else None
         return load_model(store.folder_of(model), base, device="cpu", dtype=dtype)

@@ -9,9 +9,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from recall_merge.continual.state import unchanged_path
 from recall_merge.continual.workspace import Branch, scores_by_row
 from recall_merge.files.rows import Row, read_rows
+from recall_merge.maths.bootstrap import metric_intervals
+from recall_merge.maths.metrics import METRICS, item_changes
 from recall_merge.report import workspace_charts as charts
 from recall_merge.report.page import Block, Cell, Figure, Item, Items, Matrix, Text
 from recall_merge.report.words import Words
@@ -124,8 +128,6 @@ def _curves(branch: BranchScores) -> Figure:
 
 
 def _numbers(branch: BranchScores) -> Iterator[Figure]:
-    from recall_merge.maths.metrics import METRICS
-
     numbers = {name: value for name, value in branch.branch.numbers.items() if value is not None}
     if not numbers:
         return
@@ -146,10 +148,6 @@ def _numbers(branch: BranchScores) -> Iterator[Figure]:
 
 def _intervals(branch: BranchScores, numbers: Mapping[str, float]) -> dict[str, tuple[float, float]]:
     """Bootstrap intervals of the numbers over items; none where items have no scores of their own."""
-    import numpy as np
-
-    from recall_merge.maths.bootstrap import metric_intervals
-
     items = []
     for task in branch.tasks:
         column = [branch.scores.get((row, task)) for row in range(len(branch.rows))] + [branch.experts.get(task)]
@@ -207,8 +205,6 @@ def _pairs_of(before: Score, after: Score) -> list[tuple[dict[str, Any], dict[st
 
 def _change_of(before: Score, after: Score) -> Change | None:
     """What went from right to wrong, and back; None where items have no scores of their own."""
-    from recall_merge.maths.metrics import item_changes
-
     pairs = _pairs_of(before, after)
     if not pairs:
         return None

@@ -12,8 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from recall_merge.evaluation.scores import score_tasks
+from recall_merge.evaluation.tasks import TaskSpec
 from recall_merge.files.adapter import CONFIG, WEIGHTS, is_adapter
 from recall_merge.files.checkpoint import open_checkpoint, read_json
 from recall_merge.files.durable import write_whole
@@ -25,9 +27,6 @@ from recall_merge.merging.statistics import RANK, make_statistics
 from recall_merge.report.merge_charts import draw_weights
 from recall_merge.runtime.errors import CheckpointError
 from recall_merge.runtime.progress import Progress
-
-if TYPE_CHECKING:
-    from recall_merge.evaluation.tasks import TaskSpec
 
 KEY = "key.json"  # in the folder of an expert's statistics
 SCORES_FORMAT = 2  # of the files that keep scores; part of their key
@@ -108,8 +107,6 @@ def score_model(
     """
     if not tasks:
         return
-    from recall_merge.evaluation.scores import score_tasks
-
     model, tokenizer = load()
     for task in tasks:
         [score] = score_tasks(model, tokenizer, [task], **options)

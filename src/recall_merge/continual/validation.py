@@ -11,6 +11,7 @@ from typing import Any
 from recall_merge.continual.settings import Settings, check_method, check_overrides, make_settings
 from recall_merge.continual.state import NAME, DataFile, Model, StageSpec, Start, State, Task, found_path, locate_model, stored_path
 from recall_merge.continual.steps import fingerprint
+from recall_merge.evaluation.scores import check_lengths
 from recall_merge.evaluation.tasks import TaskSpec, check_tasks, task_word
 from recall_merge.files.hashing import hash_file
 from recall_merge.files.hub import Located, locate
@@ -21,6 +22,7 @@ from recall_merge.merging.rules import Rules
 from recall_merge.merging.run import MergeRun, SampleWeights
 from recall_merge.runtime.errors import CheckpointError, Faults, MissingExtra, WorkspaceError
 from recall_merge.runtime.paths import exists, path_of
+from recall_merge.training.fine_tuning import check_rows
 from recall_merge.training.settings import check_arguments
 
 RESERVED = ("base", "merged")  # words that stand beside the names of tasks
@@ -211,15 +213,9 @@ class StageValidation:
         """Whether the base can read all rows: those to train on, and those of all tasks."""
         if self._base is None or self._settings is None or find_spec("lm_eval") is None:
             return
-        from recall_merge.evaluation.lm_eval_private import window_of
-        from recall_merge.evaluation.scores import check_lengths
-        from recall_merge.models.load import load_tokenizer
-        from recall_merge.training.fine_tuning import check_rows
-
         if self._train_rows and self._spec.given is None:
             with self._faults.collect():
-                window = window_of(self._base, load_tokenizer(self._base))
-                check_rows(self._base, self._train_rows, self._settings.training_settings(), window)
+                check_rows(self._base, self._train_rows, self._settings.training_settings())
         with self._faults.collect():
             specs = [spec for spec in self._task_specs().values() if spec.rows]
             self._faults.extend(check_lengths(self._base, specs, template=self._settings.template))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +30,7 @@ from recall_merge.files.adapter import is_adapter
 from recall_merge.files.durable import is_partial, sync
 from recall_merge.files.hub import locate
 from recall_merge.files.lock import holder, lock
+from recall_merge.maths.metrics import none_if_nan, score_table, table_metrics
 from recall_merge.runtime.errors import Faults, WorkspaceError
 
 S = TypeVar("S")
@@ -131,15 +131,13 @@ def status(folder: Path) -> Status:
 
 def branch(state: State, end: int) -> Branch:
     """R and what follows from it, along the line that ends in a stage."""
-    from recall_merge.maths.metrics import score_table, table_metrics
-
     stages = state.lineage(end)
     tasks, unseen = tuple(stage.task.name for stage in stages), tuple(task.name for task in stages[-1].unseen)
     experts = {task: score for stage in stages for task, score in stage.scores.expert.items()}
     scores = scores_by_row(stages, lambda stage: stage.scores.model_dump(exclude={"file"}))
     table = score_table(scores, tasks, experts=experts, unseen=unseen)
-    rows = [list(map(_none_if_nan, row)) for row in table.tolist()]
-    t, numbers = len(tasks), {name: _none_if_nan(value) for name, value in table_metrics(table).items()}
+    rows = [list(map(none_if_nan, row)) for row in table.tolist()]
+    t, numbers = len(tasks), {name: none_if_nan(value) for name, value in table_metrics(table).items()}
     return Branch(stages, tasks, [row[:t] for row in rows[:-1]], rows[-1][:t], unseen, [row[t:] for row in rows[:-1]], numbers)
 
 
@@ -151,10 +149,6 @@ def scores_by_row(stages: Sequence[Stage], roles_of: Callable[[Stage], Mapping[s
         for row, role in ((0, "base"), (number - 1, "before"), (number, "merged")):
             scores |= {(row, task): score for task, score in roles.get(role, {}).items()}
     return scores
-
-
-def _none_if_nan(value: float) -> float | None:
-    return None if math.isnan(value) else value
 
 
 def _base_model(folder: Path, reference: str) -> Model:

@@ -11,6 +11,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from recall_merge.continual.steps import KeyedFile, fingerprint, merge_models, score_model, scores_key
 from recall_merge.demo import smollm
 from recall_merge.evaluation.scores import TaskScore
@@ -123,15 +125,10 @@ def _train(folder: Path, task: DemoTask, progress: Progress) -> bool:
 
 
 def _merge_run(folder: Path, tasks: Sequence[DemoTask], name: str) -> MergeRun:
-    return MergeRun.model_validate(
-        {
-            "base": str(folder / "base"),
-            "experts": [{"name": task.name, "path": str(folder / "experts" / task.name)} for task in tasks],
-            "method": MERGES[name],
-            "samples": {"path": str(tasks[-1].train)} if name == "recall" else None,
-            "out": {"path": folder / name, "overwrite": True},
-        }
-    )
+    experts = [{"name": task.name, "path": str(folder / "experts" / task.name)} for task in tasks]
+    samples = {"path": str(tasks[-1].train)} if name == "recall" else None
+    run = {"base": str(folder / "base"), "experts": experts, "samples": samples, "method": MERGES[name]}
+    return MergeRun.model_validate(run | {"out": {"path": folder / name, "overwrite": True}})
 
 
 def _score(folder: Path, name: str, tasks: Sequence[DemoTask], progress: Progress) -> ModelScores:
@@ -154,8 +151,6 @@ def _score(folder: Path, name: str, tasks: Sequence[DemoTask], progress: Progres
 
 def _generate(model: Any, tokenizer: Any, row: Row) -> str:
     """A model's own answer, greedily."""
-    import torch
-
     ids = tokenizer(render(row, tokenizer).prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
     with torch.inference_mode():
         written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, pad_token_id=0)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from recall_merge.evaluation.paper_tasks import load_hub_task
+from recall_merge.evaluation.scores import TaskScore, score_tasks
 from recall_merge.evaluation.tasks import TaskSpec, check_tasks, task_word
 from recall_merge.files.adapter import CONFIG, is_adapter
 from recall_merge.files.checkpoint import open_checkpoint, read_json, weight_files
@@ -19,9 +22,6 @@ from recall_merge.runtime.errors import CheckpointError, Faults, MissingExtra, R
 from recall_merge.runtime.executor import check_executor, open_executor
 from recall_merge.runtime.parallel import cores
 from recall_merge.runtime.progress import Progress
-
-if TYPE_CHECKING:
-    from recall_merge.evaluation.scores import TaskScore
 
 PAPER = "paper:"  # before the name of one of the paper's tasks
 
@@ -54,11 +54,8 @@ def evaluate(
     Raises:
         RecallError: with every fault that can be found before the model is loaded.
     """
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError as error:
-        raise MissingExtra("eval", "scoring") from error
-
+    if find_spec("lm_eval") is None:
+        raise MissingExtra("eval", "scoring")
     check_executor(executor)
     faults, folders = Faults(), (Path(), None)
     with faults.collect():
@@ -86,8 +83,6 @@ def evaluate(
 def _load_and_score(
     folders: tuple[Path, Path | None], loading: Mapping[str, Any], specs: Sequence[TaskSpec], **options: Any
 ) -> list[TaskScore]:
-    from recall_merge.evaluation.scores import score_tasks
-
     return score_tasks(*load_model(*folders, **loading), specs, **options)
 
 
@@ -99,8 +94,6 @@ def _read_tasks(words: Sequence[str], metrics: Mapping[str, str], faults: Faults
         names.append(name)
         with faults.collect():
             if file is None and name.startswith(PAPER):
-                from recall_merge.evaluation.paper_tasks import load_hub_task
-
                 task = load_hub_task(name.removeprefix(PAPER))
                 specs.append(replace(task, name=name, metric=metrics.get(name) or task.metric))
             else:

@@ -18,21 +18,20 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# lm-eval's own, for rows with choices: the choice with the highest log-likelihood, in total, or per character
 CHOICE_METRICS = ("acc", "acc_norm")
-"""lm-eval's own, for rows with choices: the choice with the highest log-likelihood, in total, or per character."""
-NO_ANSWER = frozenset({"", "unanswerable", "no answer", "not answerable"})
-"""Normalised answers that say that the question has none."""
+NO_ANSWER = frozenset({"", "unanswerable", "no answer", "not answerable"})  # normalised answers that say that the question has none
 
 _NUMBER = re.compile(r"(?:(?<![\w)])-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
 
-Pair = tuple[str, Sequence[str]]
-"""A prediction and its right answers."""
+Pair = tuple[str, Sequence[str]]  # a prediction and its right answers
+Score = Callable[[str, Sequence[str]], float]
 
 
 class Metric(NamedTuple):
     """How written answers are scored."""
 
-    score: Callable[[str, Sequence[str]], float]  # of one answer, from 0 to 1
+    score: Score  # of one answer, from 0 to 1
     corpus: Callable[[Sequence[Pair]], float] | None  # of all answers together, where that is not the mean over answers
     beside: tuple[str, ...]  # metrics that are reported with this one
 
@@ -40,12 +39,10 @@ class Metric(NamedTuple):
 METRICS: dict[str, Metric] = {}
 
 
-def metric(
-    name: str, *, corpus: Callable[[Sequence[Pair]], float] | None = None, beside: tuple[str, ...] = ()
-) -> Callable[[Callable[[str, Sequence[str]], float]], Callable[[str, Sequence[str]], float]]:
+def metric(name: str, *, corpus: Callable[[Sequence[Pair]], float] | None = None, beside: tuple[str, ...] = ()) -> Callable[[Score], Score]:
     """Register a function of METRICS."""
 
-    def register(score: Callable[[str, Sequence[str]], float]) -> Callable[[str, Sequence[str]], float]:
+    def register(score: Score) -> Score:
         if name in METRICS or name in CHOICE_METRICS:
             raise ValueError(f"there are two metrics '{name}'")
         METRICS[name] = Metric(score, corpus, beside)

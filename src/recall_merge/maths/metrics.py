@@ -237,5 +237,10 @@ def item_changes(before: ArrayLike, after: ArrayLike, *, choices: ArrayLike | No
     return ItemChanges(max(0.0, float(lost) - chance), max(0.0, float(won) - chance), chance)
 
 
+def none_if_nan(value: float) -> float | None:
+    """A number for JSON."""
+    return None if np.isnan(value) else value
+
+
 def _mean(values: Float64[np.ndarray, " k"]) -> float:
     return float(values.mean()) if values.size else float("nan")

@@ -106,9 +106,12 @@ def train(
     return result
 
 
-def check_rows(base: Path, rows: Sequence[Row], settings: TrainSettings, window: int) -> None:
-    """Check that every row can be learnt, and read whole in a window of so many tokens, or raise DataError with those that cannot."""
-    encoded = encode_rows(rows, load_tokenizer(base), **settings.encoding)
+def check_rows(base: Path, rows: Sequence[Row], settings: TrainSettings) -> None:
+    """Check that every row can be learnt, and read whole by the model, or raise DataError with those that cannot."""
+    from recall_merge.evaluation.lm_eval_private import window_of
+
+    tokenizer = load_tokenizer(base)
+    encoded, window = encode_rows(rows, tokenizer, **settings.encoding), window_of(base, tokenizer)
     if long := [row.index for row, tokens in zip(rows, encoded, strict=True) if len(tokens.input_ids) > window]:
         what = f"{len(long)} of {len(rows)} training rows are longer than the {window} tokens that the model can read"
         raise DataError(what, where=numbered(long), fix="leave them out, or let the training cut them: `max_length`")
