@@ -92,7 +92,7 @@ def _converter(task: HubTask) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
     """A function: record -> prompt, which ends without a space; completion, which begins with one; and choices or further right answers."""
     from jinja2 import Environment, StrictUndefined
 
-    environment = Environment(undefined=StrictUndefined)
+    environment: Any = Environment(undefined=StrictUndefined)
     template = environment.from_string(task.prompt)
     options, answers, right = (
         environment.compile_expression(text or "none", undefined_to_none=False) for text in (task.options, task.answers, task.right)
