@@ -154,8 +154,7 @@ def _check_config(folder: Path, config: Mapping[str, Any], faults: Faults) -> No
                 else:
                     regex.compile(_whole_name(key))
             except (regex.error, RecursionError) as error:
-                what = f"`{pattern}` of the adapter holds {short(key)}, which is not a pattern: {error}"
-                faults.add(what, where=where, fix=COPY_AGAIN)
+                faults.add(f"`{pattern}` of the adapter holds {short(key)}, which is not a pattern: {error}", where=where, fix=COPY_AGAIN)
     for key, value in numbers.items():
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < LARGEST:
             faults.add(f"`{key}` of the adapter is {short(value)}, not a number above 0", where=where, fix=COPY_AGAIN)
@@ -210,8 +209,7 @@ class _Parts:
                 edit.row_ids = self._token_ids(module)
             case _:
                 if edit.replace is not None and not edit.replace.same_bytes(part):
-                    what = f"the adapter gives '{name}' twice, with different values"
-                    raise CheckpointError(what, where=self._where, fix=COPY_AGAIN)
+                    raise CheckpointError(f"the adapter gives '{name}' twice, with different values", where=self._where, fix=COPY_AGAIN)
                 edit.replace = part
                 if not kind.startswith("base_layer"):
                     self._trained_whole.add(name)

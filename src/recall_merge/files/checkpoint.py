@@ -87,8 +87,7 @@ class Checkpoint:
         tables.sort(key=len)
         if not tables or not all(name.startswith(tables[0].removesuffix(".weight")) for name in tables):
             what = f"the config says vocab_size {rows}; {'more than one' if tables else 'no'} tensor before the blocks has that many rows"
-            fix = "config and weights must be of the same model: copy or download it again"
-            raise CheckpointError(what, where=self.folder, fix=fix)
+            raise CheckpointError(what, where=self.folder, fix="config and weights must be of the same model: copy or download it again")
         return (*tables, *filter(self.is_head, self.tensors))
 
     def is_head(self, name: str) -> bool:

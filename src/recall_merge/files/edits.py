@@ -51,8 +51,7 @@ class Edit:
             edited = edited + product.dense()
         if self.magnitude is not None:  # DoRA: m * (W + dW) / |W + dW|, one magnitude per output
             axis = 0 if self.transpose else 1  # of the inputs, over which the norm runs
-            magnitude = self.magnitude.read().to(base.dtype).unsqueeze(axis)
-            edited = edited * (magnitude / edited.norm(dim=axis, keepdim=True))
+            edited = edited * (self.magnitude.read().to(base.dtype).unsqueeze(axis) / edited.norm(dim=axis, keepdim=True))
         if self.rows is not None:
             edited = edited.clone()
             edited[list(self.row_ids)] = self.rows.read().to(base.dtype)
@@ -78,9 +77,8 @@ class Edit:
             yield f"by magnitudes of shape {self.magnitude.spec.shape}; it has {start[self.transpose]} outputs"
         if self.rows is not None and self.rows.spec.shape != (len(self.row_ids), *start[1:]):
             yield f"in rows of shape {self.rows.spec.shape}; its config names {len(self.row_ids)} tokens"
-        elif self.rows is not None and not all(0 <= row < start[0] for row in self.row_ids):
-            wrong = next(row for row in self.row_ids if not 0 <= row < start[0])
-            yield f"in row {short(wrong)}; the base has {start[0]} rows"
+        elif self.rows is not None and (wrong := [row for row in self.row_ids if not 0 <= row < start[0]]):
+            yield f"in row {short(wrong[0])}; the base has {start[0]} rows"
         if self.add is not None and self.add.spec.shape != start:
             yield f"in its shape {self.add.spec.shape}; the base has {start}"
         for part in self.parts:

@@ -90,8 +90,7 @@ def locate(reference: str, *, weights: bool = True, progress: Progress | None = 
     pinned = Reference(name.repo, listing.commit)
     if listing.online and name.revision != listing.commit:  # subtle: fetched by its name, so that the cache knows the name's commit
         _ask(name, lambda: _download(name, [CONFIG if CONFIG in listing.files else "config.json"], lambda _: None))
-    companions = [file for file in listing.files if COMPANIONS.fullmatch(file)]
-    snapshot = _ask(name, lambda: _download(pinned, companions, lambda _: None))
+    snapshot = _ask(name, lambda: _download(pinned, [*filter(COMPANIONS.fullmatch, listing.files)], lambda _: None))
     wanted = _weights(snapshot, listing, name)
     missing = {file: listing.files[file] for file in wanted if not (snapshot / file).exists()}
     if not weights:
@@ -157,8 +156,7 @@ def _list_files(name: Reference) -> _Listing:
         folder = cached_folder(name) if _unreachable(error) else None
         if folder is None:
             raise
-        files = [file for file in folder.rglob("*") if file.is_file()]
-        sizes = {str(file.relative_to(folder)): file.stat().st_size for file in files}
+        sizes = {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
         return _Listing(folder.name, sizes, {}, online=False)
     if info.sha is None or info.siblings is None:
         raise OSError("the hub's answer names no commit or no files")

@@ -28,12 +28,9 @@ ERROR = "_stderr"  # suffix of a metric's name, as lm-eval names its standard er
 
 
 def write_model_card(folder: Path, *, base: str, base_folder: Path, sources: Sequence[str], record: Mapping[str, Any]) -> None:
-    """Write the card. It shows `weights.png` if the folder holds it.
+    """Write the card: run, weights and similarity of a record, and `weights.png` if the folder holds it.
 
-    Args:
-        base: the base's name in the text.
-        sources: hub names of base and experts, if they have one.
-        record: as in `record.json`; the card shows its run, weights and similarity.
+    `base` is the base's name in the text; `sources` are the hub names of base and experts, if they have one.
     """
     from huggingface_hub import ModelCardData
 
@@ -72,13 +69,9 @@ def read_model_card(folder: Path) -> ModelCard:
 
 
 def add_scores(folder: Path, name: str, scores: Sequence[Mapping[str, Any]]) -> None:
-    """Add scores to a folder's card. A score of the same task and metric is replaced; the rest of the card stays.
+    """Add scores to a folder's card: task, metric, score (0 to 1), stderr or None, and n, the rows. Raises as `read_model_card`.
 
-    Args:
-        name: the model's name in the card, unless the card has one.
-        scores: task, metric, score (0 to 1), stderr or None, and n, the rows.
-
-    Raises as `read_model_card`.
+    A score of the same task and metric is replaced; the rest of the card stays. The model is called `name` unless the card names it.
     """
     card = read_model_card(folder)
     new = [result for score in scores for result in _results(score)]

@@ -90,11 +90,9 @@ class OutputFolder:
             raise OutputError("a file has the name of the output folder", where=target, fix=ELSEWHERE)
         if target.is_dir() and any(target.iterdir()):
             if not self.overwrite:
-                fix = "choose another, or give --overwrite to replace it"
-                raise OutputError("the output folder is not empty", where=target, fix=fix)
+                raise OutputError("the output folder is not empty", where=target, fix="choose another, or give --overwrite to replace it")
             if not (target / "config.json").exists():
-                what = "the output folder does not hold a model; --overwrite replaces models only"
-                raise OutputError(what, where=target, fix=ELSEWHERE)
+                raise OutputError("the output folder does not hold a model; --overwrite replaces models only", where=target, fix=ELSEWHERE)
         for folder in (self.path, self._old):
             if folder.exists() and not _is_ours(folder):
                 raise _not_ours(folder)

@@ -164,8 +164,7 @@ class StoredTensor:
 
 
 def _unreadable(path: Path, error: OSError) -> CheckpointError:
-    fix = "check the path, your permissions and the disk"
-    return CheckpointError(f"the file cannot be read: {error.strerror}", where=path, fix=fix)
+    return CheckpointError(f"the file cannot be read: {error.strerror}", where=path, fix="check the path, your permissions and the disk")
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -69,10 +69,8 @@ def parts_of(group: str) -> tuple[str, str]:
 def write_statistics(folder: Path, parts: Mapping[str, Tensor], tensors: Mapping[str, tuple[str, int]], facts: Mapping[str, Any]) -> Path:
     """Write input statistics into a folder: the tensors first, then, in one step, the facts that make them valid.
 
-    Args:
-        parts: the stored tensors, named as by `parts_of`.
-        tensors: group and axis of the inputs of each tensor of the base.
-        facts: what they were made from; `expert` is the hash of the expert that they belong to.
+    `parts` are the stored tensors, named as by `parts_of`; `tensors` gives the group and the axis of the inputs of each tensor of the base;
+    `facts` say what the statistics were made from, `expert` among them: the hash of the expert that they belong to.
     """
     import torch
 

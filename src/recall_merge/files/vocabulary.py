@@ -111,8 +111,7 @@ def plan_vocabulary(
         name = list(experts)[-1]
         (donor, size), target = experts[name], known[name]
     elif choice == "union":
-        new = (token for own in known.values() for token in sorted(own, key=own.__getitem__) if token not in tokens)
-        added = tuple(dict.fromkeys(new))
+        added = tuple(dict.fromkeys(token for own in known.values() for token in sorted(own, key=own.__getitem__) if token not in tokens))
         target = {**tokens, **{token: row for row, token in enumerate(added, start=len(tokens))}}
         size = max(size, len(target))
     sizes = [base[1], *(rows for _, rows in experts.values())]

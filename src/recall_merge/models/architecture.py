@@ -27,14 +27,11 @@ class ParameterInfo:
 
 def outline(folder: Path) -> list[ParameterInfo]:
     """All parameters of a folder's model, in its order. A tied parameter is listed under each of its names. Raises as `empty_model`."""
-    model = empty_model(folder)
-    modules = dict(model.named_modules())
-    parameters = []
-    for name, _ in model.named_parameters(remove_duplicate=False):
-        module, _, part = name.rpartition(".")
-        kind = modules[module]
-        parameters.append(ParameterInfo(module, part, isinstance(kind, nn.Linear | Conv1D), isinstance(kind, Conv1D)))
-    return parameters
+    return [
+        ParameterInfo(name, part, isinstance(module, nn.Linear | Conv1D), isinstance(module, Conv1D))
+        for name, module in empty_model(folder).named_modules(remove_duplicate=False)
+        for part, _ in module.named_parameters(recurse=False, remove_duplicate=False)
+    ]
 
 
 def empty_model(folder: Path, *, dtype: str = "float32", vocabulary_size: int | None = None) -> Any:

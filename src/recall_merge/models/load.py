@@ -115,8 +115,7 @@ def refused_by_transformers(folder: Path) -> Iterator[None]:
         try:
             yield
         except (ValueError, OSError, RuntimeError, KeyError) as error:
-            what = f"transformers cannot build this model: {_first_line(error)}"
-            raise CheckpointError(what, where=folder, fix=ONLY_KNOWN) from error
+            raise CheckpointError(f"transformers cannot build this model: {_first_line(error)}", where=folder, fix=ONLY_KNOWN) from error
 
 
 @contextmanager

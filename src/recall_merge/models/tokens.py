@@ -8,7 +8,7 @@ from itertools import takewhile
 from typing import Any, NamedTuple
 
 from recall_merge.files.rows import Row
-from recall_merge.runtime.errors import DataError, Fault
+from recall_merge.runtime.errors import DataError, Faults
 
 NO_LABEL = -100  # torch's `ignore_index`: the loss leaves these positions out
 
@@ -50,14 +50,12 @@ def encode_rows(
 ) -> list[EncodedRow]:
     """Tokens and labels of rows, rendered as for scoring. Special tokens come from the rendering alone, so none is doubled.
 
-    Args:
-        max_length: cut longer rows to this many tokens.
-        label_prompt: give the tokens of the prompt labels too.
+    Longer rows are cut to `max_length` tokens; with `label_prompt` the tokens of the prompt get labels too.
 
     Raises DataError with every row that has nothing to learn from.
     """
     encoded: list[EncodedRow] = []
-    faults: list[Fault] = []
+    faults = Faults()
     for row in rows:
         rendered = render(row, tokenizer, template=template)
         prompt, ids = tokenizer([rendered.prompt, rendered.prompt + rendered.completion], add_special_tokens=False)["input_ids"]
@@ -67,12 +65,11 @@ def encode_rows(
         ids = ids[:max_length]
         if len(ids) <= max(start, 1):
             what = "no token of the completion is left within `max_length`" if max_length else "the row has no text to learn"
-            faults.append(Fault(what, f"row {row.index + 1}", "raise `max_length`, or leave the row out" if max_length else ""))
+            faults.add(what, where=f"row {row.index + 1}", fix="raise `max_length`, or leave the row out" if max_length else "")
         encoded.append(EncodedRow(ids, [NO_LABEL] * start + ids[start:]))
     if not rows:
-        faults.append(Fault("there are no rows to train on"))
-    if faults:
-        raise DataError(faults)
+        faults.add("there are no rows to train on")
+    faults.raise_any(DataError)
     return encoded
 
 

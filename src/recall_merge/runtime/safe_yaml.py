@@ -19,7 +19,7 @@ class NotYaml(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """A loader that refuses duplicate keys; PyYAML silently takes the last one."""
+    """A safe loader that refuses duplicate keys, of which PyYAML silently takes the last one, and whatever is beyond the limits."""
 
     _depth = -1
 
@@ -30,6 +30,10 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_node(parent, index)
         self._depth -= 1
         return node
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        _check_bounds(node)
+        return super().construct_document(node)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != MERGE]
@@ -50,15 +54,7 @@ def parse_yaml(text: str) -> Any:
     if len(text) > MAX_BYTES:
         raise NotYaml(f"it is longer than {MAX_BYTES:,} bytes")
     try:
-        loader = _Loader(text)
-        try:
-            node = loader.get_single_node()
-            if node is None:
-                return None
-            _check_bounds(node)
-            return loader.construct_document(node)
-        finally:
-            loader.dispose()
+        return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # errors of int() and of dates pass through PyYAML
         raise error if isinstance(error, NotYaml) else NotYaml(" ".join(str(error).split())) from error
 
