@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-from recall_merge.files.safetensors import StoredTensor
 from recall_merge.merging.plan import Plan
 from recall_merge.merging.run import LossWeights, RecallWeights, SampleWeights
 from recall_merge.merging.spans import SPAN, TWICE, in_spans
@@ -79,7 +78,11 @@ def estimate_time(plan: Plan) -> Estimate:
     A forward pass takes 2 operations per parameter and token (Kaplan et al. 2020, arXiv:2001.08361, section 2.1).
     """
     largest = max(plan.base.tensors.values(), key=lambda stored: stored.spec.nbytes)
-    per_byte = _seconds_per_byte(largest) / plan.threads
+    buffer = bytearray(min(PROBE, largest.spec.nbytes))
+    start = time.perf_counter()
+    largest.fill(memoryview(buffer))
+    hashlib.sha256(buffer).digest()
+    per_byte = (time.perf_counter() - start) / len(buffer) / plan.threads
     merging = per_byte * (plan.bytes_read + plan.bytes_written)
     if not isinstance(plan.weights, SampleWeights):
         return Estimate(merging, 0.0)
@@ -112,14 +115,6 @@ def _states(plan: Plan, models: int) -> int:
     lengths = sorted(min(limit, len(row.plain + row.completion) // CHARACTERS_PER_TOKEN + 1) for row in plan.rows)
     tokens = max(sum(lengths[-plan.samples.pool :]), sum(lengths[-plan.samples.count :]) * models)
     return 4 * _width(plan) * tokens * plan.base.tensors[plan.base.embedding].spec.shape[-1]
-
-
-def _seconds_per_byte(stored: StoredTensor) -> float:
-    buffer = bytearray(min(PROBE, stored.spec.nbytes))
-    start = time.perf_counter()
-    stored.fill(memoryview(buffer))
-    hashlib.sha256(buffer).digest()
-    return (time.perf_counter() - start) / len(buffer)
 
 
 def _operations_per_second() -> float:

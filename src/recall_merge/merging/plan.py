@@ -31,7 +31,7 @@ class Plan(Rules):
 
     Attributes:
         weights: one number per expert, summing to 1; one such row per layer; or how samples give them.
-        overrides: weights and options that single tensors have of their own, by tensor name.
+        overrides: weights and options that single tensors have of their own.
         rows: of the newest expert's data; empty where the run needs none.
         specs: the result's tensors in the order of writing: by layer, then as in the base.
         statistics: one entry per expert, where the method uses them.

@@ -18,8 +18,6 @@ from recall_merge.runtime.errors import CheckpointError, ResultError
 if TYPE_CHECKING:
     from recall_merge.merging.plan import Plan
 
-TOKENS = 8  # of the vocabulary, in the order of their ids: enough for a forward pass
-
 
 def validate_output(plan: Plan, folder: Path) -> None:
     """Compare the result's headers with the plan; load and run it where its structure changed or the run asks for that."""
@@ -28,7 +26,7 @@ def validate_output(plan: Plan, folder: Path) -> None:
     if plan.keeps_structure and not plan.run.out.reload:
         return
     try:
-        finite = runs_finite(folder, min(TOKENS, plan.base.vocabulary_size))
+        finite = runs_finite(folder, min(8, plan.base.vocabulary_size))  # the first few ids are enough for a forward pass
     except CheckpointError as error:
         fix = "check that transformers can load the base, and that the vocabularies fit"
         raise ResultError(f"the result cannot be loaded: {error.faults[0].what}", where=plan.target, fix=fix) from error
