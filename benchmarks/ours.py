@@ -53,7 +53,7 @@ def pass_alone(run: Any) -> None:
     plan = make_plan(run.model_copy(update={"change_limit": None}))
     plan.target.mkdir(parents=True)
     unchecked = patch("recall_merge.merging.tensors.is_finite", lambda _: True)
-    read, written = (patch(f"recall_merge.files.{module}.blake3", NoHash) for module in ("digest", "output"))
+    read, written = (patch(f"recall_merge.files.{module}.blake3", NoHash) for module in ("hashing", "output"))
     with read, written, unchecked, WeightWriter(plan.target, plan.shards) as writer:
         merge_into(writer, plan, ModelDigest(), {}, Silent())
 
