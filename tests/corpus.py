@@ -739,13 +739,15 @@ def use(kind: str, folder: Path) -> None:
 
 def said(case: Case, folder: Path) -> str:
     """What is said of a case, without the place where it lies."""
+    from recall_merge.files.rows import FORMATS
     from recall_merge.runtime.errors import RecallError
 
     case.write(folder)
     try:
         use(case.kind, folder)
     except RecallError as error:
-        return re.sub(r"known: .*", "known: ...", str(error).replace(str(folder), "FOLDER"))  # what is known grows
+        words = re.sub(r"known: .*", "known: ...", str(error).replace(str(folder), "FOLDER"))  # what is known grows
+        return words.replace(", ".join(FORMATS), "SUFFIXES")
     return "nothing"
 
 

@@ -6,6 +6,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from recall_merge.maths.similarity import KERNELS
 from recall_merge.merging.run import FromHiddenStates, RecallWeights, load_run
 from recall_merge.runtime.errors import RunError
 from recall_merge.runtime.sections import assign
@@ -116,7 +117,7 @@ FAULTS = {  # keys -> what is said of them, and how to mend it; (what, fix) more
     "an unknown kernel, and another fault beside it": (
         {"weights": {"recall": {"kernel": "rbff", "temperature": 0}}},
         [
-            ("'weights.recall.kernel': there is no kernel 'rbff'", "did you mean 'rbf'? known: rbf, cka, cosine"),
+            ("'weights.recall.kernel': there is no kernel 'rbff'", f"did you mean 'rbf'? known: {', '.join(KERNELS)}"),
             ("'weights.recall.temperature': Input should be greater than 0", "it is 0 now"),
         ],
     ),

@@ -68,24 +68,28 @@ def similarity(h: Float[Tensor, "n m d"], *, kernel: str = "rbf", bandwidth: Ban
 def rbf(h: Float[Tensor, "n m d"], bandwidth: Bandwidth = "median") -> Float[Tensor, " n"]:
     """S_q = (1/m) sum_x exp(-|h_q(x) - h_N(x)|^2 / (2 sigma^2)), in (0, 1]; S_N = 1.
 
-    `bandwidth` gives sigma^2:
-      median     the median of |h_p(x) - h_q(x)|^2 over all pairs of different models p < q and all samples x;
-      dimension  d / 2, that is gamma = 1 / (2 sigma^2) = 1 / d;
-      a number   sigma itself, in the units of h.
-    The paper leaves it open. With the median, the similarity of deeper layers does not fall just because hidden states grow.
-    Where sigma is 0, the kernel is its limit: 1 at distance 0, else 0. So identical models have similarity 1, never NaN.
+    The paper leaves sigma open (`sigma_squared`). Where it is 0, the kernel is its limit: 1 at distance 0, else 0. So identical models have
+    similarity 1, never NaN.
 
     >>> rbf(torch.tensor([[[0.0], [0.0]], [[1.0], [1.0]]]))  # all squared distances are 1, so sigma^2 = 1: exp(-1/2)
     tensor([0.6065, 1.0000])
     """
-    squared = (h - h[-1]).square().sum(-1)  # (n, m)
-    if bandwidth == "median":
-        pairs = [(p - q).square().sum(-1) for p, q in combinations(h, 2)]
-        sigma2 = torch.cat(pairs).quantile(0.5) if pairs else h.new_zeros(())  # the usual median: mean of the middle two
-    else:
-        sigma2 = torch.tensor(h.shape[-1] / 2 if bandwidth == "dimension" else float(bandwidth) ** 2, dtype=h.dtype)
+    squared, sigma2 = (h - h[-1]).square().sum(-1), sigma_squared(h, bandwidth)  # (n, m), ()
     values = torch.exp(-squared / (2 * sigma2)) if sigma2 > 0 else (squared == 0).to(h.dtype)
     return values.mean(-1)
+
+
+def sigma_squared(h: Float[Tensor, "n m d"], bandwidth: Bandwidth) -> Float[Tensor, ""]:
+    """sigma^2 of one layer, by one of three rules. With the median, similarity does not fall just because hidden states grow with depth.
+
+    median     the median of |h_p(x) - h_q(x)|^2 over all pairs of different models p < q and all samples x;
+    dimension  d / 2, that is gamma = 1 / (2 sigma^2) = 1 / d;
+    a number   sigma itself, in the units of h.
+    """
+    if bandwidth == "median":
+        pairs = [(p - q).square().sum(-1) for p, q in combinations(h, 2)]
+        return torch.cat(pairs).quantile(0.5) if pairs else h.new_zeros(())  # the usual median: mean of the middle two
+    return torch.tensor(h.shape[-1] / 2 if bandwidth == "dimension" else float(bandwidth) ** 2, dtype=h.dtype)
 
 
 @kernel("cka", source="Kornblith et al. 2019, arXiv:1905.00414, eq. 6")

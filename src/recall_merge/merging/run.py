@@ -69,7 +69,9 @@ class RecallWeights(Section):
     compares: ClassVar[str] = "hidden states"
 
     kernel: Annotated[str, AfterValidator(_check_kernel)] = Field("rbf", description="kernel that compares two models' hidden states")
-    bandwidth: Literal["median", "dimension"] | Positive = Field("median", description="sigma of the rbf kernel: a rule, or a number")
+    bandwidth: Literal["median", "dimension"] | Positive = Field(
+        "median", description="sigma of kernels that have one: a rule, or a number"
+    )
     temperature: Positive = Field(1.0, description="tau of the softmax; smaller values sharpen the weights")
     pooling: Literal["mean", "last"] = Field("mean", description="over a sample's tokens: the masked mean, or the last token")
     base_in_pool: Literal["single", "always", "never"] = Field(
