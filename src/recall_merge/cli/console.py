@@ -8,33 +8,33 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich import progress as bars
-from rich.console import Console
-from rich.filesize import decimal
-from rich.table import Table
-from rich.text import Text
-
 from recall_merge.runtime.errors import RecallError
 from recall_merge.runtime.progress import Advance, Progress, Silent
 
 WIDE = 10_000  # columns where nobody watches, so that no table is cut for the next program in the pipe
 
 
-def out() -> Console:
+def out() -> Any:
     """The console for results. Brackets are a user's text, not markup."""
+    from rich.console import Console
+
     console = Console(highlight=False, soft_wrap=True, markup=False)
     if not console.is_terminal:
         console.width = WIDE
     return console
 
 
-def err() -> Console:
+def err() -> Any:
     """The console for everything else."""
+    from rich.console import Console
+
     return Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
 
 
-def table(*head: str, **options: Any) -> Table:
+def table(*head: str, **options: Any) -> Any:
     """An empty table without borders."""
+    from rich.table import Table
+
     return Table(*head, box=None, **options)
 
 
@@ -60,21 +60,14 @@ def progress(quiet: bool = False) -> Progress:
     return Bars() if sys.stderr.isatty() and not quiet else Silent()
 
 
-class Amount(bars.ProgressColumn):
-    """The column "so much of so much", in the stage's own unit."""
-
-    def render(self, task: bars.Task) -> Text:
-        done, total, unit = int(task.completed), int(task.total or 0), task.fields["unit"]
-        words = f"{decimal(done)} of {decimal(total)}" if unit == "bytes" else f"{done:,} of {total:,} {unit}"
-        return Text(words, style="progress.download")
-
-
 class Bars:
     """Progress bars on stderr, with the amount done and the time left. Stages may overlap; each has its own bar."""
 
     def __init__(self) -> None:
-        columns = (bars.TextColumn("{task.description}"), bars.BarColumn(), Amount(), bars.TimeRemainingColumn())
-        self._bars = bars.Progress(*columns, console=err())
+        from rich import progress
+
+        columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), _amount(), progress.TimeRemainingColumn())
+        self._bars = progress.Progress(*columns, console=err())
         self._open = 0
 
     @contextmanager
@@ -91,3 +84,18 @@ class Bars:
                 self._bars.stop()
                 for finished in self._bars.task_ids:  # finished bars stay on the terminal; the next ones start below them
                     self._bars.remove_task(finished)
+
+
+def _amount() -> Any:
+    """The column "so much of so much", in the stage's own unit."""
+    from rich.filesize import decimal
+    from rich.progress import ProgressColumn
+    from rich.text import Text
+
+    class Amount(ProgressColumn):
+        def render(self, task: Any) -> Text:
+            done, total, unit = int(task.completed), int(task.total or 0), task.fields["unit"]
+            words = f"{decimal(done)} of {decimal(total)}" if unit == "bytes" else f"{done:,} of {total:,} {unit}"
+            return Text(words, style="progress.download")
+
+    return Amount()

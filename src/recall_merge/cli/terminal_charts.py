@@ -11,9 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.cells import cell_len, set_cell_size
-from rich.text import Text
-
 from recall_merge.cli.console import table
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -41,6 +38,8 @@ def plain(name: str, columns: int = 64) -> str:
     >>> plain("a\\x1b[31m\\nb"), plain("x" * 50, 5)
     ('a·[31m·b', 'xxxx…')
     """
+    from rich.cells import cell_len, set_cell_size
+
     name = "".join("·" if unicodedata.category(letter) == "Cc" or letter in BIDI else letter for letter in name[: 4 * columns])
     return name if cell_len(name) <= columns else set_cell_size(name, columns - 1).rstrip() + "…"
 
@@ -64,6 +63,9 @@ def heat(
         rows: (name, its cells).
         below: a last row without colours: its name, and one line of bars per column.
     """
+    from rich.cells import cell_len
+    from rich.text import Text
+
     first, *names = (plain(name, _name_columns(width)) for name in head)
     lines = [
         (plain(label, _name_columns(width)), [Text(cell.text, "" if cell.share is None else tint(cell.share)) for cell in cells])
@@ -88,6 +90,9 @@ def strips(title: str, numbers: Mapping[str, Any], width: int, *, middle: float 
     Args:
         middle: a meaningful number, such as an even share, from which colours diverge. By default they run from lowest to highest.
     """
+    from rich.cells import cell_len
+    from rich.text import Text
+
     values = [value for row in numbers["rows"] for value in row]
     low, high = min(values), max(values)
     if middle is not None:

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.text import Text
-from rich.tree import Tree
 
 from recall_merge.cli import terminal_charts
 from recall_merge.cli.console import out, print_json, print_notes, progress, table
@@ -187,7 +185,10 @@ def _print_status(folder: Path, now: Status) -> None:
         console.print(missing)
 
 
-def _tree(state: State) -> Tree:
+def _tree(state: State) -> Any:
+    from rich.text import Text
+    from rich.tree import Tree
+
     def label(number: int, words: str) -> Text:
         return Text(f"{number} {words}" + ("  <- now" if number == state.head else ""), style="bold" if number == state.head else "")
 
