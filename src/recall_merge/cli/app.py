@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 
 import typer
@@ -31,7 +30,6 @@ for command in COMMANDS:
 
 def main() -> None:
     """Run the command. Every error that the library raises is printed; the exit status is 0 only on success."""
-    gc.set_threshold(50_000, 20, 20)  # imports make millions of objects that stay: searching them for garbage takes a tenth of the time
     try:
         app(prog_name="recall")
     except RecallError as error:
