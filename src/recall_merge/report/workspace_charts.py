@@ -44,7 +44,7 @@ def numbers(rows: Sequence[Mapping[str, Any]]) -> Any:
     """The metrics of continual learning with their intervals.    rows: at (position), name, value, low, high."""
     alt = altair()
     names = _names([row["name"] for row in rows])
-    base = chart_of(rows).encode(y=alt.Y("at:O", title=None, axis=alt.Axis(labelExpr=f"{names}[datum.value]", labelLimit=170)))
+    base = chart_of(rows).encode(y=alt.Y("at:O", title=None, axis=alt.Axis(labelExpr=f"{names}[datum.value]", labelLimit=240)))
     zero = chart_of([{"zero": 0}]).mark_rule(aria=False, opacity=0.4).encode(x="zero:Q")
     dots = base.mark_point(filled=True, size=80, color=WON, opacity=1).encode(
         x=alt.X("value:Q", title="with 95 % interval"),
