@@ -1,13 +1,17 @@
 """The main job, whole: what is merged equals an independent computation, in every family, from checkpoints and adapters."""
 
+import asyncio
 import json
 import re
 import shutil
+import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from recall_merge import MergeRun, RecallError, merge, verify
 from tiny import FAMILIES, fine_tuned, load_model, load_tensors, lora, make_model, make_tokenizer, merged_by_peft, save_model, write_rows
@@ -276,3 +280,52 @@ def test_result_reports_rows_that_were_left_out(two, tmp_path):
     assert f"2 of {len(ROWS) + 2} rows are empty or repeat another and were left out" in result.notes
     assert any("no more than the 30 samples asked for" in note for note in result.notes)
     assert [sample["row"] for sample in result.record["samples"]] == list(range(len(ROWS)))
+
+
+def test_merges_in_threads_at_the_same_time_give_the_same_bytes_and_leave_the_process_as_it_was(two, rows, tmp_path):
+    """As `asyncio.to_thread` runs them: one in float32, one in bfloat16, again and again, none waiting for the other."""
+    base, a, b = two("llama")
+    run = {"samples": {"path": str(rows), "count": 3}, "threads": 2}
+    runs = {precision: run | {"weights": {"recall": {"precision": precision}}} for precision in ("float32", "bfloat16")}
+
+    def merged(precision, label):
+        merge(a_run(base, {"a": a, "b": b}, tmp_path / f"{precision}-{label}", **runs[precision]))
+        return tensor_bytes(tmp_path / f"{precision}-{label}")
+
+    def state():
+        noise = transformers.utils.logging
+        filters, bars = [*warnings.filters], noise.is_progress_bar_enabled()
+        return torch.nn.Module.register_parameter, torch.get_default_dtype(), torch.get_num_threads(), noise.get_verbosity(), bars, filters
+
+    async def both(label):
+        return await asyncio.gather(*(asyncio.to_thread(merged, precision, label) for precision in runs))
+
+    alone, before = [merged(precision, "alone") for precision in runs], state()
+    for label in range(3):
+        assert asyncio.run(both(label)) == alone
+        assert state() == before
+
+
+def test_a_change_to_the_process_is_undone_by_the_last_thread_out():
+    """The first one in leaves before the second: neither may put back what the other has set."""
+    from recall_merge.evaluation.lm_eval_private import silence
+    from recall_merge.models.load import hushed
+    from recall_merge.runtime.parallel import one_thread
+
+    def state():
+        return torch.get_num_threads(), transformers.utils.logging.get_verbosity(), [*warnings.filters], sys.stdout
+
+    torch.set_num_threads(2)
+    try:
+        before = state()
+        for change in (hushed, one_thread, silence):
+            first, second = change(), change()
+            first.__enter__()
+            during = state()
+            second.__enter__()
+            first.__exit__(None, None, None)
+            assert state() == during != before
+            second.__exit__(None, None, None)
+            assert state() == before
+    finally:
+        torch.set_num_threads(1)

@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 from recall_merge.models.hidden_states import padded
 from recall_merge.models.load import load_config, quiet
 from recall_merge.models.transformers_private import is_stateful
+from recall_merge.runtime.parallel import process_wide
 from recall_merge.runtime.progress import Progress
 
 Tokens = list[int]
@@ -170,6 +171,7 @@ class _NoBar(tqdm.tqdm):
         super().__init__(*args, **{**kwargs, "disable": True})
 
 
+@process_wide
 @contextmanager
 def silence() -> Iterator[None]:
     """Keep the bars, hints and prints of lm-eval and transformers off the terminal; what matters is raised."""

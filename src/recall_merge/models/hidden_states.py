@@ -66,7 +66,7 @@ def pooled_hidden_states(
     finally:
         for hook in hooks:
             hook.remove()
-    states = torch.empty(len(wanted), len(tokens), parts[0].shape[-1])
+    states = torch.empty(len(wanted), len(tokens), parts[0].shape[-1], dtype=torch.float32)
     for batch, part in zip(batches, parts, strict=True):
         states[:, batch] = part
     return states

@@ -96,7 +96,7 @@ class LayerwiseForward:
     def _join(self, parts: Sequence[Tensor]) -> Tensor:
         """The states that the batches have reached, in the order of the texts."""
         self.layer += 1
-        states = torch.empty(self._rows, parts[0].shape[-1])
+        states = torch.empty(self._rows, parts[0].shape[-1], dtype=torch.float32)
         for batch, part in zip(self._batches, parts, strict=True):
             states[batch.rows] = part
         return states

@@ -15,6 +15,7 @@ from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.files.experts import AdapterExpert, own_tensors
 from recall_merge.files.vocabulary import read_vocabulary
 from recall_merge.runtime.errors import CheckpointError
+from recall_merge.runtime.parallel import process_wide
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -118,6 +119,7 @@ def refused_by_transformers(folder: Path) -> Iterator[None]:
             raise CheckpointError(f"transformers cannot build this model: {_first_line(error)}", where=folder, fix=ONLY_KNOWN) from error
 
 
+@process_wide
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep transformers' progress bars and hints off the terminal; what matters is raised."""
@@ -134,6 +136,7 @@ def quiet() -> Iterator[None]:
             noise.enable_progress_bar()
 
 
+@process_wide
 @contextmanager
 def hushed() -> Iterator[None]:
     """As `quiet`, and without other packages' warnings of future changes."""

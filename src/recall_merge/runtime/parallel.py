@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -18,17 +19,46 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def process_wide(change: Callable[[], AbstractContextManager[None]]) -> Callable[[], AbstractContextManager[None]]:
+    """A change to the whole process that threads share: the first one in makes it, the last one out undoes it."""
+    lock, inside = threading.Lock(), list[AbstractContextManager[None]]()
+
+    @contextmanager
+    def shared() -> Iterator[None]:
+        with lock:
+            inside.append(inside[0] if inside else change())
+            if len(inside) == 1:
+                inside[0].__enter__()
+        try:
+            yield
+        finally:
+            with lock:
+                made = inside.pop()
+                if not inside:
+                    made.__exit__(None, None, None)
+
+    return shared
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Inside the block, each of torch's operations runs on one thread."""
     import torch
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with _number_kept():
+        torch.set_num_threads(1)
         yield
-    finally:
-        torch.set_num_threads(before)
+
+
+@process_wide
+@contextmanager
+def _number_kept() -> Iterator[None]:
+    """torch's number of threads, put back. MKL has one number for all threads: nobody else may still rely on one."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def in_order(function: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:

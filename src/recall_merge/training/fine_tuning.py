@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from recall_merge.training.settings import TrainSettings, check_arguments
 if TYPE_CHECKING:
     from recall_merge.training.trl_private import Trainer
 
+TRAIN_LOCK = threading.Lock()  # trainings of one process take turns: they draw from one random generator
 SETS = ("target_modules", "exclude_modules", "modules_to_save")  # keys of an adapter's config
 
 
@@ -87,7 +89,7 @@ def train(
     _check_out(out, overwrite)
     start = time.monotonic()
     checkpoint = checkpoints.open_folder(work, key)
-    with hushed():
+    with hushed(), TRAIN_LOCK:
         model = _make_model(base, settings, init_from)
         arguments["output_dir"] = str(work)
         trainer = _make_trainer(model, tokenizer, encoded, settings, arguments, progress=progress, callbacks=callbacks)
