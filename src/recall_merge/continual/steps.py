@@ -29,7 +29,7 @@ from recall_merge.runtime.errors import CheckpointError
 from recall_merge.runtime.progress import Progress
 
 KEY = "key.json"  # in the folder of an expert's statistics
-SCORES_FORMAT = 2  # of the files that keep scores; part of their key
+SCORES_FORMAT = 3  # of the files that keep scores; part of their key
 
 
 def key_of(facts: Mapping[str, Any]) -> str:

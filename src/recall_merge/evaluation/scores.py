@@ -79,9 +79,9 @@ def score_tasks(
     from recall_merge.evaluation.lm_eval_private import LocalModel, silence
 
     from_rows, named = [task for task in tasks if task.rows is not None], [task for task in tasks if task.rows is None]
-    with silence(), _restored(model, tokenizer):
+    with silence(), _greedy(model, tokenizer) as ends:
         objects = load_named([task.name for task in named])
-        definitions = {task.name: define(task, tokenizer, template=template) for task in from_rows}
+        definitions = {task.name: define(task, tokenizer, template=template, ends=ends) for task in from_rows}
         local = LocalModel(model, tokenizer, batch_size=batch_size, progress=progress or Silent())
         _check_lengths(definitions, tokenizer, local.max_length).raise_any(DataError)
         scores: dict[str, TaskScore] = {}
@@ -121,12 +121,23 @@ def _check_lengths(definitions: Mapping[str, Definition], tokenizer: Any, window
 
 
 @contextmanager
-def _restored(model: Any, tokenizer: Any) -> Iterator[None]:
-    """Undo what lm-eval changes: it puts a model into evaluation mode, and gives a tokenizer without a padding token another one."""
-    training, pad = model.training, tokenizer.pad_token
+def _greedy(model: Any, tokenizer: Any) -> Iterator[list[int]]:
+    """All models write by the same rules: greedily, each until its own end tokens, which are given. What the file of a generation config
+    says beside them (penalties, limits, beams, suppressed tokens) would score the same weights differently by where they come from.
+
+    Undone at the end, with what lm-eval changes: it puts a model into evaluation mode, and gives a tokenizer without a padding token
+    another one.
+    """
+    from transformers import GenerationConfig
+
+    before, training, pad = model.generation_config, model.training, tokenizer.pad_token
+    ids = {name: getattr(before, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")}
+    model.generation_config = GenerationConfig(**ids)
+    ends = ids["eos_token_id"]
     try:
-        yield
+        yield ends if isinstance(ends, list) else [ends] if ends is not None else []
     finally:
+        model.generation_config = before
         model.train(training)
         tokenizer.pad_token = pad
 

@@ -114,7 +114,7 @@ def _check_rows(task: TaskSpec, rows: Sequence[Row]) -> None:
     faults.raise_any(DataError)
 
 
-def define(task: TaskSpec, tokenizer: Any, *, template: bool = True) -> Definition:
+def define(task: TaskSpec, tokenizer: Any, *, template: bool = True, ends: Sequence[int] = ()) -> Definition:
     """A task from rows in lm-eval's form. Its texts are rendered as for training (`render`): the prompt holds the chat template.
 
     Choices: the words of each choice after the prompt are scored, without the end of the turn, which all have in common. Where one choice
@@ -140,7 +140,7 @@ def define(task: TaskSpec, tokenizer: Any, *, template: bool = True) -> Definiti
         kind = {
             "output_type": "generate_until",
             "doc_to_target": "answers",
-            "generation_kwargs": _generation(task.rows, tokenizer, template),
+            "generation_kwargs": _generation(task.rows, tokenizer, template, ends),
             "process_results": Function(f"process_{task.chosen_metric}"),
         }
     config = {
@@ -176,7 +176,7 @@ def _without_end(completion: str, answer: str) -> str:
     return completion if start < 0 else completion[: start + len(answer.strip())]
 
 
-def _generation(rows: Sequence[Row], tokenizer: Any, template: bool) -> dict[str, Any]:
+def _generation(rows: Sequence[Row], tokenizer: Any, template: bool, ends: Sequence[int]) -> dict[str, Any]:
     completions = [render(row, tokenizer, template=template).completion for row in rows]
     if tokenizer.eos_token_id is None:
         raise CheckpointError("the tokenizer has no end token, so no answer ends", fix="set `eos_token` in its tokenizer_config.json")
@@ -191,7 +191,7 @@ def _generation(rows: Sequence[Row], tokenizer: Any, template: bool) -> dict[str
         "until": ["\n"] if one_line else [],
         # subtle: by default the model's generation config says where to stop, and may say nothing; lm-eval then drops the end token from
         # the text but keeps what was written after it
-        "eos_token_id": list(dict.fromkeys([tokenizer.eos_token_id, *special])),
+        "eos_token_id": list(dict.fromkeys([tokenizer.eos_token_id, *special, *ends])),
     }
 
 

@@ -71,7 +71,7 @@ def build_model(
 
     Raises CheckpointError if transformers does not know the architecture, or finds tensors missing or unexpected.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
 
     config = load_config(folder, vocabulary_size=vocabulary_size)
     with refused_by_transformers(folder), BUILD_LOCK:
@@ -79,6 +79,8 @@ def build_model(
         source = folder if tensors is None else None
         state = None if tensors is None else dict(tensors)
         model, info = architecture.from_pretrained(source, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
+        if tensors is not None and (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             raise CheckpointError(f"transformers finds {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:5]}", where=folder)

@@ -1,0 +1,74 @@
+"""What a model's own files may not change: how it is asked."""
+
+import json
+
+import pytest
+import torch
+
+from recall_merge.evaluation.scores import score_tasks
+from recall_merge.evaluation.tasks import TaskSpec
+from recall_merge.files.rows import parse_rows
+from recall_merge.models.load import build_model, load_model
+from tiny import edit_json, load_tensors, make_model, make_tokenizer, save_model
+
+PROMPTS = ["the quick brown", "is this a good film? say yes or no", "jump over it"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_model(make_model(seed=3), tmp_path_factory.mktemp("scores") / "model")
+
+
+def written(model, tokenizer, prompt: str, count: int) -> str:
+    """What a model writes greedily, in plain torch."""
+    ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    start = ids.shape[1]
+    with torch.no_grad():
+        for _ in range(count):
+            ids = torch.cat([ids, model(ids).logits[:, -1].argmax(-1, keepdim=True)], 1)
+    return tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
+
+
+RULES = {
+    "repetition_penalty": 1.5,
+    "no_repeat_ngram_size": 1,
+    "max_new_tokens": 1,
+    "min_new_tokens": 20,
+    "max_time": 1e-9,
+    "num_beams": 4,
+    "exponential_decay_length_penalty": [1, 9.0],
+    "forced_eos_token_id": 5,
+    "bad_words_ids": [[40], [41], [42]],
+}
+
+
+@pytest.mark.parametrize("place", ["generation_config.json", "config.json"])
+def test_a_generation_config_changes_no_score(folder, tmp_path, place):
+    """The right answers are those of plain torch; a folder with rules of its own is scored as the same weights in memory are."""
+    tokenizer, plain = make_tokenizer(), make_model(seed=3)
+    rows = parse_rows([{"prompt": prompt, "completion": written(plain, tokenizer, prompt, 12)} for prompt in PROMPTS], where="rows")
+    task = TaskSpec("t", rows)
+    [bare] = score_tasks(*load_model(folder, device="cpu"), [task])
+    assert all(item.prediction.startswith(row.completion) for item, row in zip(bare.items, rows, strict=True))
+    for key, value in RULES.items():
+        ruled = save_model(plain, tmp_path / key)
+        edit_json(ruled / place, **{key: value})
+        model, tokenizer = load_model(ruled, device="cpu")
+        [score] = score_tasks(model, tokenizer, [task])
+        assert score == bare, key
+        assert json.loads((ruled / place).read_text())[key] == value
+        in_memory = build_model(ruled, load_tensors(ruled))
+        assert score_tasks(in_memory, tokenizer, [task]) == [bare], key
+
+
+def test_a_model_stops_at_its_own_end_tokens(folder, tmp_path):
+    tokenizer, plain = make_tokenizer(), make_model(seed=3)
+    long = written(plain, tokenizer, PROMPTS[0], 12)
+    end = tokenizer(long, add_special_tokens=False)["input_ids"][5]
+    ended = save_model(plain, tmp_path / "ended")
+    edit_json(ended / "generation_config.json", eos_token_id=[2, end])
+    rows = parse_rows([{"prompt": PROMPTS[0], "completion": long}], where="rows")
+    for model in (load_model(ended, device="cpu")[0], build_model(ended, load_tensors(ended))):
+        [score] = score_tasks(model, tokenizer, [TaskSpec("t", rows)])
+        assert score.items[0].prediction == written(plain, tokenizer, PROMPTS[0], 6)
+        assert model.generation_config.eos_token_id == [2, end]
