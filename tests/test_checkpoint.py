@@ -13,7 +13,7 @@ from recall_merge.files.hashing import same_weights
 from recall_merge.files.safetensors import RemoteFile, TensorSpec
 from recall_merge.files.same_architecture import named_like
 from recall_merge.runtime.errors import CheckpointError
-from tiny import FAMILIES, edit_json, fine_tuned, load_tensors, make_model, save_model
+from tiny import FAMILIES, edit_json, fine_tuned, load_model, load_tensors, make_model, save_model
 
 
 @pytest.fixture
@@ -104,21 +104,38 @@ class TestATiedHead:
         embedding = load_tensors(tied)["model.embed_tokens.weight"]
         write(tied, lm_head__weight=embedding.clone())
         assert "lm_head.weight" not in open_checkpoint(tied).tensors
-        edit_json(tied / "config.json", tie_word_embeddings=None)  # not said: equal bytes say it
-        assert "lm_head.weight" not in open_checkpoint(tied).tensors
+
+    @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "neox"])
+    @pytest.mark.parametrize("tie", [True, False, None])
+    def test_is_what_transformers_takes_for_one(self, tmp_path, family, tie):
+        """Equal bytes alone tie nothing: where the config is silent, the default of its class counts."""
+        folder = save_model(make_model(family, tie_word_embeddings=True), tmp_path / "model")
+        edit_json(folder / "config.json", tie_word_embeddings=None)
+        if tie is not None:
+            edit_json(folder / "config.json", tie_word_embeddings=tie)
+        head = "embed_out.weight" if family == "neox" else "lm_head.weight"
+        embedding = open_checkpoint(folder).embedding
+        tensors = load_tensors(folder)
+        write(folder, **{head.replace(".", "__"): tensors[embedding].clone()})
+        loaded = load_model(folder)
+        is_one = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+        found = open_checkpoint(folder)
+        assert found.is_tied is is_one
+        assert (head in found.tensors) is not is_one
+        if tie is not None:
+            assert is_one is tie
 
     def test_that_differs_is_refused_if_the_config_ties_it(self, tied):
         write(tied, lm_head__weight=load_tensors(tied)["model.embed_tokens.weight"] + 1)
         what = "the config ties head and embedding, yet 'lm_head.weight' differs from 'model.embed_tokens.weight'"
         refusal(tied, what, "set tie_word_embeddings to false in config.json if the head was trained apart")
 
-    def test_is_its_own_if_the_config_says_so_or_the_bytes_differ(self, tied):
+    def test_is_its_own_if_the_config_says_so(self, tied):
         embedding = load_tensors(tied)["model.embed_tokens.weight"]
         write(tied, lm_head__weight=embedding.clone())
         edit_json(tied / "config.json", tie_word_embeddings=False)
         assert open_checkpoint(tied).token_tensors == ("model.embed_tokens.weight", "lm_head.weight")
         write(tied, lm_head__weight=embedding + 1)
-        edit_json(tied / "config.json", tie_word_embeddings=None)
         assert open_checkpoint(tied).token_tensors == ("model.embed_tokens.weight", "lm_head.weight")
 
 

@@ -203,7 +203,7 @@ def test_whether_a_head_is_tied_is_seen_from_its_start(hub, ask, tmp_path, tied)
 
     repo = save_model(make_model("llama", hidden_size=256), tmp_path / "repo")
     config = json.loads((repo / "config.json").read_text())
-    del config["tie_word_embeddings"]
+    config["tie_word_embeddings"] = tied
     (repo / "config.json").write_text(json.dumps(config))
     tensors = load_file(repo / "model.safetensors")
     if tied:

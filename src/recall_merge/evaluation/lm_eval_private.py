@@ -30,10 +30,11 @@ from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
 from recall_merge.models.hidden_states import padded
-from recall_merge.models.load import load_config, quiet
+from recall_merge.models.load import load_config
 from recall_merge.models.transformers_private import is_stateful
 from recall_merge.runtime.parallel import process_wide
 from recall_merge.runtime.progress import Progress
+from recall_merge.runtime.quiet import quiet
 
 Tokens = list[int]
 Request = tuple[Any, Tokens, Tokens]  # lm-eval's request, the tokens of the context and of the continuation

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from recall_merge.files.resolved_config import resolved
 from recall_merge.files.safetensors import FLOATS, PACKED, RemoteFile, StoredTensor, TensorSpec, read_header
 from recall_merge.maths.layers import Layers, find_layers
 from recall_merge.runtime.errors import CheckpointError, Faults, short
@@ -96,7 +97,7 @@ class Checkpoint:
     @property
     def is_tied(self) -> bool:
         """Whether the head is the embedding, not a tensor of its own."""
-        return not any(map(self.is_head, self.tensors))
+        return self.config.get("tie_word_embeddings") is not False and not any(map(self.is_head, self.tensors))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -243,15 +244,16 @@ def _setting(config: Mapping[str, Any], key: str) -> Any:
 
 
 def _without_tied_head(checkpoint: Checkpoint) -> Checkpoint:
-    """Leave out a head that is the embedding stored twice. If the config does not say that they are tied, equal bytes do."""
-    tied, stored = _setting(checkpoint.config, "tie_word_embeddings"), checkpoint.tensors
+    """Leave out a head that is the embedding stored twice: the config says whether it is, or else its class's default does."""
+    config, stored = checkpoint.config, checkpoint.tensors
     head = next((name for name in stored if checkpoint.is_head(name) and name.endswith("weight")), None)
-    if tied is False or head is None:
+    if head is None or config.get("tie_word_embeddings") is False:
         return checkpoint
-    if stored[head].same_bytes(stored[checkpoint.embedding]):
-        return replace(checkpoint, tensors={name: tensor for name, tensor in stored.items() if name != head})
-    if tied:
+    same, tied = stored[head].same_bytes(stored[checkpoint.embedding]), config.get("tie_word_embeddings")
+    if tied is None:  # what an unknown class says, nobody knows: equal bytes stay one tensor, as its loader may expect
+        tied = (resolved(config) or {}).get("tie_word_embeddings", _setting(config, "tie_word_embeddings") or same)
+    if tied and not same:
         what = f"the config ties head and embedding, yet '{head}' differs from '{checkpoint.embedding}'"
         fix = "set tie_word_embeddings to false in config.json if the head was trained apart; else save the model again"
         raise CheckpointError(what, where=checkpoint.folder, fix=fix)
-    return checkpoint
+    return replace(checkpoint, tensors={name: tensor for name, tensor in stored.items() if name != head}) if tied else checkpoint

@@ -8,14 +8,16 @@ from typing import Any
 
 from recall_merge.files.checkpoint import Checkpoint
 from recall_merge.files.hashing import same_weights
+from recall_merge.files.resolved_config import resolved
 from recall_merge.maths.layers import Layers
 from recall_merge.runtime.errors import CheckpointError, Faults
 
 HARMLESS = {  # settings of a config that may differ from the base's without changing what the weights mean
     "_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout", "attn_pdrop", "auto_map", "bos_token_id",
-    "dtype", "embd_pdrop", "eos_token_id", "hidden_dropout", "hidden_dropout_prob", "initializer_range", "max_length",
-    "output_router_logits", "pad_token_id", "resid_pdrop", "router_aux_loss_coef", "task_specific_params", "tokenizer_class",
-    "torch_dtype", "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache", "vocab_size",
+    "dtype", "embd_pdrop", "eos_token_id", "hidden_dropout", "hidden_dropout_prob", "id2label", "initializer_range", "label2id",
+    "max_length", "num_labels", "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id", "problem_type",
+    "resid_pdrop", "return_dict", "router_aux_loss_coef", "task_specific_params", "tokenizer_class", "torch_dtype",
+    "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache", "vocab_size",
 }  # fmt: skip
 
 
@@ -51,7 +53,7 @@ def check_checkpoint(
         fix = "leave `is_base` out" if is_base else "list only models that were fine-tuned from the base, or say `is_base: true`"
         raise CheckpointError(what, where=where, fix=fix)
     fix = "experts must be fine-tuned from the base, with the same architecture"
-    for key, theirs, ours in [*_differences(expert.config, base.config)][:8]:
+    for key, theirs, ours in _settings_that_differ(expert.config, base.config)[:8]:
         faults.add(f"expert '{name}' has {key} {theirs!r}; the base has {ours!r}", where=where / "config.json", fix=fix)
     fix = "fine-tune it from this base, or name the tensor under `skip:` to keep the base's"
     theirs_all, ours_all = ({tensor for tensor in model.tensors if not skipped(tensor)} for model in (expert, base))
@@ -68,14 +70,31 @@ def check_checkpoint(
     faults.raise_any(CheckpointError)
 
 
-def _differences(expert: Mapping[str, Any], base: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Settings that differ. One that a config leaves out has its default; if that mattered, the shapes of the weights would differ."""
-    for key, ours in base.items():
-        theirs = expert.get(key)
-        if key in HARMLESS or ours is None or theirs is None or ours == theirs:
+def _settings_that_differ(expert: Mapping[str, Any], base: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Settings that differ, as transformers' class of the architecture resolves them: only it knows the value of one that is left out.
+
+    Where transformers cannot be asked, one that is left out or null equals one that is off (0, false, empty), and no other.
+    """
+    written = [*_differences(expert, base)]
+    if not written or expert.get("model_type") != base.get("model_type"):
+        return [(key, theirs, ours) for key, theirs, ours in written if theirs is not None and ours is not None]
+    theirs_resolved, ours_resolved = resolved(expert), resolved(base)
+    if theirs_resolved is None or ours_resolved is None:
+        return [(key, theirs, ours) for key, theirs, ours in written if theirs or ours]
+    return [*_differences(theirs_resolved, ours_resolved, unread=False)]
+
+
+def _differences(
+    expert: Mapping[str, Any], base: Mapping[str, Any], prefix: str = "", *, unread: bool = True
+) -> Iterator[tuple[str, Any, Any]]:
+    """Settings that differ. `unread`: also those that a resolved config has only because the file did, which its class never reads."""
+    for key in {**base, **expert}:
+        theirs, ours = expert.get(key), base.get(key)
+        one_sided = (key in expert) != (key in base)
+        if key in HARMLESS or (one_sided and not unread and "model_type" in base) or (theirs == ours and not one_sided):
             continue
         if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-            yield from _differences(theirs, ours, f"{prefix}{key}.")
+            yield from _differences(theirs, ours, f"{prefix}{key}.", unread=unread)
         else:
             yield prefix + key, theirs, ours
 

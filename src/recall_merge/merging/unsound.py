@@ -72,7 +72,7 @@ class DeltaSizes:
             return
         refuse_nonfinite(self._plan)
         faults = Faults()
-        fix = "its training went wrong: take an earlier checkpoint, `skip` the tensor, or give `change_limit: null` to merge it anyway"
+        fix = "its training went wrong: take an earlier checkpoint, or `skip` the tensor to keep the base's"
         for number, tensors in sorted(excessive.items()):
             expert = self._plan.experts[number]
             more = f"; {len(tensors) - 1} more tensors likewise" if len(tensors) > 1 else ""

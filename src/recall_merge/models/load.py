@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ from recall_merge.files.experts import AdapterExpert, own_tensors
 from recall_merge.files.vocabulary import read_vocabulary
 from recall_merge.runtime.errors import CheckpointError
 from recall_merge.runtime.parallel import process_wide
+from recall_merge.runtime.quiet import quiet
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,23 +119,6 @@ def refused_by_transformers(folder: Path) -> Iterator[None]:
             yield
         except (ValueError, OSError, RuntimeError, KeyError) as error:
             raise CheckpointError(f"transformers cannot build this model: {_first_line(error)}", where=folder, fix=ONLY_KNOWN) from error
-
-
-@process_wide
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and hints off the terminal; what matters is raised."""
-    from transformers.utils import logging as noise
-
-    level, bars = noise.get_verbosity(), noise.is_progress_bar_enabled()
-    noise.set_verbosity(logging.ERROR)
-    noise.disable_progress_bar()
-    try:
-        yield
-    finally:
-        noise.set_verbosity(level)
-        if bars:
-            noise.enable_progress_bar()
 
 
 @process_wide

@@ -19,8 +19,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
-from recall_merge.models.load import quiet
 from recall_merge.runtime.errors import CheckpointError
+from recall_merge.runtime.quiet import quiet
 
 
 class TensorLoader:
