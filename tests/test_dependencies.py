@@ -74,9 +74,15 @@ def test_private_parts_of_transformers():
         "transformers",
         {
             "transformers.core_model_loading.convert_and_load_state_dict_in_model": "model state_dict load_config",
+            "transformers.core_model_loading.rename_source_key": (
+                "source_key weight_renamings weight_converters base_model_prefix meta_state_dict"
+            ),
+            "transformers.core_model_loading.apply_renamings": "source_key weight_renamings",
+            "transformers.core_model_loading.build_glob_alternation": "globs",
             "transformers.conversion_mapping.get_model_conversion_mapping": "model",
             "transformers.modeling_utils.LoadStateDictConfig": "* dtype dtype_plan weight_mapping",
             "transformers.PreTrainedModel._get_dtype_plan": "self dtype",
+            "transformers.PreTrainedModel._from_config": "config",
             "transformers.Trainer._get_train_sampler": "self train_dataset",
         },
         {"transformers.Trainer": "_train_batch_size"},

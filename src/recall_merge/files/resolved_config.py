@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
 from recall_merge.runtime.quiet import quiet
+
+BUILD_LOCK = threading.RLock()  # while transformers builds a model, it changes torch's default dtype for all threads
 
 
 def resolved(config: Mapping[str, Any]) -> dict[str, Any] | None:

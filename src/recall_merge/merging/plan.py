@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from recall_merge.files.checkpoint import Checkpoint
 from recall_merge.files.experts import AdapterExpert, BaseExpert, Expert, FullExpert
 from recall_merge.files.hashing import FileStates
 from recall_merge.files.hub import Located
+from recall_merge.files.names import in_memory
 from recall_merge.files.output import OutputFolder, Shard, free_bytes, plan_shards
 from recall_merge.files.rows import Row, read_rows
 from recall_merge.files.safetensors import CODES, TensorSpec
@@ -157,7 +158,7 @@ def make_plan(run: MergeRun, *, writes: bool = True, download: bool = True) -> P
     vocabulary, vocabulary_notes = planned or (None, [])
     _check_skip(run, [base, *(expert.source for expert in experts if isinstance(expert, FullExpert))], faults)
     _check_dtypes(run, base, experts, faults)
-    specs = _result_specs(run, base, vocabulary)
+    specs = _result_specs(run, base, vocabulary, _kept_in_float32(run, base, experts))
     if writes and run.out.path is not None:
         faults.attempt(_check_space, run.out.path, sum(spec.nbytes for spec in specs.values()))
     faults.raise_any()
@@ -233,11 +234,20 @@ def _check_space(path: Path, needed: int) -> None:
         raise OutputError(what, where=path, fix="make room, or choose another disk")
 
 
-def _result_specs(run: MergeRun, base: Checkpoint, vocabulary: Vocabulary | None) -> dict[str, TensorSpec]:
+def _kept_in_float32(run: MergeRun, base: Checkpoint, experts: Sequence[Expert]) -> set[str]:
+    """Tensors that the architecture keeps in float32 when the model is cast, such as the bias of a router."""
+    sources = [base, *(expert.source for expert in experts if isinstance(expert, FullExpert))]
+    if run.out.dtype in ("auto", "float32") or all(source.dtypes == {run.out.dtype} for source in sources):
+        return set()
+    model = in_memory(base.config, run.out.dtype)
+    return set() if model is None else model.kept_wider(base.tensors)
+
+
+def _result_specs(run: MergeRun, base: Checkpoint, vocabulary: Vocabulary | None, kept: Collection[str]) -> dict[str, TensorSpec]:
     specs: dict[str, TensorSpec] = {}
     for name in sorted(base.tensors, key=base.layers.of):  # a stable sort: within a layer, the base's own order
         spec = base.tensors[name].spec
-        dtype = CODES[run.out.dtype] if run.out.dtype != "auto" and spec.is_float else spec.dtype
+        dtype = CODES["float32" if name in kept else run.out.dtype] if run.out.dtype != "auto" and spec.is_float else spec.dtype
         rows = (vocabulary.size,) if vocabulary is not None and name in base.token_tensors else spec.shape[:1]
         specs[name] = TensorSpec(dtype, (*rows, *spec.shape[1:]))
     return specs

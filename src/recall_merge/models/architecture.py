@@ -12,7 +12,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from recall_merge.models.load import BUILD_LOCK, load_config, refused_by_transformers
+from recall_merge.files.resolved_config import BUILD_LOCK
+from recall_merge.models.load import load_config, refused_by_transformers
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from recall_merge.files.adapter import is_adapter, open_adapter
 from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.files.experts import AdapterExpert, own_tensors
+from recall_merge.files.resolved_config import BUILD_LOCK
 from recall_merge.files.vocabulary import read_vocabulary
 from recall_merge.runtime.errors import CheckpointError
 from recall_merge.runtime.parallel import process_wide
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ONLY_KNOWN = "only architectures that transformers itself knows can be run; recall never runs code from a checkpoint"
-BUILD_LOCK = threading.RLock()  # while transformers builds a model, it changes torch's default dtype for all threads
 
 
 def load_model(folder: Path, base: Path | None = None, *, device: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
