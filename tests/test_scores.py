@@ -9,7 +9,7 @@ from recall_merge.evaluation.scores import score_tasks
 from recall_merge.evaluation.tasks import TaskSpec
 from recall_merge.files.rows import parse_rows
 from recall_merge.models.load import build_model, load_model
-from tiny import edit_json, load_tensors, make_model, make_tokenizer, save_model
+from tiny import edit_json, forced, load_tensors, make_model, make_tokenizer, save_model
 
 PROMPTS = ["the quick brown", "is this a good film? say yes or no", "jump over it"]
 
@@ -72,3 +72,30 @@ def test_a_model_stops_at_its_own_end_tokens(folder, tmp_path):
         [score] = score_tasks(model, tokenizer, [TaskSpec("t", rows)])
         assert score.items[0].prediction == written(plain, tokenizer, PROMPTS[0], 6)
         assert model.generation_config.eos_token_id == [2, end]
+
+
+@pytest.mark.parametrize("said", ["\nthe dog", "\n\n the dog\nand the fox", " the dog\n\nand the fox", " the dog"])
+def test_an_answer_that_begins_with_or_holds_a_new_line_is_read(said):
+    tokenizer = make_tokenizer()
+    rows = parse_rows(
+        [{"prompt": "is it good?", "completion": said}, {"prompt": "is it the other?", "completion": "\nthe dog"}], where="rows"
+    )
+    model = forced(tokenizer, ["".join((row.plain, row.completion)) for row in rows])
+    [score] = score_tasks(model, tokenizer, [TaskSpec("t", rows)])
+    assert [item.prediction for item in score.items] == [said.strip(), "the dog"]
+    assert score.score == 1.0
+
+
+def test_a_further_right_answer_may_be_longer_and_have_more_lines():
+    tokenizer = make_tokenizer()
+    long = "the quick brown fox jumps over the lazy dog\nand the other dog sees it"
+    rows = parse_rows([{"prompt": "is it good?", "completion": " dog"}], where="rows")
+    [score] = score_tasks(forced(tokenizer, [f"is it good? {long}"]), tokenizer, [TaskSpec("t", rows, answers={0: [long]})])
+    assert (score.items[0].prediction, score.score) == (long, 1.0)
+
+
+def test_one_line_counts_where_the_right_answers_have_one():
+    tokenizer = make_tokenizer()
+    rows = parse_rows([{"prompt": "is it good?", "completion": " the dog"}], where="rows")
+    [score] = score_tasks(forced(tokenizer, ["is it good?\n the dog\nis it"]), tokenizer, [TaskSpec("t", rows)])
+    assert (score.items[0].prediction, score.score) == ("the dog", 1.0)

@@ -18,14 +18,14 @@ def row(**fields):
 
 
 def test_without_a_template(tokenizer):
-    assert render(row(prompt="is it?", completion=" yes"), tokenizer) == ("is it?", " yes</s>")
-    assert render(row(text="all of it"), tokenizer) == ("", "all of it</s>")
+    assert render(row(prompt="is it?", completion=" yes"), tokenizer) == ("is it?", " yes", "</s>")
+    assert render(row(text="all of it"), tokenizer) == ("", "all of it", "</s>")
 
 
 def test_with_a_template_the_turn_ends_as_the_template_ends_it(chat_tokenizer):
     found = render(row(prompt="is it?", completion=" yes"), chat_tokenizer)
-    assert found == ("<s>user\nis it?</s>\n<s>assistant\n", "yes</s>\n")
-    assert render(row(prompt="is it?", completion=" yes"), chat_tokenizer, template=False) == ("is it?", " yes</s>")
+    assert found == ("<s>user\nis it?</s>\n<s>assistant\n", "yes", "</s>\n")
+    assert render(row(prompt="is it?", completion=" yes"), chat_tokenizer, template=False) == ("is it?", " yes", "</s>")
 
 
 def test_messages_keep_their_turns(chat_tokenizer):

@@ -77,6 +77,33 @@ def make_tokenizer(*, template: bool = False) -> Any:
     return tokenizer
 
 
+def forced(tokenizer: Any, texts: list[str]) -> Any:
+    """A real model that, wherever what it reads begins one of the texts, goes on with that text, and then ends."""
+    model = make_model(vocab_size=len(tokenizer), max_position_embeddings=4096)
+    plans = [[*tokenizer(text, add_special_tokens=False)["input_ids"], 2] for text in texts]
+    forward = model.forward
+
+    def says(input_ids: Any = None, past_key_values: Any = None, **kwargs: Any) -> Any:
+        before = getattr(past_key_values, "read", [[]])
+        out = forward(input_ids=input_ids, past_key_values=past_key_values, **kwargs)
+        before = before * len(input_ids) if len(before) == 1 else before
+        rows = [old + new for old, new in zip(before, input_ids.tolist(), strict=True)]
+        if out.past_key_values is not None:
+            out.past_key_values.read = rows
+        for number, ids in enumerate(rows):
+            padding = next(i for i, token in enumerate(ids) if token)
+            for position in range(out.logits.shape[1]):
+                read = ids[padding : len(ids) - out.logits.shape[1] + position + 1]
+                for plan in plans:
+                    if read and plan[: len(read)] == read and len(read) < len(plan):
+                        out.logits[number, position] = -100.0
+                        out.logits[number, position, plan[len(read)]] = 100.0
+        return out
+
+    model.forward = says
+    return model
+
+
 def save_model(model: Any, folder: Path, *, max_shard_size: int | str = "5GB", template: bool = False, tokenizer: Any = None) -> Path:
     """Write a model and a tokenizer (its own by default, `tokenizer=False` for none) as Hugging Face does; returns the folder."""
     with quiet():

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recall_merge.evaluation.scoring import METRICS, Pair, columns, make_sacrebleu
+from recall_merge.evaluation.scoring import METRICS, Pair, columns, make_sacrebleu, written_answer
 from recall_merge.evaluation.tasks import Definition, TaskSpec, build_task, check_tasks, define, load_named
 from recall_merge.files.rows import numbered
 from recall_merge.models.load import load_tokenizer
@@ -167,7 +167,8 @@ def _score_rows(task: TaskSpec, results: Mapping[str, Any]) -> TaskScore:
     samples, items = results["samples"][task.name], []
     for sample in samples:
         row = task.rows[sample["doc_id"]]
-        prediction = row.choices[_likeliest(sample)] if row.choices else str(sample["filtered_resps"][0])
+        written = [] if row.choices else [str(sample["filtered_resps"][0]), sample["doc"]["answers"]]
+        prediction = written_answer(*written) if written else row.choices[_likeliest(sample)]
         score = corpus.score(*sample[name]) if corpus else float(sample[name])
         items.append(Item(row.index, score, prediction.strip(), len(row.choices)))
     values = [sample[name] for sample in samples]

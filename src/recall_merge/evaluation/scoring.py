@@ -153,10 +153,20 @@ def __getattr__(name: str) -> Any:
 
 def _process(name: str) -> Callable[[Mapping[str, Any], Sequence[str]], dict[str, Any]]:
     def process(document: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
-        pair = results[0].strip(), document["answers"]
+        pair = written_answer(results[0], document["answers"]), document["answers"]
         return {each: pair if METRICS[each].corpus else METRICS[each].score(*pair) for each in (name, *METRICS[name].beside)}
 
     return process
+
+
+def written_answer(text: str, answers: Sequence[str]) -> str:
+    """What counts of a text that a model wrote: its first line, where the right answers have one line; empty lines before it do not count.
+
+    >>> written_answer("\\n\\n Paris\\nIt is in France", ["Paris"]), written_answer("a\\nb", ["a\\nb"])
+    ('Paris', 'a\\nb')
+    """
+    text = text.strip()
+    return text if any("\n" in answer for answer in answers) else text.partition("\n")[0].rstrip()
 
 
 def _words(text: str) -> str:

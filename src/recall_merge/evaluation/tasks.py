@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import yaml
 from recall_merge.evaluation import scoring
 from recall_merge.evaluation.scoring import CHOICE_METRICS, METRICS
 from recall_merge.files.rows import FORMATS, Row
-from recall_merge.models.tokens import render
+from recall_merge.models.tokens import Rendered, render_rows
 from recall_merge.runtime.errors import CheckpointError, DataError, Faults, RunError, did_you_mean
 
 SPARE_TOKENS = 8  # that an answer may have more than the longest right one
@@ -119,28 +120,30 @@ def define(task: TaskSpec, tokenizer: Any, *, template: bool = True, ends: Seque
 
     Choices: the words of each choice after the prompt are scored, without the end of the turn, which all have in common. Where one choice
     of a row begins another (`cat`, `cat and dog`), the end is scored with all choices of that row; otherwise the shorter would always win.
-    Answers are written greedily, until the end of the turn (or of the line, if all right answers have one line), with at most
-    `SPARE_TOKENS` tokens more than the longest right answer. Raises DataError if the rows cannot be scored.
+    Answers are written greedily, until the end of the turn, with at most `SPARE_TOKENS` tokens more than the longest right answer; where
+    all right answers of a row have one line, the first line counts. Raises DataError if the rows cannot be scored.
     """
     assert task.rows is not None, "a task of lm-eval's has its own definition"
     check_tasks([task]).raise_any()
     if task.rows[0].choices:
-        documents = [_choice_document(row, tokenizer, template) for row in task.rows]
+        each = [replace(row, completion=choice) for row in task.rows for choice in row.choices]
+        rendered = iter(render_rows(each, tokenizer, template=template))
+        documents = [_choice_document(row, list(islice(rendered, len(row.choices)))) for row in task.rows]
         metrics = [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in CHOICE_METRICS]
         kind: dict[str, Any] = {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "answer"}
     else:
+        texts = render_rows(task.rows, tokenizer, template=template)
         documents = []
-        for row in task.rows:
+        for row, text in zip(task.rows, texts, strict=True):
             answers = dict.fromkeys(answer.strip() for answer in (row.completion, *task.answers.get(row.index, ())))
-            prompt = render(row, tokenizer, template=template).prompt
-            documents.append({"id": row.index, "prompt": prompt, "answers": list(answers)})
+            documents.append({"id": row.index, "prompt": text.prompt, "answers": list(answers)})
         names = [task.chosen_metric, *METRICS[task.chosen_metric].beside]
         corpus = {name: Function(f"corpus_{name}") for name in names if METRICS[name].corpus}
         metrics = [{"metric": name, "aggregation": corpus.get(name, "mean"), "higher_is_better": True} for name in names]
         kind = {
             "output_type": "generate_until",
             "doc_to_target": "answers",
-            "generation_kwargs": _generation(task.rows, tokenizer, template, ends),
+            "generation_kwargs": _generation(texts, documents, tokenizer, ends),
             "process_results": Function(f"process_{task.chosen_metric}"),
         }
     config = {
@@ -158,37 +161,25 @@ def define(task: TaskSpec, tokenizer: Any, *, template: bool = True, ends: Seque
     return Definition(config, documents)
 
 
-def _choice_document(row: Row, tokenizer: Any, template: bool) -> dict[str, Any]:
-    rendered = [render(replace(row, completion=choice), tokenizer, template=template) for choice in row.choices]
-    words = [_without_end(r.completion, choice) for r, choice in zip(rendered, row.choices, strict=True)]
+def _choice_document(row: Row, rendered: Sequence[Rendered]) -> dict[str, Any]:
+    words = [text.answer for text in rendered]
     if any(a != b and b.startswith(a) for a in words for b in words):
-        words = [r.completion for r in rendered]
+        words = [text.completion for text in rendered]
     return {"id": row.index, "prompt": rendered[0].prompt, "choices": words, "answer": row.choices.index(row.completion)}
 
 
-def _without_end(completion: str, answer: str) -> str:
-    """A rendered completion up to the end of the answer itself; all of it where the template rewrote the answer.
-
-    >>> _without_end(" positive</s>", " positive")
-    ' positive'
-    """
-    start = completion.find(answer.strip())
-    return completion if start < 0 else completion[: start + len(answer.strip())]
-
-
-def _generation(rows: Sequence[Row], tokenizer: Any, template: bool, ends: Sequence[int]) -> dict[str, Any]:
-    completions = [render(row, tokenizer, template=template).completion for row in rows]
+def _generation(texts: Sequence[Rendered], documents: Sequence[Mapping[str, Any]], tokenizer: Any, ends: Sequence[int]) -> dict[str, Any]:
     if tokenizer.eos_token_id is None:
         raise CheckpointError("the tokenizer has no end token, so no answer ends", fix="set `eos_token` in its tokenizer_config.json")
-    longest = max(map(len, tokenizer(completions, add_special_tokens=False)["input_ids"]))
-    end = completions[0].removeprefix(_without_end(completions[0], rows[0].completion))
-    added = tokenizer.added_tokens_decoder
+    right = [text.completion for text in texts] + [answer for document in documents for answer in document["answers"]]
+    longest = max(map(len, tokenizer(right, add_special_tokens=False)["input_ids"]))
+    added, end = tokenizer.added_tokens_decoder, texts[0].end
     special = [token for token in tokenizer(end, add_special_tokens=False)["input_ids"] if token in added and added[token].special]
-    one_line = not any("\n" in row.completion.strip() for row in rows)
+    before = (end.partition(added[special[0]].content)[0] if special else end).strip()
     return {
         "do_sample": False,
         "max_gen_toks": longest + SPARE_TOKENS,
-        "until": ["\n"] if one_line else [],
+        "until": [before] if before else [],  # white space alone may open an answer
         # subtle: by default the model's generation config says where to stop, and may say nothing; lm-eval then drops the end token from
         # the text but keeps what was written after it
         "eos_token_id": list(dict.fromkeys([tokenizer.eos_token_id, *special, *ends])),

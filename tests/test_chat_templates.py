@@ -1,0 +1,120 @@
+"""Chat templates as they are published: training labels beside trl's, and scores of a model that is forced to the right answer."""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import trl
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+from trl.data_utils import common_prefix_length
+
+from recall_merge.evaluation.scores import score_tasks
+from recall_merge.evaluation.tasks import TaskSpec
+from recall_merge.files.rows import parse_rows
+from recall_merge.models.tokens import encode_rows, render
+from recall_merge.runtime.errors import DataError
+from tiny import forced
+
+FOLDER = Path(trl.__file__).parent / "chat_templates"
+PUBLISHED = {file.stem: file.read_text("utf-8") for file in sorted(FOLDER.glob("*.jinja"))}
+REFUSED = ("idefics3", "llava_next", "smolvlm")  # they take no plain text
+CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+AFTER_FAMILIES = {
+    "chatml": CHATML + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "chatml without a generation prompt": CHATML,
+    "llama2": "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}",
+    "alpaca": "{% for m in messages %}{% if m.role == 'user' %}### Instruction:\n{{ m.content }}\n\n{% else %}### Response:\n"
+    "{{ m.content }}{{ eos_token }}\n\n{% endif %}{% endfor %}{% if add_generation_prompt %}### Response:\n{% endif %}",
+    "vicuna": "{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }} {% else %}ASSISTANT: {{ m.content }}{{ eos_token }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}",
+    "zephyr": "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}",
+    "mistral": "{% set ns = namespace(s='') %}{% for m in messages %}{% if m.role == 'system' %}{% set ns.s = m.content %}"
+    "{% elif m.role == 'user' %}[INST] {% if loop.last and ns.s %}{{ ns.s }}\n\n{% endif %}{{ m.content }}[/INST]"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}",
+    "empty reasoning": "{% for m in messages %}<s>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>"
+    "\n\n{% endif %}{{ m.content }}</s>\n{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}",
+    "open reasoning": "{% for m in messages %}<s>{{ m.role }}\n{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}"
+    "</s>{% endfor %}{% if add_generation_prompt %}<s>assistant\n<think>\n{% endif %}",
+    "upper header": "{% for m in messages %}<{{ m.role | upper }}>{{ m.content | trim }}</{{ m.role | upper }}>{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<ASSISTANT>{% endif %}",
+}
+TEMPLATES = PUBLISHED | AFTER_FAMILIES
+FAITHFUL = [name for name in TEMPLATES if name.removesuffix("_training") not in REFUSED]
+WORDS = ["dog", "the fox", "think", "<"]
+SAID = ["the dog", "the fox\nis it\n\ngood", "t", "<", "assistant"]
+
+
+@cache
+def bytes_and_words():
+    """A tokenizer that can write anything."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["is the dog there? the fox is good, assistant"], trainer)
+    return tokenizer
+
+
+def chat(name: str):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_and_words(), pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = TEMPLATES[name]
+    return tokenizer
+
+
+def conversation(row):
+    return [{"role": role, "content": content} for role, content in row.prompt], [{"role": "assistant", "content": row.completion}]
+
+
+@pytest.mark.parametrize("name", FAITHFUL)
+def test_a_row_is_learnt_as_trl_learns_it_but_for_what_the_template_opens_an_answer_with(name):
+    tokenizer = chat(name)
+    rows = parse_rows([{"prompt": f"is it {i}?", "completion": said} for i, said in enumerate(SAID)], where="rows")
+    for row, encoded in zip(rows, encode_rows(rows, tokenizer), strict=True):
+        asked, answer = conversation(row)
+        theirs = tokenizer.apply_chat_template(asked + answer, return_dict=True)["input_ids"]
+        prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert encoded.input_ids == theirs
+        start = encoded.labels.count(-100)
+        assert encoded.labels == [-100] * start + theirs[start:]
+        opened = tokenizer.decode(theirs[common_prefix_length(prompt, theirs) : start])
+        learnt = tokenizer.decode(theirs[start:])
+        assert learnt.strip().startswith(row.completion)
+        assert row.completion not in opened or row.completion in ("t", "<", "assistant"), opened
+        if not any(word in TEMPLATES[name] for word in ("think", "channel", "to=user")) and "add_generation_prompt" in TEMPLATES[name]:
+            assert not opened.strip()
+
+
+@pytest.mark.parametrize("name", [name for name in FAITHFUL if not name.endswith("_training")])
+def test_a_model_that_is_forced_to_the_right_answer_scores_one(name):
+    tokenizer = chat(name)
+    answers = parse_rows([{"prompt": f"is it {i}?", "completion": said} for i, said in enumerate(SAID)], where="rows")
+    choices = parse_rows([{"prompt": f"which {i}?", "completion": word, "choices": WORDS} for i, word in enumerate(WORDS)], where="rows")
+    texts = [tokenizer.apply_chat_template([*asked, *said], tokenize=False) for asked, said in map(conversation, [*answers, *choices])]
+    model = forced(tokenizer, texts)
+    scores = score_tasks(model, tokenizer, [TaskSpec("answers", answers), TaskSpec("acc", choices), TaskSpec("norm", choices, "acc_norm")])
+    assert [(score.score, [item.prediction for item in score.items]) for score in scores] == [(1.0, SAID), (1.0, WORDS), (1.0, WORDS)]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_template_that_takes_no_plain_text_is_refused_with_every_row(name):
+    rows = parse_rows([{"prompt": "is it?", "completion": said} for said in SAID], where="rows")
+    with pytest.raises(DataError, match=r"the chat template (leaves out the answer|refuses the row)") as refused:
+        encode_rows(rows, chat(name))
+    assert [fault.where for fault in refused.value.faults][:2] == ["row 1", "row 2"]
+
+
+def test_a_system_turn_stays_where_a_template_writes_it_only_before_an_answer():
+    turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "is it?"}, {"role": "assistant", "content": "yes"}]
+    [row] = parse_rows([{"messages": turns}], where="rows")
+    assert render(row, chat("mistral")) == ("[INST] be brief\n\nis it?[/INST]", "yes", "</s>")
+
+
+def test_reasoning_that_a_row_has_is_its_own_words():
+    [row] = parse_rows([{"prompt": "is it?", "completion": "<think>\nsure\n</think>\n\nyes"}], where="rows")
+    assert render(row, chat("qwen3")).answer == row.completion
+    with pytest.raises(DataError, match="leaves out the answer, or changes it"):
+        render(row, chat("deepseek_r1_distill"))
