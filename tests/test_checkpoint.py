@@ -298,6 +298,21 @@ def test_weights_that_are_no_floating_point_numbers(folder, dtype, code):
     refusal(folder, f"is of dtype {code} (and 1 more)", "merge a model in F32, F16 or BF16", where=SINGLE)
 
 
+PACKED = {  # as gpt-oss, AutoGPTQ, compressed-tensors and HQQ store weights in blocks of few bits
+    "mlp.experts.gate_up_proj_blocks": torch.zeros(4, 16, 2, 16, dtype=torch.uint8),
+    "mlp.experts.gate_up_proj_scales": torch.zeros(4, 16, 2, dtype=torch.uint8),
+    "mlp.up_proj.qzeros": torch.zeros(1, 8, dtype=torch.int32),
+    "mlp.up_proj.weight_packed": torch.zeros(64, 4, dtype=torch.int32),
+    "mlp.up_proj.W_q": torch.zeros(32, 32, dtype=torch.uint8),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_blocks_of_few_bits_are_known_without_a_quantization_config(folder, name):
+    write(folder, **{f"model.layers.0.{name}": PACKED[name]})
+    refusal(folder, f"tensor 'model.layers.0.{name}' is of dtype", "merge a model in F32, F16 or BF16", where=SINGLE)
+
+
 def test_whole_numbers_that_are_no_weights_may_stay(folder):
     write(folder, model__position_ids=torch.arange(10_000), model__mask=torch.ones(100, 100, dtype=torch.bool))
     checkpoint = open_checkpoint(folder)

@@ -12,7 +12,7 @@ from recall_merge.maths.deltas import LowRank
 from recall_merge.maths.methods import ALIASES, METHODS, Draws, Method, method
 from recall_merge.maths.moments import Moment
 
-SHAPES = [(), (1,), (7,), (5, 8), (8, 5), (2, 3, 4)]
+SHAPES = [(), (1,), (7,), (5, 8), (8, 5), (2, 3, 4), (0,), (0, 5), (5, 0)]
 NAMES = ("french", "sentiment", "law")
 
 # The options with which a method gives back the expert, if it merges one expert at weight 1. No entry: the defaults.

@@ -27,6 +27,7 @@ MAX_BLOCKS = 10**6  # larger numbers are damage
 BLOCK_LIST = "layers_block_type"  # one entry per block, in configs that give no number
 HEADS = re.compile(r"(^|\.)(lm_head|embed_out|output_projection|head)\.(weight|bias)$")
 COMPUTED = (".rotary_emb.inv_freq", ".masked_bias")  # tables that old versions of transformers stored and new ones compute; and masks
+PACKED_NAME = re.compile(r"weight|zeros|packed|quant|_(blocks|scales)$")
 POSITIONS = re.compile(r"wpe|pos")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state")  # pickles that trainers leave beside the weights
@@ -123,7 +124,7 @@ def open_checkpoint(folder: Path, remote: Mapping[str, RemoteFile] = MappingProx
 
     if config.get("quantization_config"):
         faults.add("the weights are quantised", where=folder / "config.json", fix="dequantise the model first, and merge that")
-    unfit = [name for name, tensor in stored.items() if tensor.spec.dtype in PACKED or (not tensor.spec.is_float and "weight" in name)]
+    unfit = [name for name, tensor in stored.items() if _is_packed(name, tensor.spec)]
     if unfit:
         what = f"tensor '{unfit[0]}' is of dtype {stored[unfit[0]].spec.dtype}" + (f" (and {len(unfit) - 1} more)" if unfit[1:] else "")
         faults.add(what, where=stored[unfit[0]].file, fix="merge a model in F32, F16 or BF16")
@@ -138,6 +139,12 @@ def open_checkpoint(folder: Path, remote: Mapping[str, RemoteFile] = MappingProx
     checkpoint = _without_tied_head(Checkpoint(folder, config, stored, layers))
     _ = checkpoint.embedding  # config and weights must agree on the vocabulary
     return checkpoint
+
+
+def _is_packed(name: str, spec: TensorSpec) -> bool:
+    """Whether a tensor holds weights in blocks of few bits, by its dtype and name: MXFP4, GPTQ, AWQ, bitsandbytes, FP8."""
+    bytewise = spec.dtype in ("U8", "I8") and len(spec.shape) > 1
+    return spec.dtype in PACKED or (not spec.is_float and (bytewise or PACKED_NAME.search(name) is not None))
 
 
 def block_count(config: Mapping[str, Any]) -> int | None:

@@ -159,6 +159,8 @@ def make_plan(run: MergeRun, *, writes: bool = True, download: bool = True) -> P
     _check_skip(run, [base, *(expert.source for expert in experts if isinstance(expert, FullExpert))], faults)
     _check_dtypes(run, base, experts, faults)
     specs = _result_specs(run, base, vocabulary, _kept_in_float32(run, base, experts))
+    if isinstance(rule, SampleWeights):
+        faults.attempt(_check_blocks, base)
     if writes and run.out.path is not None:
         faults.attempt(_check_space, run.out.path, sum(spec.nbytes for spec in specs.values()))
     faults.raise_any()
@@ -226,6 +228,12 @@ def _check_dtypes(run: MergeRun, base: Checkpoint, experts: Sequence[Expert], fa
             theirs, ours = (" and ".join(sorted(dtypes)) for dtypes in (expert.source.dtypes, base.dtypes))
             what = f"expert '{expert.name}' is in {theirs}, the base in {ours}"
             faults.add(what, where=expert.folder, fix="say which dtype the result has, such as `dtype: bfloat16` under `out:`")
+
+
+def _check_blocks(base: Checkpoint) -> None:
+    from recall_merge.models.architecture import check_blocks
+
+    check_blocks(base.folder, base.layers)
 
 
 def _check_space(path: Path, needed: int) -> None:

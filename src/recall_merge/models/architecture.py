@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from recall_merge.files.resolved_config import BUILD_LOCK
-from recall_merge.models.load import load_config, refused_by_transformers
+from recall_merge.maths.layers import Layers
+from recall_merge.models.hidden_states import COMPARE_NOTHING, before_first, find_blocks
+from recall_merge.models.load import load_config, model_class, refused_by_transformers
+from recall_merge.models.transformers_private import from_config
+from recall_merge.runtime.errors import CheckpointError
+from recall_merge.runtime.quiet import quiet
 
 
 @dataclass(frozen=True)
@@ -41,18 +46,57 @@ def empty_model(folder: Path, *, dtype: str = "float32", vocabulary_size: int | 
     Raises CheckpointError if transformers does not know the architecture.
     """
     config = load_config(folder, vocabulary_size=vocabulary_size)
-    with refused_by_transformers(folder), BUILD_LOCK, _EmptyOnMeta():
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), trust_remote_code=False).eval()
+    with refused_by_transformers(folder), BUILD_LOCK:
+        architecture, config = model_class(config)
+        with _EmptyOnMeta():
+            model = from_config(architecture, config, getattr(torch, dtype)).eval()
     discard_parameters(model)
     return model
 
 
+def check_blocks(folder: Path, layers: Layers) -> None:
+    """Check, without weights, that hidden states can be compared: transformers builds the model, and its blocks take texts one by one.
+
+    Raises CheckpointError with the reason.
+    """
+    model = empty_model(folder)
+    blocks = find_blocks(model, layers)
+    _replace_parameters(model, lambda parameter: torch.zeros((), dtype=parameter.dtype).expand(parameter.shape))
+    discard_parameters(blocks)
+    shapes: list[tuple[int, ...]] = []
+
+    def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        shapes.append(tuple(before_first(args, kwargs).shape))
+        raise _Enough
+
+    blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with torch.inference_mode(), quiet():
+            model(input_ids=torch.zeros(2, 3, dtype=torch.long), attention_mask=torch.ones(2, 3, dtype=torch.long), use_cache=False)
+        what = "does not reach them from text alone"
+    except _Enough:
+        if len(shapes[0]) == 4 or shapes[0][:2] == (2, 3):
+            return
+        what = f"hands them hidden states of shape {shapes[0]} for 2 texts of 3 tokens"
+    except Exception as error:  # whatever the code of an architecture raises
+        what = f"does not reach them from text alone: {(str(error) or type(error).__name__).splitlines()[0]}"
+    raise CheckpointError(f"its blocks cannot be compared: {type(model).__name__} {what}", where=folder, fix=COMPARE_NOTHING)
+
+
 def discard_parameters(module: nn.Module) -> None:
     """Put the parameters of a module on the meta device, where they take no memory."""
+    _replace_parameters(module, lambda parameter: parameter.detach().to("meta"))
+
+
+def _replace_parameters(module: nn.Module, new: Callable[[Tensor], Tensor]) -> None:
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
-                part._parameters[name] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+                part._parameters[name] = nn.Parameter(new(parameter), requires_grad=False)
+
+
+class _Enough(Exception):
+    """Raised inside a forward pass that has reached the blocks."""
 
 
 class _EmptyOnMeta(TorchFunctionMode):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from recall_merge.maths.layers import Layers
+from recall_merge.runtime.errors import CheckpointError
 from recall_merge.runtime.parallel import in_order
 
 Pooling = Literal["mean", "last"]
+COMPARE_NOTHING = "merge with a method that compares no hidden states, such as `method: linear`"
 BATCH_TOKENS = 512  # padded tokens per batch: enough for fast matrix products; twice as many take twice the memory
 
 
@@ -28,7 +30,8 @@ def pooled_hidden_states(
 ) -> Tensor:
     """Pooled hidden states.    m token lists -> (len(at), m, d), float32
 
-    Layer 0 is what enters the first block (the embedding's output), layer i what leaves block i, before any final norm.
+    Layer 0 is what enters the first block (the embedding's output), layer i what leaves block i, before any final norm. Where blocks pass
+    several streams a token (Gemma 3n, DeepSeek-V4), it is what the model would hand to its head if it ended there.
 
     Args:
         model: in evaluation mode, any decoder-only model of transformers.
@@ -40,36 +43,67 @@ def pooled_hidden_states(
     blocks = find_blocks(model, layers)
     current = threading.local()  # of the batch that runs on this thread
 
-    def keep(layer: int, hidden: Tensor) -> None:
-        current.states[layer] = pool(hidden, current.lengths, pooling)
+    def through(layer: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """A block's forward pass that keeps what it passes on; or, where the model is taken to have `ended` before, passes that on."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if current.ended is not None:
+                return current.ended
+            if layer == 1:
+                keep(0, before_first(args, kwargs))
+            output = forward(*args, **kwargs)
+            keep(layer, output)
+            return output
+
+        return call
+
+    def keep(layer: int, output: Any) -> None:
+        if layer in wanted:
+            hidden = after_block(output)
+            current.states[layer] = pool(hidden, current.lengths, pooling) if hidden.ndim == 3 else output
         if layer == wanted[-1]:
             raise _Enough
 
-    def before_first(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        keep(0, args[0] if args else kwargs["hidden_states"])
-
-    def after(layer: int) -> Callable[..., None]:
-        return lambda _module, _args, output: keep(layer, output[0] if isinstance(output, tuple) else output)
+    def head_input(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        current.states[current.layer] = pool(args[0], current.lengths, pooling)
+        raise _Enough
 
     def run(batch: list[int]) -> Tensor:
         ids, mask, current.lengths = padded([tokens[row] for row in batch])
-        current.states = {}
+        current.states, current.ended = {}, None
         with torch.inference_mode(), suppress(_Enough):
             model(input_ids=ids, attention_mask=mask, use_cache=False)
+        for current.layer in wanted:
+            current.ended = current.states[current.layer]
+            if after_block(current.ended).ndim > 2:  # several streams
+                with torch.inference_mode(), suppress(_Enough):
+                    model(input_ids=ids, attention_mask=mask, use_cache=False)
         return torch.stack([current.states[layer] for layer in wanted])
 
-    hooks: list[Any] = [blocks[0].register_forward_pre_hook(before_first, with_kwargs=True)] if 0 in wanted else []
-    hooks += [blocks[layer - 1].register_forward_hook(after(layer)) for layer in wanted if layer]
+    hook = model.get_output_embeddings().register_forward_pre_hook(head_input)  # type: ignore[operator]
+    for layer, block in enumerate(blocks, 1):
+        block.forward = through(layer, block.forward)
     batches = make_batches([len(ids) for ids in tokens])
     try:
         parts = list(in_order(run, batches, threads))
     finally:
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
+        for block in blocks:
+            del block.forward
     states = torch.empty(len(wanted), len(tokens), parts[0].shape[-1], dtype=torch.float32)
     for batch, part in zip(batches, parts, strict=True):
         states[:, batch] = part
     return states
+
+
+def before_first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """What enters the first block, from its arguments."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def after_block(output: Any) -> Tensor:
+    """What a block passes on, from all that it returns."""
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def padded(tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,14 +145,20 @@ def make_batches(lengths: Sequence[int], limit: int = BATCH_TOKENS) -> list[list
 
 
 def find_blocks(model: nn.Module, layers: Layers) -> nn.ModuleList:
-    """The model's list of L blocks: the one whose name and the files' prefix differ by leading words only."""
+    """The model's list of L blocks: the one whose name and the files' prefix differ by leading words only, or that of its decoder."""
 
     def same(name: str) -> bool:
         return f".{name}".endswith(f".{layers.prefix}") or f".{layers.prefix}".endswith(f".{name}")
 
-    lists = [m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == layers.blocks and same(name)]
+    def lists_in(part: nn.Module) -> dict[str, nn.ModuleList]:
+        return {name: m for name, m in part.named_modules() if isinstance(m, nn.ModuleList) and len(m) == layers.blocks}
+
+    lists = [blocks for name, blocks in lists_in(model).items() if same(name)]
+    if len(lists) != 1 and hasattr(model, "get_decoder"):  # transformers loads it under other names
+        lists = list(lists_in(model.get_decoder()).values())  # type: ignore[operator]
     if len(lists) != 1:
-        raise ValueError(f"{len(lists)} lists of {layers.blocks} blocks match '{layers.prefix}' in {type(model).__name__}")
+        what = f"{len(lists)} lists of {layers.blocks} blocks match '{layers.prefix}' in {type(model).__name__}"
+        raise CheckpointError(what, fix=COMPARE_NOTHING)
     return lists[0]
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from recall_merge.maths.layers import Layers
 from recall_merge.models.architecture import discard_parameters, empty_model
-from recall_merge.models.hidden_states import Pooling, find_blocks, make_batches, padded, pool
+from recall_merge.models.hidden_states import Pooling, after_block, before_first, find_blocks, make_batches, padded, pool
 from recall_merge.models.transformers_private import TensorLoader
 from recall_merge.runtime import memory
 from recall_merge.runtime.errors import NotLayerwise
@@ -167,6 +167,10 @@ class _Batch:
 
     def keep(self, hidden: Tensor) -> None:
         """Keep the pooled hidden states for `go_on`. Called on this batch's own thread, as `pause` is."""
+        if hidden.ndim != 3:
+            raise NotLayerwise(
+                f"its blocks pass several streams a token, {tuple(hidden.shape)}, which only the whole model brings together"
+            )
         self._state = pool(hidden, self._lengths, self._pooling)
 
     def pause(self) -> None:
@@ -203,12 +207,12 @@ class _Ended(Exception):
 
 
 def _before_first(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    _current.batch.keep(args[0] if args else kwargs["hidden_states"])
+    _current.batch.keep(before_first(args, kwargs))
     _current.batch.pause()
 
 
 def _after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-    _current.batch.keep(output[0] if isinstance(output, tuple) else output)
+    _current.batch.keep(after_block(output))
 
 
 def _pause(*_: Any) -> None:

@@ -70,11 +70,11 @@ def build_model(
 
     Raises CheckpointError if transformers does not know the architecture, or finds tensors missing or unexpected.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
+    from transformers import GenerationConfig
 
     config = load_config(folder, vocabulary_size=vocabulary_size)
     with refused_by_transformers(folder), BUILD_LOCK:
-        architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        architecture, config = model_class(config)
         source = folder if tensors is None else None
         state = None if tensors is None else dict(tensors)
         model, info = architecture.from_pretrained(source, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
@@ -84,6 +84,22 @@ def build_model(
         if info[kind]:
             raise CheckpointError(f"transformers finds {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:5]}", where=folder)
     return model.eval()
+
+
+def model_class(config: Any) -> tuple[Any, Any]:
+    """The class of a config's model, and the config that it takes: the class that the config names, if it has a language model's head.
+
+    Otherwise the one that transformers has for such a config, which may be its text model alone. ValueError if there is none.
+    """
+    from transformers.models.auto import modeling_auto as auto
+
+    mappings = (auto.MODEL_FOR_CAUSAL_LM_MAPPING, auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, auto.MODEL_FOR_MULTIMODAL_LM_MAPPING)
+    found: list[Any] = [mapping[type(config)] for mapping in mappings if type(config) in mapping]
+    classes: list[Any] = [each for entry in found for each in (entry if isinstance(entry, tuple) else (entry,))]
+    if not classes:
+        raise ValueError(f"it has no language model for the model type '{config.model_type}'")
+    chosen = next((each for each in classes if each.__name__ in (config.architectures or ())), classes[0])
+    return chosen, config if issubclass(chosen.config_class, type(config)) else config.get_text_config()
 
 
 def load_config(folder: Path, *, vocabulary_size: int | None = None) -> Any:

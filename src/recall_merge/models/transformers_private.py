@@ -3,6 +3,7 @@
 - `conversion_mapping.get_model_conversion_mapping`, `modeling_utils.LoadStateDictConfig`, `PreTrainedModel._get_dtype_plan` and
   `core_model_loading.convert_and_load_state_dict_in_model`: rename, fuse and cast the tensors of one layer and put them into a model whose
   other layers are empty. The public `from_pretrained` does this for whole models only.
+- `PreTrainedModel._from_config`: a model of a given class from its config, as the auto classes build theirs.
 - `PreTrainedModel._is_stateful`: the model keeps a state that cannot be cut at a position, as Mamba's.
 """
 
@@ -38,6 +39,11 @@ class TensorLoader:
         for kind in ("unexpected_keys", "mismatched_keys", "conversion_errors", "error_msgs"):
             if wrong := getattr(report, kind):
                 raise CheckpointError(f"transformers finds {kind.replace('_', ' ')}: {sorted(map(str, wrong))[:5]}", where=self._folder)
+
+
+def from_config(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
+    """A model of a class of transformers, with new parameters."""
+    return model_class._from_config(config, dtype=dtype)
 
 
 def is_stateful(model: PreTrainedModel) -> bool:

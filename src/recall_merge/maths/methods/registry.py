@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, wraps
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -92,7 +92,12 @@ def method(name: str, *, source: str, **flags: Any) -> Callable[[F], F]:
             raise ValueError(f"method '{name}' is registered twice: {first} and {second}")
         parameters = inspect.signature(function, eval_str=True).parameters.values()
         options = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in PROVIDED}
-        METHODS[name] = Method(name, function, source, options=options, **flags)
+
+        @wraps(function)
+        def merged(base: Tensor, deltas: Sequence[Any], weights: Sequence[float], **given: Any) -> Tensor:
+            return function(base, deltas, weights, **given) if base.numel() else base.clone()  # no formula needs to mind empty tensors
+
+        METHODS[name] = Method(name, merged, source, options=options, **flags)
         return function
 
     return register
