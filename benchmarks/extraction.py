@@ -24,7 +24,7 @@ from recall_merge.merging.layerwise import compute_weights
 from recall_merge.merging.plan import Plan, make_plan
 from recall_merge.merging.run import MergeRun, RecallWeights, load_run
 from recall_merge.merging.samples import choose_samples
-from recall_merge.models.tokens import render, tokenize
+from recall_merge.models.tokens import render, token_ids
 from recall_merge.runtime.progress import Silent
 
 DEFAULT = "last block, float32"
@@ -60,7 +60,7 @@ def main() -> None:
     plan, rule = ways[DEFAULT]
     newest, tokenizer = plan.experts[-1], expert_tokenizer(plan, plan.experts[-1])
     texts = {row.index: "".join(render(row, tokenizer, template=plan.samples.template)) for row in plan.rows}
-    tokens = tokenize(list(texts.values()), tokenizer, max_tokens=plan.samples.max_tokens)
+    tokens = token_ids(list(texts.values()), tokenizer, plan.samples.max_tokens)
     states = hidden_states_at(plan, newest, rule, tokens, [plan.base.layers.blocks])[0]
     position = {row: number for number, row in enumerate(texts)}
     draws = [random.Random(seed).sample(range(len(texts)), min(plan.samples.count, len(texts))) for seed in range(20)]

@@ -17,6 +17,7 @@ from recall_merge.evaluation.scoring import METRICS, Pair, columns, make_sacrebl
 from recall_merge.evaluation.tasks import Definition, TaskSpec, build_task, check_tasks, define, load_named
 from recall_merge.files.rows import numbered
 from recall_merge.models.load import load_tokenizer
+from recall_merge.models.tokens import token_ids
 from recall_merge.runtime.errors import DataError, Faults, RunError, did_you_mean
 from recall_merge.runtime.progress import Progress, Silent
 
@@ -112,7 +113,7 @@ def _check_lengths(definitions: Mapping[str, Definition], tokenizer: Any, window
         room = definition.config.get("generation_kwargs", {}).get("max_gen_toks", -1)  # the last token of a choice is not read
         documents = definition.documents
         texts = [(d["id"], d["prompt"] + choice) for d in documents for choice in d.get("choices", [""])]
-        counts = map(len, tokenizer([text for _, text in texts], add_special_tokens=False)["input_ids"])
+        counts = map(len, token_ids([text for _, text in texts], tokenizer, max(window - room, 0) + 1))  # one more is too long
         long = sorted({row for (row, _), count in zip(texts, counts, strict=True) if count + room > window})
         if long:
             what = f"{len(long)} of {len(documents)} rows of '{name}' are longer than the {window} tokens that the model can read"

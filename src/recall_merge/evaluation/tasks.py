@@ -17,7 +17,7 @@ import yaml
 
 from recall_merge.evaluation import scoring
 from recall_merge.evaluation.scoring import CHOICE_METRICS, METRICS
-from recall_merge.files.rows import FORMATS, Row
+from recall_merge.files.rows import Row, is_file_of_rows
 from recall_merge.models.tokens import Rendered, render_rows
 from recall_merge.runtime.errors import CheckpointError, DataError, Faults, RunError, did_you_mean
 
@@ -62,7 +62,7 @@ def task_word(word: str) -> tuple[str, Path | None]:
     if equals:
         return name, Path(file)
     path = Path(word)
-    return (path.stem, path) if path.suffix in FORMATS or path.is_file() else (word, None)
+    return (Path(path.name.removesuffix(".gz")).stem, path) if is_file_of_rows(path) or path.is_file() else (word, None)
 
 
 def check_tasks(tasks: Iterable[TaskSpec]) -> Faults:
@@ -105,6 +105,8 @@ def _check_rows(task: TaskSpec, rows: Sequence[Row]) -> None:
         if not row.prompt:
             what, fix = "a row of plain text has no question to score an answer to", "give it a prompt and a completion"
             faults.add(what, where=f"{where}, row {row.index + 1}", fix=fix)
+        if row.details and not row.completion.strip():
+            faults.add("a row's answer is a call of tools, not a text to score", where=f"{where}, row {row.index + 1}", fix="leave it out")
         if row.choices and (len(row.choices) < 2 or not all(choice.strip() for choice in row.choices)):
             what = "a row's choices must be two or more, and none empty"
             faults.add(what, where=f"{where}, row {row.index + 1}", fix="give each choice its words")

@@ -1,56 +1,62 @@
-"""Rows of data: a file in one of `FORMATS`, or a `datasets` name, whose records each have one of `FORMS`, become `Row`s.
+"""Rows of data: a file in one of `FORMATS`, a folder of such files, or a `datasets` name; each record becomes a `Row` (`forms`).
 
-To add a file format or a form of record, write the function that reads it and enter it in the table at the end of this module.
+To add a file format, write the function that reads it and enter it in the table at the end of this module.
 """
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
+import re
+import zlib
+from codecs import BOM_UTF8
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
+from recall_merge.files.forms import FORMS, Row, Unfit, make_row
 from recall_merge.runtime.errors import DataError, Fault
 
 MAX_FAULTS = 20  # of one file; further ones are counted
 MAX_LINE, MAX_LIST = 64_000_000, 1_000_000_000  # bytes of a line, and of a .json file, which is read at once
+PIECE = 1 << 20
+SPLITS = {"train", "test", "validation", "valid", "val", "dev", "eval"}  # words for splits in names of files
+BLANK = object()
+"""What a reader of lines yields for a line that holds no record, so that rows are counted as the file's lines are."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """One example. `prompt` is a conversation of (role, content) turns, empty for plain text; `completion` is the answer."""
+def read_rows(
+    source: str | Path, *, split: str = "train", config: str | None = None, columns: Mapping[str, str] | None = None
+) -> list[Row]:
+    """Read all rows of a file, a folder, or a `datasets` hub name.
 
-    index: int
-    """Position in its file, from 0."""
-    prompt: tuple[tuple[str, str], ...]
-    completion: str
-    choices: tuple[str, ...] = ()
+    Args:
+        split, config: of a folder or of a set on the hub.
+        columns: the fields of a form and what the records call them, as {"prompt": "question"}.
 
-    @property
-    def plain(self) -> str:
-        """The prompt without roles, for models that have no chat template."""
-        return "\n".join(content for _, content in self.prompt)
+    Raises DataError with every faulty row, its line number and the fix.
+    """
+    return parse_rows(read_records(source, split=split, config=config), where=str(source), columns=columns)
 
 
-Example = tuple[tuple[tuple[str, str], ...], str, tuple[str, ...]]  # prompt, completion and choices, as in `Row`
-
-
-def read_rows(source: str | Path, *, split: str = "train") -> list[Row]:
-    """Read all rows of a file, or of a `datasets` hub name. Raises DataError with every faulty row, its line number and the fix."""
-    return parse_rows(read_records(source, split=split), where=str(source))
-
-
-def parse_rows(records: Iterable[Any], *, where: str) -> list[Row]:
+def parse_rows(records: Iterable[Any], *, where: str, columns: Mapping[str, str] | None = None) -> list[Row]:
     """Turn records into rows, collecting the faults of all of them."""
     rows: list[Row] = []
     faults: list[Fault] = []
-    fix = f"give each row one of these forms: {'; '.join(keys for keys, _ in FORMS.values())}"
+    fix = f"give each row one of these forms: {'; '.join(form.words for form in FORMS.values())}"
     for index, record in enumerate(records):
         try:
-            rows.append(Row(index, *_example(record)))
+            if isinstance(record, DataError):
+                faults += record.faults
+            elif record is not BLANK:
+                rows.append(make_row(index, record, columns))
         except (ValueError, TypeError) as error:
-            faults.append(Fault(str(error), f"{where}, row {index + 1}", fix))
+            faults.append(Fault(str(error), f"{where}, row {index + 1}", error.fix if isinstance(error, Unfit) else fix))
     if len(faults) > MAX_FAULTS:
         faults = [*faults[:MAX_FAULTS], Fault(f"... and {len(faults) - MAX_FAULTS} more faulty rows", where)]
     if faults:
@@ -60,19 +66,33 @@ def parse_rows(records: Iterable[Any], *, where: str) -> list[Row]:
     return rows
 
 
-def read_records(source: str | Path, *, split: str = "train") -> Iterator[Any]:
-    """The raw records of a file or a `datasets` name, in order. A file of an unknown suffix is read as JSON lines."""
+def unread_columns(rows: Iterable[Row]) -> list[str]:
+    """What a plan says of columns that are not read, if there are any."""
+    counts = Counter(name for row in rows for name in row.unread)
+    return [f"columns of the rows that are not read: {', '.join(sorted(counts))}"] if counts else []
+
+
+def is_file_of_rows(path: str | Path) -> bool:
+    """Whether a name has the suffix of one of `FORMATS`, also with a further `.gz`."""
+    return _format(Path(path)) in FORMATS
+
+
+def read_records(source: str | Path, *, split: str = "train", config: str | None = None) -> Iterator[Any]:
+    """The raw records of a file, a folder or a `datasets` name, in order. A file of an unknown suffix is read as JSON lines."""
     path = Path(source)
-    if path.suffix in FORMATS or path.exists():
+    if path.is_dir():
+        yield from _folder(path, split)
+        return
+    if is_file_of_rows(path) or path.exists() or str(source).startswith(("/", ".", "~")):
         if not path.is_file():
             raise DataError("there is no such file", where=path, fix=f"give the path of a file of rows: {', '.join(FORMATS)}")
-        yield from FORMATS.get(path.suffix, _json_lines)(path)
+        yield from FORMATS.get(_format(path), _json_lines)(path)
         return
 
     import datasets
 
     try:
-        yield from datasets.load_dataset(str(source), split=split)
+        yield from datasets.load_dataset(str(source), config, split=split)
     except Exception as error:  # datasets raises many kinds; all mean that the rows cannot be had
         fix = "give a file, or the name of a dataset on the hub"
         raise DataError(f"no rows under this name: {error}", where=source, fix=fix) from error
@@ -89,24 +109,96 @@ def numbered(indices: Sequence[int], shown: int = 5) -> str:
     return f"row{'s' * (len(indices) > 1)} {words}{more}"
 
 
-def _json_lines(path: Path) -> Iterator[Any]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(iter(lambda: lines.readline(MAX_LINE + 1), b""), start=1):
+def _format(path: Path) -> str:
+    return Path(path.name.removesuffix(".gz")).suffix
+
+
+def _folder(folder: Path, split: str) -> Iterator[Any]:
+    """The records of a folder that `datasets` saved, or of all files of a split: those named after it, or after none."""
+    if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        import datasets
+
+        try:
+            saved: Any = datasets.load_from_disk(str(folder))
+            yield from saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+        except Exception as error:  # as above
+            raise DataError(f"`datasets` cannot read this folder: {error}", where=folder, fix="check the folder and `split`") from error
+        return
+    splits = {
+        file: SPLITS.intersection(re.findall("[a-z]+", str(file.relative_to(folder)).lower()))
+        for file in sorted(folder.rglob("*"))
+        if is_file_of_rows(file) and file.is_file()
+    }
+    named = [file for file, words in splits.items() if split in words] or [file for file, words in splits.items() if not words]
+    if not named:
+        what = f"the folder has no file of rows of the split '{split}'"
+        raise DataError(what, where=folder, fix=f"give one of its files, or `split`; files of rows are {', '.join(FORMATS)}")
+    for file in named:
+        yield from read_records(file)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """A file, unpacked where it is packed."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            yield cast(IO[bytes], file)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"this is not a readable gzip file: {error}", where=path, fix="pack it again") from error
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a text, without a byte order mark."""
+    with _opened(path) as file:
+        for number, line in enumerate(iter(partial(file.readline, MAX_LINE + 1), b""), start=1):
+            where = f"{path}, line {number}"
             if len(line) > MAX_LINE:
-                what = f"the line is longer than {MAX_LINE:,} bytes"
-                raise DataError(what, where=f"{path}, line {number}", fix="write one JSON object per line")
-            if line.strip():
-                yield _json(line, f"{path}, line {number}")
+                raise DataError(f"the line is longer than {MAX_LINE:,} bytes", where=where, fix="write one JSON object per line")
+            yield _decoded(line.removeprefix(BOM_UTF8) if number == 1 else line, where)
 
 
-def _json_list(path: Path) -> list[Any]:
+def _json_lines(path: Path) -> Iterator[Any]:
+    for number, line in enumerate(_lines(path), start=1):
+        try:
+            yield _json(line, f"{path}, line {number}") if line.strip() else BLANK
+        except DataError as error:
+            yield error
+
+
+def _json_list(path: Path) -> Iterator[Any]:
+    """The objects of one list; or, as `datasets` and pandas write them, one per line."""
     fix = "write one JSON object per line, in a .jsonl file"
-    if path.stat().st_size > MAX_LIST:
+    with _opened(path) as file:
+        data = b"".join(islice(iter(partial(file.read, PIECE), b""), MAX_LIST // PIECE + 1)).removeprefix(BOM_UTF8)
+    if len(data) > MAX_LIST:
         raise DataError(f"the file is longer than {MAX_LIST:,} bytes", where=path, fix=fix)
-    records = _json(path.read_bytes(), str(path))
+    if data.lstrip().startswith(b"{"):
+        yield from _json_lines(path)
+        return
+    records = _json(_decoded(data, str(path)), str(path))
     if not isinstance(records, list):
         raise DataError("a .json file of rows must hold one list", where=path, fix=fix)
-    return records
+    yield from records
+
+
+def _table(path: Path, delimiter: str) -> Iterator[Any]:
+    """The records of a table in text, whose first line names the columns."""
+    csv.field_size_limit(MAX_LINE)
+    table = csv.reader(_lines(path), delimiter=delimiter, strict=True)
+    at = 0
+    try:
+        columns = next(table, [])
+        if len(set(columns)) < len(columns):
+            raise DataError("two columns have the same name", where=path, fix="rename one of them")
+        for cells in table:
+            yield from [BLANK] * (table.line_num - at - 1)  # the lines before, and those inside a cell
+            at = table.line_num
+            wrong = DataError(
+                f"{len(cells)} cells for {len(columns)} columns", where=f"{path}, line {at}", fix="quote cells with a delimiter"
+            )
+            yield BLANK if not cells else wrong if len(cells) != len(columns) else dict(zip(columns, cells, strict=True))
+    except csv.Error as error:
+        raise DataError(f"this is not a readable table: {error}", where=f"{path}, line {table.line_num}", fix="quote each cell") from error
 
 
 def _parquet(path: Path) -> list[Any]:
@@ -118,65 +210,25 @@ def _parquet(path: Path) -> list[Any]:
         raise DataError(f"this is not a readable Parquet file: {error}", where=path) from error
 
 
-def _json(text: bytes, where: str) -> Any:
+def _decoded(text: bytes, where: str) -> str:
     try:
-        return json.loads(text.decode("utf-8"))
+        return text.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError("this is not UTF-8 text", where=where, fix="save the file as UTF-8") from error
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"this is not JSON: {error}", where=where, fix="write one JSON object per line") from error
 
 
-def _example(record: Any) -> Example:
-    if not isinstance(record, Mapping):
-        raise ValueError(f"a row must be an object, this is {type(record).__name__}")
-    for key, (_, read) in FORMS.items():
-        if key in record:
-            return read(record)
-    raise ValueError(f"a row has none of the accepted forms; its fields are {sorted(map(str, record))}")
-
-
-def _messages(record: Mapping[str, Any]) -> Example:
-    turns = tuple((_text(turn, "role"), _text(turn, "content")) for turn in record["messages"])
-    if not turns or turns[-1][0] != "assistant":
-        raise ValueError("the last of `messages` must be the assistant's")
-    return turns[:-1], turns[-1][1], ()
-
-
-def _instruction(record: Mapping[str, Any]) -> Example:
-    parts = [_text(record, "instruction"), _text(record, "input") if record.get("input") else ""]
-    return (("user", "\n".join(filter(None, parts))),), _text(record, "output"), ()
-
-
-def _prompt(record: Mapping[str, Any]) -> Example:
-    field = "completion" if "completion" in record else "answer"
-    choices = record.get("choices") or []
-    if not isinstance(choices, list | tuple) or not all(isinstance(choice, str | int | float) for choice in choices):
-        raise ValueError("`choices` must be a list of texts")
-    choices = tuple(map(str, choices))
-    prompt, completion = (("user", _text(record, "prompt")),), _text(record, field)
-    if choices and completion not in choices:
-        raise ValueError(f"the {field} {completion!r} is not among its choices {list(choices)}")
-    return prompt, completion, choices
-
-
-def _text(record: Any, field: str) -> str:
-    value = record.get(field) if isinstance(record, Mapping) else None
-    if not isinstance(value, str):
-        raise ValueError(f"field `{field}` must be text, it is {'missing' if value is None else type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"field `{field}` holds half of a character (a lone surrogate)") from None
-    return value
-
-
-FORMATS: dict[str, Callable[[Path], Iterable[Any]]] = {".jsonl": _json_lines, ".json": _json_list, ".parquet": _parquet}
-"""File formats: a file's suffix, and the function that yields the file's records."""
-FORMS: dict[str, tuple[str, Callable[[Mapping[str, Any]], Example]]] = {
-    "messages": ("messages", _messages),
-    "instruction": ("instruction (+ input) + output", _instruction),
-    "prompt": ("prompt + completion or answer (+ choices)", _prompt),
-    "text": ("text", lambda record: ((), _text(record, "text"), ())),
+FORMATS: dict[str, Callable[[Path], Iterable[Any]]] = {
+    ".jsonl": _json_lines,
+    ".json": _json_list,
+    ".parquet": _parquet,
+    ".csv": partial(_table, delimiter=","),
+    ".tsv": partial(_table, delimiter="\t"),
 }
-"""Forms of record: the key by which the form is recognised (the first one in the record decides), all its keys, and its function."""
+"""File formats: a file's suffix, and the function that yields the file's records. Texts may be packed: `.jsonl.gz`."""

@@ -14,7 +14,7 @@ from recall_merge.merging.inputs import embedding_rows
 from recall_merge.merging.plan import Plan
 from recall_merge.merging.run import RecallWeights
 from recall_merge.merging.unsound import refuse_nonfinite
-from recall_merge.models.tokens import tokenize
+from recall_merge.models.tokens import token_ids
 from recall_merge.runtime.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def expert_tokenizer(plan: Plan, expert: Expert) -> Any:
 
 def tokens_of(plan: Plan, expert: Expert, texts: Sequence[str]) -> list[list[int]]:
     """Texts as the token ids that an expert reads."""
-    return tokenize(texts, expert_tokenizer(plan, expert), max_tokens=plan.samples.max_tokens)
+    return token_ids(texts, expert_tokenizer(plan, expert), plan.samples.max_tokens)
 
 
 def start_forward(plan: Plan, expert: Expert, rule: RecallWeights, tokens: Tokens, *, one_by_one: bool = False) -> LayerwiseForward:

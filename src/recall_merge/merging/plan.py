@@ -15,7 +15,7 @@ from recall_merge.files.hashing import FileStates
 from recall_merge.files.hub import Located
 from recall_merge.files.names import in_memory
 from recall_merge.files.output import OutputFolder, Shard, free_bytes, plan_shards
-from recall_merge.files.rows import Row, read_rows
+from recall_merge.files.rows import Row, read_rows, unread_columns
 from recall_merge.files.safetensors import CODES, TensorSpec
 from recall_merge.files.statistics import InputStatistics, has_statistics
 from recall_merge.files.vocabulary import Vocabulary, plan_vocabulary
@@ -167,7 +167,7 @@ def make_plan(run: MergeRun, *, writes: bool = True, download: bool = True) -> P
     statistics = read_statistics(run, experts, base, located, faults) if rules.method.informed else ()
     faults.raise_any()
     assert weights is not None
-    notes += vocabulary_notes
+    notes += vocabulary_notes + unread_columns(rows)
     for expert in experts:
         if isinstance(expert, AdapterExpert) and base.is_tied and base.embedding in expert.source.edits:
             notes.append(f"expert '{expert.name}' trains the embedding, to which the head is tied: both change, as in PEFT's own merge")
@@ -201,7 +201,8 @@ def _with_method(run: MergeRun, located: Mapping[str, Located]) -> tuple[MergeRu
 
 def _read_rows(run: MergeRun, rules: Rules | None, faults: Faults) -> list[Row]:
     if run.samples is not None:
-        return faults.attempt(read_rows, run.samples.path, split=run.samples.split) or []
+        given = run.samples
+        return faults.attempt(read_rows, given.path, split=given.split, config=given.config, columns=given.columns) or []
     if rules is not None and isinstance(rules.weights, SampleWeights):
         what = f"`samples` are missing: {rules.weights.compares} are compared on the newest expert's data"
         faults.add(what, fix="add `samples: {path: rows.jsonl}`")

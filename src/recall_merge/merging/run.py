@@ -46,8 +46,10 @@ class ExpertEntry(Section):
 class Samples(Section):
     """The newest expert's own data, and how its typical samples are chosen."""
 
-    path: str = Field(description=f"rows of the newest expert's data: {', '.join(FORMATS)}, or a `datasets` name")
-    split: str = Field("train", description="split, for a `datasets` name")
+    path: str = Field(description=f"rows of the newest expert's data: {', '.join(FORMATS)}, a folder of them, or a `datasets` name")
+    split: str = Field("train", description="split, of a folder or a `datasets` name")
+    config: str | None = Field(None, description="config, of a `datasets` name")
+    columns: dict[str, str] | None = Field(None, description="what the rows call the fields that are read: `{prompt: question}`")
     count: int = Field(20, ge=1, description="number of typical samples, the paper's m")
     pool: int = Field(2000, ge=1, description="maximum rows to embed, drawn by the seed")
     space: Literal["last", "middle", "several"] = Field("last", description="layers whose hidden states are clustered")

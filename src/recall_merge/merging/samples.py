@@ -11,7 +11,7 @@ from recall_merge.maths.samples import typical_samples
 from recall_merge.merging.forward import expert_tokenizer, hidden_states_at, whole_hidden_states_at
 from recall_merge.merging.plan import Plan
 from recall_merge.merging.run import RecallWeights
-from recall_merge.models.tokens import EncodedRow, encode_rows, render, tokenize
+from recall_merge.models.tokens import EncodedRow, encode_rows, render, token_ids
 from recall_merge.runtime.errors import DataError, NotLayerwise
 from recall_merge.runtime.progress import Progress
 
@@ -45,7 +45,7 @@ def choose_samples(plan: Plan, rule: RecallWeights, progress: Progress) -> Typic
     if len(texts) > wanted.pool:
         notes.append(f"{wanted.pool} of {len(texts)} rows were drawn for the pool (seed {plan.run.seed})")
         texts = [texts[i] for i in sorted(random.Random(plan.run.seed).sample(range(len(texts)), wanted.pool))]
-    tokens = tokenize(texts, tokenizer, max_tokens=wanted.max_tokens)
+    tokens = token_ids(texts, tokenizer, wanted.max_tokens)
     if cut := sum(len(ids) == wanted.max_tokens for ids in tokens):
         notes.append(f"{cut} rows reach {wanted.max_tokens} tokens and were cut there")
     if len(texts) <= wanted.count:
@@ -69,10 +69,8 @@ def choose_samples(plan: Plan, rule: RecallWeights, progress: Progress) -> Typic
 def encode_samples(plan: Plan, samples: Sequence[TypicalSample], tokenizer: Any) -> list[EncodedRow]:
     """Typical samples as tokens, cut like the pool's, with labels on the completion, or on all tokens where the cut leaves none of it."""
     by_index = {row.index: row for row in plan.rows}
-    limit = plan.samples.max_tokens
-    encoded = encode_rows([by_index[sample.row] for sample in samples], tokenizer, template=plan.samples.template)
-    cut = [EncodedRow(row.input_ids[:limit], row.labels[:limit]) for row in encoded]
-    return [row if any(label != -100 for label in row.labels[1:]) else EncodedRow(row.input_ids, row.input_ids) for row in cut]
+    chosen, template = [by_index[sample.row] for sample in samples], plan.samples.template
+    return encode_rows(chosen, tokenizer, template=template, max_length=plan.samples.max_tokens, label_cut=True)
 
 
 def _distinct_texts(plan: Plan, tokenizer: Any) -> dict[str, int]:

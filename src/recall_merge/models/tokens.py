@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from recall_merge.files.rows import Row
+from recall_merge.files.rows import Row, numbered
 from recall_merge.runtime.errors import DataError, Faults
 
 NO_LABEL = -100  # torch's `ignore_index`: the loss leaves these positions out
+CHARACTERS = 16  # of a text, per token that is wanted: as many are tokenised at first
+Turns = Literal["last", "all"]
 MARK = "recall-puts-the-answer-here"
 
 
@@ -45,13 +47,21 @@ def render(row: Row, tokenizer: Any, *, template: bool = True) -> Rendered:
     Raises DataError if the template refuses the row, or leaves its words out.
     """
     if not (template and getattr(tokenizer, "chat_template", None)) or not row.prompt:
+        if row.details:
+            what, fix = "a row with tools, calls or reasoning needs a chat template", "add one to the model's folder, or leave the row out"
+            raise DataError(what, where=f"row {row.index + 1}", fix=fix)
         answer = row.completion.rstrip()
         end = row.completion[len(answer) :] + (tokenizer.eos_token or "")
         return Rendered(_start_token(tokenizer) + row.plain, answer, end)
-    turns = [{"role": role, "content": content} for role, content in row.prompt]
+    *turns, answer = row.turns
     words = row.completion.strip()
     prompt = _fill(row, tokenizer, turns, add_generation_prompt=True)
-    whole, marked = (_fill(row, tokenizer, [*turns, {"role": "assistant", "content": text}]) for text in (words, MARK))
+    whole, marked = (_fill(row, tokenizer, [*turns, answer | {"content": text}]) for text in (words, MARK))
+    if row.details:
+        _check_details(row, tokenizer, whole)
+    if len(answer) > 2:  # calls and reasoning are the row's own words too
+        start = _shared(prompt, whole)
+        return Rendered(whole[:start], whole[start:], "")
     head, _, end = marked.rpartition(MARK)
     if not head or whole != head + words + end:  # the template rewrites this answer, as its white space or a reasoning block in it
         start = _shared(prompt, whole)
@@ -77,10 +87,10 @@ def render_rows(rows: Iterable[Row], tokenizer: Any, *, template: bool = True) -
     return [text for text in rendered if text is not None]
 
 
-def _fill(row: Row, tokenizer: Any, turns: Sequence[Mapping[str, str]], **options: Any) -> str:
+def _fill(row: Row, tokenizer: Any, turns: Sequence[Mapping[str, Any]], **options: Any) -> str:
     """What the chat template makes of a conversation."""
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, **options)
+        text = tokenizer.apply_chat_template(turns, tools=row.tools, tokenize=False, **options)
     except Exception as error:  # a template is a program, and raises what it likes
         fix = "write the row as the template wants it, or leave the template out: `template: false`"
         raise DataError(
@@ -90,34 +100,93 @@ def _fill(row: Row, tokenizer: Any, turns: Sequence[Mapping[str, str]], **option
 
 
 def encode_rows(
-    rows: Sequence[Row], tokenizer: Any, *, template: bool = True, max_length: int | None = None, label_prompt: bool = False
+    rows: Sequence[Row],
+    tokenizer: Any,
+    *,
+    template: bool = True,
+    max_length: int | None = None,
+    window: int | None = None,
+    turns: Turns = "last",
+    label_prompt: bool = False,
+    label_cut: bool = False,
 ) -> list[EncodedRow]:
     """Tokens and labels of rows, rendered as for scoring. Special tokens come from the rendering alone, so none is doubled.
 
-    Longer rows are cut to `max_length` tokens; with `label_prompt` the tokens of the prompt get labels too.
+    Args:
+        max_length: cut longer rows to this many tokens.
+        window: refuse rows of more tokens than this.
+        turns: label the last answer of a conversation, or all turns of the assistant.
+        label_prompt: label the tokens of the prompt too.
+        label_cut: label all tokens of a row where the cut leaves none of its completion, instead of refusing it.
 
-    Raises DataError with every row that has nothing to learn from.
+    Raises DataError with every row that has nothing to learn from, cannot be rendered, or is too long.
     """
     encoded: list[EncodedRow] = []
-    faults = Faults()
-    for row, rendered in zip(rows, render_rows(rows, tokenizer, template=template), strict=True):
-        prompt, ids = tokenizer([rendered.prompt, "".join(rendered)], add_special_tokens=False)["input_ids"]
-        # subtle: a token may reach over the end of the prompt; what is learnt then begins with that token
-        start = 0 if label_prompt else _shared(prompt, ids)
-        ids = ids[:max_length]
-        if len(ids) <= max(start, 1):
-            what = "no token of the completion is left within `max_length`" if max_length else "the row has no text to learn"
-            faults.add(what, where=f"row {row.index + 1}", fix="raise `max_length`, or leave the row out" if max_length else "")
-        encoded.append(EncodedRow(ids, [NO_LABEL] * start + ids[start:]))
+    faults, long = Faults(), list[int]()
+    limit = max_length if max_length is not None or window is None else window + 1
+    for row in rows:
+        with faults.collect():
+            rendered = render(row, tokenizer, template=template)
+            text = "".join(rendered)
+            learnt = [(len(rendered.prompt), len(text))]
+            if turns == "all" and rendered.prompt:
+                learnt = [*_earlier_answers(row, text, tokenizer, template), *learnt]
+            heads = token_ids([text[:end] for span in learnt for end in span], tokenizer, limit)
+            ids = heads[-1]
+            if window is not None and len(ids) > window:
+                long.append(row.index)
+                continue
+            # subtle: a token may reach over the end of the prompt; what is learnt then begins with that token
+            ends = [_shared(head, ids) for head in heads]
+            spans = list(zip(ends[::2], ends[1::2], strict=True))
+            if not any(max(first, 1) < last for first, last in spans):
+                if not (label_cut and len(ids) == max_length):
+                    what = "no token of the completion is left within `max_length`" if max_length else "the row has no text to learn"
+                    fix = "raise `max_length`, or leave the row out" if max_length else ""
+                    faults.add(what, where=f"row {row.index + 1}", fix=fix)
+                spans = [(0, len(ids))]
+            labels = [NO_LABEL] * len(ids)
+            for first, last in [(0, len(ids))] if label_prompt else spans:
+                labels[first:last] = ids[first:last]
+            encoded.append(EncodedRow(ids, labels))
     if not rows:
         faults.add("there are no rows to train on")
+    if long:
+        what = f"{len(long)} of {len(rows)} training rows are longer than the {window} tokens that the model can read"
+        faults.add(what, where=numbered(long), fix="leave them out, or let the training cut them: `max_length`")
     faults.raise_any(DataError)
     return encoded
 
 
-def tokenize(texts: Sequence[str], tokenizer: Any, *, max_tokens: int) -> list[list[int]]:
-    """Token ids of rendered texts, without further special tokens, cut to `max_tokens`."""
-    return [ids[:max_tokens] for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]] if texts else []
+def token_ids(texts: Sequence[str], tokenizer: Any, limit: int | None = None) -> list[list[int]]:
+    """Token ids of rendered texts, without further special tokens, cut to `limit`.
+
+    Of a text far longer than that only a beginning is tokenised: one so long that twice as much begins with the same tokens.
+    """
+    found: list[list[int]] = [[]] * len(texts)
+    waiting, size = range(len(texts)), None if limit is None else CHARACTERS * limit
+    while waiting:
+        heads = tokenizer([texts[n][: size and 2 * size] for n in waiting], add_special_tokens=False)["input_ids"]
+        cut = [n for n in waiting if size is not None and len(texts[n]) > 2 * size]
+        halves = dict(
+            zip(cut, tokenizer([texts[n][:size] for n in cut], add_special_tokens=False)["input_ids"] if cut else [], strict=True)
+        )
+        for n, ids in zip(waiting, heads, strict=True):
+            found[n] = ids[:limit]
+        waiting = [n for n in cut if len(found[n]) < (limit or 0) or halves[n][:limit] != found[n]]
+        size = size and 2 * size
+    return found
+
+
+def _earlier_answers(row: Row, text: str, tokenizer: Any, template: bool) -> Iterator[tuple[int, int]]:
+    """Where the assistant's earlier turns stand in the text of a conversation. Raises DataError if they are not written as they were."""
+    for at, (role, _) in enumerate(row.prompt):
+        if role == "assistant":
+            rendered = render(row.until(at), tokenizer, template=template)
+            if not text.startswith("".join(rendered)):
+                what = "the chat template writes an earlier answer in another way than the last one"
+                raise DataError(what, where=f"row {row.index + 1}, turn {at + 1}", fix="learn the last answer: `turns: last`")
+            yield len(rendered.prompt), len("".join(rendered))
 
 
 def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:
@@ -129,3 +198,18 @@ def _start_token(tokenizer: Any) -> str:
     """The start token, if the tokenizer puts one before a text. We try it out: the tokenizer's own flag is not reliable."""
     puts_it = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     return tokenizer.bos_token if puts_it else ""
+
+
+def _check_details(row: Row, tokenizer: Any, text: str) -> None:
+    """Refuse a row of which the chat template leaves something out: a text without it would be the same."""
+    for name in sorted({key for turn in row.turns for key in turn} - {"role", "content", "name", "tool_call_id"} | {"tools"}):
+        if name == "tools" and row.tools is None:
+            continue
+        turns = [{key: value for key, value in turn.items() if key != name} for turn in row.turns]
+        try:
+            same = text == tokenizer.apply_chat_template(turns, tools=None if name == "tools" else row.tools, tokenize=False)
+        except Exception:  # a template that cannot do without it
+            continue
+        if same:
+            what = f"the chat template does not write a row's `{name}`"
+            raise DataError(what, where=f"row {row.index + 1}", fix=f"take `{name}` out, or give the model a template that does")

@@ -17,10 +17,10 @@ from recall_merge.files.checkpoint import open_checkpoint, read_json
 from recall_merge.files.hashing import hash_file
 from recall_merge.files.output import OutputFolder
 from recall_merge.files.record import RECORD, verify_files, versions, write_record
-from recall_merge.files.rows import Row, numbered
+from recall_merge.files.rows import Row
 from recall_merge.models.load import build_model, hushed, load_tokenizer, load_trainable
 from recall_merge.models.tokens import EncodedRow, encode_rows
-from recall_merge.runtime.errors import DataError, Faults, OutputError, ResultError, RunError
+from recall_merge.runtime.errors import Faults, OutputError, ResultError, RunError
 from recall_merge.runtime.progress import Progress
 from recall_merge.training import checkpoints
 from recall_merge.training.settings import TrainSettings, check_arguments
@@ -113,10 +113,7 @@ def check_rows(base: Path, rows: Sequence[Row], settings: TrainSettings) -> None
     from recall_merge.evaluation.lm_eval_private import window_of
 
     tokenizer = load_tokenizer(base)
-    encoded, window = encode_rows(rows, tokenizer, **settings.encoding), window_of(base, tokenizer)
-    if long := [row.index for row, tokens in zip(rows, encoded, strict=True) if len(tokens.input_ids) > window]:
-        what = f"{len(long)} of {len(rows)} training rows are longer than the {window} tokens that the model can read"
-        raise DataError(what, where=numbered(long), fix="leave them out, or let the training cut them: `max_length`")
+    encode_rows(rows, tokenizer, window=window_of(base, tokenizer), **settings.encoding)
 
 
 def _key(base: Path, encoded: Sequence[EncodedRow], settings: TrainSettings, init_from: Path | None) -> str:

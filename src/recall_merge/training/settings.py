@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from recall_merge.models.load import hushed
+from recall_merge.models.tokens import Turns
 from recall_merge.runtime.errors import Faults, MissingExtra, RunError, did_you_mean
 from recall_merge.runtime.sections import Positive, Section
 
@@ -40,7 +41,7 @@ FIXED = {
     "resume_from_checkpoint": "training always resumes from its own checkpoints",
     "model_init_kwargs": "recall loads the base",
     "chat_template_path": "rows are rendered with the base's template, as for scoring",
-    "assistant_only_loss": "the loss is on the completion",
+    "assistant_only_loss": "the loss is on the completion; `turns: all` takes all turns of the assistant",
     "dataset_text_field": "recall reads the rows",
     "dataset_kwargs": "recall reads the rows",
     "eos_token": "a turn ends as the base ends it",
@@ -67,6 +68,7 @@ class TrainSettings(Section):
         default=None, description="cut longer rows to this many tokens; by default none are cut"
     )
     template: bool = Field(default=True, description="apply the base's chat template where it has one")
+    turns: Turns = Field(default="last", description="of a conversation: its last answer is learnt, or all turns of the assistant")
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="of the base while training, and of a fully trained expert"
     )
@@ -77,7 +79,7 @@ class TrainSettings(Section):
     def encoding(self) -> dict[str, Any]:
         """Arguments of `encode_rows`."""
         label_prompt = self.arguments.get("completion_only_loss") is False
-        return {"template": self.template, "max_length": self.max_length, "label_prompt": label_prompt}
+        return {"template": self.template, "max_length": self.max_length, "turns": self.turns, "label_prompt": label_prompt}
 
     @model_validator(mode="after")
     def _adapter_settings_need_an_adapter(self) -> TrainSettings:
