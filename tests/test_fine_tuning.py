@@ -366,3 +366,12 @@ def test_a_full_disk_is_said_and_training_goes_on_afterwards(base, expert, tmp_p
         train(base, ROWS, tmp_path / "expert", SMALL)
     assert not (tmp_path / "expert").exists()
     assert same(train(base, ROWS, tmp_path / "expert", SMALL).folder, expert.folder)
+
+
+@pytest.mark.parametrize(("epochs", "said"), [(1, "step 1 leaves NaN or infinity in"), (3, "the loss of step 2 is nan")])
+def test_a_training_that_diverges_ends_with_words_and_leaves_no_expert(base, tmp_path, epochs, said):
+    settings = TrainSettings(kind="full", epochs=epochs, batch_size=8, learning_rate=1e39, arguments={"warmup_steps": 0})
+    with pytest.raises(RunError, match=f"the training has diverged: {said}") as caught:
+        train(base, ROWS, tmp_path / "expert", settings)
+    assert caught.value.faults[0].where == str(tmp_path / "expert")
+    assert not (tmp_path / "expert").exists()

@@ -4,12 +4,14 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from recall_merge.evaluation.scores import score_tasks
 from recall_merge.evaluation.tasks import TaskSpec
 from recall_merge.files.rows import parse_rows
 from recall_merge.models.load import build_model, load_model
-from tiny import edit_json, forced, load_tensors, make_model, make_tokenizer, save_model
+from recall_merge.runtime.errors import CheckpointError
+from tiny import edit_json, forced, load_tensors, lora, make_model, make_tokenizer, save_model
 
 PROMPTS = ["the quick brown", "is this a good film? say yes or no", "jump over it"]
 
@@ -99,3 +101,33 @@ def test_one_line_counts_where_the_right_answers_have_one():
     rows = parse_rows([{"prompt": "is it good?", "completion": " the dog"}], where="rows")
     [score] = score_tasks(forced(tokenizer, ["is it good?\n the dog\nis it"]), tokenizer, [TaskSpec("t", rows)])
     assert (score.items[0].prediction, score.score) == ("the dog", 1.0)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", ["lm_head.weight", "model.norm.weight", "model.layers.0.mlp.up_proj.weight"])
+def test_a_model_with_numbers_that_are_not_finite_has_no_score(folder, tmp_path, place, number):
+    broken = save_model(make_model(seed=3), tmp_path / "broken")
+    tensors = load_tensors(broken)
+    tensors[place].view(-1)[3] = number
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    choices = parse_rows([{"prompt": "is it?", "completion": word, "choices": [" yes", " no"]} for word in (" yes", " no")], where="rows")
+    answers = parse_rows([{"prompt": "is it?", "completion": " yes"}], where="rows")
+    model, tokenizer = load_model(broken, device="cpu")
+    for rows in (choices, answers):
+        with pytest.raises(CheckpointError, match=f"NaN or infinite, so it has no score\n  where: {broken}"):
+            score_tasks(model, tokenizer, [TaskSpec("t", rows)])
+    adapter = lora(folder, tmp_path / "adapter", target_modules=["q_proj"])
+    assert load_model(adapter, folder, device="cpu")[0].name_or_path == str(adapter)
+
+
+def test_a_token_may_be_ruled_out(folder):
+    model, tokenizer = load_model(folder, device="cpu")
+
+    def rule_out(_, args, output):
+        output.logits[..., 7] = -float("inf")
+
+    hook = model.register_forward_hook(rule_out)
+    rows = parse_rows([{"prompt": "is it?", "completion": " yes", "choices": [" yes", " no"]}], where="rows")
+    [score] = score_tasks(model, tokenizer, [TaskSpec("t", rows)])
+    hook.remove()
+    assert score.n == 1

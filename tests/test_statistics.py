@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from recall_merge import MergeRun, RecallError, make_plan, merge
 from recall_merge.files.statistics import open_statistics
@@ -199,3 +200,11 @@ def test_statistics_may_lie_elsewhere(world):
     entries[0]["stats"] = str(world / "nowhere")
     with pytest.raises(RecallError, match="this folder has no input statistics"):
         make_plan(a_run(world, entries))
+
+
+def test_an_expert_whose_states_are_not_finite_leaves_no_statistics(world):
+    tensors = load_tensors(world / "a")
+    next(iter(tensors.values())).fill_(float("nan"))
+    save_file(tensors, world / "a" / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RecallError, match="the logits of expert 'a' are NaN or infinite"):
+        statistics(world)

@@ -100,4 +100,6 @@ def _load(model: Model, store: Store, dtype: str, progress: Progress | None) -> 
     tensors, _ = merge_in_memory(plan, progress)
     store.write("merges", model.key, {"seconds": round(time.monotonic() - start, 2)})
     base = store.folder_of(model.base)
-    return build_model(base, tensors, dtype=dtype), load_tokenizer(base)
+    merged = build_model(base, tensors, dtype=dtype)
+    merged.name_or_path = str(store.path_of(model))
+    return merged, load_tokenizer(base)

@@ -18,7 +18,7 @@ from recall_merge.evaluation.tasks import Definition, TaskSpec, build_task, chec
 from recall_merge.files.rows import numbered
 from recall_merge.models.load import load_tokenizer
 from recall_merge.models.tokens import token_ids
-from recall_merge.runtime.errors import DataError, Faults, RunError, did_you_mean
+from recall_merge.runtime.errors import CheckpointError, DataError, Faults, RunError, did_you_mean
 from recall_merge.runtime.progress import Progress, Silent
 
 FEWSHOT_SEED = 1234  # lm-eval's own default
@@ -135,12 +135,24 @@ def _greedy(model: Any, tokenizer: Any) -> Iterator[list[int]]:
     ids = {name: getattr(before, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")}
     model.generation_config = GenerationConfig(**ids)
     ends = ids["eos_token_id"]
+    check = model.register_forward_hook(_refuse_nonfinite)
     try:
         yield ends if isinstance(ends, list) else [ends] if ends is not None else []
     finally:
+        check.remove()
         model.generation_config = before
         model.train(training)
         tokenizer.pad_token = pad
+
+
+def _refuse_nonfinite(model: Any, _: Any, output: Any) -> None:
+    """Logits of NaN would look like answers: the first choice, the first token. A token may be ruled out by -infinity."""
+    import torch
+
+    total = output.logits.sum(dtype=torch.float32)
+    if total.isnan() or total.isposinf():
+        fix = "its training went wrong, or a merge; in half precision numbers may overflow: try float32"
+        raise CheckpointError("the model's logits are NaN or infinite, so it has no score", where=model.name_or_path, fix=fix)
 
 
 def _run(local: Any, tasks: Mapping[str, Any], groups: Mapping[str, Any], limit: int | None) -> dict[str, Any]:

@@ -63,7 +63,11 @@ def _moments(
 
     rows = encode_samples(plan, samples, expert_tokenizer(plan, expert))
     with progress.stage(f"input statistics of {expert.name}", sum(len(row.input_ids) for row in rows), "tokens") as advance:
-        groups = input_moments(load_expert(plan, expert, DEFAULT_RECALL), rows, seed=plan.run.seed, progress=advance)
+        try:
+            groups = input_moments(load_expert(plan, expert, DEFAULT_RECALL), rows, seed=plan.run.seed, progress=advance)
+        except FloatingPointError as error:
+            what = f"the logits of expert '{expert.name}' are NaN or infinite"
+            raise CheckpointError(what, where=expert.folder, fix="look at its training") from error
     names = Names(plan.base)
     parts: dict[str, Tensor] = {}
     tensors: dict[str, tuple[str, int]] = {}

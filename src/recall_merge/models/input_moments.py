@@ -36,7 +36,7 @@ def input_moments(
 
     At each position whose next token has a label, one prediction is drawn from the model's own distribution: the squares of its gradients
     are the diagonal of the model's Fisher information. Rows run one by one, so none is padded. Maps inside fused mixtures of experts, which
-    are not modules, are not seen.
+    are not modules, are not seen. Raises FloatingPointError if logits are NaN or infinite.
     """
     maps: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     axes = {name: 1 if isinstance(module, nn.Linear) else 0 for name, module in maps.items()}  # of inputs
@@ -50,6 +50,8 @@ def input_moments(
             reads.clear()
             logits = model(input_ids=torch.tensor([row.input_ids]), use_cache=False).logits[0].float()
             labelled = logits[:-1][torch.tensor(row.labels[1:], dtype=torch.long) != NO_LABEL]  # position t predicts token t + 1
+            if not labelled.logsumexp(-1).isfinite().all():
+                raise FloatingPointError
             if len(labelled):
                 drawn = torch.multinomial(labelled.detach().softmax(-1), 1, generator=generator).squeeze(1)
                 cross_entropy(labelled, drawn, reduction="sum").backward()

@@ -44,6 +44,7 @@ def load_model(folder: Path, base: Path | None = None, *, device: str | None = N
     checkpoint = open_checkpoint(base)
     tensors = own_tensors(AdapterExpert(folder.name, open_adapter(folder, checkpoint)), checkpoint, lambda _: True)
     model = build_model(base, tensors, dtype=dtype, vocabulary_size=len(tensors[checkpoint.embedding]))
+    model.name_or_path = str(folder)  # not the base's
     return model.to(device), tokenizer
 
 

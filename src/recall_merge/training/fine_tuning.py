@@ -95,6 +95,7 @@ def train(
         trainer = _make_trainer(model, tokenizer, encoded, settings, arguments, progress=progress, callbacks=callbacks)
         with _explain_full_disk(work):
             trainer.run(resume_from=checkpoint)
+            trainer.check_trained()
             result = TrainResult(
                 out,
                 steps=trainer.state.global_step,

@@ -19,6 +19,7 @@ DEFAULTS: dict[str, Any] = {
     "warmup_steps": 0.1,
     "train_sampling_strategy": "group_by_length",
     "logging_steps": 1,
+    "logging_nan_inf_filter": False,  # it would record such a loss as another
     "save_strategy": "steps",
     "save_steps": 0.1,
     "save_total_limit": 2,  # the older one is used if training stops while the newer is written

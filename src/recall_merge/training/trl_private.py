@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.utils.data import Sampler
@@ -21,7 +21,9 @@ from transformers import PrinterCallback, TrainerCallback
 from trl.trainer.sft_trainer import SFTTrainer
 
 from recall_merge.models.tokens import NO_LABEL
+from recall_merge.runtime.errors import RunError
 from recall_merge.runtime.progress import Advance, Progress, Silent
+from recall_merge.training.checkpoints import SUFFIX
 
 POOL = 50  # batches whose rows are sorted by length together
 
@@ -44,6 +46,24 @@ class Trainer(SFTTrainer):
         """Train, from a checkpoint on if one is given."""
         with self._reporter.open_stages:
             self.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One step. Raises RunError where its loss is NaN or infinite: nothing is learnt from there on."""
+        loss = super().training_step(*args, **kwargs)
+        if not loss.isfinite():
+            self._refuse(f"the loss of step {self.state.global_step + 1} is {float(loss):g}")
+        return loss
+
+    def check_trained(self) -> None:
+        """Raise RunError where the last step left NaN or infinity."""
+        model: Any = self.model
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and not parameter.isfinite().all():
+                self._refuse(f"step {self.state.global_step} leaves NaN or infinity in '{name}'")
+
+    def _refuse(self, what: str) -> NoReturn:
+        where = str(self.args.output_dir).removesuffix(SUFFIX)
+        raise RunError(f"the training has diverged: {what}", where=where, fix="lower `learning_rate`, or look at the rows and the base")
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """Mean negative log-likelihood of the tokens that have a label.
