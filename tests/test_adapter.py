@@ -9,6 +9,7 @@ import torch
 from peft import IA3Config, PeftModel
 from safetensors.torch import save_file
 
+from recall_merge import MergeRun, make_plan
 from recall_merge.files.adapter import Names, _Parts, is_adapter, open_adapter
 from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.maths.deltas import LowRank, dense
@@ -426,3 +427,48 @@ def test_a_pattern_that_takes_for_ever_is_refused(llama, tmp_path):
     parts = _Parts(tmp_path, {"r": 4, "lora_alpha": 8, "rank_pattern": {"(?:a|aa)+(?=b)c": 2}}, open_checkpoint(llama))
     with pytest.raises(CheckpointError, match="takes too long to match"):
         parts._scale("model.layers." + "a" * 300 + "c", rank=None)
+
+
+class TestWithoutItsWholeEffect:
+    """What trainers and copies leave behind when something went wrong; a whole checkpoint like that is refused too."""
+
+    @pytest.fixture
+    def trained(self, llama, tmp_path):
+        folder = lora(llama, tmp_path / "adapter", r=2, target_modules=["q_proj", "v_proj"])
+        return folder, load_tensors(folder)
+
+    def rewrite(self, folder, tensors):
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    def test_products_of_zeros(self, llama, trained):
+        folder, tensors = trained
+        for factor in ("lora_B", "lora_A"):
+            self.rewrite(folder, {key: torch.zeros_like(part) if factor in key else part for key, part in tensors.items()})
+            run = {"base": str(llama), "experts": [{"name": "a", "path": str(folder)}], "method": "linear", "out": {"path": folder / "out"}}
+            with pytest.raises(CheckpointError, match="expert 'a' changes nothing: every product of its factors is zero"):
+                make_plan(MergeRun.model_validate(run))
+        assert open_adapter(folder, open_checkpoint(llama)).edits  # it may still be looked at
+
+    def test_a_file_without_tensors(self, llama, trained):
+        self.rewrite(trained[0], {})
+        refusal(trained[0], llama, "the adapter's file holds no tensors", "save it again with all of its weights gathered")
+
+    def test_a_block_that_the_config_promises(self, llama, trained):
+        folder, tensors = trained
+        base = open_checkpoint(llama)
+        self.rewrite(folder, {key: part for key, part in tensors.items() if "layers.1.self_attn.q_proj" not in key})
+        what = "the adapter lacks 'model.layers.1.self_attn.q_proj', which its config says it changes"
+        refusal(folder, llama, what, "layers_to_transform")
+        for own in (r".*\.self_attn\.(q|v)_proj", "all-linear"):
+            edit_json(folder / "adapter_config.json", target_modules=own)
+            refusal(folder, llama, what, "layers_to_transform")
+        for own in (r".*\.v_proj|.*\.0\..*\.q_proj", ["v_proj", "layers.0.self_attn.q_proj"]):
+            edit_json(folder / "adapter_config.json", target_modules=own)
+            assert len(open_adapter(folder, base).edits) == 3
+        edit_json(folder / "adapter_config.json", target_modules=["q_proj", "v_proj"], exclude_modules=["layers.1.self_attn.q_proj"])
+        assert len(open_adapter(folder, base).edits) == 3
+
+    def test_a_whole_model_in_the_same_folder(self, llama, trained):
+        shutil.copy(llama / "model.safetensors", trained[0])
+        what = "the folder holds a whole model and an adapter: which of them is meant?"
+        refusal(trained[0], llama, what, "move one of the two to a folder of its own", where="")

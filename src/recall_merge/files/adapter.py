@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from recall_merge.files.checkpoint import HEADS, Checkpoint, files_in, read_json
+from recall_merge.files.checkpoint import HEADS, INDEX, SINGLE, Checkpoint, files_in, read_json
 from recall_merge.files.edits import Edit
 from recall_merge.files.safetensors import RemoteFile, StoredTensor, read_header
 from recall_merge.runtime.errors import CheckpointError, Faults, short
@@ -28,6 +28,7 @@ UNSUPPORTED = (  # settings of LoRA that do more than change single tensors
 )  # fmt: skip
 MERGE_FIRST = "merge it into its base with PEFT (merge_and_unload), and give that folder"
 COPY_AGAIN = "copy the adapter again"
+SAVE_WHOLE = "save it again with all of its weights gathered: under DeepSpeed's ZeRO-3, stage3_gather_16bit_weights_on_model_save"
 OTHER_BASE = "give the base it was trained on"
 CONV1D = ("gpt2", "openai-gpt")  # model types whose blocks hold transformers' Conv1D, which stores (in, out)
 MAX_PATTERN = 10_000  # characters; a pattern that lists every module of a large model has some thousands
@@ -114,8 +115,14 @@ def open_adapter(folder: Path, base: Checkpoint, remote: Mapping[str, RemoteFile
     with faults.collect():
         config = read_json(folder / CONFIG)
         _check_config(folder, config, faults)
+    present = files_in(folder, remote)
+    if whole := present & {SINGLE, INDEX}:
+        fix = f"move one of the two to a folder of its own: {whole.pop()} and its config, or {CONFIG} and {WEIGHTS}"
+        faults.add("the folder holds a whole model and an adapter: which of them is meant?", where=folder, fix=fix)
     with faults.collect():
-        stored = read_header(folder / adapter_weights(files_in(folder, remote), folder), remote.get(WEIGHTS))
+        stored = read_header(folder / adapter_weights(present, folder), remote.get(WEIGHTS))
+        if not stored:
+            raise CheckpointError("the adapter's file holds no tensors", where=folder / WEIGHTS, fix=SAVE_WHOLE)
     faults.raise_any(CheckpointError)
 
     parts = _Parts(folder, config, base)
@@ -126,6 +133,15 @@ def open_adapter(folder: Path, base: Checkpoint, remote: Mapping[str, RemoteFile
     parts.check(faults)
     faults.raise_any(CheckpointError)
     return Adapter(folder, config, dict(parts.edits))
+
+
+def changes_nothing(adapter: Adapter) -> bool:
+    """Whether all it adds are products with a factor of zeros, as before training. The first that is not zero ends the search."""
+    stored = any(part.remote for edit in adapter.edits.values() for part in edit.parts)
+    return not stored and not any(
+        not edit.is_product or (edit.up is not None and edit.down is not None and edit.up.read().any() and edit.down.read().any())
+        for edit in adapter.edits.values()
+    )
 
 
 def _check_config(folder: Path, config: Mapping[str, Any], faults: Faults) -> None:
@@ -171,6 +187,7 @@ class _Parts:
         self._names = Names(base)
         self._head: dict[str, StoredTensor] = {}  # parts by kind for a head that the base ties
         self._trained_whole: set[str] = set()
+        self._modules: dict[str, str] = {}  # those with factors, and the base's tensor of each
 
     def place(self, key: str, part: StoredTensor) -> None:
         match = _PARTS.match(key.removeprefix(PREFIX))
@@ -181,6 +198,8 @@ class _Parts:
         module, kind = match["module"], match["part"].removesuffix(".weight") if "lora" in match["part"] else match["part"]
         wanted = f"{module}.{'bias' if kind.endswith('bias') else 'weight'}"
         name = self._names.find(wanted)
+        if name is not None and "lora" in kind:
+            self._modules[module] = name
         if name is None and self._names.is_tied_head(wanted):
             self._head[kind] = part
             return
@@ -227,9 +246,35 @@ class _Parts:
                 edit.transpose = self._is_stored_transposed(name, edit)
             for misfit in edit.misfits(own.spec.shape, tokens=name in self._base.token_tensors):
                 faults.add(f"the adapter changes '{name}' {misfit}", where=self._where, fix=OTHER_BASE)
+        for module in sorted(self._missing())[:3]:
+            fix = f"{COPY_AGAIN}, or list only the blocks that it has under `layers_to_transform` of its config"
+            faults.add(f"the adapter lacks '{module}', which its config says it changes", where=self._where, fix=fix)
         if self._base.is_tied and not self._head_follows():
             what = f"the adapter trains the head apart from the embedding '{self._base.embedding}', to which the base ties it"
             faults.add(what, where=self._where, fix="train both with `ensure_weight_tying=True`, or untie the base first")
+
+    def _missing(self) -> set[str]:
+        """Modules that the adapter has in some blocks only, though its config means those of other blocks too."""
+        layers, missing = self._base.layers, set()
+        for module, name in self._modules.items():
+            if 1 <= (layer := layers.of(name)) <= layers.blocks and f".{layer - 1}." in module:
+                for block in set(range(layers.blocks)) - {layer - 1}:
+                    there, theirs = (path.replace(f".{layer - 1}.", f".{block}.", 1) for path in (module, name))
+                    if there not in self._modules and theirs in self._base.tensors and self._targets(there, block):
+                        missing.add(there)
+        return missing
+
+    def _targets(self, module: str, block: int) -> bool:
+        """Whether the config means a module, as PEFT decides it."""
+
+        def fits(wanted: Any) -> bool:
+            if isinstance(wanted, str):
+                return wanted == "all-linear" or self._matches(wanted, module)
+            return any(module == each or module.endswith(f".{each}") for each in wanted or ())
+
+        only = self._config.get("layers_to_transform")
+        in_block = only is None or block == only or (isinstance(only, list) and block in only)
+        return in_block and fits(self._config.get("target_modules")) and not fits(self._config.get("exclude_modules"))
 
     def _is_stored_transposed(self, name: str, edit: Edit) -> bool:
         """Whether the base stores a tensor as (in, out). PEFT asks the module's class; the shape decides unless it is square."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from recall_merge.files.adapter import CONFIG, Adapter, is_adapter, open_adapter
+from recall_merge.files.adapter import CONFIG, WEIGHTS, Adapter, changes_nothing, is_adapter, open_adapter
 from recall_merge.files.checkpoint import Checkpoint, open_checkpoint
 from recall_merge.files.experts import AdapterExpert, BaseExpert, Expert, FullExpert, hash_expert
 from recall_merge.files.hashing import FileStates, same_weights
@@ -39,6 +39,9 @@ def open_expert(entry: ExpertEntry, located: Located, base: Checkpoint, run: Mer
     if is_adapter(located.folder):
         adapter = open_adapter(located.folder, base, located.remote)
         check_adapter_base(entry.name, adapter, base, run.base, entry.same_base)
+        if changes_nothing(adapter):
+            what = f"expert '{entry.name}' changes nothing: every product of its factors is zero"
+            raise CheckpointError(what, where=adapter.folder / WEIGHTS, fix="train it, or leave it out")
         return AdapterExpert(entry.name, adapter)
     checkpoint = named_like(open_checkpoint(located.folder, located.remote), base)
     check_checkpoint(entry.name, checkpoint, base, lambda tensor: skipped(tensor, run.skip), is_base=entry.is_base)
