@@ -1,49 +1,70 @@
-"""The files beside the weights of a model: config, generation config, tokenizer, chat template, code."""
+"""The files beside the weights of a model: config, generation config, tokenizer, chat template, processors, code, licence."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recall_merge.files.checkpoint import read_json
-from recall_merge.files.vocabulary import TOKENIZER_FILES, Vocabulary, read_vocabulary
+from recall_merge.files.checkpoint import NO_WEIGHTS, OTHER_FORMATS, PICKLES, read_json
+from recall_merge.files.vocabulary import Vocabulary, read_vocabulary
 from recall_merge.runtime.errors import CheckpointError
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+GENERATION, TOKENIZER, TEMPLATES = "generation_config.json", "tokenizer_config.json", "additional_chat_templates"
+OURS = ("README.md", "config.json", "record.json", "stats.json", "weights.png")  # what every result has of its own
+WEIGHTS = (".safetensors", ".index.json", *PICKLES, *OTHER_FORMATS)
+LEFT_BY_TRAINERS = (*NO_WEIGHTS, "trainer_state", "all_results", "train_results", "eval_results", "events.out", "zero_to_fp32")
+_OF_TOKENIZERS = re.compile(
+    r"(tokeniz|vocab|merges|special_tokens_map|added_tokens|chat_template|spiece|sentencepiece|tekken|tiktoken|bpe\.codes)|.*\.(model|tiktoken)$"
+)
 
 
-def write_companions(target: Path, base: Path, experts: Sequence[Path], vocabulary: Vocabulary | None, dtype: str | None) -> None:
+def write_companions(
+    target: Path, base: Path, experts: Sequence[Path], vocabulary: Vocabulary | None, dtype: str | None, speaker: Path
+) -> None:
     """Write all files but weights, statistics and record.
 
-    Config, generation config and code files are the base's; tokenizer and chat template are those that the vocabulary chose. `dtype` is
-    that of the result's weights where the run gives one; None keeps what the base's config says.
+    What servers and people need lies in the base's folder, and comes from there: all that is neither weights nor a result's own. Files
+    that belong together come from one model: tokenizer, chat template, start, end and padding are those of `speaker`, whose tokens the
+    vocabulary chose. `dtype` is that of the result's weights where the run gives one; None keeps what the base's config says.
     """
     config = read_json(base / "config.json")
     config.pop("_name_or_path", None)  # may be a local path
     if dtype is not None:
         config.pop("torch_dtype", None)  # the old name of the setting
         config["dtype"] = dtype
-    code = [file.name for file in base.glob("*.py")]
-    _copy(base, target, (*code, "generation_config.json", "preprocessor_config.json", "processor_config.json"))
-    if vocabulary is None:
-        _copy_tokenizer(base, target)
-    else:
+    _copy(base, target, tokenizer=False)
+    if vocabulary is not None:
         (config if "vocab_size" in config else config["text_config"])["vocab_size"] = vocabulary.size
-        if vocabulary.added:
-            _extended_tokenizer(base, experts, vocabulary).save_pretrained(target)
-        else:
-            _copy_tokenizer(vocabulary.tokenizer, target)
-            _take_token_ids(vocabulary.tokenizer, target, config)
+    if vocabulary is not None and vocabulary.added:
+        _extended_tokenizer(base, experts, vocabulary).save_pretrained(target)
+    else:
+        tokens = base if vocabulary is None else vocabulary.tokenizer
+        if read_vocabulary(speaker) is None:  # an adapter with a template alone
+            _copy(tokens, target, tokenizer=True)
+        if speaker != base:
+            _take_token_ids(speaker, tokens, target, config)
+        _copy(speaker, target, tokenizer=True)
     (target / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    _copy(source, target, TOKENIZER_FILES)
-    if (source / "additional_chat_templates").is_dir():
-        shutil.copytree(source / "additional_chat_templates", target / "additional_chat_templates")
+def chat_template(folder: Path) -> Any:
+    """A folder's chat template, as transformers finds it; None if there is none."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text("utf-8")
+    found = (_optional(folder / file).get("chat_template") for file in (TOKENIZER, "chat_template.json"))
+    return next(filter(None, found), None)
+
+
+def ends(folder: Path) -> dict[str, Any]:
+    """What ends a turn, as far as a folder says: the end token, and the ids at which the model stops."""
+    ids = {**_optional(folder / "config.json"), **_optional(folder / GENERATION)}.get("eos_token_id")
+    said = {"eos_token": _special(folder, "eos_token"), "eos_token_id": None if ids is None else _listed(ids)}
+    return {key: value for key, value in said.items() if value is not None}
 
 
 def _extended_tokenizer(base: Path, experts: Sequence[Path], vocabulary: Vocabulary) -> Any:
@@ -59,17 +80,55 @@ def _extended_tokenizer(base: Path, experts: Sequence[Path], vocabulary: Vocabul
     return tokenizer
 
 
-def _take_token_ids(donor: Path, target: Path, config: dict[str, Any]) -> None:
-    """Start, end and padding are token ids, so they come from the model that the tokens come from."""
-    if not (donor / "config.json").exists():
-        return
-    theirs = read_json(donor / "config.json")
-    config |= {key: theirs[key] for key in TOKEN_IDS if key in theirs}
-    _copy(donor, target, ("generation_config.json",))
+def _take_token_ids(speaker: Path, tokens: Path, target: Path, config: dict[str, Any]) -> None:
+    """Start, end and padding in `config` and the generation config: a model's; or an adapter's tokenizer's, and the base's ends."""
+    generation = _optional(target / GENERATION)
+    if (speaker / "config.json").is_file():
+        theirs = read_json(speaker / "config.json")
+        for ours, own in ((config, theirs), (config.get("text_config"), theirs.get("text_config"))):
+            if isinstance(ours, dict) and isinstance(own, Mapping):
+                _replace(ours, {key: own.get(key) for key in TOKEN_IDS})
+        _replace(generation, {key: theirs.get(key) for key in TOKEN_IDS})
+        generation = _optional(speaker / GENERATION) or generation
+    else:
+        known = read_vocabulary(speaker) or read_vocabulary(tokens) or {}
+        ids = {key: known.get(_special(speaker, key.removesuffix("_id"))) for key in TOKEN_IDS}
+        new = {key: value for key, value in ids.items() if value is not None}
+        for ours in (config, generation):
+            if ours and (end := new.get("eos_token_id")) is not None:
+                stops = [end, *(old for old in _listed(ours.get("eos_token_id")) if old != end)]
+                ours.update(new, eos_token_id=stops if stops[1:] else end)
+    if generation:
+        (target / GENERATION).write_text(json.dumps(generation, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def _copy(source: Path, target: Path, names: Sequence[str]) -> None:
-    """Copy those of these files that exist."""
-    for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+def _replace(settings: dict[str, Any], new: Mapping[str, Any]) -> None:
+    """Set what is given, and take out what is None."""
+    for key, value in new.items():
+        settings.pop(key, None)
+        settings |= {} if value is None else {key: value}
+
+
+def _special(folder: Path, name: str) -> Any:
+    """A special token of a folder's tokenizer."""
+    found = (_optional(folder / file).get(name) for file in (TOKENIZER, "special_tokens_map.json"))
+    token = next(filter(None, found), None)
+    return token.get("content") if isinstance(token, Mapping) else token
+
+
+def _listed(ids: Any) -> list[Any]:
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _copy(source: Path, target: Path, *, tokenizer: bool) -> None:
+    """Copy the files of a tokenizer, or all others, but weights, what trainers leave, and what a result has of its own."""
+    for file in sorted(source.iterdir()):
+        left = file.name in OURS or file.name.endswith(WEIGHTS) or file.name.startswith((".", *LEFT_BY_TRAINERS))
+        if file.is_file() and not left and bool(_OF_TOKENIZERS.match(file.name)) is tokenizer:
+            shutil.copyfile(file, target / file.name)
+    if tokenizer and (source / TEMPLATES).is_dir():
+        shutil.copytree(source / TEMPLATES, target / TEMPLATES, dirs_exist_ok=True)

@@ -18,10 +18,7 @@ from recall_merge.runtime.errors import CheckpointError, Fault
 if TYPE_CHECKING:
     from torch import Tensor
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
-    "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
+UNREAD = ("tekken.json", "tiktoken.model", "sentencepiece.bpe.model")  # tokenizers that only servers read, where they stand alone
 Choice = Literal["base", "newest", "union"]
 
 
@@ -95,6 +92,10 @@ def plan_vocabulary(
         return None, []
     tokens = read_vocabulary(folder)
     theirs = {name: tokens if name in same else read_vocabulary(path) for name, (path, _) in experts.items()}
+    for name, (path, _) in experts.items():
+        if tokens is None and theirs[name] is None and (file := _another_file(path, folder)):
+            fix = "load both tokenizers with transformers, and save_pretrained them into the folders: then tokens can be compared"
+            raise CheckpointError(f"expert '{name}' has another {file} than the base, which cannot be read here", where=path, fix=fix)
     different = {n: expert for n, expert in experts.items() if expert[1] != size or (theirs[n] is not None and theirs[n] != tokens)}
     if not different:
         return None, []
@@ -109,7 +110,8 @@ def plan_vocabulary(
     donor, target, added = folder, tokens, ()
     if choice == "newest":
         name = list(experts)[-1]
-        (donor, size), target = experts[name], known[name]
+        (path, size), target = experts[name], known[name]
+        donor = folder if theirs[name] is None else path
     elif choice == "union":
         added = tuple(dict.fromkeys(token for own in known.values() for token in sorted(own, key=own.__getitem__) if token not in tokens))
         target = {**tokens, **{token: row for row, token in enumerate(added, start=len(tokens))}}
@@ -121,6 +123,12 @@ def plan_vocabulary(
         lost = {n: len(set(own) - set(target)) for n, own in known.items()}
         notes += [f"{count} tokens of expert '{n}' are not among them and are left out" for n, count in lost.items() if count]
     return Vocabulary(size, rows, donor, added), notes
+
+
+def _another_file(one: Path, other: Path) -> str | None:
+    """A tokenizer's file that both folders have, with different bytes."""
+    both = (name for name in UNREAD if (one / name).is_file() and (other / name).is_file())
+    return next((name for name in both if (one / name).read_bytes() != (other / name).read_bytes()), None)
 
 
 def _same_tokenizer(one: Path, other: Path) -> bool:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from recall_merge.files.companions import chat_template
 from recall_merge.files.experts import Expert, own_rows, own_tensor, own_tensors
-from recall_merge.files.vocabulary import read_vocabulary
 from recall_merge.merging.inputs import embedding_rows
 from recall_merge.merging.plan import Plan
 from recall_merge.merging.run import RecallWeights
@@ -24,11 +24,15 @@ Tokens = Sequence[Sequence[int]]
 
 
 def expert_tokenizer(plan: Plan, expert: Expert) -> Any:
-    """The base's tokenizer, which all models share; where vocabularies differ, the expert's own."""
+    """The tokenizer of the result, whose tokens all models share; where vocabularies differ, the expert's own."""
     from recall_merge.models.load import load_tokenizer
 
-    own = plan.vocabulary is not None and read_vocabulary(expert.folder) is not None
-    return load_tokenizer(expert.folder if own else plan.base.folder)
+    if plan.vocabulary is not None:
+        return load_tokenizer(expert.folder, plan.base.folder)
+    tokenizer, template = load_tokenizer(plan.speaker, plan.base.folder), chat_template(plan.speaker)
+    if isinstance(template, str):
+        tokenizer.chat_template = template
+    return tokenizer
 
 
 def tokens_of(plan: Plan, expert: Expert, texts: Sequence[str]) -> list[list[int]]:

@@ -95,7 +95,7 @@ def apply(plan: Plan, *, executor: str = LOCAL, progress: Progress | None = None
         else:
             weights, hashes = _write_distributed(executor, plan, out.path, digest, seconds, progress)
         dtype = None if plan.run.out.dtype == "auto" else plan.run.out.dtype
-        write_companions(out.path, plan.base.folder, [expert.folder for expert in plan.experts], plan.vocabulary, dtype)
+        write_companions(out.path, plan.base.folder, [expert.folder for expert in plan.experts], plan.vocabulary, dtype, plan.speaker)
         with _timed(seconds, "check"), progress.stage("checking the result", 1, "steps") as advance:
             validate_output(plan, out.path)
             advance(1)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from recall_merge.files.checkpoint import Checkpoint
+from recall_merge.files.companions import chat_template, ends
 from recall_merge.files.experts import AdapterExpert, BaseExpert, Expert, FullExpert
 from recall_merge.files.hashing import FileStates
 from recall_merge.files.hub import Located
@@ -18,11 +19,11 @@ from recall_merge.files.output import OutputFolder, Shard, free_bytes, plan_shar
 from recall_merge.files.rows import Row, read_rows, unread_columns
 from recall_merge.files.safetensors import CODES, TensorSpec
 from recall_merge.files.statistics import InputStatistics, has_statistics
-from recall_merge.files.vocabulary import Vocabulary, plan_vocabulary
+from recall_merge.files.vocabulary import Vocabulary, plan_vocabulary, read_vocabulary
 from recall_merge.merging.inputs import check_distinct, embedding_rows, locate_models, open_base, open_expert, read_statistics
 from recall_merge.merging.rules import GivenWeights, Override, Rules, choose_method, make_rules, overrides_of_tensors, weights_per_layer
 from recall_merge.merging.run import MergeRun, RecallWeights, Samples, SampleWeights, skipped
-from recall_merge.runtime.errors import Faults, OutputError
+from recall_merge.runtime.errors import Faults, OutputError, RunError, did_you_mean
 from recall_merge.runtime.parallel import cores
 
 
@@ -33,6 +34,7 @@ class Plan(Rules):
     Attributes:
         weights: one number per expert, summing to 1; one such row per layer; or how samples give them.
         overrides: weights and options that single tensors have of their own.
+        speaker: the folder of the model whose chat template and end tokens the result has.
         rows: of the newest expert's data; empty where the run needs none.
         specs: the result's tensors in the order of writing: by layer, then as in the base.
         statistics: one entry per expert, where the method uses them.
@@ -47,6 +49,7 @@ class Plan(Rules):
     overrides: Mapping[str, Override]
     rows: list[Row]
     vocabulary: Vocabulary | None
+    speaker: Path
     specs: Mapping[str, TensorSpec]
     shards: list[Shard]
     located: Mapping[str, Located]
@@ -156,6 +159,7 @@ def make_plan(run: MergeRun, *, writes: bool = True, download: bool = True) -> P
     tokens = {expert.name: (expert.folder, embedding_rows(expert, base)) for expert in experts}
     planned = faults.attempt(plan_vocabulary, (base.folder, base.vocabulary_size), tokens, run.vocabulary)
     vocabulary, vocabulary_notes = planned or (None, [])
+    speaker = faults.attempt(_speaker, run, base, experts, vocabulary) or base.folder
     _check_skip(run, [base, *(expert.source for expert in experts if isinstance(expert, FullExpert))], faults)
     _check_dtypes(run, base, experts, faults)
     specs = _result_specs(run, base, vocabulary, _kept_in_float32(run, base, experts))
@@ -167,7 +171,7 @@ def make_plan(run: MergeRun, *, writes: bool = True, download: bool = True) -> P
     statistics = read_statistics(run, experts, base, located, faults) if rules.method.informed else ()
     faults.raise_any()
     assert weights is not None
-    notes += vocabulary_notes + unread_columns(rows)
+    notes += [*vocabulary_notes, *unread_columns(rows), *_unheard(run, base, experts)]
     for expert in experts:
         if isinstance(expert, AdapterExpert) and base.is_tied and base.embedding in expert.source.edits:
             notes.append(f"expert '{expert.name}' trains the embedding, to which the head is tied: both change, as in PEFT's own merge")
@@ -181,6 +185,7 @@ def make_plan(run: MergeRun, *, writes: bool = True, download: bool = True) -> P
         overrides=overrides,
         rows=rows,
         vocabulary=vocabulary,
+        speaker=speaker,
         specs=specs,
         shards=plan_shards(specs, run.out.shard_size),
         located=located,
@@ -214,6 +219,32 @@ def _check_output(run: MergeRun, located: Mapping[str, Located]) -> None:
         raise OutputError("the run does not say where the result goes", where="out", fix="add `out: {path: FOLDER}`, or give --out FOLDER")
     folders = {f"the folder of {name}": model.folder for name, model in located.items()}
     OutputFolder(run.out.path, overwrite=run.out.overwrite).check(folders)
+
+
+def _speaker(run: MergeRun, base: Checkpoint, experts: Sequence[Expert], vocabulary: Vocabulary | None) -> Path:
+    """The folder of the model whose chat template and end tokens the result has: the run's choice, or the model whose tokens it has."""
+    folders = {"base": base.folder, **{expert.name: expert.folder for expert in experts}, "newest": experts[-1].folder}
+    choice, where = run.out.chat_template or ("newest" if run.vocabulary == "newest" else "base"), "out.chat_template"
+    if choice not in folders:
+        raise RunError(f"there is no expert '{choice}'", where=where, fix=did_you_mean(choice, folders))
+    tokens = base.folder if vocabulary is None else vocabulary.tokenizer
+    theirs = None if folders[choice] == tokens or vocabulary is None else read_vocabulary(folders[choice])
+    if theirs is not None and (vocabulary is None or vocabulary.added or theirs != read_vocabulary(tokens)):
+        what = f"the result does not have the tokens of '{choice}', for which its chat template and end tokens were made"
+        raise RunError(what, where=where, fix="leave it out, or choose the same model's tokens with `vocabulary`")
+    return folders[choice]
+
+
+def _unheard(run: MergeRun, base: Checkpoint, experts: Sequence[Expert]) -> list[str]:
+    """Notes on chat templates and end tokens of experts that the result does not get, where the run does not say whose it has."""
+    notes, template, ours = [], chat_template(base.folder), ends(base.folder)
+    for expert in experts if run.out.chat_template is None and run.vocabulary != "newest" else ():
+        own, theirs = chat_template(expert.folder), ends(expert.folder)
+        differ = ["chat template"] * (own not in (None, template)) + ["end tokens"] * any(theirs[key] != ours.get(key) for key in theirs)
+        if differ:
+            choice = f"`out.chat_template: {expert.name}` takes the expert's"
+            notes.append(f"expert '{expert.name}' has its own {' and '.join(differ)}; the result has the base's: {choice}")
+    return notes
 
 
 def _check_skip(run: MergeRun, models: Sequence[Checkpoint], faults: Faults) -> None:

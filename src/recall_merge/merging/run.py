@@ -119,6 +119,11 @@ SampleWeights = RecallWeights | LossWeights
 class Out(Section):
     path: Path | None = Field(None, description="folder of the result")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="auto: each tensor keeps the base's")
+    chat_template: str | None = Field(
+        None,
+        description="whose chat template and end tokens the result has: `base`, `newest` or an expert's name; "
+        "default: the model whose tokens it has",
+    )
     shard_size: Annotated[int, BeforeValidator(_bytes), Field(gt=0)] = Field(5 * 10**9, description="maximum bytes per file, such as '5GB'")
     overwrite: bool = Field(False, description="replace a model that is already there")
     reload: bool = Field(
