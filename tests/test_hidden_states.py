@@ -61,7 +61,7 @@ def a_run(base, tmp_path, method="recall"):
 
 @pytest.mark.parametrize("make", [gemma3n, deepseek_v4])
 def test_several_streams_are_what_the_model_would_hand_to_its_head(make, tmp_path):
-    whole, blocks = build(make, 2), 2
+    whole, blocks = build(make, 3), 3
     base = open_checkpoint(save_model(whole, tmp_path / "base"))
     found = pooled_hidden_states(whole, TOKENS, base.layers, threads=2)
     state = whole.state_dict()

@@ -30,6 +30,48 @@ def test_names_worked_by_hand():
     assert layers.last == 4
 
 
+def test_what_brings_other_inputs_to_the_text_model_comes_before_its_blocks():
+    """Names of SmolVLM, Granite-speech and InternVL."""
+    names = {
+        "model.text_model.embed_tokens.weight": 0,
+        "model.text_model.layers.0.mlp.weight": 1,
+        "model.text_model.norm.weight": 3,
+        "lm_head.weight": 3,
+        "model.connector.modality_projection.proj.weight": 0,
+        "model.vision_model.post_layernorm.weight": 0,
+        "encoder.layers.0.attn.norm.weight": 0,
+        "projector.qformer.layernorm.weight": 0,
+        "mlp1.0.weight": 0,
+        "resampler.proj": 0,
+    }
+    layers = Layers("model.text_model.layers", 2, towers=True)
+    assert {name: layers.of(name) for name in names} == names
+    plain = Layers("model.layers", 2)
+    assert [plain.of(name) for name in ("model.connector.weight", "mtp.pre_fc_norm_embedding.weight", "model.layers.2.eh_proj.weight")] == [
+        3
+    ] * 3
+
+
+def test_towers_of_equal_depth_are_told_apart_by_the_embedding():
+    text = ["language_model.model.embed_tokens.weight", *(f"language_model.model.layers.{i}.{part}" for i in range(2) for part in "abc")]
+    eye = [f"vision_tower.encoder.layers.{i}.{part}" for i in range(2) for part in "abc"]
+    assert find_layers([*eye, *text], 2, embedding=text[0], towers=True) == Layers("language_model.model.layers", 2, towers=True)
+    streams = [f"model.altup_projections.{i}.weight" for i in range(2)]
+    blocks = [f"model.layers.{i}.{part}" for i in range(2) for part in "abc"]
+    assert find_layers([*streams, *blocks], 2, embedding="model.embed_tokens.weight").prefix == "model.layers"
+    with pytest.raises(ValueError, match=r"the config says 2 blocks; .*: layers \(2\), blocks \(2\)|blocks \(2\), layers \(2\)"):
+        find_layers(
+            [f"{name}.{i}.{part}" for name in ("blocks", "layers") for i in range(2) for part in "abc"], 2, embedding="embed.weight"
+        )
+
+
+def test_blocks_that_predict_further_tokens_follow_the_last_one():
+    names = [f"model.layers.{i}.w" for i in range(3)]
+    assert find_layers(names, 2, extra=1) == Layers("model.layers", 2)
+    with pytest.raises(ValueError, match="the config says 2 blocks"):
+        find_layers(names, 2)
+
+
 KINDS = {
     "model.embed_tokens.weight": "embedding",
     "model.layers.0.self_attn.q_proj.weight": "attention",

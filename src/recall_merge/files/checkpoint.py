@@ -23,11 +23,14 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # the spellings of L in transformers' configs
+TEXT_PARTS = ("text_config", "llm_config", "language_config")
+EXTRA_BLOCKS = "num_nextn_predict_layers"  # blocks after the last one, which predict further tokens; transformers passes over them
 MAX_BLOCKS = 10**6  # larger numbers are damage
 BLOCK_LIST = "layers_block_type"  # one entry per block, in configs that give no number
 HEADS = re.compile(r"(^|\.)(lm_head|embed_out|output_projection|head)\.(weight|bias)$")
 COMPUTED = (".rotary_emb.inv_freq", ".masked_bias")  # tables that old versions of transformers stored and new ones compute; and masks
 PACKED_NAME = re.compile(r"weight|zeros|packed|quant|_(blocks|scales)$")
+NOT_TEXT = re.compile(r"wpe|pos|vision|visual|image|audio|encoder|connector|proj")
 POSITIONS = re.compile(r"wpe|pos")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state")  # pickles that trainers leave beside the weights
@@ -86,6 +89,8 @@ class Checkpoint:
         """The tensors whose rows are tokens: the input embedding, others named after it ('.._per_layer'), and a head that is not tied."""
         rows, shapes = self.vocabulary_size, {name: stored.spec.shape for name, stored in self.tensors.items() if self.layers.of(name) == 0}
         tables = [name for name, shape in shapes.items() if len(shape) == 2 and shape[0] == rows and not POSITIONS.search(name)]
+        if self.layers.towers:  # other towers may have tables of as many rows
+            tables = [name for name in tables if not NOT_TEXT.search(name)]
         tables.sort(key=len)
         if not tables or not all(name.startswith(tables[0].removesuffix(".weight")) for name in tables):
             what = f"the config says vocab_size {rows}; {'more than one' if tables else 'no'} tensor before the blocks has that many rows"
@@ -133,7 +138,11 @@ def open_checkpoint(folder: Path, remote: Mapping[str, RemoteFile] = MappingProx
         what = "the config does not say how many blocks there are"
         raise CheckpointError(what, where=folder / "config.json", fix="add num_hidden_layers")
     try:
-        layers = find_layers(stored, blocks)
+        rows = _setting(config, "vocab_size")
+        tables = [name for name, tensor in stored.items() if len(tensor.spec.shape) == 2 and tensor.spec.shape[0] == rows]
+        embedding = min((name for name in tables if not HEADS.search(name) and not NOT_TEXT.search(name)), key=len, default="")
+        extra = _setting(config, EXTRA_BLOCKS) or 0
+        layers = find_layers(stored, blocks, extra=extra, embedding=embedding, towers=bool(_text_part(config)))
     except ValueError as error:
         raise CheckpointError(str(error), where=folder, fix="recall merges decoder-only models with one list of blocks") from error
     checkpoint = _without_tied_head(Checkpoint(folder, config, stored, layers))
@@ -242,8 +251,7 @@ def _read_headers(folder: Path, remote: Mapping[str, RemoteFile]) -> dict[str, S
 
 def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a multimodal config that describes the text model."""
-    part = config.get("text_config")
-    return part if isinstance(part, Mapping) else {}
+    return next((config[key] for key in TEXT_PARTS if isinstance(config.get(key), Mapping)), {})
 
 
 def _setting(config: Mapping[str, Any], key: str) -> Any:

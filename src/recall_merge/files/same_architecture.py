@@ -9,7 +9,6 @@ from typing import Any
 from recall_merge.files.checkpoint import Checkpoint
 from recall_merge.files.hashing import same_weights
 from recall_merge.files.resolved_config import resolved
-from recall_merge.maths.layers import Layers
 from recall_merge.runtime.errors import CheckpointError, Faults
 
 HARMLESS = {  # settings of a config that may differ from the base's without changing what the weights mean
@@ -35,7 +34,7 @@ def named_like(checkpoint: Checkpoint, base: Checkpoint) -> Checkpoint:
     else:
         return checkpoint
     tensors = {names[name]: tensor for name, tensor in checkpoint.tensors.items()}
-    return replace(checkpoint, tensors=tensors, layers=Layers(ours, checkpoint.layers.blocks))
+    return replace(checkpoint, tensors=tensors, layers=replace(checkpoint.layers, prefix=ours))
 
 
 def check_checkpoint(

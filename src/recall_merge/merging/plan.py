@@ -163,8 +163,8 @@ def make_plan(run: MergeRun, *, writes: bool = True, download: bool = True) -> P
     _check_skip(run, [base, *(expert.source for expert in experts if isinstance(expert, FullExpert))], faults)
     _check_dtypes(run, base, experts, faults)
     specs = _result_specs(run, base, vocabulary, _kept_in_float32(run, base, experts))
-    if isinstance(rule, SampleWeights):
-        faults.attempt(_check_blocks, base)
+    if isinstance(rule, SampleWeights) or (writes and (run.out.reload or vocabulary is not None or specs != base.specs)):
+        faults.attempt(_check_runs, base, isinstance(rule, SampleWeights))
     if writes and run.out.path is not None:
         faults.attempt(_check_space, run.out.path, sum(spec.nbytes for spec in specs.values()))
     faults.raise_any()
@@ -175,6 +175,10 @@ def make_plan(run: MergeRun, *, writes: bool = True, download: bool = True) -> P
     for expert in experts:
         if isinstance(expert, AdapterExpert) and base.is_tied and base.embedding in expert.source.edits:
             notes.append(f"expert '{expert.name}' trains the embedding, to which the head is tied: both change, as in PEFT's own merge")
+    if base.layers.towers:
+        root = base.layers.prefix.rpartition(".")[0]
+        outside = [name for name in base.tensors if base.layers.of(name) == 0 and not name.startswith(f"{root}.")]
+        notes += [f"{len(outside)} tensors outside the text model count as layer 0, its input: '{outside[0]}', ..."] if outside else []
     without = [expert.name for expert, stats in zip(experts, statistics, strict=False) if stats is None]
     notes += [f"expert '{name}' has no input statistics: all its inputs count alike" for name in without]
     return Plan(
@@ -262,10 +266,14 @@ def _check_dtypes(run: MergeRun, base: Checkpoint, experts: Sequence[Expert], fa
             faults.add(what, where=expert.folder, fix="say which dtype the result has, such as `dtype: bfloat16` under `out:`")
 
 
-def _check_blocks(base: Checkpoint) -> None:
-    from recall_merge.models.architecture import check_blocks
+def _check_runs(base: Checkpoint, compares: bool) -> None:
+    """Where models will be run, or a result of another structure will be loaded: transformers can do that."""
+    from recall_merge.models.architecture import check_blocks, empty_model
 
-    check_blocks(base.folder, base.layers)
+    if compares:
+        check_blocks(base.folder, base.layers)
+    else:
+        empty_model(base.folder)
 
 
 def _check_space(path: Path, needed: int) -> None:

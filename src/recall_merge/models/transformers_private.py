@@ -4,11 +4,13 @@
   `core_model_loading.convert_and_load_state_dict_in_model`: rename, fuse and cast the tensors of one layer and put them into a model whose
   other layers are empty. The public `from_pretrained` does this for whole models only.
 - `PreTrainedModel._from_config`: a model of a given class from its config, as the auto classes build theirs.
+- `PreTrainedModel._keys_to_ignore_on_load_unexpected`: tensors of a model's files that its class does not read.
 - `PreTrainedModel._is_stateful`: the model keeps a state that cannot be cut at a position, as Mamba's.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
+from recall_merge.files.checkpoint import EXTRA_BLOCKS
 from recall_merge.runtime.errors import CheckpointError
 from recall_merge.runtime.quiet import quiet
 
@@ -34,8 +37,10 @@ class TensorLoader:
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Put these tensors into the model. Raises CheckpointError if transformers does not expect them, or cannot convert them."""
+        unread = unread_names(self._model)
+        tensors = {name: tensor for name, tensor in tensors.items() if not unread.search(name)}
         with quiet():
-            report, _ = convert_and_load_state_dict_in_model(self._model, dict(tensors), self._config)
+            report, _ = convert_and_load_state_dict_in_model(self._model, tensors, self._config)
         for kind in ("unexpected_keys", "mismatched_keys", "conversion_errors", "error_msgs"):
             if wrong := getattr(report, kind):
                 raise CheckpointError(f"transformers finds {kind.replace('_', ' ')}: {sorted(map(str, wrong))[:5]}", where=self._folder)
@@ -44,6 +49,16 @@ class TensorLoader:
 def from_config(model_class: Any, config: Any, dtype: torch.dtype) -> Any:
     """A model of a class of transformers, with new parameters."""
     return model_class._from_config(config, dtype=dtype)
+
+
+def unread_names(model: Any) -> re.Pattern[str]:
+    """The names of tensors that a model's files may hold and its class passes over: blocks that predict further tokens."""
+    text = model.config.get_text_config()
+    extra = (
+        range(text.num_hidden_layers, text.num_hidden_layers + (getattr(text, EXTRA_BLOCKS, 0) or 0)) if hasattr(text, EXTRA_BLOCKS) else ()
+    )
+    own = [rf"(^|\.)layers\.{number}\." for number in extra]
+    return re.compile("|".join([*(model._keys_to_ignore_on_load_unexpected or ()), *own]) or "$^")
 
 
 def is_stateful(model: PreTrainedModel) -> bool:
