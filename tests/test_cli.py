@@ -7,11 +7,13 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
+from recall_merge import load_run, make_plan, merge
 from recall_merge.cli.app import app, main
 from recall_merge.maths.methods import ALIASES, METHODS
-from recall_merge.runtime.errors import RecallError
+from recall_merge.runtime.errors import RecallError, RunError
 from tiny import fine_tuned, write_rows
 
 ROWS = [{"prompt": f"is the fox {word}?", "completion": " yes"} for word in ("quick", "lazy", "good", "bad")]
@@ -142,3 +144,82 @@ def test_command_workspace_and_library_keep_as_many_directions():
     from recall_merge.merging.statistics import RANK
 
     assert inspect.signature(stats).parameters["rank"].default == Settings.model_fields["stats_rank"].default == RANK
+
+
+def test_version():
+    import recall_merge
+
+    result = recall("--version")
+    assert (result.exit_code, result.output) == (0, f"recall-merge {recall_merge.__version__}\n")
+
+
+def test_all_faults_at_once_also_where_a_key_is_unknown(here):
+    """From a file, from options and from Python; what is under a misspelt key counts as under the right one."""
+    text = RUN.replace("samples:", "sampels:").replace("path: b}", "path: a/gone}") + "seeds: 3\n"
+    (here / "wrong.yaml").write_text(text)
+    flags = ["--base", "a/gone", "-e", "a=a", "-m", "linear", "--out", "x"]
+    for attempt, unknown in (
+        (lambda: recall("merge", "wrong.yaml"), 2),
+        (lambda: recall("plan", "wrong.yaml"), 2),
+        (lambda: recall("plan", *flags, "--set", "seeds=3"), 1),
+    ):
+        error = attempt().exception
+        assert isinstance(error, RunError)
+        whats = [fault.what for fault in error.faults]
+        assert [what.partition(" '")[0] for what in whats] == ["unknown key"] * unknown + ["there is no such folder"], whats
+    for run in ("wrong.yaml", yaml.safe_load(text)):
+        with pytest.raises(RunError) as caught:
+            merge(run)
+        assert [fault.what for fault in caught.value.faults] == [
+            "unknown key 'sampels'",
+            "unknown key 'seeds'",
+            "there is no such folder",
+        ]
+    assert not (here / "merged").exists()
+
+
+def test_a_run_is_a_file_or_a_mapping(here):
+    for run in ("run.yaml", here / "run.yaml", yaml.safe_load(RUN)):
+        result = merge(run)
+        assert result.path.resolve() == here / "merged"
+        shutil.rmtree(here / "merged")
+    assert make_plan(yaml.safe_load(RUN)).name == make_plan(load_run(here / "run.yaml")).name
+    with pytest.raises(RunError, match="this run file does not exist"):
+        merge("gone.yaml")
+    for wrong in (3, None, ["base"]):
+        with pytest.raises(RunError, match="a run is no "):
+            merge(wrong)  # type: ignore[arg-type]
+
+
+def test_a_misspelt_folder_is_no_network_problem(here):
+    for base, fix in (
+        ("bsae", "did you mean 'base'?"),
+        ("./a/base", "check the path"),
+        ("a/x", "check the path, or give a name on the hub"),
+    ):
+        error = recall("plan", *["--base", base, "-e", "b=b", "-m", "linear", "-o", "x"]).exception
+        assert isinstance(error, RecallError)
+        assert [(fault.what, fix in fault.fix) for fault in error.faults] == [("there is no such folder", True)]
+
+
+STOPS = {
+    "merge": ("merging.merge.merge", "run.yaml", "the same command begins again"),
+    "learn": ("continual.stages.learn", "ws", "`recall learn WORKSPACE` goes on from there"),
+    "verify": ("merging.verify.verify", "base", "nothing was written"),
+}
+
+
+@pytest.mark.parametrize("command", STOPS)
+def test_ctrl_c_says_what_is_kept_and_how_to_go_on(command, here, monkeypatch, capsys):
+    place, argument, words = STOPS[command]
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"recall_merge.{place}", interrupt)
+    monkeypatch.setattr(sys, "argv", ["recall", command, argument])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 130
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.startswith("error: stopped; ") and told.endswith(words)

@@ -23,6 +23,7 @@ from recall_merge.continual.state import (
     State,
     Task,
     found_path,
+    merge_of,
     opened,
     read_journal,
     read_state,
@@ -32,6 +33,7 @@ from recall_merge.continual.workspace import branch, init, rollback, status
 from recall_merge.files.durable import append_line, write_whole
 from recall_merge.files.lock import holder
 from recall_merge.runtime.errors import RecallError, WorkspaceError
+from tiny import fine_tuned
 from workspaces import essence, make_workspace, teach, tree, write_tasks
 
 
@@ -476,3 +478,59 @@ def test_evaluate_reports_all_faults(ws, data):
     assert all(part in found for part in ("no config.json", "there is no such file", "'bleu' is not a metric of rows with choices", "'z'"))
     assert "leave out --base" in str(recall("evaluate", ws / "merges" / "1", "--tasks", data / "a-test.jsonl", "--base", "x").exception)
     assert "write --metric TASK=METRIC" in str(recall("evaluate", ws, "--tasks", "a", "--metric", "acc").exception)
+
+
+def test_the_merges_of_a_workspace_are_told_by_it_and_nothing_is_written_among_them(ws, data):
+    """Report, export and verify find the base and the experts, given the workspace or one of its merges."""
+    before = tree(ws / "merges")
+    for place in (ws, ws / "merges" / "2"):
+        assert recall("verify", str(place)).exit_code == 0
+        done = recall("export", str(place), "--to", "adapter", "--rank", "2", "--json")
+        assert done.exit_code == 0, done.output
+        written = Path(json.loads(done.stdout)["path"])
+        assert written == ws.with_name(f"{ws.name}-2-adapter")
+        shutil.rmtree(written)
+    done = recall("export", str(ws / "merges" / "1"), "--to", "mergekit", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["path"] == str(ws.with_name(f"{ws.name}-1.mergekit.yaml"))
+    done = recall("report", str(ws / "merges" / "2"), "--json")
+    assert done.exit_code == 0, done.output
+    page = Path(json.loads(done.stdout)["page"])
+    assert page.parent == ws.with_name(f"{ws.name}-2-report") and "is not shown" not in page.read_text("utf-8")
+    assert tree(ws / "merges") == before
+    assert merge_of(ws.parent) == (ws.parent, {})
+
+
+def test_a_base_that_was_moved_can_be_pointed_to(llama, data, tmp_path):
+    shutil.copytree(llama, tmp_path / "base")
+    workspace = make_workspace(tmp_path / "ws", tmp_path / "base")
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(
+        RecallError, match=r"the base is missing\n.*\n  fix: put it back; or say where it lies now: recall init WORKSPACE --base"
+    ):
+        teach(workspace, data, "a")
+    fine_tuned(tmp_path / "moved", tmp_path / "other", seed=3)
+    for base in (tmp_path / "other", tmp_path / "gone"):
+        with pytest.raises(RecallError):
+            init(workspace, str(base))
+    assert init(workspace, str(tmp_path / "moved")).base.path == str(tmp_path / "moved")
+    assert teach(workspace, data, "a").stage.id == 1
+
+
+def test_scores_are_not_lost_with_the_card(ws, data, llama, monkeypatch):
+    from recall_merge.evaluation import evaluate as module
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "add_scores", full)
+    arguments = ["evaluate", str(ws), "--tasks", str(data / "a-test.jsonl"), "--card"]
+    done = recall(*arguments)
+    assert "a-test" in done.output and "acc" in done.output
+    assert isinstance(done.exception, module.CardError)
+    [score] = done.exception.scores
+    [fault] = done.exception.faults
+    assert fault.what == "the scores cannot be added to the model card: [Errno 28] No space left on device"
+    assert fault.fix == f"they are: a-test acc {score.score:.4f}"
+    done = recall(*arguments, "--json")
+    assert json.loads(done.stdout)["scores"][0]["score"] == score.score

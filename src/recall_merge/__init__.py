@@ -3,7 +3,10 @@
 The names below are loaded when first used, so that importing the package costs nothing.
 """
 
+from collections.abc import Mapping
 from importlib import import_module
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
     from recall_merge.merging.weights import MergeWeights as MergeWeights
     from recall_merge.runtime.errors import RecallError as RecallError
     from recall_merge.runtime.progress import Progress
+
+    Run = MergeRun | Mapping[str, Any] | str | PathLike[str]
 
 _HOMES = {
     "MergeResult": "merging.merge",
@@ -43,12 +48,20 @@ __all__ = [
 ]
 
 
-def merge(run: "MergeRun", *, executor: str = "local", progress: "Progress | None" = None) -> "MergeResult":
-    """Merge as the run says, with a picture of the weights in the model card: `recall_merge.merging.merge.merge`."""
+def merge(run: "Run", *, executor: str = "local", progress: "Progress | None" = None) -> "MergeResult":
+    """Merge as the run says, with a picture of the weights in the model card: `recall_merge.merging.merge.merge`.
+
+    The run is a `MergeRun`, its keys and values, or the path of its file, ours or mergekit's.
+    """
+    from recall_merge.interop.mergekit_run import load_any_run
     from recall_merge.merging.merge import merge as merge_run
+    from recall_merge.merging.plan import all_faults, as_run
     from recall_merge.report.merge_charts import draw_weights
 
-    return merge_run(run, executor=executor, progress=progress, draw=draw_weights)
+    if isinstance(run, str | PathLike):
+        with all_faults():
+            run = load_any_run(Path(run))
+    return merge_run(as_run(run), executor=executor, progress=progress, draw=draw_weights)
 
 
 def __getattr__(name: str) -> Any:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
+import recall_merge
 from recall_merge.cli import bench, demo, evaluate, export, merge, methods, report, workspace
-from recall_merge.cli.console import print_error
+from recall_merge.cli.console import out, print_error
 from recall_merge.runtime.errors import RecallError
 
 app = typer.Typer(
@@ -19,11 +21,36 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # an unforeseen error is shown as a plain traceback
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+INTERRUPTED = 130  # the exit status, typer's too, after Ctrl-C
+GOES_ON = "finished work is kept, and the same command goes on from there"
+STOPPED = {
+    "merge": "nothing was written, and what stood in the result's place is as it was: the same command begins again",
+    "learn": "finished steps and the training's last checkpoint are kept: `recall learn WORKSPACE` goes on from there",
+    "evaluate": "no scores were written: the same command begins again",
+    "bench": GOES_ON,
+    "demo": GOES_ON,
+}
+"""What is kept of a command that is stopped by Ctrl-C, and how to go on."""
 COMMANDS = (
     *(demo.demo, merge.merge, merge.plan, merge.weights, merge.stats, methods.methods),
     *(workspace.init, workspace.learn, workspace.status, workspace.rollback),
     *(evaluate.evaluate, bench.bench, report.report, export.export, export.verify),
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        out().print(f"recall-merge {recall_merge.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)] = False,
+) -> None:
+    """Options of `recall` itself."""
+
+
 for command in COMMANDS:
     app.command()(command)
 
@@ -39,5 +66,9 @@ def main() -> None:
         fix = "make room, or check the disk and its permissions; finished work is kept, and the same command continues from there"
         print_error(RecallError(f"the system reports: {error.strerror or error}", where=error.filename or "", fix=fix))
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and end.code != INTERRUPTED:
+            raise
+        words = next((STOPPED[word] for word in sys.argv[1:] if word in STOPPED), "nothing was written")
+        print_error(RecallError(f"stopped; {words}"))
+        sys.exit(INTERRUPTED)

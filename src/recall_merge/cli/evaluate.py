@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from recall_merge.cli.console import out, print_json, progress, table
 from recall_merge.cli.options import AsJson, Executor, Quiet, pairs
 from recall_merge.evaluation.scoring import CHOICE_METRICS, METRICS
+
+if TYPE_CHECKING:
+    from recall_merge.evaluation.scores import TaskScore
 
 
 def evaluate(
@@ -39,9 +44,10 @@ def evaluate(
     Example: recall evaluate merged --tasks french.jsonl,hellaswag --metric french=chrf
     """
     from recall_merge.continual.state import current_model, is_workspace
-    from recall_merge.evaluation.evaluate import evaluate
+    from recall_merge.evaluation.evaluate import CardError, evaluate
 
-    scores = evaluate(
+    work = partial(
+        evaluate,
         current_model(Path(model)) if is_workspace(Path(model)) else model,
         [word for word in tasks.split(",") if word],
         base=base,
@@ -55,6 +61,14 @@ def evaluate(
         card=card,
         progress=progress(quiet or as_json),
     )
+    try:
+        _show(model, work(), as_json)
+    except CardError as error:
+        _show(model, error.scores, as_json)
+        raise
+
+
+def _show(model: str, scores: Sequence[TaskScore], as_json: bool) -> None:
     if as_json:
         return print_json({"model": model, "scores": [asdict(score) for score in scores]})
     rows = table("task", "metric", "score", "standard error", "rows")

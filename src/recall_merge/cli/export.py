@@ -10,13 +10,13 @@ import typer
 
 from recall_merge.cli.console import out as console
 from recall_merge.cli.console import print_json, print_notes, progress, table
-from recall_merge.cli.options import AsJson, Quiet, ResultBase, ResultExperts, models_of
+from recall_merge.cli.options import AsJson, Quiet, ResultBase, ResultExperts, result_of
 from recall_merge.runtime.errors import RunError
 
 if TYPE_CHECKING:
     from recall_merge.interop.adapter_export import ExportedAdapter
 
-ResultFolder = Annotated[Path, typer.Argument(help="The folder of a result.")]
+ResultFolder = Annotated[Path, typer.Argument(help="The folder of a result, or a workspace: its model now.")]
 
 
 class Form(StrEnum):
@@ -40,7 +40,7 @@ def export(
     """
     from recall_merge.interop.export import export_adapter, export_mergekit
 
-    models, bars = models_of(base, expert), progress(quiet or as_json)
+    (result, models), bars = result_of(result, base, expert), progress(quiet or as_json)
     if to is Form.adapter:
         return _show(export_adapter(result, rank=rank, models=models, out=out, progress=bars), as_json=as_json, quiet=quiet)
     if rank is not None:
@@ -58,6 +58,7 @@ def verify(folder: ResultFolder, as_json: AsJson = False) -> None:
     """
     from recall_merge.merging.verify import verify
 
+    folder, _ = result_of(folder, None, None)
     record = verify(folder)
     if as_json:
         return print_json({"path": str(folder), "files": record["files"], "matches": True})

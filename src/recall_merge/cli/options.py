@@ -48,6 +48,7 @@ def read_run(
     Raises:
         RunError: with every fault of file and options.
     """
+    from recall_merge.merging.plan import all_faults
     from recall_merge.merging.run import MergeRun
 
     flags = {"base": base, "method": method, "samples.path": samples, "out.path": out, "out.overwrite": overwrite or None}
@@ -62,13 +63,15 @@ def read_run(
     if file is not None:
         from recall_merge.interop.mergekit_run import load_any_run
 
-        return load_any_run(file, keys)
+        with all_faults():
+            return load_any_run(file, keys)
     if not keys:
         raise RunError("no run was given", fix="give a RUN.yaml, or --base, --expert, --method and --out")
     data: dict[str, Any] = {}
     for key, value in keys.items():
         assign(data, key, value)
-    return parse(MergeRun, data, where="the command line")
+    with all_faults():
+        return parse(MergeRun, data, where="the command line")
 
 
 def settings_of(words: list[str] | None) -> dict[str, Any]:
@@ -78,6 +81,14 @@ def settings_of(words: list[str] | None) -> dict[str, Any]:
         RunError: with every word that is not KEY=VALUE.
     """
     return dict(pairs("--set", "KEY=VALUE", words, read=parse_yaml))
+
+
+def result_of(folder: Path, base: str | None, experts: list[str] | None) -> tuple[Path, dict[str, str]]:
+    """The folder of a result, also where a workspace is given, and where its models are: as the workspace knows, or as was said."""
+    from recall_merge.continual.state import merge_of
+
+    result, known = merge_of(folder)
+    return result, known | models_of(base, experts)
 
 
 def models_of(base: str | None, experts: list[str] | None) -> dict[str, str]:

@@ -9,7 +9,7 @@ import typer
 
 from recall_merge.cli.console import out as console
 from recall_merge.cli.console import print_json, progress
-from recall_merge.cli.options import AsJson, Quiet, ResultBase, ResultExperts, models_of
+from recall_merge.cli.options import AsJson, Quiet, ResultBase, ResultExperts, models_of, result_of
 from recall_merge.runtime.errors import RunError
 from recall_merge.runtime.progress import Progress, Silent
 
@@ -35,8 +35,13 @@ def report(
 
     Example: recall report ws --text
     """
+    from recall_merge.continual.state import is_workspace
+
     bars = progress(quiet or as_json)
-    written = write(source, out=out, text=text, samples=samples, models=models_of(base, expert), progress=bars)
+    models = models_of(base, expert)
+    if not is_workspace(source):
+        source, models = result_of(source, base, expert)
+    written = write(source, out=out, text=text, samples=samples, models=models, progress=bars)
     if as_json:
         return print_json({"page": str(written.page), "charts": [str(chart) for chart in written.charts]})
     return console().print(f"wrote {written.page}, and {len(written.charts) // 2} charts as PNG and SVG beside it")

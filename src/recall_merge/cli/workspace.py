@@ -28,7 +28,7 @@ def init(
     sets: Sets = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a workspace for a model that learns task after task.
+    """Make a workspace for a model that learns task after task; or tell one where its base lies now.
 
     Example: recall init ws --base HuggingFaceTB/SmolLM2-135M-Instruct --set training.epochs=3
     """
@@ -37,7 +37,7 @@ def init(
     state = init(workspace, base, ({"method": method} if method is not None else {}) | settings_of(sets))
     if as_json:
         return print_json({"path": str(workspace), **state.model_dump(mode="json")})
-    return out().print(f"made a workspace in {workspace}; its base is {state.base.path}")
+    return out().print(f"{'a' if state.stages else 'made a'} workspace in {workspace}; its base is {state.base.path}")
 
 
 def learn(

@@ -21,9 +21,11 @@ from recall_merge.files.durable import append_line, write_whole
 from recall_merge.files.hashing import hash_file
 from recall_merge.files.hub import locate
 from recall_merge.files.lock import lock
+from recall_merge.files.output import WORKSPACE
+from recall_merge.files.record import RECORD
 from recall_merge.runtime.errors import CheckpointError, Fault, WorkspaceError
 
-STATE, JOURNAL, LOCK = "workspace.json", "journal.jsonl", "lock"
+STATE, JOURNAL, LOCK = WORKSPACE, "journal.jsonl", "lock"
 FORMAT = 2
 NAME = re.compile(r"\w[\w.-]{0,63}")  # of a task; folders are called after it
 Start = Literal["base", "last"]
@@ -185,6 +187,33 @@ def current_model(folder: Path, state: State | None = None) -> str:
     """The workspace's model now, as a path that holds from here, or a hub name."""
     model = (state or read_state(folder)).model
     return model.path if model.on_hub else str(folder / model.path)
+
+
+def merge_of(folder: Path) -> tuple[Path, dict[str, str]]:
+    """The folder of a workspace's merge, given the workspace or that folder, and where its models are, by the names of its record.
+
+    Other folders are given back as they are. Left out are models that are gone, and experts that were put into another model to be merged.
+    """
+    place = folder.absolute().resolve()
+    home = next((home for home in (place, place.parent.parent) if is_workspace(home)), None)
+    state = None if home is None else read_state(home)
+    if home is None or state is None:
+        return folder, {}
+    if place == home and not state.head:
+        raise WorkspaceError("the workspace has merged nothing yet", where=folder, fix="teach it a task: recall learn WORKSPACE")
+    merges = {found_path(home, stage.merged.path): stage.id for stage in state.stages}
+    if place != home and place not in merges:
+        return folder, {}
+    merged = found_path(home, state.model.path) if place == home else place
+    lineage = state.lineage(merges[merged])
+    models = {"base": state.base, **{stage.task.name: stage.expert for stage in lineage if stage.start == "base" or not stage.parent}}
+    models |= {"merged": lineage[-2].merged} if len(lineage) > 1 else {}
+    try:
+        names = {"base", *(entry["name"] for entry in read_json(merged / RECORD)["run"]["experts"])}
+    except (CheckpointError, KeyError, TypeError):
+        return merged, {}  # what is wrong with the record is told when it is read
+    places = {name: model.path if model.on_hub else str(found_path(home, model.path)) for name, model in models.items() if name in names}
+    return merged, {name: path for name, path in places.items() if models[name].on_hub or Path(path).is_dir()}
 
 
 def locate_model(folder: Path, model: Model) -> Path:

@@ -277,7 +277,8 @@ class StageValidation:
 
 def _check_same(folder: Path, model: Model, what: str, since: str) -> None:
     if not folder.is_dir():
-        raise CheckpointError(f"{what} is missing", where=folder, fix="put it back")
+        moved = "; or say where it lies now: recall init WORKSPACE --base FOLDER" if what == "the base" else ""
+        raise CheckpointError(f"{what} is missing", where=folder, fix=f"put it back{moved}")
     if fingerprint(folder) != model.fingerprint:
         raise CheckpointError(f"{what} has changed since {since}", where=folder, fix="put back what was there")
 

@@ -38,7 +38,7 @@ LEFTOVERS = (LOCK, JOURNAL)  # of an `init` that was stopped
 
 
 def init(folder: Path, base: str, sets: Mapping[str, Any] | None = None) -> State:
-    """Make a workspace that has learnt nothing yet.
+    """Make a workspace that has learnt nothing yet; or tell one that is there where its base lies now.
 
     Args:
         sets: settings by dotted keys: those of a run, `strategy`, `training`, `scoring`.
@@ -46,6 +46,8 @@ def init(folder: Path, base: str, sets: Mapping[str, Any] | None = None) -> Stat
     Raises:
         RecallError: with every fault; nothing is written then.
     """
+    if is_workspace(folder) and not sets and (moved := _with_base_at(folder, base)) is not None:
+        return moved
     faults = Faults()
     with faults.collect():
         settings = make_settings({}, sets or {})
@@ -149,6 +151,17 @@ def scores_by_row(stages: Sequence[Stage], roles_of: Callable[[Stage], Mapping[s
         for row, role in ((0, "base"), (number - 1, "before"), (number, "merged")):
             scores |= {(row, task): score for task, score in roles.get(role, {}).items()}
     return scores
+
+
+def _with_base_at(folder: Path, base: str) -> State | None:
+    """The workspace with its base at another place; None if it lies there already, or it is another model."""
+    with opened(folder, f"recall init {folder}") as state:
+        model = _base_model(folder, base)
+        if model.path == state.base.path or model.fingerprint != state.base.fingerprint:
+            return None
+        write_state(folder, changed := state.model_copy(update={"base": model}))
+        note(folder, event="base", was=state.base.path, base=model.path)
+    return changed
 
 
 def _base_model(folder: Path, reference: str) -> Model:

@@ -15,10 +15,10 @@ from recall_merge.evaluation.tasks import TaskSpec, check_tasks, task_word
 from recall_merge.files.adapter import CONFIG, is_adapter
 from recall_merge.files.checkpoint import open_checkpoint, read_json, weight_files
 from recall_merge.files.hub import locate
-from recall_merge.files.model_card import add_scores, read_model_card
+from recall_merge.files.model_card import MODEL_CARD, add_scores, read_model_card
 from recall_merge.files.rows import read_rows
 from recall_merge.models.load import load_model
-from recall_merge.runtime.errors import CheckpointError, Faults, MissingExtra, RunError, did_you_mean
+from recall_merge.runtime.errors import CheckpointError, Faults, MissingExtra, OutputError, RecallError, RunError, did_you_mean
 from recall_merge.runtime.executor import check_executor, open_executor
 from recall_merge.runtime.parallel import cores
 from recall_merge.runtime.progress import Progress
@@ -76,8 +76,21 @@ def evaluate(
             futures = [workers.submit(f"scores on {spec.name}", score, [spec], memory=memory) for spec in specs]
             scores = [score for future in futures for score in future.result()]
     if card:
-        add_scores(folders[0], Path(model).absolute().resolve().name, list(map(asdict, scores)))
+        try:
+            add_scores(folders[0], Path(model).absolute().resolve().name, list(map(asdict, scores)))
+        except Exception as error:  # whatever went wrong with the card: the scores are not lost with it
+            raise CardError(folders[0], scores, error) from error
     return scores
+
+
+class CardError(OutputError):
+    """Scores that cannot be added to the model card; the error holds them."""
+
+    def __init__(self, folder: Path, scores: Sequence[TaskScore], error: Exception) -> None:
+        reason = error.faults[0].what if isinstance(error, RecallError) else str(error)
+        told = ", ".join(f"{score.task} {score.metric} {score.score:.4f}" for score in scores)
+        super().__init__(f"the scores cannot be added to the model card: {reason}", where=folder / MODEL_CARD, fix=f"they are: {told}")
+        self.scores = list(scores)
 
 
 def _load_and_score(

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -251,6 +252,13 @@ def _fault(error: Exception, name: Reference) -> Fault:
     from huggingface_hub import constants, errors
 
     where, log_in = str(name), "log in with `hf auth login`, or set HF_TOKEN"
+    absent = isinstance(error, errors.RepositoryNotFoundError | errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError)
+    place = Path(name.repo)
+    if (absent or isinstance(error, ConnectionError) or _unreachable(error)) and place.parent.is_dir():
+        near = get_close_matches(place.name, [folder.name for folder in place.parent.iterdir() if folder.is_dir()], n=1)
+        if near or place.parent != Path():
+            fix = f"did you mean '{place.parent / near[0]}'?" if near else "check the path, or give a name on the hub: org/name@revision"
+            return Fault("there is no such folder", name.repo, fix)
     if isinstance(error, errors.HfHubHTTPError):
         path = error.response.request.url.path
         where += f" ({path.partition('/resolve/')[2].partition('/')[2]})" if "/resolve/" in path else ""

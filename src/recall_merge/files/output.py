@@ -26,6 +26,7 @@ from recall_merge.runtime.paths import path_of
 if TYPE_CHECKING:
     from torch import Tensor
 
+WORKSPACE = "workspace.json"  # in the folder of one
 MARKER = ".recall-unfinished"  # tells our leftovers from a user's folder
 ELSEWHERE = "choose another folder for `out`"
 
@@ -59,6 +60,13 @@ def plan_shards(specs: Mapping[str, TensorSpec], shard_size: int) -> list[Shard]
     if len(groups) == 1:
         return [Shard(SINGLE, groups[0])]
     return [Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", group) for i, group in enumerate(groups, start=1)]
+
+
+def beside(result: Path, suffix: str) -> Path:
+    """Where something made from a result goes: beside its folder; for a merge of a workspace, beside the workspace."""
+    place = result.absolute()
+    home = place.parent.parent
+    return home.with_name(f"{home.name}-{place.name}{suffix}") if (home / WORKSPACE).is_file() else place.with_name(place.name + suffix)
 
 
 class OutputFolder:

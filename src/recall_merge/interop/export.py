@@ -14,7 +14,7 @@ from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.files.durable import write_whole
 from recall_merge.files.experts import AdapterExpert
 from recall_merge.files.hub import Located
-from recall_merge.files.output import OutputFolder
+from recall_merge.files.output import OutputFolder, beside
 from recall_merge.files.safetensors import FLOATS
 from recall_merge.interop.adapter_export import ExportedAdapter, plan_adapter, write_adapter
 from recall_merge.maths.layers import Layers
@@ -49,7 +49,7 @@ def export_mergekit(
         RecallError: if the result is not a weighted sum, or a model is missing or different; with all such faults.
     """
     result = open_result(folder)
-    target = out or folder.with_name(f"{folder.resolve().name}.mergekit.yaml")
+    target = out or beside(folder, ".mergekit.yaml")
     shares, faults = coefficients(result), Faults()
     if shares is None:
         what = f"the result was made by `{result.record['method']['name']}`; {ONLY_SUMS}"
@@ -108,7 +108,7 @@ def export_adapter(
         RecallError: if a model is missing or different, or something changed that an adapter cannot hold; with all such faults.
     """
     result, progress = open_result(folder), progress or Silent()
-    target = out or folder.with_name(f"{folder.resolve().name}-adapter")
+    target = out or beside(folder, "-adapter")
     OutputFolder(target, overwrite=False).check({"the result": folder})
     same_rows = result.run["vocabulary"] is None  # otherwise rows of the experts are not those of the result
     shares = coefficients(result) if rank is None and same_rows and all(map(result.is_adapter, result.experts)) else None

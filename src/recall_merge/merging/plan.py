@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,7 @@ from recall_merge.merging.rules import GivenWeights, Override, Rules, choose_met
 from recall_merge.merging.run import MergeRun, RecallWeights, Samples, SampleWeights, skipped
 from recall_merge.runtime.errors import Faults, OutputError, RunError, did_you_mean
 from recall_merge.runtime.parallel import cores
+from recall_merge.runtime.sections import parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +127,31 @@ class Plan(Rules):
         return names
 
 
-def make_plan(run: MergeRun, *, writes: bool = True, download: bool = True) -> Plan:
+@contextmanager
+def all_faults() -> Iterator[None]:
+    """Where a run that is read in the block has unknown keys, plan what is left of it, so that all faults are told at once."""
+    try:
+        yield
+    except RunError as error:
+        if error.rest is None:
+            raise
+        faults = Faults()
+        faults.extend(error.faults)
+        faults.attempt(make_plan, error.rest, writes=error.rest.out.path is not None, download=False)
+        raise RunError(faults) from None
+
+
+def as_run(run: MergeRun | Mapping[str, Any]) -> MergeRun:
+    """A run, given as it is or by its keys and values. Raises RunError with every fault."""
+    if isinstance(run, MergeRun):
+        return run
+    if not isinstance(run, Mapping):
+        raise RunError(f"a run is no {type(run).__name__}", fix="give a MergeRun, a mapping of its keys to values, or `load_run(FILE)`")
+    with all_faults():
+        return parse(MergeRun, dict(run), where="the run")
+
+
+def make_plan(run: MergeRun | Mapping[str, Any], *, writes: bool = True, download: bool = True) -> Plan:
     """Check a run against its files.
 
     Args:
@@ -135,6 +161,7 @@ def make_plan(run: MergeRun, *, writes: bool = True, download: bool = True) -> P
     Raises:
         RecallError: with every fault that can be found without reading weights.
     """
+    run = as_run(run)
     faults, (located, not_located, inputs) = Faults(), locate_models(run, download)
     run, notes = _with_method(run, located)
     rules = faults.attempt(make_rules, run)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from recall_merge.files.output import OutputFolder
+from recall_merge.files.output import OutputFolder, beside
 from recall_merge.report.page import Page, render, save_figures
 from recall_merge.runtime.errors import OutputError
 
@@ -33,7 +33,7 @@ def write_report(source: Path, out: Path | None, make_page: Callable[[Path], Pag
     Raises:
         RecallError: with every fault; an earlier report then stays as it was.
     """
-    target = (out or source.absolute().with_name(f"{source.absolute().name}-report")).absolute()
+    target = (out or beside(source, "-report")).absolute()
     _check_target(target, source)
     with OutputFolder(target, overwrite=True) as folder:
         if (target / ANATOMY).is_file():

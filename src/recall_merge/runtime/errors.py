@@ -50,7 +50,12 @@ def _rebuild(kind: type[RecallError], faults: tuple[Fault, ...]) -> RecallError:
 
 
 class RunError(RecallError):
-    """A run or a setting is wrong: an unknown key, method or option, or a value out of range."""
+    """A run or a setting is wrong: an unknown key, method or option, or a value out of range.
+
+    `rest` is what was read where unknown keys are the only fault: the same without them, or with the known ones that they resemble.
+    """
+
+    rest: Any = None
 
 
 class CheckpointError(RecallError):

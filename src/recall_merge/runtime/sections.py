@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
+from copy import deepcopy
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -47,13 +50,35 @@ def parse(model: type[M], data: Any, *, where: str) -> M:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise RunError(_to_fault(model, detail, where) for detail in error.errors()) from None
+        wrong = RunError(_to_fault(model, detail, where) for detail in error.errors())
+        if unknown := [_place(detail) for detail in error.errors() if detail["type"] == "extra_forbidden"]:
+            with suppress(ValidationError):
+                wrong.rest = model.model_validate(_without(model, data, unknown))
+        raise wrong from None
+
+
+def _without(model: type[BaseModel], data: Any, places: list[list[Any]]) -> Any:
+    """Data without unknown keys; what is under one goes to the key that it resembles, if that is free."""
+    data = deepcopy(data)
+    for *parents, key in places:
+        section: Any = data
+        for part in parents:
+            section = section[part]
+        value, near = section.pop(key), get_close_matches(str(key), _known_keys(model, parents), n=1)
+        if near:
+            section.setdefault(near[0], value)
+    return data
+
+
+def _place(detail: Any) -> list[Any]:
+    """The keys that lead to a fault."""
+    named = detail["type"] in {"extra_forbidden", "missing"}  # then the last part is a key, whatever it is called
+    last = len(detail["loc"]) - 1
+    return [part for at, part in enumerate(detail["loc"]) if (named and at == last) or not _is_union_branch(part)]
 
 
 def _to_fault(model: type[BaseModel], detail: Any, where: str) -> Fault:
-    named = detail["type"] in {"extra_forbidden", "missing"}  # then the last part is a key, whatever it is called
-    last = len(detail["loc"]) - 1
-    place = [part for at, part in enumerate(detail["loc"]) if (named and at == last) or not _is_union_branch(part)]
+    place = _place(detail)
     key = ".".join(map(str, place))
     if detail["type"] == "extra_forbidden":
         return Fault(f"unknown key '{key}'", where, did_you_mean(str(place[-1]), _known_keys(model, place[:-1])))
