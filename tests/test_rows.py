@@ -194,3 +194,10 @@ def test_a_record_of_no_form_and_none():
         parse_rows([{"question": "q"}], where="here")
     with pytest.raises(DataError, match="there are no rows"):
         parse_rows([], where="here")
+
+
+def test_a_report_reads_the_samples_by_the_same_columns(tmp_path):
+    from recall_merge.report.words import sample_texts
+
+    (tmp_path / "rows.csv").write_text("question,reply\nthe fox,jumps\nthe dog,sleeps\n")
+    assert sample_texts(tmp_path / "rows.csv", {2}, {"prompt": "question", "completion": "reply"}) == {2: "the dog\nsleeps"}

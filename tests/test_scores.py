@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from recall_merge.evaluation.scores import score_tasks
+from recall_merge.evaluation.scores import check_lengths, score_tasks
 from recall_merge.evaluation.tasks import TaskSpec
 from recall_merge.files.rows import parse_rows
 from recall_merge.models.load import build_model, load_model
@@ -131,3 +131,20 @@ def test_a_token_may_be_ruled_out(folder):
     [score] = score_tasks(model, tokenizer, [TaskSpec("t", rows)])
     hook.remove()
     assert score.n == 1
+
+
+def test_rows_of_megabytes_are_refused_from_their_beginnings(folder, monkeypatch):
+    """Neither prompts nor answers are tokenised beyond what the model can read."""
+    tokenizer, lengths = load_model(folder)[1], []
+    asked = type(tokenizer).__call__
+
+    def listen(self, texts, **options):
+        lengths.extend(map(len, [texts] if isinstance(texts, str) else texts))
+        return asked(self, texts, **options)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", listen)
+    monkeypatch.setattr("recall_merge.evaluation.scores.load_tokenizer", lambda _: tokenizer)
+    for record in ({"prompt": "the fox " * 100_000, "completion": "yes"}, {"prompt": "the", "completion": "dog " * 100_000}):
+        rows = parse_rows([record, {"prompt": "the", "completion": "dog"}], where="rows")
+        assert "longer than the 128 tokens" in next(iter(check_lengths(folder, [TaskSpec("t", rows)]))).what
+    assert max(lengths) < 20_000

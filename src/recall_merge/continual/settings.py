@@ -15,7 +15,18 @@ from recall_merge.runtime.errors import Faults, RunError
 from recall_merge.runtime.sections import Section, assign, parse
 from recall_merge.training.settings import TrainSettings
 
-OWN = ("base", "experts", "samples.path", "samples.split", "samples.template", "out.path", "out.overwrite", "training.template")
+OWN = (
+    "base",
+    "experts",
+    "samples.path",
+    "samples.split",
+    "samples.config",
+    "samples.columns",
+    "samples.template",
+    "out.path",
+    "out.overwrite",
+    "training.template",
+)
 """Keys that the workspace itself fills in; `template` is given once, for training, samples and scoring."""
 
 

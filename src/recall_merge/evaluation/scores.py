@@ -82,9 +82,10 @@ def score_tasks(
     from_rows, named = [task for task in tasks if task.rows is not None], [task for task in tasks if task.rows is None]
     with silence(), _greedy(model, tokenizer) as ends:
         objects = load_named([task.name for task in named])
-        definitions = {task.name: define(task, tokenizer, template=template, ends=ends) for task in from_rows}
         local = LocalModel(model, tokenizer, batch_size=batch_size, progress=progress or Silent())
-        _check_lengths(definitions, tokenizer, local.max_length).raise_any(DataError)
+        window = local.max_length
+        definitions = {task.name: define(task, tokenizer, template=template, ends=ends, window=window) for task in from_rows}
+        _check_lengths(definitions, tokenizer, window).raise_any(DataError)
         scores: dict[str, TaskScore] = {}
         if from_rows:
             local.add_bos_token = False  # a rendered text has its special tokens
@@ -102,8 +103,9 @@ def check_lengths(folder: Path, tasks: Sequence[TaskSpec], *, template: bool = T
     from recall_merge.evaluation.lm_eval_private import window_of
 
     tokenizer = load_tokenizer(folder)
-    definitions = {task.name: define(task, tokenizer, template=template) for task in tasks if task.rows is not None}
-    return _check_lengths(definitions, tokenizer, window_of(folder, tokenizer))
+    window = window_of(folder, tokenizer)
+    definitions = {task.name: define(task, tokenizer, template=template, window=window) for task in tasks if task.rows is not None}
+    return _check_lengths(definitions, tokenizer, window)
 
 
 def _check_lengths(definitions: Mapping[str, Definition], tokenizer: Any, window: int) -> Faults:

@@ -18,7 +18,7 @@ import yaml
 from recall_merge.evaluation import scoring
 from recall_merge.evaluation.scoring import CHOICE_METRICS, METRICS
 from recall_merge.files.rows import Row, is_file_of_rows
-from recall_merge.models.tokens import Rendered, render_rows
+from recall_merge.models.tokens import Rendered, render_rows, token_ids
 from recall_merge.runtime.errors import CheckpointError, DataError, Faults, RunError, did_you_mean
 
 SPARE_TOKENS = 8  # that an answer may have more than the longest right one
@@ -117,7 +117,7 @@ def _check_rows(task: TaskSpec, rows: Sequence[Row]) -> None:
     faults.raise_any(DataError)
 
 
-def define(task: TaskSpec, tokenizer: Any, *, template: bool = True, ends: Sequence[int] = ()) -> Definition:
+def define(task: TaskSpec, tokenizer: Any, *, template: bool = True, ends: Sequence[int] = (), window: int | None = None) -> Definition:
     """A task from rows in lm-eval's form. Its texts are rendered as for training (`render`): the prompt holds the chat template.
 
     Choices: the words of each choice after the prompt are scored, without the end of the turn, which all have in common. Where one choice
@@ -145,7 +145,7 @@ def define(task: TaskSpec, tokenizer: Any, *, template: bool = True, ends: Seque
         kind = {
             "output_type": "generate_until",
             "doc_to_target": "answers",
-            "generation_kwargs": _generation(texts, documents, tokenizer, ends),
+            "generation_kwargs": _generation(texts, documents, tokenizer, ends, window),
             "process_results": Function(f"process_{task.chosen_metric}"),
         }
     config = {
@@ -170,11 +170,13 @@ def _choice_document(row: Row, rendered: Sequence[Rendered]) -> dict[str, Any]:
     return {"id": row.index, "prompt": rendered[0].prompt, "choices": words, "answer": row.choices.index(row.completion)}
 
 
-def _generation(texts: Sequence[Rendered], documents: Sequence[Mapping[str, Any]], tokenizer: Any, ends: Sequence[int]) -> dict[str, Any]:
+def _generation(
+    texts: Sequence[Rendered], documents: Sequence[Mapping[str, Any]], tokenizer: Any, ends: Sequence[int], window: int | None
+) -> dict[str, Any]:
     if tokenizer.eos_token_id is None:
         raise CheckpointError("the tokenizer has no end token, so no answer ends", fix="set `eos_token` in its tokenizer_config.json")
     right = [text.completion for text in texts] + [answer for document in documents for answer in document["answers"]]
-    longest = max(map(len, tokenizer(right, add_special_tokens=False)["input_ids"]))
+    longest = max(map(len, token_ids(right, tokenizer, window)))  # beside an answer that fills the window no prompt has room
     added, end = tokenizer.added_tokens_decoder, texts[0].end
     special = [token for token in tokenizer(end, add_special_tokens=False)["input_ids"] if token in added and added[token].special]
     before = (end.partition(added[special[0]].content)[0] if special else end).strip()

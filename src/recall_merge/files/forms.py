@@ -119,7 +119,10 @@ def make_row(index: int, record: Any, columns: Mapping[str, str] | None = None) 
         if answers or key in CHANGES:
             first = form.fields[0]
             names = f"{{prompt: text, completion: {key}}}" if answers else f"{{{first}: {first}, ...}}"
-            raise Unfit(f"a row's field `{key}` is not read beside `{first}`", f"say what to read, `columns: {names}`, or take `{key}` out")
+            raise Unfit(
+                f"a row's field `{key}` is not read beside `{first}`",
+                f"take `{key}` out, or say what to read: in a run's samples by `columns: {names}`",
+            )
     unread = [key for key in given if key not in columns.values()] if columns else left
     return Row(index, *form.read(said), unread=tuple(sorted(unread)))
 
@@ -129,7 +132,9 @@ def _no_form(record: Mapping[str, Any]) -> ValueError:
     prompt, completion = (next((names[word] for word in words if word in names), None) for words in (("prompt", *PROMPTS), COMPLETIONS))
     what = f"a row has none of the accepted forms; its fields are {sorted(record)}"
     if prompt is not None and completion is not None:
-        return Unfit(what, f"say which is which: `columns: {{prompt: {prompt}, completion: {completion}}}`")
+        return Unfit(
+            what, f"rename them, or say which is which: in a run's samples by `columns: {{prompt: {prompt}, completion: {completion}}}`"
+        )
     return ValueError(what)
 
 

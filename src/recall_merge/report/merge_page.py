@@ -79,7 +79,7 @@ def _texts(result: Result, samples: Path | None) -> dict[int, str]:
         raise RunError("a result does not keep the texts of its samples", where=result.folder, fix=fix)
     if hash_file(samples) != result.record["rows_sha256"]:
         raise ResultError("these are not the rows that the samples were chosen from", where=samples, fix="give the run's own file")
-    return sample_texts(samples, {sample["row"] for sample in result.record["samples"]})
+    return sample_texts(samples, {sample["row"] for sample in result.record["samples"]}, result.run["samples"].get("columns"))
 
 
 def merge_page(facts: MergeFacts, title: str) -> Page:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from recall_merge.files.rows import read_rows
@@ -31,7 +31,9 @@ class Words:
         return shown
 
 
-def sample_texts(file: Path, numbers: Collection[int]) -> dict[int, str]:
+def sample_texts(file: Path, numbers: Collection[int], columns: Mapping[str, str] | None = None) -> dict[int, str]:
     """The texts of some rows of a file, by their numbers."""
     words = Words(True)
-    return {row.index: words.cut(f"{row.plain}\n{row.completion}".strip()) for row in read_rows(file) if row.index in numbers}
+    return {
+        row.index: words.cut(f"{row.plain}\n{row.completion}".strip()) for row in read_rows(file, columns=columns) if row.index in numbers
+    }
