@@ -472,3 +472,16 @@ class TestWithoutItsWholeEffect:
         shutil.copy(llama / "model.safetensors", trained[0])
         what = "the folder holds a whole model and an adapter: which of them is meant?"
         refusal(trained[0], llama, what, "move one of the two to a folder of its own", where="")
+
+    def test_empty_parts_and_convolutions_have_words_of_their_own(self, llama, trained):
+        folder, tensors = trained
+        key = next(key for key in tensors if "lora_B" in key)
+        self.rewrite(folder, tensors | {key: torch.zeros(0)})
+        refusal(folder, llama, f"the adapter's '{key}' is empty", "stage3_gather_16bit_weights_on_model_save")
+        self.rewrite(folder, tensors | {key: tensors[key].reshape(*tensors[key].shape, 1, 1, 1)})
+        refusal(
+            folder,
+            llama,
+            "the adapter changes the convolution 'model.layers.0.self_attn.q_proj', by factors of 5",
+            "merge it into its base",
+        )

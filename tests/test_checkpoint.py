@@ -282,6 +282,18 @@ class TestAnIndex:
         refusal(shards, f"'{last.name}' holds tensor '{name}', which the index does not list there", "again", where=INDEX)
 
 
+def test_an_adapter_in_a_subfolder_is_pointed_to(folder, tmp_path):
+    (tmp_path / "many" / "one").mkdir(parents=True)
+    (tmp_path / "many" / "one" / "adapter_config.json").write_text("{}")
+    fix = f"give the folder of the adapter itself: {tmp_path / 'many' / 'one'}"
+    refusal(tmp_path / "many", "this folder is no model; its subfolder 'one' is an adapter", fix)
+
+
+def test_shards_without_an_index(folder):
+    (folder / SINGLE).rename(folder / "model-00001-of-00002.safetensors")
+    refusal(folder, "there are shards (model-00001-of-00002.safetensors, ...) but no index of them", f"copy {INDEX} too")
+
+
 def test_quantised_weights(folder):
     edit_json(folder / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     refusal(folder, "the weights are quantised", "dequantise the model first, and merge that", where="config.json")

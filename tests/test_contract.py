@@ -169,6 +169,16 @@ def test_shapes_are_checked(entry):
 
 
 @every_case
+def test_the_sign_of_a_zero_does_not_matter(entry, options):
+    base, deltas = random_deltas((5, 8), count(entry))
+    deltas = [torch.where(delta.abs() < 0.05, 0.0, delta) for delta in deltas]
+    base[:, 0] = 0.0
+    plain = run(entry, base, deltas, uneven(len(deltas)), options)
+    negative = [torch.where(tensor == 0, -0.0, tensor) for tensor in (base, *deltas)]
+    torch.testing.assert_close(run(entry, negative[0], negative[1:], uneven(len(deltas)), options), plain, rtol=0, atol=0)
+
+
+@every_case
 def test_something_is_merged(entry, options):
     base, deltas = random_deltas((5, 8), count(entry))
     assert not torch.equal(run(entry, base, deltas, uneven(len(deltas)), options), base)

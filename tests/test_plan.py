@@ -443,3 +443,14 @@ def test_cores_where_the_system_does_not_tell_which_are_to_be_used(monkeypatch: 
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     assert cores() == 3
+
+
+def test_whole_numbers_that_differ_are_not_dropped_in_silence(world):
+    table = torch.arange(8).reshape(4, 2)
+    for name, own in (("base", table), ("a", table), ("b", table + 1)):
+        save_file(load_tensors(world / name) | {"model.layers.0.table": own}, world / name / "model.safetensors", metadata={"format": "pt"})
+    what, _, fix = one_fault(world, method="linear")
+    assert what == "expert 'b' has other numbers in 'model.layers.0.table' (int64 (4, 2)), and whole numbers cannot be merged"
+    assert "`skip:`" in fix
+    merge(a_run(world, method="linear", skip=["model.layers.0.table"]))
+    assert torch.equal(load_tensors(world / "out")["model.layers.0.table"], table)

@@ -193,6 +193,11 @@ class _Parts:
         match = _PARTS.match(key.removeprefix(PREFIX))
         if match is None:
             raise CheckpointError(f"the adapter holds '{key}', which is not part of a LoRA", where=self._where, fix=MERGE_FIRST)
+        if part.spec.shape == (0,):
+            raise CheckpointError(f"the adapter's '{key}' is empty", where=self._where, fix=SAVE_WHOLE)
+        if "lora_" in match["part"] and len(part.spec.shape) > 2:
+            what = f"the adapter changes the convolution '{match['module']}', by factors of {len(part.spec.shape)} dimensions"
+            raise CheckpointError(what, where=self._where, fix=MERGE_FIRST)
         if match["copy"] == "original_module.":  # the base's own tensor, kept aside; `bias="all"` stores it too
             return
         module, kind = match["module"], match["part"].removesuffix(".weight") if "lora" in match["part"] else match["part"]

@@ -120,6 +120,9 @@ def open_checkpoint(folder: Path, remote: Mapping[str, RemoteFile] = MappingProx
 
     Raises CheckpointError with every fault found: missing, damaged or pickled weights, a bad index, quantised weights, unknown layers.
     """
+    if not (folder / "config.json").exists() and (adapters := sorted(folder.glob("*/adapter_config.json"))):
+        what = f"this folder is no model; its subfolder '{adapters[0].parent.name}' is an adapter"
+        raise CheckpointError(what, where=folder, fix=f"give the folder of the adapter itself: {adapters[0].parent}")
     faults, config, stored = Faults(), {}, {}
     with faults.collect():
         config = read_json(folder / "config.json")
@@ -211,6 +214,9 @@ def weight_files(folder: Path, present: Collection[str], where: object) -> list[
         return names
     if SINGLE in present:
         return [SINGLE]
+    if shards := sorted(name for name in present if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)):
+        fix = f"copy {INDEX} too; without it nobody knows whether all shards are here"
+        raise CheckpointError(f"there are shards ({shards[0]}, ...) but no index of them", where=where, fix=fix)
     pickles = sorted(name for name in present if name.endswith(PICKLES) and not name.startswith(NO_WEIGHTS))
     if pickles:
         what = f"the weights are pickled ({', '.join(pickles[:3])}); loading a pickle runs code, so it is never done here"

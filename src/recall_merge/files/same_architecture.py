@@ -66,6 +66,11 @@ def check_checkpoint(
         theirs, ours = shapes[tensor]
         what = f"expert '{name}' has '{tensor}' of shape {theirs}; the base has {ours}" + _more(wrong)
         faults.add(what, where=expert.tensors[tensor].file, fix=fix)
+    for tensor in [tensor for tensor in shapes if tensor not in wrong]:
+        theirs, ours = expert.tensors[tensor], base.tensors[tensor]
+        if not (theirs.spec.is_float and ours.spec.is_float) and not theirs.same_bytes(ours):
+            what = f"expert '{name}' has other numbers in '{tensor}' ({theirs.spec}), and whole numbers cannot be merged"
+            faults.add(what, where=theirs.file, fix="name the tensor under `skip:` to keep the base's, if that is meant")
     faults.raise_any(CheckpointError)
 
 

@@ -16,6 +16,7 @@ from recall_merge.runtime.errors import CheckpointError, Faults
 
 USUAL = 0.05
 """The least size that a base's tensor counts as, so that a tensor of zeros may be learnt, and a new one be drawn from N(0, 1)."""
+KEEP = "name it under `skip:` if these numbers are meant, as in a mask: that keeps the base's; else the base is damaged"
 SHOWN = 3  # tensors per expert in an error
 
 
@@ -31,7 +32,7 @@ def refuse_nonfinite(plan: Plan) -> None:
     for name in filter(plan.merges, plan.specs):
         base = widen(plan.base.read(name))
         if not is_finite(base):
-            faults.add(f"the base holds NaN or infinity in '{name}'", where=plan.base.folder, fix="no merge can mend the base")
+            faults.add(f"the base holds NaN or infinity in '{name}'", where=plan.base.folder, fix=KEEP)
             continue
         for expert in plan.experts:
             delta = expert.delta(name, base) if plan.vocabulary is None else expert.own(name, base)
