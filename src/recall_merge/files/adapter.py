@@ -14,13 +14,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from recall_merge.files.checkpoint import HEADS, INDEX, SINGLE, Checkpoint, files_in, read_json
+from recall_merge.files.checkpoint import INDEX, SINGLE, Checkpoint, files_in, read_json
 from recall_merge.files.edits import Edit
+from recall_merge.files.names import Names, unwrapped
 from recall_merge.files.safetensors import RemoteFile, StoredTensor, read_header
 from recall_merge.runtime.errors import CheckpointError, Faults, short
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+ADAPTER_NAME = re.compile(  # that of a state which was not saved by PEFT
+    r"\.(lora_(?:embedding_)?[AB]|lora_magnitude_vector|modules_to_save|original_module|trainable_tokens_delta)\.default(?=\.|$)"
+)
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that alter the base's own weights
 UNSUPPORTED = (  # settings of LoRA that do more than change single tensors
     "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "megatron_config", "monteclora_config",
@@ -34,12 +38,6 @@ CONV1D = ("gpt2", "openai-gpt")  # model types whose blocks hold transformers' C
 MAX_PATTERN = 10_000  # characters; a pattern that lists every module of a large model has some thousands
 PATIENCE = 1.0  # seconds; a sound pattern takes microseconds
 LARGEST = 1e9  # rank or alpha
-RENAMED = (  # names of modules in memory today, and in files
-    ("lm_head.", "embed_out."),
-    (".mlp.", ".block_sparse_moe."),
-    (".mlp.router.", ".block_sparse_moe.gate."),
-    ("model.language_model.", "language_model.model."),
-)
 _PARTS = re.compile(
     r"^(?P<module>.+?)\.(?P<copy>modules_to_save\.|original_module\.)?(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A"
     r"|lora_embedding_B|lora_magnitude_vector(?:\.weight)?|base_layer\.weight|base_layer\.bias|token_adapter\.trainable_tokens_delta"
@@ -58,38 +56,6 @@ class Adapter:
     @property
     def nbytes(self) -> int:
         return sum(part.spec.nbytes for edit in self.edits.values() for part in edit.parts)
-
-
-class Names:
-    """Finds the base tensor that an adapter means; the two may differ by leading words ('transformer.h.0' for 'h.0')."""
-
-    def __init__(self, base: Checkpoint) -> None:
-        self._base = base
-        self._by_tail: defaultdict[str, list[str]] = defaultdict(list)
-        for name in base.tensors:
-            parts = name.split(".")
-            for start in range(len(parts)):
-                self._by_tail[".".join(parts[start:])].append(name)
-
-    def find(self, wanted: str) -> str | None:
-        """The name in the base's files, which may be older than the one that transformers uses in memory."""
-        spellings = [wanted, *(wanted.replace(new, old) for new, old in RENAMED if new in wanted)]
-        return next(filter(None, map(self._find, spellings)), None)
-
-    def _find(self, wanted: str) -> str | None:
-        if wanted in self._base.tensors:
-            return wanted
-        parts = wanted.split(".")
-        for start in range(len(parts) - 1):  # the longest common tail that is the whole of one of the two
-            candidates = self._by_tail.get(".".join(parts[start:]), [])
-            whole = candidates if start == 0 else [name for name in candidates if name == ".".join(parts[start:])]
-            if len(whole) == 1:
-                return whole[0]
-        return None
-
-    def is_tied_head(self, wanted: str) -> bool:
-        """Whether `wanted` is a head that the base does not store because it is tied to the embedding."""
-        return HEADS.search(wanted) is not None and self._base.is_tied
 
 
 def is_adapter(folder: Path) -> bool:
@@ -187,10 +153,11 @@ class _Parts:
         self._names = Names(base)
         self._head: dict[str, StoredTensor] = {}  # parts by kind for a head that the base ties
         self._trained_whole: set[str] = set()
+        self._placed: dict[tuple[str, str], StoredTensor] = {}  # by tensor and kind
         self._modules: dict[str, str] = {}  # those with factors, and the base's tensor of each
 
     def place(self, key: str, part: StoredTensor) -> None:
-        match = _PARTS.match(key.removeprefix(PREFIX))
+        match = _PARTS.match(ADAPTER_NAME.sub(r".\1", unwrapped(key)))
         if match is None:
             raise CheckpointError(f"the adapter holds '{key}', which is not part of a LoRA", where=self._where, fix=MERGE_FIRST)
         if part.spec.shape == (0,):
@@ -216,6 +183,9 @@ class _Parts:
         self._put(self.edits[name], name, module, kind, part)
 
     def _put(self, edit: Edit, name: str, module: str, kind: str, part: StoredTensor) -> None:
+        slot = kind.removeprefix("base_layer.")
+        if not self._placed.setdefault((name, slot), part).same_bytes(part):
+            raise CheckpointError(f"the adapter gives '{name}' twice, with different values", where=self._where, fix=COPY_AGAIN)
         match kind:
             case "lora_A" | "lora_embedding_A":
                 edit.down = part
@@ -232,8 +202,6 @@ class _Parts:
                 edit.rows = part
                 edit.row_ids = self._token_ids(module)
             case _:
-                if edit.replace is not None and not edit.replace.same_bytes(part):
-                    raise CheckpointError(f"the adapter gives '{name}' twice, with different values", where=self._where, fix=COPY_AGAIN)
                 edit.replace = part
                 if not kind.startswith("base_layer"):
                     self._trained_whole.add(name)

@@ -9,32 +9,39 @@ tests/test_dependencies.py checks: `conversion_mapping.get_model_conversion_mapp
 from __future__ import annotations
 
 import json
+import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from copy import deepcopy
-from functools import lru_cache
+from dataclasses import replace
+from functools import cached_property, lru_cache
 from typing import Any
 
-from recall_merge.files.resolved_config import BUILD_LOCK
+from recall_merge.files.checkpoint import HEADS, Checkpoint
+from recall_merge.files.resolved_config import BUILD_LOCK, config_object
 from recall_merge.runtime.quiet import quiet
 
+WRAPPERS = re.compile(r"(^|\.)_orig_mod(?=\.)|^(?:module\.)+")  # torch.compile's, and DistributedDataParallel's
+PEFT = re.compile(r"^(?:base_model\.model\.)+")
 Place = tuple[str, str]
 """A parameter in memory; and the name of the part, where several tensors of the files make one parameter."""
 
 
 class InMemory:
-    """The model of a config, by the class that the config names, on the meta device."""
+    """The model of a config, by the class that the config names, or by that of its text model alone, on the meta device."""
 
-    def __init__(self, config: Mapping[str, Any], dtype: str) -> None:
+    def __init__(self, config: Mapping[str, Any], dtype: str, *, text: bool) -> None:
         import torch
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, build_glob_alternation
 
+        kind, its_config = _class_of(config_object(config), text=text)
         with BUILD_LOCK, torch.device("meta"):
-            model = _class_of(config)._from_config(_config(config), dtype=getattr(torch, dtype))
+            model = kind._from_config(its_config, dtype=getattr(torch, dtype))
         mapping: Any = get_model_conversion_mapping(model)
         self._renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
         self._converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
         self._prefix, self._dtype, self._state = model.base_model_prefix, getattr(torch, dtype), model.state_dict()
+        self.shared = {name: own for name, own in model.all_tied_weights_keys.items() if not HEADS.search(name)}
         plan = [*model._get_dtype_plan(self._dtype)]
         self._kept = build_glob_alternation(plan)[0] if plan else None
 
@@ -47,6 +54,11 @@ class InMemory:
             name, converter = stored, None
         return name, "" if converter is None else apply_renamings(stored, self._renamings)
 
+    def by_name(self, names: Iterable[str]) -> dict[str, str]:
+        """The tensors of the files by their names in memory, where they are whole parameters; a shared one has several."""
+        found = {place: stored for stored in names for place, part in [self.place(stored)] if not part and place in self._state}
+        return found | {name: found[own] for name, own in self.shared.items() if own in found}
+
     def kept_wider(self, names: Iterable[str]) -> set[str]:
         """The tensors that stay in float32 in this model, whatever dtype the others have."""
         import torch
@@ -56,29 +68,87 @@ class InMemory:
         return {stored for stored, place in places.items() if place in own or (self._kept is not None and self._kept.search(place))}
 
 
-def in_memory(config: Mapping[str, Any], dtype: str = "float32") -> InMemory | None:
+def in_memory(config: Mapping[str, Any], dtype: str = "float32", *, text: bool = False) -> InMemory | None:
     """The model of a config, without numbers; None where transformers does not know the architecture, or refuses the config."""
-    return _in_memory(json.dumps(config), dtype)
+    return _in_memory(json.dumps(config), dtype, text)
 
 
 @lru_cache(maxsize=2)
-def _in_memory(config: str, dtype: str) -> InMemory | None:
+def _in_memory(config: str, dtype: str, text: bool) -> InMemory | None:
     with quiet():
         try:
-            return InMemory(json.loads(config), dtype)
+            return InMemory(json.loads(config), dtype, text=text)
         except Exception:  # what a model's own checks raise has no common type
             return None
 
 
-def _config(config: Mapping[str, Any]) -> Any:
-    from transformers import CONFIG_MAPPING
+class Names:
+    """Finds the base tensor that a module's name means; the two may differ by leading words ('transformer.h.0' for 'h.0')."""
 
-    return CONFIG_MAPPING[config["model_type"]].from_dict(deepcopy(dict(config)))
+    def __init__(self, base: Checkpoint) -> None:
+        self._base = base
+        self._by_tail: defaultdict[str, list[str]] = defaultdict(list)
+        for name in base.tensors:
+            parts = name.split(".")
+            for start in range(len(parts)):
+                self._by_tail[".".join(parts[start:])].append(name)
+
+    def find(self, wanted: str) -> str | None:
+        """The name in the base's files, or None if there is none, or more than one that may be meant."""
+        return self._find(wanted) or self._in_memory.get(wanted)
+
+    def _find(self, wanted: str) -> str | None:
+        if wanted in self._base.tensors:
+            return wanted
+        if candidates := self._by_tail.get(wanted, []):
+            return candidates[0] if len(candidates) == 1 else None
+        parts = wanted.split(".")
+        tails = (".".join(parts[start:]) for start in range(1, len(parts) - 1))  # the longest tail that is a whole name
+        return next((tail for tail in tails if tail in self._base.tensors), None)
+
+    @cached_property
+    def _in_memory(self) -> Mapping[str, str]:
+        """The base's tensors by their names in memory, which transformers may have changed since the files were written."""
+        models = (in_memory(self._base.config, text=text) for text in (False, True))
+        whole, text_alone = ({} if model is None else model.by_name(self._base.tensors) for model in models)
+        return {name: stored for name, stored in {**whole, **text_alone}.items() if whole.get(name, stored) == stored}
+
+    def is_tied_head(self, wanted: str) -> bool:
+        """Whether `wanted` is a head that the base does not store because it is tied to the embedding."""
+        return HEADS.search(wanted) is not None and self._base.is_tied
 
 
-def _class_of(config: Mapping[str, Any]) -> Any:
+def unwrapped(name: str) -> str:
+    """The name that a module has in the model itself, without what compilers, parallel training and PEFT put around it.
+
+    >>> unwrapped("module.base_model.model._orig_mod.model.layers.0.self_attn.q_proj.weight")
+    'model.layers.0.self_attn.q_proj.weight'
+    """
+    bare = WRAPPERS.sub("", name).lstrip(".")
+    inner = PEFT.sub("", bare)
+    return name if inner == name else unwrapped(inner)
+
+
+def renamed_like(checkpoint: Checkpoint, base: Checkpoint) -> Checkpoint:
+    """The checkpoint with the base's names, where transformers loads both names into the same parameter. Else as it is."""
+    others = [name for name in checkpoint.tensors if name not in base.tensors]
+    if not others or checkpoint.config.get("model_type") != base.config.get("model_type"):
+        return checkpoint
+    if (model := in_memory(base.config)) is None:
+        return checkpoint
+    by_place = {model.place(name): name for name in base.tensors}
+    names = {name: by_place.get(model.place(name), name) if name in others else name for name in checkpoint.tensors}
+    if len(set(names.values())) < len(names):  # two tensors for one place: neither is taken, and the check names them
+        return checkpoint
+    tensors = {names[name]: tensor for name, tensor in checkpoint.tensors.items()}
+    return replace(checkpoint, tensors=tensors, layers=base.layers)
+
+
+def _class_of(config: Any, *, text: bool) -> tuple[Any, Any]:
+    """The class of a config's model, and the config that it takes: the one that it names; or, for `text`, that of its text alone."""
     import transformers
 
-    named = [getattr(transformers, name, None) for name in config.get("architectures") or ()]
+    named = [getattr(transformers, name, None) for name in config.architectures or ()]
     known = [kind for kind in named if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)]
-    return known[0] if known else transformers.MODEL_FOR_CAUSAL_LM_MAPPING[transformers.CONFIG_MAPPING[config["model_type"]]]
+    found: Any = known[0] if known and not text else transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    return found, config if issubclass(found.config_class, type(config)) else config.get_text_config()

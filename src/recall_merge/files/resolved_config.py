@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Mapping
-from copy import deepcopy
 from typing import Any
 
 from recall_merge.runtime.quiet import quiet
@@ -14,10 +14,16 @@ BUILD_LOCK = threading.RLock()  # while transformers builds a model, it changes 
 
 def resolved(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """All settings of a config.json; None where transformers does not know the architecture, or refuses the config."""
-    from transformers import CONFIG_MAPPING
-
     with quiet():
         try:
-            return CONFIG_MAPPING[config["model_type"]].from_dict(deepcopy(dict(config))).to_dict()
+            return config_object(config).to_dict()
         except Exception:  # what a config's own checks raise has no common type
             return None
+
+
+def config_object(config: Mapping[str, Any]) -> Any:
+    """A config as transformers makes it from the file; infinity is written as {"__float__": "Infinity"}."""
+    from transformers import CONFIG_MAPPING
+
+    read = json.loads(json.dumps(config), object_hook=lambda part: float(part["__float__"]) if [*part] == ["__float__"] else part)
+    return CONFIG_MAPPING[config["model_type"]].from_dict(read)

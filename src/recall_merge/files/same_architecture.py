@@ -8,6 +8,7 @@ from typing import Any
 
 from recall_merge.files.checkpoint import Checkpoint
 from recall_merge.files.hashing import same_weights
+from recall_merge.files.names import renamed_like
 from recall_merge.files.resolved_config import resolved
 from recall_merge.runtime.errors import CheckpointError, Faults
 
@@ -23,7 +24,8 @@ HARMLESS = {  # settings of a config that may differ from the base's without cha
 def named_like(checkpoint: Checkpoint, base: Checkpoint) -> Checkpoint:
     """The checkpoint with the base's names, if the two differ by leading words: 'h.0.ln_1.weight' and 'transformer.h.0.ln_1.weight'.
 
-    Some models were stored without their class's name of the decoder, and get it when they are saved again.
+    Some models were stored without their class's name of the decoder, and get it when they are saved again. Other differences are
+    transformers' to know.
     """
     ours, theirs = base.layers.prefix, checkpoint.layers.prefix
     if ours.endswith(f".{theirs}"):
@@ -32,9 +34,11 @@ def named_like(checkpoint: Checkpoint, base: Checkpoint) -> Checkpoint:
     elif theirs.endswith(f".{ours}"):
         names = {name: name.removeprefix(theirs.removesuffix(ours)) for name in checkpoint.tensors}
     else:
+        return renamed_like(checkpoint, base)
+    if len(set(names.values())) < len(names):  # two tensors for one place: neither is taken, and the check names them
         return checkpoint
     tensors = {names[name]: tensor for name, tensor in checkpoint.tensors.items()}
-    return replace(checkpoint, tensors=tensors, layers=replace(checkpoint.layers, prefix=ours))
+    return renamed_like(replace(checkpoint, tensors=tensors, layers=replace(checkpoint.layers, prefix=ours)), base)
 
 
 def check_checkpoint(

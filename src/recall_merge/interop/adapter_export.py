@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recall_merge.files.adapter import CONFIG, PREFIX, WEIGHTS, Names
+from recall_merge.files.adapter import CONFIG, PREFIX, WEIGHTS
 from recall_merge.files.checkpoint import Checkpoint
 from recall_merge.files.experts import AdapterExpert
+from recall_merge.files.names import Names
 from recall_merge.files.output import OutputFolder, Shard, WeightWriter
 from recall_merge.files.safetensors import TensorSpec
 from recall_merge.maths.deltas import LowRank

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from recall_merge.files.adapter import Names
 from recall_merge.files.experts import Expert, hash_expert
+from recall_merge.files.names import Names
 from recall_merge.files.statistics import InputStatistics, open_statistics, parts_of, write_statistics
 from recall_merge.maths.moments import compress
 from recall_merge.merging.forward import expert_tokenizer, load_expert
