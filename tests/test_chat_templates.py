@@ -1,5 +1,6 @@
 """Chat templates as they are published: training labels beside trl's, and scores of a model that is forced to the right answer."""
 
+from datetime import datetime
 from functools import cache
 from pathlib import Path
 
@@ -7,12 +8,13 @@ import pytest
 import trl
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 from trl.data_utils import common_prefix_length
 
 from recall_merge.evaluation.scores import score_tasks
 from recall_merge.evaluation.tasks import TaskSpec
 from recall_merge.files.rows import parse_rows
-from recall_merge.models.tokens import encode_rows, render
+from recall_merge.models.tokens import DATE, encode_rows, render
 from recall_merge.runtime.errors import DataError
 from tiny import forced
 
@@ -65,6 +67,16 @@ def chat(name: str):
     return tokenizer
 
 
+def clock(day: datetime) -> type[datetime]:
+    return type("Clock", (datetime,), {"now": classmethod(lambda cls: day)})
+
+
+@pytest.fixture(autouse=True)
+def day_of_templates(monkeypatch):
+    """transformers and trl render as on the day that ours is."""
+    monkeypatch.setattr(chat_template_utils, "datetime", clock(DATE))
+
+
 def conversation(row):
     return [{"role": role, "content": content} for role, content in row.prompt], [{"role": "assistant", "content": row.completion}]
 
@@ -101,10 +113,10 @@ def test_a_model_that_is_forced_to_the_right_answer_scores_one(name):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_template_that_takes_no_plain_text_is_refused_with_every_row(name):
-    rows = parse_rows([{"prompt": "is it?", "completion": said} for said in SAID], where="rows")
+    rows = parse_rows([{"prompt": "is it?", "completion": said} for said in [*SAID, "yes", "no"]], where="rows")
     with pytest.raises(DataError, match=r"the chat template (leaves out the answer|refuses the row)") as refused:
         encode_rows(rows, chat(name))
-    assert [fault.where for fault in refused.value.faults][:2] == ["row 1", "row 2"]
+    assert [fault.where for fault in refused.value.faults] == ["row 1, row 2, row 3, row 4, row 5 and 2 more"]
 
 
 def test_a_system_turn_stays_where_a_template_writes_it_only_before_an_answer():
@@ -118,3 +130,41 @@ def test_reasoning_that_a_row_has_is_its_own_words():
     assert render(row, chat("qwen3")).answer == row.completion
     with pytest.raises(DataError, match="leaves out the answer, or changes it"):
         render(row, chat("deepseek_r1_distill"))
+
+
+CHAT = {"messages": [{"role": "user", "content": "is it?"}, {"role": "assistant", "content": "yes"}]}
+
+
+@pytest.mark.parametrize("template", [None, "off"])
+@pytest.mark.parametrize(
+    "record", [CHAT, {"instruction": "Is it?", "output": "yes"}, {"prompt": "is it?", "system": "be brief", "completion": "yes"}]
+)
+def test_roles_are_refused_without_a_template(record, template):
+    tokenizer = chat("chatml")
+    if template is None:
+        tokenizer.chat_template = None
+    rows = parse_rows([record, {"prompt": "is it?", "completion": " yes"}], where="rows")
+    with pytest.raises(DataError, match=r"needs a chat template, .*\n  where: row 1\n  fix: put `chat_template.jinja` into") as refused:
+        encode_rows(rows, tokenizer, template=template is None)
+    assert len(refused.value.faults) == 1
+    assert render(rows[1], tokenizer, template=False) == ("is it?", " yes", "</s>")
+    assert encode_rows(rows, chat("chatml"))
+
+
+DATED = "<s>system\nToday is {{ strftime_now('%d %b %Y') }}, {% set f = '%A %-d/%m/%y' %}{{ strftime_now(f) }}</s>\n" + CHATML
+INDENTED = "  {% for m in messages %}  {{ m.content }}\n  {% endfor %}{% if false %}{{ strftime_now('%Y') }}{% endif %}"
+
+
+@pytest.mark.parametrize("name", ["gptoss", "llama3_2", "dated", "indented"])
+def test_a_date_is_the_same_on_any_day(name, monkeypatch):
+    """The reference is transformers' own rendering on that day."""
+    tokenizer = chat("chatml")
+    tokenizer.chat_template = {"dated": DATED, "indented": INDENTED}.get(name) or PUBLISHED[name]
+    [row] = parse_rows([{"prompt": "is it?", "completion": "yes"}], where="rows")
+    found = []
+    for day in (DATE, datetime(2026, 12, 24)):
+        monkeypatch.setattr(chat_template_utils, "datetime", clock(day))
+        found.append("".join(render(row, tokenizer)))
+        if day == DATE:
+            assert found[0] == tokenizer.apply_chat_template([part for turns in conversation(row) for part in turns], tokenize=False)
+    assert found[0] == found[1]

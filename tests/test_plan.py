@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import struct
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -209,10 +210,10 @@ def test_a_merge_that_overflows_its_dtype(world):
     [
         ("", "there are no rows"),
         ('{"prompt": "a"', "this is not JSON"),
-        ('{"prompt": "a"}', "field `answer` must be text, it is missing"),
+        ('{"prompt": "a"}', "field `completion` must be text, it is missing"),
         ('{"prompt": 3, "completion": "b"}', "field `prompt` must be text, it is int"),
         ('{"prompt": "a", "completion": "b", "choices": ["c"]}', "is not among its choices"),
-        ('{"messages": [{"role": "user", "content": "a"}]}', "the last of `messages` must be the assistant's"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "the last of the turns must be the assistant's"),
         ("[1]", "a row must be an object"),
     ],
 )
@@ -454,3 +455,45 @@ def test_whole_numbers_that_differ_are_not_dropped_in_silence(world):
     assert "`skip:`" in fix
     merge(a_run(world, method="linear", skip=["model.layers.0.table"]))
     assert torch.equal(load_tensors(world / "out")["model.layers.0.table"], table)
+
+
+REFUSING = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "{% for m in messages %}{{ m.content }}{% endfor %}"
+)
+SYSTEM = {"role": "system", "content": "be kind"}
+TURNS = [[{"role": "user", "content": f"is {i}?"}, {"role": "assistant", "content": "yes"}] for i in range(6)]
+CHATS = [{"messages": [SYSTEM, *turns] if i % 2 else turns} for i, turns in enumerate(TURNS)]
+
+
+def with_template(world, template):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    for name in ("base", "a", "b"):
+        tokenizer.save_pretrained(world / name)
+
+
+@pytest.mark.parametrize("method", ["recall", "lm_cocktail"])
+def test_rows_that_the_template_refuses_are_told_in_the_plan(world, method):
+    with_template(world, REFUSING)
+    rows = write_rows(world / "rows.jsonl", CHATS)
+    what, where, _ = one_fault(world, method=method)
+    assert (what, where) == ("the chat template refuses the row: no system role", f"{rows}, row 2, row 4, row 6")
+    assert make_plan(a_run(world, method="linear")).texts == []
+
+
+def test_rows_with_roles_are_told_in_the_plan_where_there_is_no_template(world):
+    write_rows(world / "rows.jsonl", CHATS)
+    assert "needs a chat template" in one_fault(world)[0]
+
+
+def test_the_same_run_gives_the_same_bytes_on_another_day(world, monkeypatch):
+    with_template(world, "{{ strftime_now('%d %b %Y') }} {% for m in messages %}{{ m.content }}</s>{% endfor %}")
+    found = []
+    for day in ("2026-01-01", "2026-12-24"):
+        clock = type("Clock", (datetime,), {"now": classmethod(lambda cls, day=day: datetime.fromisoformat(day))})
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", clock)
+        result = merge(a_run(world, out={"path": world / day}))
+        assert any("always 26 Jul 2024" in note for note in result.notes)
+        found.append((world / day / "model.safetensors").read_bytes())
+    assert found[0] == found[1]

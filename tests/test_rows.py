@@ -201,3 +201,12 @@ def test_a_report_reads_the_samples_by_the_same_columns(tmp_path):
 
     (tmp_path / "rows.csv").write_text("question,reply\nthe fox,jumps\nthe dog,sleeps\n")
     assert sample_texts(tmp_path / "rows.csv", {2}, {"prompt": "question", "completion": "reply"}) == {2: "the dog\nsleeps"}
+
+
+def test_byte_order_marks_are_read(tmp_path):
+    records = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
+    lines = [json.dumps(record) for record in records]
+    texts = {"a.jsonl": "\n\ufeff".join(lines), "b.json": json.dumps(records), "c.csv": "prompt,completion\na,b\nc,d\n"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text("\ufeff" + text, "utf-8")
+        assert [(row.plain, row.completion) for row in read_rows(tmp_path / name)] == [("a", "b"), ("c", "d")]

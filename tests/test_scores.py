@@ -6,12 +6,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from recall_merge.evaluation.evaluate import evaluate
 from recall_merge.evaluation.scores import check_lengths, score_tasks
 from recall_merge.evaluation.tasks import TaskSpec
 from recall_merge.files.rows import parse_rows
 from recall_merge.models.load import build_model, load_model
-from recall_merge.runtime.errors import CheckpointError
-from tiny import edit_json, forced, load_tensors, lora, make_model, make_tokenizer, save_model
+from recall_merge.runtime.errors import CheckpointError, DataError
+from tiny import edit_json, forced, load_tensors, lora, make_model, make_tokenizer, save_model, write_rows
 
 PROMPTS = ["the quick brown", "is this a good film? say yes or no", "jump over it"]
 
@@ -143,8 +144,17 @@ def test_rows_of_megabytes_are_refused_from_their_beginnings(folder, monkeypatch
         return asked(self, texts, **options)
 
     monkeypatch.setattr(type(tokenizer), "__call__", listen)
-    monkeypatch.setattr("recall_merge.evaluation.scores.load_tokenizer", lambda _: tokenizer)
+    monkeypatch.setattr("recall_merge.evaluation.scores.load_tokenizer", lambda *_: tokenizer)
     for record in ({"prompt": "the fox " * 100_000, "completion": "yes"}, {"prompt": "the", "completion": "dog " * 100_000}):
         rows = parse_rows([record, {"prompt": "the", "completion": "dog"}], where="rows")
         assert "longer than the 128 tokens" in next(iter(check_lengths(folder, [TaskSpec("t", rows)]))).what
     assert max(lengths) < 20_000
+
+
+def test_rows_that_cannot_be_rendered_are_refused_before_the_model_is_loaded(folder, tmp_path):
+    turns = [{"role": "user", "content": "is it?"}, {"role": "assistant", "content": "yes"}]
+    rows = write_rows(tmp_path / "chat.jsonl", [{"messages": turns}])
+    adapter = lora(folder, tmp_path / "adapter", target_modules=["q_proj"])
+    for model, base in ((folder, None), (adapter, str(folder))):
+        with pytest.raises(DataError, match=r"needs a chat template.*\n  where: task 'chat', row 1"):
+            evaluate(str(model), [str(rows)], base=base, device="nowhere")

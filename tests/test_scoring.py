@@ -6,6 +6,7 @@ import importlib.util
 import random
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -191,3 +192,16 @@ def test_one_function_adds_a_metric(new_metric, tokenizer):
 
 def test_f1_is_reported_with_squads_match():
     assert scoring.process_f1({"answers": ["a fox"]}, [" the fox "]) == {"f1": 1.0, "squad_match": 1.0}
+
+
+@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("form", ["NFC", "NFD", "NFKD"])
+def test_how_an_accent_is_written_does_not_count(name, form):
+    """macOS writes NFD, most texts are NFC; sacrebleu and SQuAD's own script see other letters."""
+    said, right = (unicodedata.normalize(other, "Élise é à Genève, 3 fois: Việt Nam") for other in (form, "NFC"))
+    found = METRICS[name]
+    assert found.score(said, [right]) == found.score(right, [right])
+    if found.corpus:
+        assert found.corpus([(said, [right])]) == found.corpus([(right, [right])]) == pytest.approx(1.0)
+    [row] = parse_rows([{"prompt": "who?", "completion": said, "choices": ["no", right]}], where="rows")
+    assert row.completion == right

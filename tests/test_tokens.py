@@ -37,8 +37,9 @@ def test_messages_keep_their_turns(chat_tokenizer):
     assert render(row(messages=turns), chat_tokenizer).prompt == "<s>system\na</s>\n<s>user\nb</s>\n<s>assistant\n"
 
 
-def test_instructions_and_answers(tokenizer):
-    assert render(row(instruction="Translate.", input="dog", output="chien"), tokenizer).prompt == "Translate.\ndog"
+def test_instructions_and_answers(tokenizer, chat_tokenizer):
+    written = render(row(instruction="Translate.", input="dog", output="chien"), chat_tokenizer).prompt
+    assert written == "<s>user\nTranslate.\ndog</s>\n<s>assistant\n"
     assert render(row(prompt="2 + 2", answer="4"), tokenizer).completion == "4</s>"
 
 

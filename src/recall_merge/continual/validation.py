@@ -13,6 +13,7 @@ from recall_merge.continual.state import NAME, DataFile, Model, StageSpec, Start
 from recall_merge.continual.steps import fingerprint
 from recall_merge.evaluation.scores import check_lengths
 from recall_merge.evaluation.tasks import TaskSpec, check_tasks, task_word
+from recall_merge.files.forms import composed
 from recall_merge.files.hashing import hash_file
 from recall_merge.files.hub import Located, locate
 from recall_merge.files.rows import FORMATS, Row, read_rows
@@ -284,4 +285,4 @@ def _check_same(folder: Path, model: Model, what: str, since: str) -> None:
 
 
 def _content(row: Row) -> tuple[Any, ...]:
-    return (*((role, content.strip()) for role, content in row.prompt), row.completion.strip())
+    return (*((role, composed(content.strip())) for role, content in row.prompt), composed(row.completion.strip()))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from recall_merge.evaluation.paper_tasks import load_hub_task
-from recall_merge.evaluation.scores import TaskScore, score_tasks
+from recall_merge.evaluation.scores import TaskScore, check_lengths, score_tasks
 from recall_merge.evaluation.tasks import TaskSpec, check_tasks, task_word
 from recall_merge.files.adapter import CONFIG, is_adapter
 from recall_merge.files.checkpoint import open_checkpoint, read_json, weight_files
@@ -18,7 +18,16 @@ from recall_merge.files.hub import locate
 from recall_merge.files.model_card import MODEL_CARD, add_scores, read_model_card
 from recall_merge.files.rows import read_rows
 from recall_merge.models.load import load_model
-from recall_merge.runtime.errors import CheckpointError, Faults, MissingExtra, OutputError, RecallError, RunError, did_you_mean
+from recall_merge.runtime.errors import (
+    CheckpointError,
+    DataError,
+    Faults,
+    MissingExtra,
+    OutputError,
+    RecallError,
+    RunError,
+    did_you_mean,
+)
 from recall_merge.runtime.executor import check_executor, open_executor
 from recall_merge.runtime.parallel import cores
 from recall_merge.runtime.progress import Progress
@@ -67,6 +76,7 @@ def evaluate(
     specs = _read_tasks(tasks, metrics or {}, faults)
     faults.extend(check_tasks(specs))
     faults.raise_any(RunError)
+    check_lengths(folders[0], specs, base=folders[1], template=template).raise_any(DataError)
     score = partial(_load_and_score, folders, {"device": device, "dtype": dtype}, batch_size=batch_size, limit=limit, template=template)
     if executor == "local":
         scores = score(specs, progress=progress)

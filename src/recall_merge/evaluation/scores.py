@@ -98,14 +98,18 @@ def score_tasks(
     return [scores[task.name] for task in tasks]
 
 
-def check_lengths(folder: Path, tasks: Sequence[TaskSpec], *, template: bool = True) -> Faults:
-    """The rows that do not fit into a model's window, from config and tokenizer in its folder. DataError if one cannot be scored."""
+def check_lengths(folder: Path, tasks: Sequence[TaskSpec], *, base: Path | None = None, template: bool = True) -> Faults:
+    """The rows that cannot be scored, or do not fit into a model's window, from config and tokenizer in its folder or its base's."""
     from recall_merge.evaluation.lm_eval_private import window_of
 
-    tokenizer = load_tokenizer(folder)
-    window = window_of(folder, tokenizer)
-    definitions = {task.name: define(task, tokenizer, template=template, window=window) for task in tasks if task.rows is not None}
-    return _check_lengths(definitions, tokenizer, window)
+    tokenizer, faults, definitions = load_tokenizer(folder, base), Faults(), {}
+    window = window_of(base or folder, tokenizer)
+    for task in tasks:
+        if task.rows is not None:
+            with faults.collect():
+                definitions[task.name] = define(task, tokenizer, template=template, window=window)
+    faults.extend(_check_lengths(definitions, tokenizer, window))
+    return faults
 
 
 def _check_lengths(definitions: Mapping[str, Definition], tokenizer: Any, window: int) -> Faults:

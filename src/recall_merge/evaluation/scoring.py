@@ -9,9 +9,11 @@ this package, and sacrebleu only where it is needed.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
@@ -40,20 +42,26 @@ METRICS: dict[str, Metric] = {}
 
 
 def metric(name: str, *, corpus: Callable[[Sequence[Pair]], float] | None = None, beside: tuple[str, ...] = ()) -> Callable[[Score], Score]:
-    """Register a function of METRICS."""
+    """Register a function of METRICS. Texts are compared in one form of Unicode (NFC): an accent written apart is no other letter."""
 
     def register(score: Score) -> Score:
         if name in METRICS or name in CHOICE_METRICS:
             raise ValueError(f"there are two metrics '{name}'")
-        METRICS[name] = Metric(score, corpus, beside)
-        return score
+
+        @functools.wraps(score)
+        def composed(prediction: str, answers: Sequence[str]) -> float:
+            return score(*_composed((prediction, answers)))
+
+        METRICS[name] = Metric(composed, corpus, beside)
+        return composed
 
     return register
 
 
 @metric("exact_match")
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """1 if the prediction is one of the answers, letter by letter. White space at the ends and its amount between words do not count.
+    """1 if the prediction is one of the answers, letter by letter. White space at the ends and its amount between words do not count, nor
+    how an accent is written (NFC), for this metric as for all.
 
     >>> exact_match(" New  York ", ["New York"]), exact_match("new york", ["New York"])
     (1.0, 0.0)
@@ -124,6 +132,7 @@ def make_sacrebleu(name: str) -> Any:
 
 def columns(pairs: Sequence[Pair]) -> tuple[list[str], list[list[str | None]]]:
     """Predictions, and as many lists of references as an item has at most: what sacrebleu takes."""
+    pairs = list(map(_composed, pairs))
     most = max(len(answers) for _, answers in pairs)
     references = [[answers[i] if i < len(answers) else None for _, answers in pairs] for i in range(most)]
     return [prediction for prediction, _ in pairs], references
@@ -167,6 +176,11 @@ def written_answer(text: str, answers: Sequence[str]) -> str:
     """
     text = text.strip()
     return text if any("\n" in answer for answer in answers) else text.partition("\n")[0].rstrip()
+
+
+def _composed(pair: Pair) -> Pair:
+    prediction, answers = pair
+    return unicodedata.normalize("NFC", prediction), [unicodedata.normalize("NFC", answer) for answer in answers]
 
 
 def _words(text: str) -> str:

@@ -129,12 +129,12 @@ def define(task: TaskSpec, tokenizer: Any, *, template: bool = True, ends: Seque
     check_tasks([task]).raise_any()
     if task.rows[0].choices:
         each = [replace(row, completion=choice) for row in task.rows for choice in row.choices]
-        rendered = iter(render_rows(each, tokenizer, template=template))
+        rendered = iter(render_rows(each, tokenizer, template=template, where=f"task '{task.name}'"))
         documents = [_choice_document(row, list(islice(rendered, len(row.choices)))) for row in task.rows]
         metrics = [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in CHOICE_METRICS]
         kind: dict[str, Any] = {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "answer"}
     else:
-        texts = render_rows(task.rows, tokenizer, template=template)
+        texts = render_rows(task.rows, tokenizer, template=template, where=f"task '{task.name}'")
         documents = []
         for row, text in zip(task.rows, texts, strict=True):
             answers = dict.fromkeys(answer.strip() for answer in (row.completion, *task.answers.get(row.index, ())))

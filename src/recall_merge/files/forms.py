@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -47,6 +48,8 @@ class Row:
     """JSON of what only a chat template reads: `tools`, and under `turns` the further fields of each turn, the answer's last."""
     unread: tuple[str, ...] = field(default=(), compare=False)
     """Fields of its record that no form reads."""
+    roles: bool = field(default=False, compare=False)
+    """The prompt is a conversation or an instruction, which only a chat template can write; not a text that is complete in itself."""
 
     @property
     def plain(self) -> str:
@@ -70,6 +73,11 @@ class Row:
     def tools(self) -> Any:
         """The tools that a chat template describes; None without any."""
         return json.loads(self.details)["tools"] if self.details else None
+
+
+def composed(text: str) -> str:
+    """A text in one form of Unicode (NFC), for comparisons: an accent may be written as part of its letter, or after it."""
+    return unicodedata.normalize("NFC", text)
 
 
 class Example(NamedTuple):
@@ -124,7 +132,9 @@ def make_row(index: int, record: Any, columns: Mapping[str, str] | None = None) 
                 f"take `{key}` out, or say what to read: in a run's samples by `columns: {names}`",
             )
     unread = [key for key in given if key not in columns.values()] if columns else left
-    return Row(index, *form.read(said), unread=tuple(sorted(unread)))
+    example = form.read(said)
+    roles = len(example.prompt) > 1 or not isinstance(said.get("prompt"), str)
+    return Row(index, *example, unread=tuple(sorted(unread)), roles=roles)
 
 
 def _no_form(record: Mapping[str, Any]) -> ValueError:
@@ -181,7 +191,10 @@ def _prompt(record: Mapping[str, Any]) -> Example:
         raise ValueError("`choices` must be a list of texts")
     choices = tuple(map(str, choices))
     if choices and example.completion not in choices:
-        raise ValueError(f"the {field} {example.completion!r} is not among its choices {list(choices)}")
+        same = [choice for choice in choices if composed(choice) == composed(example.completion)]
+        if not same:
+            raise ValueError(f"the {field} {example.completion!r} is not among its choices {list(choices)}")
+        example = example._replace(completion=same[0])
     return example._replace(choices=choices)
 
 

@@ -154,7 +154,7 @@ def _lines(path: Path) -> Iterator[str]:
             where = f"{path}, line {number}"
             if len(line) > MAX_LINE:
                 raise DataError(f"the line is longer than {MAX_LINE:,} bytes", where=where, fix="write one JSON object per line")
-            yield _decoded(line.removeprefix(BOM_UTF8) if number == 1 else line, where)
+            yield _decoded(line.removeprefix(BOM_UTF8), where)  # of the file, or of one that was appended to it
 
 
 def _json_lines(path: Path) -> Iterator[Any]:

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from recall_merge.files.companions import chat_template
 from recall_merge.files.experts import Expert, own_rows, own_tensor, own_tensors
-from recall_merge.merging.inputs import embedding_rows
+from recall_merge.merging.inputs import embedding_rows, tokenizer_of
 from recall_merge.merging.plan import Plan
 from recall_merge.merging.run import RecallWeights
 from recall_merge.merging.unsound import refuse_nonfinite
@@ -24,15 +23,8 @@ Tokens = Sequence[Sequence[int]]
 
 
 def expert_tokenizer(plan: Plan, expert: Expert) -> Any:
-    """The tokenizer of the result, whose tokens all models share; where vocabularies differ, the expert's own."""
-    from recall_merge.models.load import load_tokenizer
-
-    if plan.vocabulary is not None:
-        return load_tokenizer(expert.folder, plan.base.folder)
-    tokenizer, template = load_tokenizer(plan.speaker, plan.base.folder), chat_template(plan.speaker)
-    if isinstance(template, str):
-        tokenizer.chat_template = template
-    return tokenizer
+    """What `tokenizer_of` gives for a plan."""
+    return tokenizer_of(expert, plan.base, plan.vocabulary, plan.speaker)
 
 
 def tokens_of(plan: Plan, expert: Expert, texts: Sequence[str]) -> list[list[int]]:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from recall_merge.files.adapter import CONFIG, WEIGHTS, Adapter, changes_nothing, is_adapter, open_adapter
 from recall_merge.files.checkpoint import Checkpoint, open_checkpoint
+from recall_merge.files.companions import chat_template
 from recall_merge.files.experts import AdapterExpert, BaseExpert, Expert, FullExpert, hash_expert
 from recall_merge.files.hashing import FileStates, same_weights
 from recall_merge.files.hub import Located, Reference, cached_folder, locate, meaning
 from recall_merge.files.same_architecture import check_checkpoint, named_like
 from recall_merge.files.statistics import InputStatistics, open_statistics
+from recall_merge.files.vocabulary import Vocabulary
 from recall_merge.merging.run import ExpertEntry, MergeRun, skipped
 from recall_merge.runtime.errors import CheckpointError, Faults
 
@@ -46,6 +49,18 @@ def open_expert(entry: ExpertEntry, located: Located, base: Checkpoint, run: Mer
     checkpoint = named_like(open_checkpoint(located.folder, located.remote), base)
     check_checkpoint(entry.name, checkpoint, base, lambda tensor: skipped(tensor, run.skip), is_base=entry.is_base)
     return BaseExpert(entry.name, checkpoint) if entry.is_base else FullExpert(entry.name, checkpoint)
+
+
+def tokenizer_of(expert: Expert, base: Checkpoint, vocabulary: Vocabulary | None, speaker: Path) -> Any:
+    """The tokenizer of the result, whose tokens all models share; where vocabularies differ, the expert's own."""
+    from recall_merge.models.load import load_tokenizer
+
+    if vocabulary is not None:
+        return load_tokenizer(expert.folder, base.folder)
+    tokenizer, template = load_tokenizer(speaker, base.folder), chat_template(speaker)
+    if isinstance(template, str):
+        tokenizer.chat_template = template
+    return tokenizer
 
 
 def check_adapter_base(expert: str, adapter: Adapter, base: Checkpoint, base_reference: str, same_base: bool) -> None:

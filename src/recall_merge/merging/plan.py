@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from recall_merge.files.rows import Row, read_rows, unread_columns
 from recall_merge.files.safetensors import CODES, TensorSpec
 from recall_merge.files.statistics import InputStatistics, has_statistics
 from recall_merge.files.vocabulary import Vocabulary, plan_vocabulary, read_vocabulary
-from recall_merge.merging.inputs import check_distinct, embedding_rows, locate_models, open_base, open_expert, read_statistics
+from recall_merge.merging.inputs import check_distinct, embedding_rows, locate_models, open_base, open_expert, read_statistics, tokenizer_of
 from recall_merge.merging.rules import GivenWeights, Override, Rules, choose_method, make_rules, overrides_of_tensors, weights_per_layer
 from recall_merge.merging.run import MergeRun, RecallWeights, Samples, SampleWeights, skipped
+from recall_merge.models.tokens import DATE, render_rows, writes_date
 from recall_merge.runtime.errors import Faults, OutputError, RunError, did_you_mean
 from recall_merge.runtime.parallel import cores
 from recall_merge.runtime.sections import parse
@@ -38,6 +39,7 @@ class Plan(Rules):
         overrides: weights and options that single tensors have of their own.
         speaker: the folder of the model whose chat template and end tokens the result has.
         rows: of the newest expert's data; empty where the run needs none.
+        texts: those rows as the newest expert reads them; empty where the run compares none.
         specs: the result's tensors in the order of writing: by layer, then as in the base.
         statistics: one entry per expert, where the method uses them.
         notes: what a reader of the result should know.
@@ -50,6 +52,7 @@ class Plan(Rules):
     weights: GivenWeights | SampleWeights
     overrides: Mapping[str, Override]
     rows: list[Row]
+    texts: list[str]
     vocabulary: Vocabulary | None
     speaker: Path
     specs: Mapping[str, TensorSpec]
@@ -187,6 +190,9 @@ def make_plan(run: MergeRun | Mapping[str, Any], *, writes: bool = True, downloa
     planned = faults.attempt(plan_vocabulary, (base.folder, base.vocabulary_size), tokens, run.vocabulary)
     vocabulary, vocabulary_notes = planned or (None, [])
     speaker = faults.attempt(_speaker, run, base, experts, vocabulary) or base.folder
+    compares = isinstance(rule, SampleWeights) and bool(rows)
+    load = partial(tokenizer_of, experts[-1], base, vocabulary, speaker)
+    texts, date = (faults.attempt(_render, run, load, rows) if compares else None) or ([], [])
     _check_skip(run, [base, *(expert.source for expert in experts if isinstance(expert, FullExpert))], faults)
     _check_dtypes(run, base, experts, faults)
     specs = _result_specs(run, base, vocabulary, _kept_in_float32(run, base, experts))
@@ -198,7 +204,7 @@ def make_plan(run: MergeRun | Mapping[str, Any], *, writes: bool = True, downloa
     statistics = read_statistics(run, experts, base, located, faults) if rules.method.informed else ()
     faults.raise_any()
     assert weights is not None
-    notes += [*vocabulary_notes, *unread_columns(rows), *_unheard(run, base, experts)]
+    notes += [*vocabulary_notes, *unread_columns(rows), *_unheard(run, base, experts), *date]
     for expert in experts:
         if isinstance(expert, AdapterExpert) and base.is_tied and base.embedding in expert.source.edits:
             notes.append(f"expert '{expert.name}' trains the embedding, to which the head is tied: both change, as in PEFT's own merge")
@@ -215,6 +221,7 @@ def make_plan(run: MergeRun | Mapping[str, Any], *, writes: bool = True, downloa
         experts=tuple(experts),
         overrides=overrides,
         rows=rows,
+        texts=texts,
         vocabulary=vocabulary,
         speaker=speaker,
         specs=specs,
@@ -243,6 +250,15 @@ def _read_rows(run: MergeRun, rules: Rules | None, faults: Faults) -> list[Row]:
         what = f"`samples` are missing: {rules.weights.compares} are compared on the newest expert's data"
         faults.add(what, fix="add `samples: {path: rows.jsonl}`")
     return []
+
+
+def _render(run: MergeRun, load: Callable[[], Any], rows: Sequence[Row]) -> tuple[list[str], list[str]]:
+    """Rows as the newest expert reads them, and a note on the date that they hold."""
+    assert run.samples is not None, "rows come from samples"
+    tokenizer, template = load(), run.samples.template
+    texts = ["".join(text) for text in render_rows(rows, tokenizer, template=template, where=run.samples.path)]
+    note = f"the chat template writes the date of the day: here always {DATE:%d %b %Y}, so that the same run gives the same bytes"
+    return texts, [note] if template and writes_date(tokenizer) else []
 
 
 def _check_output(run: MergeRun, located: Mapping[str, Located]) -> None:

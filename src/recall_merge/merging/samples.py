@@ -11,7 +11,7 @@ from recall_merge.maths.samples import typical_samples
 from recall_merge.merging.forward import expert_tokenizer, hidden_states_at, whole_hidden_states_at
 from recall_merge.merging.plan import Plan
 from recall_merge.merging.run import RecallWeights
-from recall_merge.models.tokens import EncodedRow, encode_rows, render, token_ids
+from recall_merge.models.tokens import EncodedRow, encode_rows, render_rows, token_ids
 from recall_merge.runtime.errors import DataError, NotLayerwise
 from recall_merge.runtime.progress import Progress
 
@@ -76,8 +76,9 @@ def encode_samples(plan: Plan, samples: Sequence[TypicalSample], tokenizer: Any)
 def _distinct_texts(plan: Plan, tokenizer: Any) -> dict[str, int]:
     """Each different text, as the model reads it, with its first row."""
     first_row: dict[str, int] = {}
-    for row in plan.rows:
-        text = "".join(render(row, tokenizer, template=plan.samples.template))
+    wanted = plan.samples
+    texts = plan.texts or ["".join(text) for text in render_rows(plan.rows, tokenizer, template=wanted.template, where=wanted.path)]
+    for row, text in zip(plan.rows, texts, strict=True):
         if row.plain.strip() or row.completion.strip():
             first_row.setdefault(text, row.index)
     if not first_row:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +17,13 @@ NO_LABEL = -100  # torch's `ignore_index`: the loss leaves these positions out
 CHARACTERS = 16  # of a text, per token that is wanted: as many are tokenised at first
 Turns = Literal["last", "all"]
 MARK = "recall-puts-the-answer-here"
+DATE = datetime(2024, 7, 26)  # that every chat template writes, so that the same run gives the same bytes on another day; Llama 3's own
+FIXED_DATE = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f"|replace('%{part}', '{DATE.strftime('%' + part)}')" for part in [*"aAbBdDeFHIjmMpSTuUwWyY", "-d", "-m", "-I", "-H"])
+    + " }}{% endmacro %}\n"
+)
+"""What comes before a template, in place of the function that transformers gives it."""
 
 
 class Rendered(NamedTuple):
@@ -50,25 +59,29 @@ def render(row: Row, tokenizer: Any, *, template: bool = True) -> Rendered:
         if row.details:
             what, fix = "a row with tools, calls or reasoning needs a chat template", "add one to the model's folder, or leave the row out"
             raise DataError(what, where=f"row {row.index + 1}", fix=fix)
+        if row.roles and row.prompt:
+            what = "a conversation or an instruction needs a chat template, without which its turns would be one text"
+            fix = "put `chat_template.jinja` into the model's folder, or give rows of the form prompt + completion"
+            raise DataError(what, where=f"row {row.index + 1}", fix=fix)
         answer = row.completion.rstrip()
         end = row.completion[len(answer) :] + (tokenizer.eos_token or "")
         return Rendered(_start_token(tokenizer) + row.plain, answer, end)
     *turns, answer = row.turns
     words = row.completion.strip()
-    prompt = _fill(row, tokenizer, turns, add_generation_prompt=True)
-    whole, marked = (_fill(row, tokenizer, [*turns, answer | {"content": text}]) for text in (words, MARK))
+    prompt = _fill(row, tokenizer, turns, tools=row.tools, add_generation_prompt=True)
+    whole, marked = (_fill(row, tokenizer, [*turns, answer | {"content": text}], tools=row.tools) for text in (words, MARK))
     if row.details:
         _check_details(row, tokenizer, whole)
     if len(answer) > 2:  # calls and reasoning are the row's own words too
         start = _shared(prompt, whole)
         return Rendered(whole[:start], whole[start:], "")
     head, _, end = marked.rpartition(MARK)
-    if not head or whole != head + words + end:  # the template rewrites this answer, as its white space or a reasoning block in it
+    if whole != head + words + end:  # the template rewrites this answer, as its white space or a reasoning block in it
         start = _shared(prompt, whole)
-        found = re.search(r"\s+".join(map(re.escape, words.split())), whole[start:])
-        if found is None:
-            what, fix = "the chat template leaves out the answer, or changes it", "give the answer as the template writes it, or"
-            raise DataError(what, where=f"row {row.index + 1}", fix=f"{fix} leave the template out: `template: false`")
+        found = MARK in marked and re.search(r"\s+".join(map(re.escape, words.split())), whole[start:])
+        if not found:
+            what = "the chat template leaves out the answer, or changes it"
+            raise DataError(what, where=f"row {row.index + 1}", fix="give it as the template writes it, or leave the template out")
         head, words, end = whole[: start + found.start()], found.group(), whole[start + found.end() :]
     # subtle: some templates write a system turn into the last user turn only, so it is gone once an answer follows
     if any(content.strip() in prompt and content.strip() not in head for _, content in row.prompt):
@@ -79,22 +92,54 @@ def render(row: Row, tokenizer: Any, *, template: bool = True) -> Rendered:
     return Rendered(head[:cut], head[cut:] + words, end)
 
 
-def render_rows(rows: Iterable[Row], tokenizer: Any, *, template: bool = True) -> list[Rendered]:
+def render_rows(rows: Iterable[Row], tokenizer: Any, *, template: bool = True, where: str = "") -> list[Rendered]:
     """Render rows. Raises DataError with every row that the template refuses."""
-    faults = Faults()
-    rendered = [faults.attempt(render, row, tokenizer, template=template) for row in rows]
-    faults.raise_any()
-    return [text for text in rendered if text is not None]
+    rendered, faults = [], _RowFaults()
+    for row in rows:
+        with faults.collect():
+            rendered.append(render(row, tokenizer, template=template))
+    faults.all(where).raise_any(DataError)
+    return rendered
 
 
-def _fill(row: Row, tokenizer: Any, turns: Sequence[Mapping[str, Any]], **options: Any) -> str:
+class _RowFaults:
+    """The faults of many rows: one of each kind, with its rows."""
+
+    def __init__(self) -> None:
+        self._rows: dict[tuple[str, str], list[str]] = {}
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Keep the faults of a DataError raised inside the block, and go on after it."""
+        try:
+            yield
+        except DataError as error:
+            for fault in error.faults:
+                self._rows.setdefault((fault.what, fault.fix), []).append(fault.where)
+
+    def all(self, where: str = "", shown: int = 5) -> Faults:
+        faults = Faults()
+        for (what, fix), rows in self._rows.items():
+            more = f" and {len(rows) - shown} more" if len(rows) > shown else ""
+            faults.add(what, where=", ".join(filter(None, [where, *rows[:shown]])) + more, fix=fix)
+        return faults
+
+
+def writes_date(tokenizer: Any) -> bool:
+    """Whether the chat template writes the date of the day, in whose place ours stands."""
+    return "strftime_now" in str(getattr(tokenizer, "chat_template", ""))
+
+
+def _fill(row: Row, tokenizer: Any, turns: Sequence[Mapping[str, Any]], *, tools: Any, **options: Any) -> str:
     """What the chat template makes of a conversation."""
     try:
-        text = tokenizer.apply_chat_template(turns, tools=row.tools, tokenize=False, **options)
+        if writes_date(tokenizer):
+            options["chat_template"] = FIXED_DATE + tokenizer.get_chat_template(tools=tools)
+        text = tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, **options)
     except Exception as error:  # a template is a program, and raises what it likes
-        fix = "write the row as the template wants it, or leave the template out: `template: false`"
+        what = f"the chat template refuses the row: {' '.join(str(error).split())}"
         raise DataError(
-            f"the chat template refuses the row: {' '.join(str(error).split())}", where=f"row {row.index + 1}", fix=fix
+            what, where=f"row {row.index + 1}", fix="write the row as the template wants it, or leave the template out"
         ) from error
     return str(text)
 
@@ -122,10 +167,10 @@ def encode_rows(
     Raises DataError with every row that has nothing to learn from, cannot be rendered, or is too long.
     """
     encoded: list[EncodedRow] = []
-    faults, long = Faults(), list[int]()
+    refused, long = _RowFaults(), list[int]()
     limit = max_length if max_length is not None or window is None else window + 1
     for row in rows:
-        with faults.collect():
+        with refused.collect():
             rendered = render(row, tokenizer, template=template)
             text = "".join(rendered)
             learnt = [(len(rendered.prompt), len(text))]
@@ -143,12 +188,13 @@ def encode_rows(
                 if not (label_cut and len(ids) == max_length):
                     what = "no token of the completion is left within `max_length`" if max_length else "the row has no text to learn"
                     fix = "raise `max_length`, or leave the row out" if max_length else ""
-                    faults.add(what, where=f"row {row.index + 1}", fix=fix)
+                    raise DataError(what, where=f"row {row.index + 1}", fix=fix)
                 spans = [(0, len(ids))]
             labels = [NO_LABEL] * len(ids)
             for first, last in [(0, len(ids))] if label_prompt else spans:
                 labels[first:last] = ids[first:last]
             encoded.append(EncodedRow(ids, labels))
+    faults = refused.all()
     if not rows:
         faults.add("there are no rows to train on")
     if long:
@@ -207,8 +253,8 @@ def _check_details(row: Row, tokenizer: Any, text: str) -> None:
             continue
         turns = [{key: value for key, value in turn.items() if key != name} for turn in row.turns]
         try:
-            same = text == tokenizer.apply_chat_template(turns, tools=None if name == "tools" else row.tools, tokenize=False)
-        except Exception:  # a template that cannot do without it
+            same = text == _fill(row, tokenizer, turns, tools=None if name == "tools" else row.tools)
+        except DataError:  # a template that cannot do without it
             continue
         if same:
             what = f"the chat template does not write a row's `{name}`"
