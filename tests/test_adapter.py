@@ -241,17 +241,6 @@ def test_adapters_that_no_merge_of_tensors_can_keep(llama, tmp_path, case):
     refusal(folder, llama, what, fix, where="adapter_model.safetensors" if "bias" in case else "adapter_config.json")
 
 
-def test_factors_of_fused_experts(bases, tmp_path):
-    folder = lora(bases("mixtral"), tmp_path / "a", r=4, target_modules="all-linear")
-    refusal(
-        folder,
-        bases("mixtral"),
-        "the adapter uses `target_parameters`",
-        where="adapter_config.json",
-        fix="merge it into its base with PEFT",
-    )
-
-
 def test_another_kind_of_adapter(llama, tmp_path):
     config = IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
     folder = peft_adapter(llama, tmp_path / "a", config)

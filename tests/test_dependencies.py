@@ -78,6 +78,11 @@ def test_private_parts_of_transformers():
                 "source_key weight_renamings weight_converters base_model_prefix meta_state_dict"
             ),
             "transformers.core_model_loading.apply_renamings": "source_key weight_renamings",
+            "transformers.core_model_loading.dot_natural_key": "s",
+            "transformers.core_model_loading.WeightConverter.rename_source_key": "self source_key",
+            "transformers.core_model_loading.MergeModulelist": "dim",
+            "transformers.core_model_loading.Concatenate": "dim",
+            "transformers.core_model_loading.Transpose": "dim0 dim1 check_dims",
             "transformers.core_model_loading.build_glob_alternation": "globs",
             "transformers.conversion_mapping.get_model_conversion_mapping": "model",
             "transformers.modeling_utils.LoadStateDictConfig": "* dtype dtype_plan weight_mapping",

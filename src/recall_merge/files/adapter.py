@@ -1,7 +1,7 @@
 """A PEFT adapter folder: which tensors of the base it changes, and by how much, exactly.
 
 LoRA (arXiv:2106.09685), rsLoRA (arXiv:2312.03732), DoRA (arXiv:2402.09353), rank and alpha patterns, `modules_to_save`, trained biases,
-trained embeddings and single trained tokens. Every other kind of adapter is refused by name, never approximated.
+trained embeddings, single trained tokens, and experts that are one parameter. Every other kind of adapter is refused by name, never approximated.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from types import MappingProxyType
 from typing import Any
 
 from recall_merge.files.checkpoint import INDEX, SINGLE, Checkpoint, files_in, read_json
-from recall_merge.files.edits import Edit
+from recall_merge.files.edits import COPY_AGAIN, MERGE_FIRST, OTHER_BASE, Edit, FactorOfExperts
+from recall_merge.files.fused import TargetParameters
 from recall_merge.files.names import Names, unwrapped
 from recall_merge.files.safetensors import RemoteFile, StoredTensor, read_header
 from recall_merge.runtime.errors import CheckpointError, Faults, short
@@ -28,12 +29,9 @@ ADAPTER_NAME = re.compile(  # that of a state which was not saved by PEFT
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that alter the base's own weights
 UNSUPPORTED = (  # settings of LoRA that do more than change single tensors
     "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "megatron_config", "monteclora_config",
-    "target_parameters", "use_bdlora", "use_qalora", "velora_config",
+    "use_bdlora", "use_qalora", "velora_config",
 )  # fmt: skip
-MERGE_FIRST = "merge it into its base with PEFT (merge_and_unload), and give that folder"
-COPY_AGAIN = "copy the adapter again"
 SAVE_WHOLE = "save it again with all of its weights gathered: under DeepSpeed's ZeRO-3, stage3_gather_16bit_weights_on_model_save"
-OTHER_BASE = "give the base it was trained on"
 CONV1D = ("gpt2", "openai-gpt")  # model types whose blocks hold transformers' Conv1D, which stores (in, out)
 MAX_PATTERN = 10_000  # characters; a pattern that lists every module of a large model has some thousands
 PATIENCE = 1.0  # seconds; a sound pattern takes microseconds
@@ -125,6 +123,11 @@ def _check_config(folder: Path, config: Mapping[str, Any], faults: Faults) -> No
         if config.get(key):
             what = f"the adapter uses `{key}`, which is more than a change of the base's tensors one by one"
             faults.add(what, where=where, fix=MERGE_FIRST)
+    for key in ("target_modules", "exclude_modules", "target_parameters", "modules_to_save"):
+        names = config.get(key) or ()
+        one = isinstance(names, str) and key.endswith("_modules")
+        if not one and not (isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)):
+            faults.add(f"`{key}` of the adapter is {short(names)}, not a list of names", where=where, fix=COPY_AGAIN)
     numbers = {key: config.get(key) for key in ("r", "lora_alpha")}
     for pattern in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(pattern) or {}
@@ -151,6 +154,7 @@ class _Parts:
         self._config = config
         self._base = base
         self._names = Names(base)
+        self._parameters = TargetParameters(config, self._names, base, self._where)
         self._head: dict[str, StoredTensor] = {}  # parts by kind for a head that the base ties
         self._trained_whole: set[str] = set()
         self._placed: dict[tuple[str, str], StoredTensor] = {}  # by tensor and kind
@@ -168,6 +172,8 @@ class _Parts:
         if match["copy"] == "original_module.":  # the base's own tensor, kept aside; `bias="all"` stores it too
             return
         module, kind = match["module"], match["part"].removesuffix(".weight") if "lora" in match["part"] else match["part"]
+        if self._parameters.take(module, kind, part):
+            return
         wanted = f"{module}.{'bias' if kind.endswith('bias') else 'weight'}"
         name = self._names.find(wanted)
         if name is not None and "lora" in kind:
@@ -208,6 +214,10 @@ class _Parts:
 
     def check(self, faults: Faults) -> None:
         """Find edits that do not fit, once all parts are placed; drop edits that change nothing."""
+        parameters = self._parameters.edits(self._scale, faults)
+        for name in sorted(parameters.keys() & self.edits.keys())[:3]:
+            faults.add(f"the adapter changes '{name}' twice, in two ways", where=self._where, fix=MERGE_FIRST)
+        self.edits |= parameters
         for name, edit in list(self.edits.items()):
             own = self._base.tensors[name]
             if edit.replace is not None and name not in self._trained_whole and edit.replace.same_bytes(own):
@@ -215,7 +225,7 @@ class _Parts:
             if not edit.parts:
                 del self.edits[name]
                 continue
-            if not edit.transpose:
+            if not edit.transpose and name not in parameters:
                 edit.transpose = self._is_stored_transposed(name, edit)
             for misfit in edit.misfits(own.spec.shape, tokens=name in self._base.token_tensors):
                 faults.add(f"the adapter changes '{name}' {misfit}", where=self._where, fix=OTHER_BASE)
@@ -307,7 +317,7 @@ def _whole_name(expression: str) -> str:
     return rf"(.*\.)?({expression})$"
 
 
-def _is_transpose(part: StoredTensor, factor: StoredTensor) -> bool:
+def _is_transpose(part: StoredTensor, factor: StoredTensor | FactorOfExperts) -> bool:
     """Whether two stored factors are each other's transpose; for files that are still on the hub, the shapes decide."""
     if part.spec.shape != factor.spec.shape[::-1]:
         return False

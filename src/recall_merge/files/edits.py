@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from recall_merge.files.safetensors import StoredTensor
+from recall_merge.files.safetensors import StoredTensor, TensorSpec
 from recall_merge.runtime.errors import short
 
 if TYPE_CHECKING:
@@ -14,14 +14,56 @@ if TYPE_CHECKING:
 
     from recall_merge.maths.deltas import Delta
 
+MERGE_FIRST = "merge it into its base with PEFT (merge_and_unload), and give that folder"
+COPY_AGAIN = "copy the adapter again"
+OTHER_BASE = "give the base it was trained on"
+
+
+@dataclass(frozen=True)
+class FactorOfExperts:
+    """A (E, r, in) or B (E, out, r), out of the matrix that PEFT stores; or one expert's, (r, in) or (out, r), or some rows of it."""
+
+    stored: StoredTensor
+    experts: int
+    is_b: bool
+    expert: int | None = None
+    rows: range | None = None  # of B
+    turned: bool = False
+
+    @property
+    def remote(self) -> Any:
+        return self.stored.remote
+
+    @property
+    def spec(self) -> TensorSpec:
+        height, width = self.stored.spec.shape
+        one = (len(self.rows or range(height)), width // self.experts) if self.is_b else (height // self.experts, width)
+        lead = (self.experts,) if self.expert is None else ()
+        return TensorSpec(self.stored.spec.dtype, lead + (one[::-1] if self.turned else one))
+
+    def read(self) -> Tensor:
+        height, width = self.stored.spec.shape
+        if self.is_b:
+            rows = self.rows or range(height)
+        else:
+            rank, first = height // self.experts, self.expert or 0
+            rows = range(height) if self.expert is None else range(first * rank, (first + 1) * rank)
+        flat = self.stored.read(range(rows.start * width, rows.stop * width))
+        if self.is_b:
+            every = flat.view(len(rows), -1, self.experts).permute(2, 0, 1)
+            factor = every if self.expert is None else every[self.expert]
+        else:
+            factor = flat.view(self.experts, -1, width) if self.expert is None else flat.view(-1, width)
+        return factor.mT if self.turned else factor
+
 
 @dataclass
 class Edit:
     """A change of one tensor: replace it, add a low-rank product, rescale, set rows, add."""
 
     replace: StoredTensor | None = None
-    up: StoredTensor | None = None  # B (o, r)
-    down: StoredTensor | None = None  # A (r, i)
+    up: StoredTensor | FactorOfExperts | None = None  # B (o, r), or (E, o, r) of E experts
+    down: StoredTensor | FactorOfExperts | None = None  # A (r, i), or (E, r, i)
     scale: float = 1.0  # alpha / r, or alpha / sqrt(r)
     transpose: bool = False  # the base stores this tensor as (in, out), or it is an embedding
     magnitude: StoredTensor | None = None
@@ -30,7 +72,7 @@ class Edit:
     add: StoredTensor | None = None
 
     @property
-    def parts(self) -> list[StoredTensor]:
+    def parts(self) -> list[StoredTensor | FactorOfExperts]:
         return [part for part in (self.replace, self.up, self.down, self.magnitude, self.rows, self.add) if part is not None]
 
     @property
@@ -45,10 +87,12 @@ class Edit:
 
     def apply(self, base: Tensor) -> Tensor:
         """The edited tensor. `base` is in float32 or better."""
+        from recall_merge.maths.deltas import dense
+
         edited = base if self.replace is None else self.replace.read().to(base.dtype)
         product = self._product(base.dtype)
         if product is not None:
-            edited = edited + product.dense()
+            edited = edited + dense(product)
         if self.magnitude is not None:  # DoRA: m * (W + dW) / |W + dW|, one magnitude per output
             axis = 0 if self.transpose else 1  # of the inputs, over which the norm runs
             edited = edited * (self.magnitude.read().to(base.dtype).unsqueeze(axis) / edited.norm(dim=axis, keepdim=True))
@@ -68,8 +112,10 @@ class Edit:
         if (self.up is None) != (self.down is None):
             yield "by one of two factors; the other is missing"
         elif self.up is not None and self.down is not None:
-            product = self.up.spec.shape[:1] + self.down.spec.shape[1:]
-            if self.up.spec.shape[1:] != self.down.spec.shape[:1]:
+            lead = self.up.spec.shape[:-2]  # the number of experts
+            up, down = self.up.spec.shape[len(lead) :], self.down.spec.shape[len(lead) :]
+            product = lead + up[:1] + down[1:]
+            if up[1:] != down[:1]:
                 yield f"by factors of shapes {self.up.spec.shape} and {self.down.spec.shape}, which cannot be multiplied"
             elif (product[::-1] if self.transpose else product) != start:
                 yield f"in its shape {product[::-1] if self.transpose else product}; the base has {start}"
@@ -91,4 +137,6 @@ class Edit:
         from recall_merge.maths.deltas import LowRank
 
         up, down = self.scale * self.up.read().to(dtype), self.down.read().to(dtype)
+        if up.dim() > 2:  # methods know factors of matrices only
+            return up @ down
         return LowRank(down.T, up.T) if self.transpose else LowRank(up, down)

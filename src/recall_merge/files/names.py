@@ -3,7 +3,7 @@
 Versions of transformers have stored the same module under different names, and its loader knows them all. It is asked only where names do
 not match, or tensors are cast. The public `from_pretrained` needs the weights, so this uses private parts of transformers 5.23, which
 tests/test_dependencies.py checks: `conversion_mapping.get_model_conversion_mapping`, `PreTrainedModel._get_dtype_plan` and `_from_config`,
-`core_model_loading.rename_source_key`, `apply_renamings` and `build_glob_alternation`.
+`core_model_loading.rename_source_key`, `apply_renamings`, `build_glob_alternation`, `dot_natural_key` and its operations on tensors.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ class InMemory:
         self._renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
         self._converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
         self._prefix, self._dtype, self._state = model.base_model_prefix, getattr(torch, dtype), model.state_dict()
+        self.parameters = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+        self._turned = {name for name, module in model.named_modules() if getattr(module, "is_transposed", False)}
         self.shared = {name: own for name, own in model.all_tied_weights_keys.items() if not HEADS.search(name)}
         plan = [*model._get_dtype_plan(self._dtype)]
         self._kept = build_glob_alternation(plan)[0] if plan else None
@@ -53,6 +55,21 @@ class InMemory:
         if name not in self._state and stored in self._state:
             name, converter = stored, None
         return name, "" if converter is None else apply_renamings(stored, self._renamings)
+
+    def is_transposed(self, parameter: str) -> bool:
+        """Whether a parameter holds the matrices of several experts as (in, out), by what its module says."""
+        return len(self.parameters[parameter]) == 3 and parameter.rpartition(".")[0] in self._turned
+
+    def made_of(self, stored: Iterable[str]) -> tuple[list[list[str]], Any]:
+        """The converter that makes a parameter of tensors of the files, if any; and these in its order, by its patterns."""
+        from transformers.core_model_loading import apply_renamings, dot_natural_key
+
+        renamed = {name: apply_renamings(name, self._renamings) for name in sorted(stored, key=dot_natural_key)}
+        matches = [(rule, name, rule.rename_source_key(renamed[name])[1]) for name in renamed for rule in self._converters]
+        if (converter := next((rule for rule, _, pattern in matches if pattern is not None), None)) is None:
+            return [list(renamed)], None
+        groups = [[name for rule, name, each in matches if rule is converter and each == pattern] for pattern in converter.source_patterns]
+        return [group for group in groups if group], converter
 
     def by_name(self, names: Iterable[str]) -> dict[str, str]:
         """The tensors of the files by their names in memory, where they are whole parameters; a shared one has several."""
@@ -107,10 +124,16 @@ class Names:
         return next((tail for tail in tails if tail in self._base.tensors), None)
 
     @cached_property
+    def models(self) -> list[InMemory]:
+        """The base's model in memory, and its text model alone, as far as transformers knows them."""
+        both = (in_memory(self._base.config, text=text) for text in (False, True))
+        return [model for model in both if model is not None]
+
+    @cached_property
     def _in_memory(self) -> Mapping[str, str]:
         """The base's tensors by their names in memory, which transformers may have changed since the files were written."""
-        models = (in_memory(self._base.config, text=text) for text in (False, True))
-        whole, text_alone = ({} if model is None else model.by_name(self._base.tensors) for model in models)
+        both = (in_memory(self._base.config, text=text) for text in (False, True))
+        whole, text_alone = ({} if model is None else model.by_name(self._base.tensors) for model in both)
         return {name: stored for name, stored in {**whole, **text_alone}.items() if whole.get(name, stored) == stored}
 
     def is_tied_head(self, wanted: str) -> bool:

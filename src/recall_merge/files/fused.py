@@ -1,0 +1,131 @@
+"""PEFT's `target_parameters`: factors of one parameter that holds all experts of a block, taken apart for the tensors of the files.
+
+PEFT keeps the factors of E experts side by side, A (E r, in) and B (out, r E), without saying of which parameter they are: it wraps the
+targeted parameters of a module in their order, each around the one before. The files may hold the parameter whole, turned, in parts, or
+expert by expert. Source: `ParamWrapper` of peft 0.21, and transformers' conversion mapping, of whose operations three are known here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from recall_merge.files.checkpoint import Checkpoint
+from recall_merge.files.edits import COPY_AGAIN, MERGE_FIRST, OTHER_BASE, Edit, FactorOfExperts
+from recall_merge.files.names import InMemory, Names
+from recall_merge.files.safetensors import StoredTensor
+from recall_merge.runtime.errors import CheckpointError, Faults
+
+Scale = Callable[[str, int], float]
+"""alpha / r of a module or parameter, from its name and r."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A tensor of the files that is a part of a parameter in memory."""
+
+    name: str
+    expert: int | None = None
+    rows: range | None = None
+    turned: bool = False
+
+
+class TargetParameters:
+    """Collects the factors of the parameters that an adapter's config targets, and turns them into edits of the files' tensors."""
+
+    def __init__(self, config: Mapping[str, Any], names: Names, base: Checkpoint, where: Path) -> None:
+        self._targets = tuple(f".{target}" for target in config.get("target_parameters") or ())
+        self._names, self._base, self._where = names, base, where
+        self._factors: dict[str, dict[int, dict[str, StoredTensor]]] = {}  # by module, how deep they lie in it, and kind
+
+    def take(self, module: str, kind: str, part: StoredTensor) -> bool:
+        """Keep a factor until all are there; False if it is of a module that the config does not target so."""
+        owner, depth = module.replace(".base_layer", ""), module.count(".base_layer")
+        if kind not in ("lora_A", "lora_B") or not (depth or any(owner in owners for _, owners in self._models)):
+            return False
+        self._factors.setdefault(owner, {}).setdefault(depth, {})[kind] = part
+        return True
+
+    def edits(self, scale: Scale, faults: Faults) -> dict[str, Edit]:
+        """The edits of the base's tensors."""
+        edits: dict[str, Edit] = {}
+        if not self._targets and not self._factors:
+            return edits
+        if not (fitting := [each for each in self._models if each[1] and self._factors.keys() <= each[1].keys()]):
+            name = min([*self._factors, *(target[1:] for target in self._targets)])
+            what = f"the adapter changes parameters of '{name}' that its config does not target, or transformers does not know"
+            faults.add(what, where=self._where, fix=MERGE_FIRST)
+            return edits
+        model, owners = fitting[0]
+        stored: defaultdict[str, list[str]] = defaultdict(list)
+        for name in self._base.tensors:
+            stored[model.place(name)[0]].append(name)
+        for owner, parameters in owners.items():
+            depths = self._factors.get(owner, {})
+            for depth, name in enumerate(reversed(parameters)):
+                with faults.collect():
+                    edits |= self._edits_of(model, name, stored[name], depths.get(depth, {}), scale)
+            if max(depths, default=0) >= len(parameters):
+                what = f"the adapter has factors of more than the {len(parameters)} parameters of '{owner}' that its config targets"
+                faults.add(what, where=self._where, fix=COPY_AGAIN)
+        return edits
+
+    @cached_property
+    def _models(self) -> list[tuple[InMemory, dict[str, list[str]]]]:
+        """The base's models in memory; by module, the parameters that the config targets, in the order in which PEFT wraps them."""
+        found: list[tuple[InMemory, dict[str, list[str]]]] = []
+        for model in self._names.models if self._targets else ():
+            owners: dict[str, list[str]] = {}
+            for name in model.parameters:
+                if f".{name}".endswith(self._targets):
+                    owners.setdefault(name.rpartition(".")[0], []).append(name)
+            found.append((model, owners))
+        return found
+
+    def _edits_of(
+        self, model: InMemory, name: str, stored: list[str], factors: Mapping[str, StoredTensor], scale: Scale
+    ) -> dict[str, Edit]:
+        if missing := {"lora_A", "lora_B"} - factors.keys():
+            what = f"the adapter lacks '{min(missing)}' of '{name}', which its config says it changes"
+            raise CheckpointError(what, where=self._where, fix=COPY_AGAIN)
+        shape, transposed, down, up = model.parameters[name], model.is_transposed(name), factors["lora_A"], factors["lora_B"]
+        experts = shape[0] if len(shape) == 3 else 1
+        *_, height, width = (experts, *shape[:-3:-1]) if transposed else shape
+        (rank, *wide), (high, *ranks) = down.spec.shape, up.spec.shape
+        if [high, *wide, *ranks] != [height, width, rank] or not rank or rank % experts:
+            what = f"the adapter changes '{name}', {shape} in the base, by factors of shapes {up.spec.shape} and {down.spec.shape}"
+            raise CheckpointError(what, where=self._where, fix=OTHER_BASE)
+        edits, factor = {}, scale(name, rank // experts)
+        for place in self._places(model, name, stored):
+            expert = place.expert if len(shape) == 3 else 0
+            b, a = FactorOfExperts(up, experts, True, expert, place.rows), FactorOfExperts(down, experts, False, expert)
+            if transposed != place.turned:
+                b, a = replace(a, turned=True), replace(b, turned=True)
+            edits[place.name] = Edit(up=b, down=a, scale=factor)
+        return edits
+
+    def _places(self, model: InMemory, name: str, stored: list[str]) -> list[_Place]:
+        """The tensors of the files that make a parameter. CheckpointError if it is made in a way that is not known here."""
+        groups, converter = model.made_of(stored)
+        listed = converter.operations if converter else []
+        operations: dict[str, Any] = {type(operation).__name__: operation for operation in listed}
+        stacked, joined, turned = (operations.get(kind) for kind in ("MergeModulelist", "Concatenate", "Transpose"))
+        known = operations.keys() <= {"MergeModulelist", "Concatenate", "Transpose"} and len(operations) == len(listed)
+        known &= (not stacked or stacked.dim == 0) and (not joined or (joined.dim == 1 and not model.is_transposed(name)))
+        known &= not turned or (len(operations) == 1 and {turned.dim0, turned.dim1} == {1, 2})
+        places, height = [], 0
+        for group in groups:
+            shapes = [self._base.tensors[part].spec.shape for part in group]
+            rows = range(height, height := height + shapes[0][-2]) if joined else None
+            for number, part in enumerate(group):
+                turn = turned is not None and not (turned.check_dims and shapes[number] == model.parameters[name])
+                places.append(_Place(part, number if stacked else None, rows, turn))
+        if not known or sum(self._base.tensors[place.name].spec.numel for place in places) != math.prod(model.parameters[name]):
+            what = f"the adapter changes '{name}', which transformers makes of other tensors by {' and '.join(operations) or 'renaming'}"
+            raise CheckpointError(what, where=self._where, fix=MERGE_FIRST)
+        return places
