@@ -144,7 +144,9 @@ def test_roles_are_refused_without_a_template(record, template):
     if template is None:
         tokenizer.chat_template = None
     rows = parse_rows([record, {"prompt": "is it?", "completion": " yes"}], where="rows")
-    with pytest.raises(DataError, match=r"needs a chat template, .*\n  where: row 1\n  fix: put `chat_template.jinja` into") as refused:
+    with pytest.raises(
+        DataError, match=r"needs a chat template, .*\n  where: row 1\n  fix: give a Jinja file, `template: FILE`"
+    ) as refused:
         encode_rows(rows, tokenizer, template=template is None)
     assert len(refused.value.faults) == 1
     assert render(rows[1], tokenizer, template=False) == ("is it?", " yes", "</s>")

@@ -77,7 +77,7 @@ FAULTS = {  # keys -> what is said of them, and how to mend it; (what, fix) more
     "a key misspelt": ({"methood": "linear"}, [("unknown key 'methood'", "did you mean 'method'? known: base, experts, method, options")]),
     "a key misspelt below": (
         {"samples": {"path": "x", "spliit": "t"}},
-        [("unknown key 'samples.spliit'", "did you mean 'split'? known: path, split, count")],
+        [("unknown key 'samples.spliit'", "did you mean 'split'? known: path, split, config")],
     ),
     "a key misspelt in a list": (
         {"experts": [{"name": "a", "path": "b"}, {"name": "c", "pth": "d"}]},

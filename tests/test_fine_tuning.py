@@ -57,7 +57,7 @@ def same(first, second):
 def test_the_settings_of_the_encoding():
     assert TrainSettings().encoding == {"template": True, "max_length": None, "turns": "last", "label_prompt": False}
     settings = TrainSettings(template=False, max_length=9, arguments={"completion_only_loss": False})
-    assert settings.encoding == {"template": False, "max_length": 9, "label_prompt": True}
+    assert settings.encoding == {"template": False, "max_length": 9, "turns": "last", "label_prompt": True}
 
 
 def test_the_loss_is_that_of_trl(base, tmp_path):

@@ -46,12 +46,12 @@ def test_every_format_gives_the_same_rows(suffix, tmp_path):
     WRITERS[suffix](path)
     first = int(WRITERS[suffix] is write_table)  # the line of names
     assert read_rows(path) == [replace(row, index=row.index + first) for row in ROWS]
-    assert task_word(str(path)) == ("rows", path)
+    assert task_word(str(path)) == ("rows", str(path))
     if suffix != ".parquet":
         packed = tmp_path / f"rows{suffix}.gz"
         packed.write_bytes(gzip.compress(path.read_bytes()))
         assert read_rows(packed) == read_rows(path)
-        assert task_word(str(packed)) == ("rows", packed)
+        assert task_word(str(packed)) == ("rows", str(packed))
 
 
 def test_rows_are_numbered_as_the_lines_of_their_file(tmp_path):
@@ -93,6 +93,11 @@ def test_a_folder_of_files_and_one_that_datasets_saved(tmp_path):
     assert read_rows(tmp_path, split="test") == ROWS
     with pytest.raises(DataError, match="no file of rows of the split 'validation'"):
         read_rows(tmp_path, split="validation")
+    (tmp_path / "data" / "test.csv").write_text("prompt,answer\na,\n")
+    (tmp_path / "data" / "test.jsonl").write_text(json.dumps(RECORDS[0]) + '\n\n{"prompt": 3}\n')
+    with pytest.raises(DataError) as caught:
+        read_rows(tmp_path, split="test")
+    assert [fault.where for fault in caught.value.faults] == [f"{tmp_path}/data/test.jsonl, row 3"]
     saved = datasets.Dataset.from_list(RECORDS)
     saved.save_to_disk(str(tmp_path / "one"))
     datasets.DatasetDict({"train": saved}).save_to_disk(str(tmp_path / "two"))
@@ -200,7 +205,8 @@ def test_a_report_reads_the_samples_by_the_same_columns(tmp_path):
     from recall_merge.report.words import sample_texts
 
     (tmp_path / "rows.csv").write_text("question,reply\nthe fox,jumps\nthe dog,sleeps\n")
-    assert sample_texts(tmp_path / "rows.csv", {2}, {"prompt": "question", "completion": "reply"}) == {2: "the dog\nsleeps"}
+    rows = read_rows(tmp_path / "rows.csv", columns={"prompt": "question", "completion": "reply"})
+    assert sample_texts(rows, {2}) == {2: "the dog\nsleeps"}
 
 
 def test_byte_order_marks_are_read(tmp_path):

@@ -14,7 +14,7 @@ from recall_merge.evaluation.scores import check_lengths
 from recall_merge.evaluation.tasks import TaskSpec, check_tasks
 from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.files.hub import locate
-from recall_merge.files.rows import Row, read_rows
+from recall_merge.files.rows import Row
 from recall_merge.merging.rules import make_rules, method_named
 from recall_merge.merging.run import ByLayer, FromHiddenStates, FromLosses, MergeRun, Samples
 from recall_merge.runtime.errors import DataError, Faults, RunError, did_you_mean
@@ -54,11 +54,11 @@ def make_design(scenario: Scenario) -> Design:
     specs: list[TaskSpec] = []
     for task in (*scenario.tasks, *scenario.unseen):
         with faults.collect():
-            rows = read_rows(scenario.data / task.test)[: task.test_rows or scenario.rows.test]
+            rows = task.test.under(scenario.data).read()[: task.test_rows or scenario.rows.test]
             specs.append(TaskSpec(task.name, rows, task.metric))
     for task in scenario.tasks:
         with faults.collect():
-            train[task.name] = tuple(read_rows(scenario.data / task.train)[: task.train_rows or scenario.rows.train])
+            train[task.name] = tuple(task.train.under(scenario.data).read()[: task.train_rows or scenario.rows.train])
     faults.extend(check_tasks(specs))
     base: Base | None = None
     with faults.collect():

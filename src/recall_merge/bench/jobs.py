@@ -124,7 +124,7 @@ class Question:
     task: str
     rows: tuple[Row, ...] = field(repr=False)
     metric: str | None
-    template: bool
+    template: bool | str
     dtype: str
     batch_size: int = field(compare=False)
 

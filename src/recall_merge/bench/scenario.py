@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from recall_merge.files.rows import FORMATS
+from recall_merge.files.row_sources import LearntRows, ScoredRows, Template
 from recall_merge.merging.run import LayerScale, Prune, Weights
 from recall_merge.runtime.sections import Section, assign, parse, read_mapping
 from recall_merge.training.settings import TrainSettings
@@ -35,7 +35,7 @@ class TestRows(Section):
     """A task that models are scored on."""
 
     name: str = Field(min_length=1)
-    test: str = Field(description=f"rows to score on: {', '.join(FORMATS)}, looked for under `data`")
+    test: ScoredRows = Field(description="rows to score on, looked for under `data`: a path, or `{path: .., columns: ..}` as in a run")
     metric: str | None = Field(default=None, description="acc for rows with choices, exact_match for rows without, by default")
     kind: str = Field(default="", description="a word for the tables: sentiment, translation, ...")
     test_rows: int | None = Field(default=None, ge=1, description="of this task, in place of `rows.test`")
@@ -44,7 +44,7 @@ class TestRows(Section):
 class TaskRows(TestRows):
     """A task that experts are trained on as well."""
 
-    train: str = Field(description="rows to train on")
+    train: LearntRows = Field(description="rows to train on, likewise")
     train_rows: int | None = Field(default=None, ge=1, description="of this task, in place of `rows.train`")
 
 
@@ -131,7 +131,10 @@ class Scenario(Section):
     samples: dict[str, Any] = Field(default_factory=dict, description="as in a run, without a path: the rows are the newest task's")
     sequential: Chain = Field(default_factory=Chain)
     scoring: Scoring = Field(default_factory=Scoring)
-    template: bool = Field(default=True, description="apply the base's chat template where it has one, in training, samples and scoring")
+    template: Template = Field(
+        default=True,
+        description="apply the base's chat template where it has one, in training, samples and scoring; or that of a Jinja file",
+    )
     workers: int = Field(default=1, ge=1, description="processes, each of one thread")
     out: Path | None = Field(default=None, description="folder of the jobs and the results")
 
@@ -187,7 +190,7 @@ def load_scenario(path: Path, overrides: Mapping[str, Any] | None = None) -> Sce
     keys of `--set`, win over the file, and their paths are relative to the current folder. Raises RunError with every fault of the file.
     """
     content = read_mapping(path, "scenario", "docs/bench.md")
-    for key in ("model", "data", "out"):
+    for key in ("model", "data", "out", "template"):
         if isinstance(content.get(key), str) and (key == "out" or (path.parent / content[key]).exists()):
             content[key] = str(path.parent / content[key])
     for key, value in (overrides or {}).items():

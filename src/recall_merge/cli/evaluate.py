@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from recall_merge.cli.console import out, print_json, progress, table
-from recall_merge.cli.options import AsJson, Executor, Quiet, pairs
+from recall_merge.cli.console import out, print_json, print_notes, progress, table
+from recall_merge.cli.options import AsJson, Executor, Quiet, pairs, words_of
 from recall_merge.evaluation.scoring import CHOICE_METRICS, METRICS
 
 if TYPE_CHECKING:
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model, adapter or workspace: a folder, or a hub name.")],
-    tasks: Annotated[str, typer.Option(metavar="A,B,..", help="FILE, NAME=FILE, a task of lm-eval, or paper:NAME.")],
+    tasks: Annotated[
+        str, typer.Option(metavar="A,B,..", help="FILE, NAME=FILE, NAME={path: .., columns: ..}, a task of lm-eval, or paper:NAME.")
+    ],
     metric: Annotated[
         list[str] | None,
         typer.Option(
@@ -33,7 +35,8 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch; changes only the speed.")] = 8,
     device: Annotated[str | None, typer.Option(help="Device; by default a GPU if there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Dtype of the model; float32 on a CPU by default.")] = None,
-    template: Annotated[bool, typer.Option(help="Apply the model's chat template if it has one.")] = True,
+    template: Annotated[Path | None, typer.Option(metavar="FILE", help="Jinja file, for the model's own chat template.")] = None,
+    no_template: Annotated[bool, typer.Option("--no-template", help="Apply no chat template.")] = False,
     executor: Executor = "local",
     card: Annotated[bool, typer.Option("--card", help="Add the scores to the model card (README.md).")] = False,
     as_json: AsJson = False,
@@ -49,14 +52,14 @@ def evaluate(
     work = partial(
         evaluate,
         current_model(Path(model)) if is_workspace(Path(model)) else model,
-        [word for word in tasks.split(",") if word],
+        words_of(tasks),
         base=base,
         metrics=dict(pairs("--metric", "TASK=METRIC", metric)),
         batch_size=batch_size,
         limit=limit,
         device=device,
         dtype=dtype,
-        template=template,
+        template=template or not no_template,
         executor=executor,
         card=card,
         progress=progress(quiet or as_json),
@@ -75,4 +78,5 @@ def _show(model: str, scores: Sequence[TaskScore], as_json: bool) -> None:
     for score in scores:
         error = "-" if score.stderr is None else f"{score.stderr:.3f}"
         rows.add_row(score.task, score.metric, f"{score.score:.3f}", error, str(score.n))
-    return out().print(rows)
+    out().print(rows)
+    return print_notes([f"{score.task}: {note}" for score in scores for note in score.notes])

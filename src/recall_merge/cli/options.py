@@ -48,10 +48,11 @@ def read_run(
     Raises:
         RunError: with every fault of file and options.
     """
+    from recall_merge.files.row_sources import RowSource
     from recall_merge.merging.plan import all_faults
     from recall_merge.merging.run import MergeRun
 
-    flags = {"base": base, "method": method, "samples.path": samples, "out.path": out, "out.overwrite": overwrite or None}
+    flags = {"base": base, "method": method, "out.path": out, "out.overwrite": overwrite or None}
     keys: dict[str, Any] = {key: value for key, value in flags.items() if value is not None}
     faults = Faults()
     with faults.collect():
@@ -59,6 +60,8 @@ def read_run(
             keys["experts"] = [{"name": name, "path": path} for name, path in pairs("--expert", "NAME=PATH", experts)]
     with faults.collect():
         keys |= settings_of(sets)
+    with faults.collect():
+        keys |= {f"samples.{key}": value for key, value in RowSource.of(samples).model_dump(exclude_unset=True).items()} if samples else {}
     faults.raise_any(RunError)
     if file is not None:
         from recall_merge.interop.mergekit_run import load_any_run
@@ -81,6 +84,19 @@ def settings_of(words: list[str] | None) -> dict[str, Any]:
         RunError: with every word that is not KEY=VALUE.
     """
     return dict(pairs("--set", "KEY=VALUE", words, read=parse_yaml))
+
+
+def words_of(listed: str | None) -> list[str]:
+    """The words of a list with commas; within {} these belong to the word.
+
+    >>> words_of("a,b={path: c, split: d},e")
+    ['a', 'b={path: c, split: d}', 'e']
+    """
+    words, depth = [""], 0
+    for letter in listed or "":
+        depth += (letter == "{") - (letter == "}")
+        words[-1:] = [words[-1], ""] if letter == "," and not depth else [words[-1] + letter]
+    return [word for word in words if word]
 
 
 def result_of(folder: Path, base: str | None, experts: list[str] | None) -> tuple[Path, dict[str, str]]:

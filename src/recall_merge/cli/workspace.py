@@ -10,7 +10,7 @@ import typer
 
 from recall_merge.cli import terminal_charts
 from recall_merge.cli.console import out, print_json, print_notes, progress, table
-from recall_merge.cli.options import AsJson, Method, Quiet, Sets, settings_of
+from recall_merge.cli.options import AsJson, Method, Quiet, Sets, settings_of, words_of
 from recall_merge.runtime.errors import RunError
 
 if TYPE_CHECKING:
@@ -43,8 +43,10 @@ def init(
 def learn(
     workspace: Workspace,
     task: Annotated[str | None, typer.Option(help="Name of the new task; leave it out to continue a stopped stage.")] = None,
-    train: Annotated[Path | None, typer.Option(help="Rows to train on.")] = None,
-    test: Annotated[Path | None, typer.Option(help="Rows to score on, at this stage and all later ones.")] = None,
+    train: Annotated[
+        str | None, typer.Option(metavar="ROWS", help="Rows to train on: a file, a folder, or {path: .., columns: ..}.")
+    ] = None,
+    test: Annotated[str | None, typer.Option(metavar="ROWS", help="Rows to score on, at this stage and all later ones.")] = None,
     metric: Annotated[str | None, typer.Option(help="Metric; by default acc for rows with choices, or exact_match.")] = None,
     start: Annotated[str, typer.Option("--from", help="What to fine-tune: base, or last for the last merge.")] = "base",
     expert: Annotated[str | None, typer.Option(help="An expert trained elsewhere: folder or hub name.")] = None,
@@ -66,7 +68,7 @@ def learn(
     from recall_merge.continual.stages import learn
     from recall_merge.continual.workspace import branch
 
-    tasks = [word for word in (unseen or "").split(",") if word]
+    tasks = words_of(unseen)
     options = {"train": train, "metric": metric, "start": start, "expert": expert, "same_base": same_base}
     options |= {"unseen": tasks, "method": method, "sets": settings_of(sets)}
     learned = learn(workspace, _request(task, test, options), progress=progress(quiet or as_json))
@@ -117,7 +119,7 @@ def rollback(
     return out().print(f"the model is {model}, of stage {state.head}; later stages are kept")
 
 
-def _request(task: str | None, test: Path | None, options: dict[str, Any]) -> Request | None:
+def _request(task: str | None, test: str | None, options: dict[str, Any]) -> Request | None:
     """What is to be learnt; None to continue a stopped stage."""
     from recall_merge.continual.validation import Request
 

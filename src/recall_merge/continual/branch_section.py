@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from recall_merge.continual.state import unchanged_path
+from recall_merge.continual.state import unchanged_rows
 from recall_merge.continual.workspace import Branch, scores_by_row
-from recall_merge.files.rows import Row, read_rows
+from recall_merge.files.rows import Row
 from recall_merge.maths.bootstrap import metric_intervals
 from recall_merge.maths.metrics import METRICS, item_changes
 from recall_merge.report import workspace_charts as charts
@@ -78,8 +78,8 @@ def _matrix(branch: BranchScores, words: Words) -> Matrix:
     rows, panels = [], []
     stages = branch.branch.stages
     tests = {task.name: task.test for task in (*stages[-1].unseen, *(stage.task for stage in stages))}
-    paths = {name: unchanged_path(branch.folder, test) if words.wanted else None for name, test in tests.items()}
-    texts = {name: {row.index: row for row in read_rows(path)} if path else {} for name, path in paths.items()}
+    found = {name: unchanged_rows(branch.folder, test) if words.wanted else None for name, test in tests.items()}
+    texts = {name: {row.index: row for row in rows or ()} for name, rows in found.items()}
     for number, name in enumerate(branch.rows):
         cells = []
         for column, task in enumerate(branch.tasks):

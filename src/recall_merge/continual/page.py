@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from recall_merge.continual.branch_section import BranchScores, branch_blocks
-from recall_merge.continual.state import Stage, State, found_path, locate_model, read_journal, unchanged_path
+from recall_merge.continual.state import Stage, State, found_path, locate_model, read_journal, unchanged_rows
 from recall_merge.continual.steps import fingerprint
 from recall_merge.continual.workspace import Status, status
 from recall_merge.files.checkpoint import open_checkpoint, read_json
@@ -129,5 +129,5 @@ def _merge_facts(folder: Path, state: State, stage: Stage, text: bool, cache: Pa
         base = locate_model(folder, state.base)
         identities = [fingerprint(path) for path in (base, *experts.values())]
         tables = anatomy(merged, Models(base, experts, statistics), cache, progress, identities=identities)
-    texts = sample_texts(rows, stage.samples) if text and (rows := unchanged_path(folder, stage.train)) else {}
+    texts = sample_texts(rows, stage.samples) if text and (rows := unchanged_rows(folder, stage.train)) else {}
     return MergeFacts(record, open_checkpoint(merged).nbytes, tables, lacking, texts)

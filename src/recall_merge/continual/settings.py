@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
+from recall_merge.files.companions import chat_template
+from recall_merge.files.row_sources import RowSource, Template
 from recall_merge.merging.rules import Rules, make_rules, method_named
 from recall_merge.merging.run import ByLayer, MergeRun, Ramp
 from recall_merge.runtime.errors import Faults, RunError
@@ -53,7 +56,10 @@ class Settings(MergeRun):
     stats_rank: int = Field(default=24, ge=0, description="directions that an expert's statistics keep of each input; 0 for no statistics")
     training: TrainSettings = Field(default_factory=TrainSettings)
     scoring: Scoring = Field(default_factory=Scoring)
-    template: bool = Field(default=True, description="apply the base's chat template where it has one, in training, samples and scoring")
+    template: Template = Field(
+        default=True,
+        description="apply the base's chat template where it has one, in training, samples and scoring; or that of a Jinja file",
+    )
 
     def stored(self) -> dict[str, Any]:
         """The settings as the workspace keeps them: all of them, so that another version's defaults do not change them."""
@@ -63,10 +69,17 @@ class Settings(MergeRun):
             del (data[section] if section else data)[name]
         return data
 
-    def run(self, *, base: str, experts: list[dict[str, Any]], rows: str | None, out: str) -> MergeRun:
+    def run(self, *, base: str, experts: list[dict[str, Any]], rows: RowSource | None, out: str) -> MergeRun:
         """The run of one merge. Raises RunError with everything that does not fit."""
         data = self.model_dump(mode="json", include=set(MergeRun.model_fields))
-        samples = {**data["samples"], "path": rows, "template": self.template} if rows is not None else None
+        samples = (
+            {**data["samples"], **rows.model_dump(include=set(RowSource.model_fields)), "template": self.template}
+            if rows is not None
+            else None
+        )
+        if isinstance(self.template, str) and data["out"]["chat_template"] is None:  # experts that are trained with it have it
+            speakers = (entry["name"] for entry in reversed(experts) if chat_template(Path(entry["path"])) == self.template)
+            data["out"]["chat_template"] = next(speakers, None)
         data |= {"base": base, "experts": experts, "samples": samples, "out": {**data["out"], "path": out, "overwrite": True}}
         return parse(MergeRun, data, where="settings of the workspace")
 
@@ -125,4 +138,4 @@ def check_method(settings: Settings, experts: int | None = None) -> Rules:
         experts = len(row) if isinstance(row, list | dict) else method.experts[0] if method else 1
     names = list(row) if isinstance(row, dict) and len(row) == experts else [str(number) for number in range(experts)]
     entries = [{"name": name, "path": name} for name in names]
-    return make_rules(settings.run(base="base", experts=entries, rows="rows", out="out"))
+    return make_rules(settings.run(base="base", experts=entries, rows=RowSource.of("rows"), out="out"))

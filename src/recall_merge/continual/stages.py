@@ -38,6 +38,7 @@ from recall_merge.files.durable import write_whole
 from recall_merge.files.model_card import MODEL_CARD, add_scores
 from recall_merge.files.output import OutputFolder
 from recall_merge.files.record import RECORD
+from recall_merge.files.rows import unread_columns
 from recall_merge.files.statistics import open_statistics
 from recall_merge.merging.merge import MergeResult
 from recall_merge.merging.run import MergeRun
@@ -106,7 +107,7 @@ class StageRunner:
         self._lineage = stage.state.lineage()
         self._progress = progress
         self._name = f"{self._spec.id}-{self._spec.task.name}"  # of the stage's folders
-        self._rows = str(found_path(self._folder, self._spec.train.path)) if self._spec.train else None
+        self._rows = self._spec.train.under(self._folder) if self._spec.train else None
         self._scores_file = self._folder / "scores" / f"{self._spec.id}.json"
 
     def run(self) -> Learned:
@@ -175,7 +176,7 @@ class StageRunner:
         settings, scoring, tasks = self._settings, self._settings.scoring, self._stage.tasks
         targets = self._targets(expert, merged)
         scored = (self._spec.task, *self._spec.unseen, *(stage.task for stage in self._lineage))
-        hashes = {task.name: [task.test.sha256 if task.test else None, task.metric] for task in scored}
+        hashes = {task.name: [task.test and task.test.identity, task.metric] for task in scored}
         asked = scoring.model_dump(mode="json", exclude={"batch_size"}) | {"template": settings.template}
         key = scores_key({role: [target.fingerprint, target.tasks] for role, target in targets.items()}, hashes, asked)
         kept = KeyedFile(self._scores_file, key)
@@ -278,6 +279,8 @@ class StageRunner:
             yield f"`{method}` merges two experts or more: the first stage's model is its expert, as it is"
         if self._lineage and not self._stage.has_before:
             yield f"the merge of stage {self._lineage[-1].id} is missing, so it was not scored on the new tasks"
+        for name in (task.name for task in (self._spec.task, *self._spec.unseen)):
+            yield from (f"test of {name}: {note}" for note in unread_columns(self._stage.tasks[name].rows or ()))
 
     @contextmanager
     def _noted(self, part: str) -> Iterator[None]:

@@ -18,12 +18,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from recall_merge.files.checkpoint import read_json
 from recall_merge.files.durable import append_line, write_whole
-from recall_merge.files.hashing import hash_file
 from recall_merge.files.hub import locate
 from recall_merge.files.lock import lock
 from recall_merge.files.output import WORKSPACE
 from recall_merge.files.record import RECORD
-from recall_merge.runtime.errors import CheckpointError, Fault, WorkspaceError
+from recall_merge.files.row_sources import RowSource
+from recall_merge.files.rows import Row
+from recall_merge.runtime.errors import CheckpointError, DataError, Fault, WorkspaceError
 
 STATE, JOURNAL, LOCK = WORKSPACE, "journal.jsonl", "lock"
 FORMAT = 2
@@ -37,11 +38,15 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class DataFile(Part):
-    """A file of rows, and its hash."""
+class DataFile(RowSource):
+    """Rows, and the hash of their file or of themselves."""
 
-    path: str
     sha256: str
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """Two that are equal in it hold the same rows."""
+        return self.sha256, self.columns
 
 
 class Model(Part):
@@ -176,11 +181,13 @@ def _stage_error(state: State) -> str:
     return "" if 0 <= state.head <= len(state.stages) else f"there is no stage {state.head} to be the head"
 
 
-def unchanged_path(folder: Path, file: DataFile | None) -> Path | None:
-    """Where a file of rows is; None if it is gone or has changed."""
-    if file is None or not (path := found_path(folder, file.path)).is_file() or hash_file(path) != file.sha256:
-        return None
-    return path
+def unchanged_rows(folder: Path, file: DataFile | None) -> list[Row] | None:
+    """Rows that the state names; None if they are gone or have changed."""
+    if file is not None and not (source := file.under(folder.absolute().resolve())).is_missing:
+        with suppress(DataError):
+            rows = source.read()
+            return rows if source.digest(rows) == file.sha256 else None
+    return None
 
 
 def current_model(folder: Path, state: State | None = None) -> str:

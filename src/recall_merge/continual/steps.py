@@ -75,7 +75,7 @@ def take_statistics(run: MergeRun, folder: Path, *, rank: int = RANK, progress: 
     """Write the input statistics of the run's newest expert, on the run's samples, into `folder`. Raises RecallError with every fault."""
     assert run.samples is not None, "statistics are taken from rows"
     facts: dict[str, Any] = {"rank": rank, "seed": run.seed, "samples": run.samples.model_dump(mode="json", exclude={"path"})}
-    facts |= {"rows": hash_file(Path(run.samples.path)), "versions": versions()}
+    facts |= {"rows": run.samples.digest(), "versions": versions()}
     facts |= {"base": fingerprint(Path(run.base)), "expert": fingerprint(Path(run.experts[-1].path))}
     made = KeyedFile(folder / KEY, key_of(facts))
     if not made.exists:

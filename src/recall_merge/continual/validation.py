@@ -14,9 +14,9 @@ from recall_merge.continual.steps import fingerprint
 from recall_merge.evaluation.scores import check_lengths
 from recall_merge.evaluation.tasks import TaskSpec, check_tasks, task_word
 from recall_merge.files.forms import composed
-from recall_merge.files.hashing import hash_file
 from recall_merge.files.hub import Located, locate
-from recall_merge.files.rows import FORMATS, Row, read_rows
+from recall_merge.files.row_sources import RowSource
+from recall_merge.files.rows import FORMATS, Row, is_local
 from recall_merge.files.statistics import STATS
 from recall_merge.merging.plan import make_plan
 from recall_merge.merging.rules import Rules
@@ -35,7 +35,8 @@ class Request:
 
     Attributes:
         task: its name, everywhere.
-        train, test: files of rows. `train` may be left out where an expert is given and the method compares no representations.
+        train, test: rows, as `RowSource.of` takes them. `train` may be left out where an expert is given and the method compares no
+            representations.
         start: what the expert is fine-tuned from, the base or the last merge.
         expert: an expert that is already trained: a folder or a hub name.
         same_base: that expert was trained on this base, although its config names another.
@@ -44,8 +45,8 @@ class Request:
     """
 
     task: str
-    test: Path
-    train: Path | None = None
+    test: RowSource | Path | str
+    train: RowSource | Path | str | None = None
     metric: str | None = None
     start: Start = "base"
     expert: str | None = None
@@ -58,10 +59,13 @@ class Request:
 def draft(folder: Path, state: State | None, request: Request) -> StageSpec:
     """A request as a stage, without the hashes of its files, which validation fills in."""
 
-    def unread(path: Path) -> DataFile:
-        return DataFile(path=stored_path(folder, path), sha256="")
+    def unread(given: RowSource | Path | str, split: str) -> DataFile:
+        source = RowSource.of(given, split)
+        place = path_of(source.path)
+        path = stored_path(folder, place) if is_local(source.path) or exists(place) else source.path
+        return DataFile.model_validate({**source.model_dump(), "path": path, "sha256": ""})
 
-    unseen = [Task(name=name, test=unread(file) if file else None) for name, file in map(task_word, request.unseen)]
+    unseen = [Task(name=name, test=unread(file, "test") if file else None) for name, file in map(task_word, request.unseen)]
     names = {request.task, *(task.name for task in unseen)}
     inherited = [task for stage in (state.lineage() if state else ())[-1:] for task in stage.unseen if task.name not in names]
     expert = request.expert
@@ -70,8 +74,8 @@ def draft(folder: Path, state: State | None, request: Request) -> StageSpec:
     return StageSpec(
         id=len(state.stages) + 1 if state else 1,
         parent=state.head if state else 0,
-        task=Task(name=request.task, metric=request.metric, test=unread(request.test)),
-        train=unread(request.train) if request.train else None,
+        task=Task(name=request.task, metric=request.metric, test=unread(request.test, "test")),
+        train=unread(request.train, "train") if request.train else None,
         start=request.start,
         given=Model(path=expert, fingerprint="") if expert else None,
         unseen=(*inherited, *unseen),
@@ -142,18 +146,19 @@ class StageValidation:
         """A file with its hash, and its rows."""
         if file is None:
             return None, []
-        path, rows, fix = found_path(self._folder, file.path), [], f"give the path of a file of rows: {', '.join(FORMATS)}"
+        source, fix = file.under(self._folder.absolute().resolve()), f"give the path of a file of rows: {', '.join(FORMATS)}"
         if file.sha256:
             fix = f"put back the file of SHA-256 {file.sha256}, or write where it lies now into workspace.json"
-        if not path.is_file():
-            self._faults.add(f"{what} is missing", where=path, fix=fix)
-            return file, rows
-        with self._faults.collect():
-            rows = read_rows(path)
-        sha256 = hash_file(path)
+        if source.is_missing:
+            self._faults.add(f"{what} is missing", where=source.path, fix=fix)
+            return file, []
+        rows = self._faults.attempt(source.read)
+        if rows is None:
+            return file, []
+        sha256 = source.digest(rows)
         if file.sha256 and sha256 != file.sha256:
-            self._faults.add(f"{what} has changed since {since}", where=path, fix=fix)
-        return DataFile(path=file.path, sha256=sha256), rows
+            self._faults.add(f"{what} has changed since {since}", where=source.path, fix=fix)
+        return file.model_copy(update={"sha256": sha256}), rows
 
     def _check_tasks(self) -> None:
         """Read every test file: of the task, of the unseen ones, and of what was learnt before."""
@@ -174,7 +179,7 @@ class StageValidation:
         before = {task.name: task for stage in self._lineage[-1:] for task in stage.unseen}
         for task in (self._tests[task.name] for task in self._asked):
             old = before.get(task.name)
-            if old is not None and (old.test and old.test.sha256, old.metric) != (task.test and task.test.sha256, task.metric):
+            if old is not None and (old.test and old.test.identity, old.metric) != (task.test and task.test.identity, task.metric):
                 what = f"'{task.name}' was scored before with another file or metric"
                 self._faults.add(what, where=task.test.path if task.test else task.name, fix="give it as it was, or another name")
 

@@ -16,7 +16,7 @@ from recall_merge.files.adapter import CONFIG, is_adapter
 from recall_merge.files.checkpoint import open_checkpoint, read_json, weight_files
 from recall_merge.files.hub import locate
 from recall_merge.files.model_card import MODEL_CARD, add_scores, read_model_card
-from recall_merge.files.rows import read_rows
+from recall_merge.files.row_sources import RowSource, read_template
 from recall_merge.models.load import load_model
 from recall_merge.runtime.errors import (
     CheckpointError,
@@ -45,7 +45,7 @@ def evaluate(
     limit: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
-    template: bool = True,
+    template: bool | str | Path = True,
     executor: str = "local",
     card: bool = False,
     progress: Progress | None = None,
@@ -54,7 +54,9 @@ def evaluate(
 
     Args:
         model: a whole model or an adapter: a folder, or a hub name.
-        tasks: FILE, NAME=FILE, the name of a task that comes with lm-eval, or paper:NAME for one of the paper's five on the hub.
+        tasks: ROWS, NAME=ROWS, the name of a task that comes with lm-eval, or paper:NAME for one of the paper's five on the hub. ROWS are
+            a file, a folder, or what `RowSource.of` reads: `{path: openai/gsm8k, config: main, columns: {prompt: question}}`.
+        template: apply the model's chat template if it has one; or that of a Jinja file.
         base: the base of an adapter; by default the one that its config names.
         executor: `local`, `ray` or `ray://ADDRESS`, where each task is scored by a worker of its own; all nodes must find the model.
         metrics: task -> metric, where it is not the default.
@@ -74,6 +76,7 @@ def evaluate(
                 raise RunError("scores are not added to the card of a hub model", where=model, fix="leave out --card, or give a folder")
             read_model_card(folders[0])
     specs = _read_tasks(tasks, metrics or {}, faults)
+    template = faults.attempt(read_template, template) or False
     faults.extend(check_tasks(specs))
     faults.raise_any(RunError)
     check_lengths(folders[0], specs, base=folders[1], template=template).raise_any(DataError)
@@ -120,7 +123,7 @@ def _read_tasks(words: Sequence[str], metrics: Mapping[str, str], faults: Faults
                 task = load_hub_task(name.removeprefix(PAPER))
                 specs.append(replace(task, name=name, metric=metrics.get(name) or task.metric))
             else:
-                specs.append(TaskSpec(name, None if file is None else read_rows(file), metrics.get(name)))
+                specs.append(TaskSpec(name, None if file is None else RowSource.of(file, "test").read(), metrics.get(name)))
     if not words:
         faults.add("there is no task", fix="give --tasks FILE,NAME=FILE,NAME")
     for name in metrics:

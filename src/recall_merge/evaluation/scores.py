@@ -15,7 +15,7 @@ from typing import Any
 
 from recall_merge.evaluation.scoring import METRICS, Pair, columns, make_sacrebleu, written_answer
 from recall_merge.evaluation.tasks import Definition, TaskSpec, build_task, check_tasks, define, load_named
-from recall_merge.files.rows import numbered
+from recall_merge.files.rows import numbered, unread_columns
 from recall_merge.models.load import load_tokenizer
 from recall_merge.models.tokens import token_ids
 from recall_merge.runtime.errors import CheckpointError, DataError, Faults, RunError, did_you_mean
@@ -46,10 +46,11 @@ class TaskScore:
     n: int
     items: tuple[Item, ...]
     others: Mapping[str, float]  # what else was measured, e.g. `acc_norm` beside `acc`
+    notes: tuple[str, ...] = ()  # what a reader of the score should know
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TaskScore:
-        return cls(**{**data, "items": tuple(Item(**item) for item in data["items"])})
+        return cls(**{**data, "items": tuple(Item(**item) for item in data["items"]), "notes": tuple(data.get("notes", ()))})
 
 
 def score_tasks(
@@ -59,7 +60,7 @@ def score_tasks(
     *,
     batch_size: int = 8,
     limit: int | None = None,
-    template: bool = True,
+    template: bool | str = True,
     progress: Progress | None = None,
 ) -> list[TaskScore]:
     """The score of a loaded model on each task, in the order of the tasks.
@@ -69,8 +70,8 @@ def score_tasks(
 
     Args:
         limit: only the first rows of each task.
-        template: apply the model's chat template, if it has one, to tasks from rows. Tasks that come with lm-eval are asked without it, as
-            lm-eval does.
+        template: apply the model's chat template, if it has one, to tasks from rows; or that of this text. Tasks that come with lm-eval
+            are asked without it, as lm-eval does.
 
     Raises:
         RunError: if a task is not known, or a metric does not fit.
@@ -98,7 +99,7 @@ def score_tasks(
     return [scores[task.name] for task in tasks]
 
 
-def check_lengths(folder: Path, tasks: Sequence[TaskSpec], *, base: Path | None = None, template: bool = True) -> Faults:
+def check_lengths(folder: Path, tasks: Sequence[TaskSpec], *, base: Path | None = None, template: bool | str = True) -> Faults:
     """The rows that cannot be scored, or do not fit into a model's window, from config and tokenizer in its folder or its base's."""
     from recall_merge.evaluation.lm_eval_private import window_of
 
@@ -192,7 +193,8 @@ def _score_rows(task: TaskSpec, results: Mapping[str, Any]) -> TaskScore:
         items.append(Item(row.index, score, prediction.strip(), len(row.choices)))
     values = [sample[name] for sample in samples]
     stderr = corpus_stderr(name, values) if corpus else mean_stderr([float(value) for value in values])
-    return TaskScore(task.name, name, measured.pop(name), stderr, len(items), tuple(items), measured)
+    notes = tuple(unread_columns(task.rows))
+    return TaskScore(task.name, name, measured.pop(name), stderr, len(items), tuple(items), measured, notes)
 
 
 def mean_stderr(scores: Sequence[float]) -> float | None:

@@ -17,7 +17,8 @@ import yaml
 
 from recall_merge.evaluation import scoring
 from recall_merge.evaluation.scoring import CHOICE_METRICS, METRICS
-from recall_merge.files.rows import Row, is_file_of_rows
+from recall_merge.files.row_sources import RowSource
+from recall_merge.files.rows import Row, is_local
 from recall_merge.models.tokens import Rendered, render_rows, token_ids
 from recall_merge.runtime.errors import CheckpointError, DataError, Faults, RunError, did_you_mean
 
@@ -52,17 +53,19 @@ class Function(str):
     """The name of a function of `scoring`: `!function` in YAML."""
 
 
-def task_word(word: str) -> tuple[str, Path | None]:
-    """The name of a task, and its file unless the task comes with lm-eval. The word is FILE, NAME=FILE, or a name that lm-eval knows.
+def task_word(word: str) -> tuple[str, str | None]:
+    """The name of a task, and its rows unless it comes with lm-eval. The word is ROWS, NAME=ROWS, or a name that lm-eval knows.
 
     >>> task_word("data/french.jsonl"), task_word("f=french.jsonl"), task_word("hellaswag")
-    (('french', PosixPath('data/french.jsonl')), ('f', PosixPath('french.jsonl')), ('hellaswag', None))
+    (('french', 'data/french.jsonl'), ('f', 'french.jsonl'), ('hellaswag', None))
     """
-    name, equals, file = word.partition("=")
-    if equals:
-        return name, Path(file)
-    path = Path(word)
-    return (Path(path.name.removesuffix(".gz")).stem, path) if is_file_of_rows(path) or path.is_file() else (word, None)
+    name, equals, rows = word.partition("=")
+    if equals and not word.startswith("{"):
+        return name, rows
+    described = word.startswith("{") or word.endswith((".yaml", ".yml"))
+    path = Path(RowSource.of(word).path if described else word)
+    known = described or is_local(word) or path.is_file()
+    return (Path(path.name.removesuffix(".gz")).stem, word) if known else (word, None)
 
 
 def check_tasks(tasks: Iterable[TaskSpec]) -> Faults:
@@ -117,7 +120,9 @@ def _check_rows(task: TaskSpec, rows: Sequence[Row]) -> None:
     faults.raise_any(DataError)
 
 
-def define(task: TaskSpec, tokenizer: Any, *, template: bool = True, ends: Sequence[int] = (), window: int | None = None) -> Definition:
+def define(
+    task: TaskSpec, tokenizer: Any, *, template: bool | str = True, ends: Sequence[int] = (), window: int | None = None
+) -> Definition:
     """A task from rows in lm-eval's form. Its texts are rendered as for training (`render`): the prompt holds the chat template.
 
     Choices: the words of each choice after the prompt are scored, without the end of the turn, which all have in common. Where one choice
@@ -226,7 +231,7 @@ def _resolved(value: Any) -> Any:
     return getattr(scoring, value) if isinstance(value, Function) else value
 
 
-def export_task(task: TaskSpec, folder: Path, tokenizer: Any, *, template: bool = True) -> Path:
+def export_task(task: TaskSpec, folder: Path, tokenizer: Any, *, template: bool | str = True) -> Path:
     """Write a task from rows for lm-eval's own command line: NAME.yaml, its documents beside it, and how they are scored.
 
         lm_eval --model hf --model_args pretrained=MODEL,dtype=float32,add_bos_token=False --include_path FOLDER --tasks NAME

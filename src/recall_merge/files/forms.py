@@ -32,7 +32,7 @@ CHANGES = (
 )
 """Fields that change what a record says: one that its form does not read is refused. Others are left unread, and named."""
 PROMPTS = ("question", "query", "instruction", "input", "source", "sentence", "user", "text")
-COMPLETIONS = ("answer", "response", "output", "target", "assistant", "label")
+COMPLETIONS = ("answer", "response", "reply", "solution", "output", "target", "assistant", "label")
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def make_row(index: int, record: Any, columns: Mapping[str, str] | None = None) 
             names = f"{{prompt: text, completion: {key}}}" if answers else f"{{{first}: {first}, ...}}"
             raise Unfit(
                 f"a row's field `{key}` is not read beside `{first}`",
-                f"take `{key}` out, or say what to read: in a run's samples by `columns: {names}`",
+                f"take `{key}` out, or say what to read by `columns: {names}`",
             )
     unread = [key for key in given if key not in columns.values()] if columns else left
     example = form.read(said)
@@ -142,9 +142,7 @@ def _no_form(record: Mapping[str, Any]) -> ValueError:
     prompt, completion = (next((names[word] for word in words if word in names), None) for words in (("prompt", *PROMPTS), COMPLETIONS))
     what = f"a row has none of the accepted forms; its fields are {sorted(record)}"
     if prompt is not None and completion is not None:
-        return Unfit(
-            what, f"rename them, or say which is which: in a run's samples by `columns: {{prompt: {prompt}, completion: {completion}}}`"
-        )
+        return Unfit(what, f"rename them, or say which is which by `columns: {{prompt: {prompt}, completion: {completion}}}`")
     return ValueError(what)
 
 

@@ -21,6 +21,7 @@ from typing import IO, Any, cast
 
 from recall_merge.files.forms import FORMS, Row, Unfit, make_row
 from recall_merge.runtime.errors import DataError, Fault
+from recall_merge.runtime.paths import path_of
 
 MAX_FAULTS = 20  # of one file; further ones are counted
 MAX_LINE, MAX_LIST = 64_000_000, 1_000_000_000  # bytes of a line, and of a .json file, which is read at once
@@ -49,14 +50,19 @@ def parse_rows(records: Iterable[Any], *, where: str, columns: Mapping[str, str]
     rows: list[Row] = []
     faults: list[Fault] = []
     fix = f"give each row one of these forms: {'; '.join(form.words for form in FORMS.values())}"
-    for index, record in enumerate(records):
+    start = index = 0
+    for record in records:
+        if isinstance(record, Path):  # of a folder: what follows is from this file
+            where, start = str(record), index
+            continue
         try:
             if isinstance(record, DataError):
                 faults += record.faults
             elif record is not BLANK:
                 rows.append(make_row(index, record, columns))
         except (ValueError, TypeError) as error:
-            faults.append(Fault(str(error), f"{where}, row {index + 1}", error.fix if isinstance(error, Unfit) else fix))
+            faults.append(Fault(str(error), f"{where}, row {index - start + 1}", error.fix if isinstance(error, Unfit) else fix))
+        index += 1
     if len(faults) > MAX_FAULTS:
         faults = [*faults[:MAX_FAULTS], Fault(f"... and {len(faults) - MAX_FAULTS} more faulty rows", where)]
     if faults:
@@ -77,13 +83,21 @@ def is_file_of_rows(path: str | Path) -> bool:
     return _format(Path(path)) in FORMATS
 
 
+def is_local(source: str | Path) -> bool:
+    """Whether a name is that of a file or folder, which may be missing; otherwise it may be one of a set on the hub."""
+    return isinstance(source, Path) or is_file_of_rows(source) or source.startswith(("/", ".", "~"))
+
+
 def read_records(source: str | Path, *, split: str = "train", config: str | None = None) -> Iterator[Any]:
-    """The raw records of a file, a folder or a `datasets` name, in order. A file of an unknown suffix is read as JSON lines."""
-    path = Path(source)
+    """The raw records of a file, a folder or a `datasets` name, in order; of a folder, each file's after its path.
+
+    A file of an unknown suffix is read as JSON lines.
+    """
+    path = path_of(source)
     if path.is_dir():
         yield from _folder(path, split)
         return
-    if is_file_of_rows(path) or path.exists() or str(source).startswith(("/", ".", "~")):
+    if is_local(source) or path.exists():
         if not path.is_file():
             raise DataError("there is no such file", where=path, fix=f"give the path of a file of rows: {', '.join(FORMATS)}")
         yield from FORMATS.get(_format(path), _json_lines)(path)
@@ -134,6 +148,7 @@ def _folder(folder: Path, split: str) -> Iterator[Any]:
         what = f"the folder has no file of rows of the split '{split}'"
         raise DataError(what, where=folder, fix=f"give one of its files, or `split`; files of rows are {', '.join(FORMATS)}")
     for file in named:
+        yield file
         yield from read_records(file)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from recall_merge.files.adapter import CONFIG, WEIGHTS, Adapter, changes_nothing, is_adapter, open_adapter
 from recall_merge.files.checkpoint import Checkpoint, open_checkpoint
-from recall_merge.files.companions import chat_template
 from recall_merge.files.experts import AdapterExpert, BaseExpert, Expert, FullExpert, hash_expert
 from recall_merge.files.hashing import FileStates, same_weights
 from recall_merge.files.hub import Located, Reference, cached_folder, locate, meaning
@@ -55,12 +54,7 @@ def tokenizer_of(expert: Expert, base: Checkpoint, vocabulary: Vocabulary | None
     """The tokenizer of the result, whose tokens all models share; where vocabularies differ, the expert's own."""
     from recall_merge.models.load import load_tokenizer
 
-    if vocabulary is not None:
-        return load_tokenizer(expert.folder, base.folder)
-    tokenizer, template = load_tokenizer(speaker, base.folder), chat_template(speaker)
-    if isinstance(template, str):
-        tokenizer.chat_template = template
-    return tokenizer
+    return load_tokenizer(speaker if vocabulary is None else expert.folder, base.folder)
 
 
 def check_adapter_base(expert: str, adapter: Adapter, base: Checkpoint, base_reference: str, same_base: bool) -> None:

@@ -17,7 +17,7 @@ from recall_merge.files.hashing import FileStates
 from recall_merge.files.hub import Located
 from recall_merge.files.names import in_memory
 from recall_merge.files.output import OutputFolder, Shard, free_bytes, plan_shards
-from recall_merge.files.rows import Row, read_rows, unread_columns
+from recall_merge.files.rows import Row, unread_columns
 from recall_merge.files.safetensors import CODES, TensorSpec
 from recall_merge.files.statistics import InputStatistics, has_statistics
 from recall_merge.files.vocabulary import Vocabulary, plan_vocabulary, read_vocabulary
@@ -244,8 +244,7 @@ def _with_method(run: MergeRun, located: Mapping[str, Located]) -> tuple[MergeRu
 
 def _read_rows(run: MergeRun, rules: Rules | None, faults: Faults) -> list[Row]:
     if run.samples is not None:
-        given = run.samples
-        return faults.attempt(read_rows, given.path, split=given.split, config=given.config, columns=given.columns) or []
+        return faults.attempt(run.samples.read) or []
     if rules is not None and isinstance(rules.weights, SampleWeights):
         what = f"`samples` are missing: {rules.weights.compares} are compared on the newest expert's data"
         faults.add(what, fix="add `samples: {path: rows.jsonl}`")
@@ -258,7 +257,7 @@ def _render(run: MergeRun, load: Callable[[], Any], rows: Sequence[Row]) -> tupl
     tokenizer, template = load(), run.samples.template
     texts = ["".join(text) for text in render_rows(rows, tokenizer, template=template, where=run.samples.path)]
     note = f"the chat template writes the date of the day: here always {DATE:%d %b %Y}, so that the same run gives the same bytes"
-    return texts, [note] if template and writes_date(tokenizer) else []
+    return texts, [note] if writes_date(tokenizer, template) else []
 
 
 def _check_output(run: MergeRun, located: Mapping[str, Located]) -> None:

@@ -41,7 +41,7 @@ def inputs_for_record(plan: Plan) -> dict[str, Any]:
     if plan.run.samples is not None:
         data = Path(plan.run.samples.path)
         run["samples"]["path"] = data.name if data.exists() else plan.run.samples.path
-        rows = hash_file(data) if data.is_file() else None
+        rows = plan.run.samples.digest(plan.rows)
     method = {"name": plan.name, "source": plan.source, "options": dict(plan.options)}
     return {"run": run, "method": method, "rows_sha256": rows, "versions": versions()}
 

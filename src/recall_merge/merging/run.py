@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from recall_merge.files.rows import FORMATS
+from recall_merge.files.row_sources import RowSource, Template
 from recall_merge.runtime.errors import did_you_mean
 from recall_merge.runtime.paths import exists, path_of
 from recall_merge.runtime.sections import NonNegative, Positive, Section, assign, parse, read_mapping
@@ -43,18 +43,14 @@ class ExpertEntry(Section):
     is_base: bool = Field(False, description="the expert is the base itself, listed on purpose as one of the models to merge")
 
 
-class Samples(Section):
+class Samples(RowSource):
     """The newest expert's own data, and how its typical samples are chosen."""
 
-    path: str = Field(description=f"rows of the newest expert's data: {', '.join(FORMATS)}, a folder of them, or a `datasets` name")
-    split: str = Field("train", description="split, of a folder or a `datasets` name")
-    config: str | None = Field(None, description="config, of a `datasets` name")
-    columns: dict[str, str] | None = Field(None, description="what the rows call the fields that are read: `{prompt: question}`")
     count: int = Field(20, ge=1, description="number of typical samples, the paper's m")
     pool: int = Field(2000, ge=1, description="maximum rows to embed, drawn by the seed")
     space: Literal["last", "middle", "several"] = Field("last", description="layers whose hidden states are clustered")
     max_tokens: int = Field(512, ge=1, description="longer rows are cut")
-    template: bool = Field(True, description="apply the model's chat template where it has one")
+    template: Template = Field(True, description="apply the model's chat template where it has one; or that of a Jinja file")
 
 
 def _check_kernel(name: str) -> str:
@@ -282,7 +278,7 @@ def _relative_to(folder: Path, data: dict[str, Any]) -> dict[str, Any]:
     if isinstance(data.get("experts"), list):
         data["experts"] = [resolved(entry, "path", "stats") for entry in data["experts"]]
     if "samples" in data:
-        data["samples"] = resolved(data["samples"], "path")
+        data["samples"] = resolved(data["samples"], "path", "template")
     if isinstance(data.get("out"), dict) and isinstance(data["out"].get("path"), str):
         data["out"] = {**data["out"], "path": os.path.normpath(folder / path_of(data["out"]["path"]))}
     return data

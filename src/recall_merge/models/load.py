@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from recall_merge.files.adapter import is_adapter, open_adapter
 from recall_merge.files.checkpoint import open_checkpoint
+from recall_merge.files.companions import chat_template
 from recall_merge.files.experts import AdapterExpert, own_tensors
 from recall_merge.files.resolved_config import BUILD_LOCK
 from recall_merge.files.vocabulary import read_vocabulary
@@ -118,16 +119,22 @@ def load_config(folder: Path, *, vocabulary_size: int | None = None) -> Any:
 
 
 def load_tokenizer(folder: Path, base: Path | None = None) -> Any:
-    """The tokenizer of a model folder, or of its base where an adapter's folder has none. Raises CheckpointError if there is none."""
+    """The tokenizer of a model folder, or of its base where an adapter's folder has none, with the adapter's chat template.
+
+    Raises CheckpointError if there is none.
+    """
     from transformers import AutoTokenizer
 
-    folder = folder if base is None or read_vocabulary(folder) is not None else base
+    own, folder = folder, folder if base is None or read_vocabulary(folder) is not None else base
     with quiet():
         try:
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (ValueError, OSError, KeyError) as error:
             what = f"there is no usable tokenizer: {_first_line(error)}"
             raise CheckpointError(what, where=folder, fix="copy the tokenizer's files there") from error
+    if own != folder and isinstance(template := chat_template(own), str):
+        tokenizer.chat_template = template
+    return tokenizer
 
 
 @contextmanager

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from itertools import takewhile
 from typing import Any, Literal, NamedTuple
 
@@ -47,31 +48,32 @@ class EncodedRow:
     labels: list[int]
 
 
-def render(row: Row, tokenizer: Any, *, template: bool = True) -> Rendered:
+def render(row: Row, tokenizer: Any, *, template: bool | str = True) -> Rendered:
     """Render one row for training, scoring or hidden states; all three see the same text.
 
     With a chat template the completion ends as the template ends an assistant's turn; without one it ends with the
-    tokenizer's end token, so that a model learns to stop. `template=False` leaves the template out.
+    tokenizer's end token, so that a model learns to stop. `template` is False to leave it out, or the text of another one.
 
     Raises DataError if the template refuses the row, or leaves its words out.
     """
-    if not (template and getattr(tokenizer, "chat_template", None)) or not row.prompt:
+    if not (template and (isinstance(template, str) or getattr(tokenizer, "chat_template", None))) or not row.prompt:
         if row.details:
-            what, fix = "a row with tools, calls or reasoning needs a chat template", "add one to the model's folder, or leave the row out"
+            what, fix = "a row with tools, calls or reasoning needs a chat template", "give one, `template: FILE`, or leave the row out"
             raise DataError(what, where=f"row {row.index + 1}", fix=fix)
         if row.roles and row.prompt:
             what = "a conversation or an instruction needs a chat template, without which its turns would be one text"
-            fix = "put `chat_template.jinja` into the model's folder, or give rows of the form prompt + completion"
+            fix = "give a Jinja file, `template: FILE`, or rows of the form prompt + completion"
             raise DataError(what, where=f"row {row.index + 1}", fix=fix)
         answer = row.completion.rstrip()
         end = row.completion[len(answer) :] + (tokenizer.eos_token or "")
         return Rendered(_start_token(tokenizer) + row.plain, answer, end)
     *turns, answer = row.turns
     words = row.completion.strip()
-    prompt = _fill(row, tokenizer, turns, tools=row.tools, add_generation_prompt=True)
-    whole, marked = (_fill(row, tokenizer, [*turns, answer | {"content": text}], tools=row.tools) for text in (words, MARK))
+    fill = partial(_fill, row, tokenizer, template)
+    prompt = fill(turns, tools=row.tools, add_generation_prompt=True)
+    whole, marked = (fill([*turns, answer | {"content": text}], tools=row.tools) for text in (words, MARK))
     if row.details:
-        _check_details(row, tokenizer, whole)
+        _check_details(row, fill, whole)
     if len(answer) > 2:  # calls and reasoning are the row's own words too
         start = _shared(prompt, whole)
         return Rendered(whole[:start], whole[start:], "")
@@ -92,7 +94,7 @@ def render(row: Row, tokenizer: Any, *, template: bool = True) -> Rendered:
     return Rendered(head[:cut], head[cut:] + words, end)
 
 
-def render_rows(rows: Iterable[Row], tokenizer: Any, *, template: bool = True, where: str = "") -> list[Rendered]:
+def render_rows(rows: Iterable[Row], tokenizer: Any, *, template: bool | str = True, where: str = "") -> list[Rendered]:
     """Render rows. Raises DataError with every row that the template refuses."""
     rendered, faults = [], _RowFaults()
     for row in rows:
@@ -125,16 +127,18 @@ class _RowFaults:
         return faults
 
 
-def writes_date(tokenizer: Any) -> bool:
+def writes_date(tokenizer: Any, template: bool | str = True) -> bool:
     """Whether the chat template writes the date of the day, in whose place ours stands."""
-    return "strftime_now" in str(getattr(tokenizer, "chat_template", ""))
+    return "strftime_now" in str(template if isinstance(template, str) else template and getattr(tokenizer, "chat_template", ""))
 
 
-def _fill(row: Row, tokenizer: Any, turns: Sequence[Mapping[str, Any]], *, tools: Any, **options: Any) -> str:
+def _fill(row: Row, tokenizer: Any, template: bool | str, turns: Sequence[Mapping[str, Any]], *, tools: Any, **options: Any) -> str:
     """What the chat template makes of a conversation."""
     try:
-        if writes_date(tokenizer):
-            options["chat_template"] = FIXED_DATE + tokenizer.get_chat_template(tools=tools)
+        if isinstance(template, str):
+            options["chat_template"] = template
+        if writes_date(tokenizer, template):
+            options["chat_template"] = FIXED_DATE + tokenizer.get_chat_template(options.get("chat_template"), tools=tools)
         text = tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, **options)
     except Exception as error:  # a template is a program, and raises what it likes
         what = f"the chat template refuses the row: {' '.join(str(error).split())}"
@@ -148,7 +152,7 @@ def encode_rows(
     rows: Sequence[Row],
     tokenizer: Any,
     *,
-    template: bool = True,
+    template: bool | str = True,
     max_length: int | None = None,
     window: int | None = None,
     turns: Turns = "last",
@@ -224,7 +228,7 @@ def token_ids(texts: Sequence[str], tokenizer: Any, limit: int | None = None) ->
     return found
 
 
-def _earlier_answers(row: Row, text: str, tokenizer: Any, template: bool) -> Iterator[tuple[int, int]]:
+def _earlier_answers(row: Row, text: str, tokenizer: Any, template: bool | str) -> Iterator[tuple[int, int]]:
     """Where the assistant's earlier turns stand in the text of a conversation. Raises DataError if they are not written as they were."""
     for at, (role, _) in enumerate(row.prompt):
         if role == "assistant":
@@ -246,14 +250,14 @@ def _start_token(tokenizer: Any) -> str:
     return tokenizer.bos_token if puts_it else ""
 
 
-def _check_details(row: Row, tokenizer: Any, text: str) -> None:
+def _check_details(row: Row, fill: Callable[..., str], text: str) -> None:
     """Refuse a row of which the chat template leaves something out: a text without it would be the same."""
     for name in sorted({key for turn in row.turns for key in turn} - {"role", "content", "name", "tool_call_id"} | {"tools"}):
         if name == "tools" and row.tools is None:
             continue
         turns = [{key: value for key, value in turn.items() if key != name} for turn in row.turns]
         try:
-            same = text == _fill(row, tokenizer, turns, tools=None if name == "tools" else row.tools)
+            same = text == fill(turns, tools=None if name == "tools" else row.tools)
         except DataError:  # a template that cannot do without it
             continue
         if same:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from recall_merge.files.hashing import hash_file
 from recall_merge.files.hub import Located
+from recall_merge.files.row_sources import RowSource
 from recall_merge.maths.layers import find_layers
 from recall_merge.merging.result import Result, check_model, find_models, open_result
 from recall_merge.merging.rules import make_rules
@@ -77,9 +77,12 @@ def _texts(result: Result, samples: Path | None) -> dict[int, str]:
     if samples is None:
         fix = "give --samples FILE, or leave out --text"
         raise RunError("a result does not keep the texts of its samples", where=result.folder, fix=fix)
-    if hash_file(samples) != result.record["rows_sha256"]:
+    described = {key: value for key, value in result.run["samples"].items() if key in RowSource.model_fields}
+    source = RowSource.model_validate({**described, "path": str(samples)})
+    rows = source.read()
+    if source.digest(rows) != result.record["rows_sha256"]:
         raise ResultError("these are not the rows that the samples were chosen from", where=samples, fix="give the run's own file")
-    return sample_texts(samples, {sample["row"] for sample in result.record["samples"]}, result.run["samples"].get("columns"))
+    return sample_texts(rows, {sample["row"] for sample in result.record["samples"]})
 
 
 def merge_page(facts: MergeFacts, title: str) -> Page:

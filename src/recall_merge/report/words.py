@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from pathlib import Path
+from collections.abc import Collection, Iterable
 
-from recall_merge.files.rows import read_rows
+from recall_merge.files.rows import Row
 
 CHARACTERS = 2000  # of one text; the rest is counted
 BUDGET = 1_500_000  # characters of all texts on a page
@@ -31,9 +30,7 @@ class Words:
         return shown
 
 
-def sample_texts(file: Path, numbers: Collection[int], columns: Mapping[str, str] | None = None) -> dict[int, str]:
-    """The texts of some rows of a file, by their numbers."""
+def sample_texts(rows: Iterable[Row], numbers: Collection[int]) -> dict[int, str]:
+    """The texts of some rows, by their numbers."""
     words = Words(True)
-    return {
-        row.index: words.cut(f"{row.plain}\n{row.completion}".strip()) for row in read_rows(file, columns=columns) if row.index in numbers
-    }
+    return {row.index: words.cut(f"{row.plain}\n{row.completion}".strip()) for row in rows if row.index in numbers}

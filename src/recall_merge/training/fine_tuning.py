@@ -235,6 +235,9 @@ def _explain_full_disk(work: Path) -> Iterator[None]:
 def _write_expert(model: Any, tokenizer: Any, result: TrainResult, key: str, settings: TrainSettings) -> None:
     with OutputFolder(result.folder, overwrite=True) as folder:
         model.save_pretrained(folder.path)
+        if isinstance(settings.template, str):
+            tokenizer.chat_template = settings.template
+            (folder.path / "chat_template.jinja").write_text(settings.template, "utf-8")
         (folder.path / "README.md").unlink(missing_ok=True)  # PEFT's model card is all placeholders
         if settings.kind == "full":
             tokenizer.save_pretrained(folder.path)

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from recall_merge.files.row_sources import Template
 from recall_merge.models.load import hushed
 from recall_merge.models.tokens import Turns
 from recall_merge.runtime.errors import Faults, MissingExtra, RunError, did_you_mean
@@ -68,7 +69,9 @@ class TrainSettings(Section):
     max_length: Annotated[int, Field(ge=2)] | None = Field(
         default=None, description="cut longer rows to this many tokens; by default none are cut"
     )
-    template: bool = Field(default=True, description="apply the base's chat template where it has one")
+    template: Template = Field(
+        default=True, description="apply the base's chat template where it has one; or a Jinja file, which the expert gets"
+    )
     turns: Turns = Field(default="last", description="of a conversation: its last answer is learnt, or all turns of the assistant")
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="of the base while training, and of a fully trained expert"
