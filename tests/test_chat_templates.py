@@ -1,26 +1,47 @@
 """Chat templates as they are published: training labels beside trl's, and scores of a model that is forced to the right answer."""
 
+import ast
 from datetime import datetime
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+import transformers
 import trl
+from datasets import Dataset
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 from trl.data_utils import common_prefix_length
 
+from recall_merge.evaluation.lm_eval_private import silence
 from recall_merge.evaluation.scores import score_tasks
 from recall_merge.evaluation.tasks import TaskSpec
-from recall_merge.files.rows import parse_rows
+from recall_merge.files.rows import Row, parse_rows
 from recall_merge.models.tokens import DATE, encode_rows, render
 from recall_merge.runtime.errors import DataError
-from tiny import forced
+from tiny import forced, make_model
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 PUBLISHED = {file.stem: file.read_text("utf-8") for file in sorted(FOLDER.glob("*.jinja"))}
-REFUSED = ("idefics3", "llava_next", "smolvlm")  # they take no plain text
+REFUSED = ("idefics3", "llava_next", "smolvlm", "transformers smolvlm")  # they take no plain text
+
+
+def in_modules_of_transformers() -> dict[str, str]:
+    """The chat templates that stand in transformers' own code."""
+    models, found = Path(transformers.__file__).parent / "models", {}
+    for name in ("llama4/processing_llama4", "qwen2_audio/processing_qwen2_audio", "smolvlm/processing_smolvlm"):
+        for node in ast.walk(ast.parse((models / f"{name}.py").read_text("utf-8"))):
+            if isinstance(node, ast.Constant) and "{% for message in messages" in str(node.value).replace("{%-", "{%"):
+                found[f"transformers {name.partition('/')[0]}"] = str(node.value)
+    assert len(found) == 3
+    return found
+
+
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 AFTER_FAMILIES = {
     "chatml": CHATML + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
@@ -42,8 +63,13 @@ AFTER_FAMILIES = {
     "</s>{% endfor %}{% if add_generation_prompt %}<s>assistant\n<think>\n{% endif %}",
     "upper header": "{% for m in messages %}<{{ m.role | upper }}>{{ m.content | trim }}</{{ m.role | upper }}>{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<ASSISTANT>{% endif %}",
+    "turns without separators": "{% for m in messages %}{{ m.role + m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant{% endif %}",
+    "marked for training": "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{{ eos_token }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}",
 }
-TEMPLATES = PUBLISHED | AFTER_FAMILIES
+TEMPLATES = PUBLISHED | in_modules_of_transformers() | AFTER_FAMILIES
 FAITHFUL = [name for name in TEMPLATES if name.removesuffix("_training") not in REFUSED]
 WORDS = ["dog", "the fox", "think", "<"]
 SAID = ["the dog", "the fox\nis it\n\ngood", "t", "<", "assistant"]
@@ -109,6 +135,62 @@ def test_a_model_that_is_forced_to_the_right_answer_scores_one(name):
     model = forced(tokenizer, texts)
     scores = score_tasks(model, tokenizer, [TaskSpec("answers", answers), TaskSpec("acc", choices), TaskSpec("norm", choices, "acc_norm")])
     assert [(score.score, [item.prediction for item in score.items]) for score in scores] == [(1.0, SAID), (1.0, WORDS), (1.0, WORDS)]
+
+
+def as_lm_eval_asks(rows: list[Row], tokenizer: Any, model: Any, until: str = "") -> dict[str, Any]:
+    """lm-eval's own rendering (`--apply_chat_template`) and scores of the same rows, by its own model: metrics, and what was answered."""
+    documents = [
+        {"q": row.plain, "a": row.choices.index(row.completion) if row.choices else row.completion, "c": row.choices} for row in rows
+    ]
+    kind: dict[str, Any] = {
+        "output_type": "multiple_choice",
+        "doc_to_choice": "c",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }
+    if not rows[0].choices:
+        generation = {"until": [until or "</s>"], "do_sample": False, "max_gen_toks": 40}
+        kind = {"output_type": "generate_until", "generation_kwargs": generation, "metric_list": [{"metric": "exact_match"}]}
+    config = {
+        "task": "rows",
+        "doc_to_text": "q",
+        "doc_to_target": "a",
+        "target_delimiter": "",
+        "test_split": "test",
+        "num_fewshot": 0,
+        **kind,
+    }
+    config["custom_dataset"] = lambda **_: {"test": Dataset.from_list(documents)}
+    with silence():
+        task = ConfigurableTask(config=config)
+        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
+        results = evaluate(lm, {"rows": task}, apply_chat_template=True, bootstrap_iters=0)
+    answers = [sample["filtered_resps"] for sample in results["samples"]["rows"]]
+    return {**{name.partition(",")[0]: value for name, value in results["results"]["rows"].items()}, "answers": answers}
+
+
+@pytest.mark.parametrize("name", [name for name in FAITHFUL if not name.endswith("_training")])
+def test_scores_are_those_of_lm_eval_by_itself_where_it_asks_the_same(name):
+    """Not where a template writes something before an answer, which lm-eval leaves out."""
+    tokenizer = chat(name)
+    answers = parse_rows([{"prompt": f"is it {i}?", "completion": said} for i, said in enumerate(["the dog", "good"])], where="rows")
+    choices = parse_rows([{"prompt": f"which {i}?", "completion": word, "choices": WORDS} for i, word in enumerate(WORDS)], where="rows")
+    texts = [tokenizer.apply_chat_template([*asked, *said], tokenize=False) for asked, said in map(conversation, [*answers, *choices])]
+    prompts = [tokenizer.apply_chat_template(conversation(row)[0], tokenize=False, add_generation_prompt=True) for row in choices]
+    if [render(row, tokenizer)[:2] for row in choices] != list(zip(prompts, WORDS, strict=True)):
+        pytest.skip("lm-eval asks for the answer without what the template writes before it")
+    for model in (forced(tokenizer, texts), make_model(vocab_size=len(tokenizer), max_position_embeddings=4096)):
+        [ours] = score_tasks(model, tokenizer, [TaskSpec("c", choices)])
+        theirs = as_lm_eval_asks(choices, tokenizer, model)
+        assert (ours.score, ours.others["acc_norm"]) == (theirs["acc"], theirs["acc_norm"])
+        picked = [WORDS[max(range(len(WORDS)), key=lambda c, given=given: given[c][0])] for given in theirs["answers"]]
+        assert [item.prediction for item in ours.items] == picked
+    theirs = as_lm_eval_asks(
+        answers, tokenizer, forced(tokenizer, texts), until=render(answers[0], tokenizer).end.partition("</s>")[0].strip()
+    )
+    [ours] = score_tasks(forced(tokenizer, texts), tokenizer, [TaskSpec("a", answers)])
+    assert ours.score == 1
+    if name != "turns without separators":  # lm-eval is not told of the end token, and reads it
+        assert [given[0].strip() for given in theirs["answers"]] == [item.prediction for item in ours.items]
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -373,7 +373,7 @@ def test_all_faults_at_once(ws, data, tmp_path):
     found = "\n".join(refused(folder, lambda: learn(folder, asked)))
     for part in (
         "a task named 'a' was learnt already",
-        "field `answer` must be text",
+        "field `completion` must be text",
         "the test file of 'a' is missing",
         "the test file of 'u' is missing",
         "unknown key 'training.ranc'",
