@@ -183,7 +183,11 @@ def test_a_run_is_a_file_or_a_mapping(here):
         result = merge(run)
         assert result.path.resolve() == here / "merged"
         shutil.rmtree(here / "merged")
-    assert make_plan(yaml.safe_load(RUN)).name == make_plan(load_run(here / "run.yaml")).name
+    names = [make_plan(run).name for run in ("run.yaml", here / "run.yaml", yaml.safe_load(RUN), load_run(here / "run.yaml"))]
+    assert names == ["recall"] * 4
+    for call in (make_plan, merge):  # all faults, also where an unknown key resembles one that its value does not fit
+        with pytest.raises(RunError, match=r"(?s)unknown key 'outt'.*there is no method 'lin'.*no such folder\n  where: \./none/base"):
+            call({"base": "./none/base", "experts": [{"name": "a", "path": "a"}], "method": "lin", "outt": 1})
     with pytest.raises(RunError, match="this run file does not exist"):
         merge("gone.yaml")
     for wrong in (3, None, ["base"]):

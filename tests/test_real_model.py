@@ -1,11 +1,20 @@
 """The promises that matter, kept on the real small model (make test-slow)."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 import torch
+import yaml
 
 from recall_merge import MergeRun, merge, verify
 from recall_merge.demo.smollm import unpack
-from tiny import load_tensors, lora, merged_by_peft, write_rows
+from recall_merge.evaluation.evaluate import evaluate
+from recall_merge.files.rows import read_rows
+from recall_merge.models.load import load_tokenizer
+from recall_merge.models.tokens import encode_rows
+from tiny import load_model, load_tensors, lora, merged_by_peft, quiet, write_rows
 
 pytestmark = pytest.mark.slow
 
@@ -57,10 +66,83 @@ def test_adapters_equal_pefts_own_merge(world):
 
 def merged_by_peft_float32(world, name):
     """PEFT merges in the base's dtype; in bfloat16 that alone would be an error of a thousandth."""
-    from tiny import load_model, quiet
-
     base = world / "base-float32"
     if not base.exists():
         with quiet():
             load_model(world / "base", dtype="float32").save_pretrained(base)
     return merged_by_peft(base, world / name, world / f"{name}-merged")
+
+
+def test_tokens_labels_logits_and_scores_are_those_of_trl_peft_and_lm_eval(world, tmp_path):
+    """The same rows and the same adapter through the other tools alone: trl's dataset, PEFT's merge, lm-eval's command line."""
+    right = {"Is snow white?": "yes", "Is a river a letter?": "no", "Can a doctor read a number?": "yes", "Is coal white?": "no"}
+    choices = [{"prompt": asked, "completion": said, "choices": ["yes", "no"]} for asked, said in right.items()]
+    answers = [{"prompt": f"Repeat this word and nothing else: {word}", "completion": word} for word in WORDS[:4]]
+    rows = [read_rows(write_rows(tmp_path / f"{name}.jsonl", made)) for name, made in (("choices", choices), ("answers", answers))]
+    run = {"experts": [{"name": "a", "path": str(world / "a")}], "method": "linear", "samples": None}
+    merge(a_run(world, "alone", **run, out={"path": world / "alone", "dtype": "float32"}))
+    tokenizer = load_tokenizer(world / "alone")
+
+    encoded = encode_rows([*rows[0], *rows[1]], tokenizer)
+    by_trl = tokenized_by_trl([*choices, *answers], world / "base", tmp_path / "trl")
+    assert [row.input_ids for row in encoded] == [row["input_ids"] for row in by_trl]
+    assert [row.labels for row in encoded] == [row["labels"] for row in by_trl]
+
+    merged_by_peft_float32(world, "a")
+    ours, theirs = (load_model(world / name, dtype="float32") for name in ("alone", "a-merged"))
+    with torch.no_grad():
+        for row in encoded:
+            ids = torch.tensor([row.input_ids])
+            wanted = theirs(ids).logits
+            assert (ours(ids).logits - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+    written = scored_by_lm_eval(world / "a-merged", world / "alone", tmp_path)
+    for score in evaluate(str(world / "alone"), [str(tmp_path / f"{name}.jsonl") for name in ("choices", "answers")]):
+        measured = {score.metric: score.score} | {name: value for name, value in score.others.items() if name == "acc_norm"}
+        assert {name: written[score.task][f"{name},none"] for name in measured} == pytest.approx(measured, abs=1e-12)
+        assert score.score > 0
+
+
+def tokenized_by_trl(records, base, folder):
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    turns = [
+        {"prompt": [{"role": "user", "content": row["prompt"]}], "completion": [{"role": "assistant", "content": row["completion"]}]}
+        for row in records
+    ]
+    with quiet():
+        arguments = SFTConfig(output_dir=str(folder), report_to="none", use_cpu=True, bf16=False, max_length=None)
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        return SFTTrainer(load_model(base), arguments, train_dataset=Dataset.from_list(turns), processing_class=tokenizer).train_dataset
+
+
+def scored_by_lm_eval(model, tokenizer, folder):
+    """lm-eval's command line, its own rendering and its own tasks over the files of rows."""
+    shared = {"dataset_path": "json", "test_split": "test", "doc_to_text": "{{prompt}}", "target_delimiter": "", "num_fewshot": 0}
+    choices = {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "{{choices.index(completion)}}"}
+    choices["metric_list"] = [{"metric": "acc"}, {"metric": "acc_norm"}]
+    answers = {"output_type": "generate_until", "doc_to_target": "completion", "metric_list": [{"metric": "exact_match"}]}
+    answers["generation_kwargs"] = {"until": ["\n"], "do_sample": False, "max_gen_toks": 12}
+    answers["filter_list"] = [{"name": "none", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}]
+    for name, kind in {"choices": choices, "answers": answers}.items():
+        task = {"task": name, "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")}}, **shared, **kind}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
+    command = [
+        sys.executable,
+        "-m",
+        "lm_eval",
+        "--model",
+        "hf",
+        "--device",
+        "cpu",
+        "--apply_chat_template",
+        "--output_path",
+        folder / "out",
+    ]
+    command += ["--model_args", f"pretrained={model},tokenizer={tokenizer},dtype=float32"]
+    command += ["--include_path", folder, "--tasks", "choices,answers"]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True, cwd=folder)
+    [written] = (folder / "out").rglob("results_*.json")
+    return json.loads(written.read_text())["results"]

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from recall_merge.merging.layerwise import compute_weights as compute_weights
     from recall_merge.merging.merge import MergeResult as MergeResult
     from recall_merge.merging.plan import Plan as Plan
-    from recall_merge.merging.plan import make_plan as make_plan
     from recall_merge.merging.run import MergeRun as MergeRun
     from recall_merge.merging.run import load_run as load_run
     from recall_merge.merging.verify import verify as verify
@@ -30,7 +29,6 @@ _HOMES = {
     "RecallError": "runtime.errors",
     "MergeWeights": "merging.weights",
     "load_run": "merging.run",
-    "make_plan": "merging.plan",
     "verify": "merging.verify",
     "compute_weights": "merging.layerwise",
 }
@@ -53,15 +51,27 @@ def merge(run: "Run", *, executor: str = "local", progress: "Progress | None" = 
 
     The run is a `MergeRun`, its keys and values, or the path of its file, ours or mergekit's.
     """
-    from recall_merge.interop.mergekit_run import load_any_run
     from recall_merge.merging.merge import merge as merge_run
-    from recall_merge.merging.plan import all_faults, as_run
     from recall_merge.report.merge_charts import draw_weights
+
+    return merge_run(_read(run), executor=executor, progress=progress, draw=draw_weights)
+
+
+def make_plan(run: "Run", *, writes: bool = True, download: bool = True) -> "Plan":
+    """Check a run, given as for `merge`, against its files: `recall_merge.merging.plan.make_plan`."""
+    from recall_merge.merging.plan import make_plan as plan_run
+
+    return plan_run(_read(run), writes=writes, download=download)
+
+
+def _read(run: "Run") -> "MergeRun":
+    from recall_merge.interop.mergekit_run import load_any_run
+    from recall_merge.merging.plan import all_faults, as_run
 
     if isinstance(run, str | PathLike):
         with all_faults():
             run = load_any_run(Path(run))
-    return merge_run(as_run(run), executor=executor, progress=progress, draw=draw_weights)
+    return as_run(run)
 
 
 def __getattr__(name: str) -> Any:

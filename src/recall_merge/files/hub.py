@@ -278,14 +278,16 @@ def _fault(error: Exception, name: Reference) -> Fault:
         case errors.HFValidationError():
             return Fault("there is no such folder, and the hub has no such names", where, "check the path, or give org/name@revision")
         case errors.OfflineModeIsEnabled() | errors.LocalEntryNotFoundError() if constants.HF_HUB_OFFLINE:
-            fix = "run once without HF_HUB_OFFLINE, or give a folder"
-            return Fault(f"'{name.repo}' is not in the hub's cache, and offline mode is on", where, fix)
+            fix = "check the path; for a model of the hub run once without HF_HUB_OFFLINE"
+            return Fault(f"there is no such folder, '{name.repo}' is not in the hub's cache, and offline mode is on", where, fix)
         case errors.HfHubHTTPError():
             return Fault(f"the hub answers with status {error.response.status_code}", where, "try again later")
         case OSError() if error.errno is not None and not isinstance(error, ConnectionError):
             fix = f"make room, or set HF_HOME; it is {constants.HF_HOME}"
             return Fault(f"the hub's cache cannot be written: {error.strerror}", where, fix)
         case _ if _unreachable(error) or isinstance(error, errors.LocalEntryNotFoundError | ConnectionError):
-            fix = "check the network; what has been downloaded once works without it"
-            return Fault(f"the hub at {constants.ENDPOINT} cannot be reached, and '{name.repo}' is not in its cache", where, fix)
+            what = (
+                f"there is no such folder, '{name.repo}' is not in the hub's cache, and the hub at {constants.ENDPOINT} cannot be reached"
+            )
+            return Fault(what, where, "check the path; for a model of the hub, the network: what has been downloaded once works without it")
     return Fault(f"'{name.repo}' cannot be fetched: {type(error).__name__}", where, "try again, or give a folder")

@@ -149,7 +149,7 @@ def as_run(run: MergeRun | Mapping[str, Any]) -> MergeRun:
     if isinstance(run, MergeRun):
         return run
     if not isinstance(run, Mapping):
-        raise RunError(f"a run is no {type(run).__name__}", fix="give a MergeRun, a mapping of its keys to values, or `load_run(FILE)`")
+        raise RunError(f"a run is no {type(run).__name__}", fix="give a MergeRun, a mapping of its keys to values, or the path of its file")
     with all_faults():
         return parse(MergeRun, dict(run), where="the run")
 

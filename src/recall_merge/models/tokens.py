@@ -262,4 +262,4 @@ def _check_details(row: Row, fill: Callable[..., str], text: str) -> None:
             continue
         if same:
             what = f"the chat template does not write a row's `{name}`"
-            raise DataError(what, where=f"row {row.index + 1}", fix=f"take `{name}` out, or give the model a template that does")
+            raise DataError(what, where=f"row {row.index + 1}", fix=f"take `{name}` out, or give a template that does: `template: FILE`")

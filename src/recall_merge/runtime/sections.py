@@ -52,20 +52,21 @@ def parse(model: type[M], data: Any, *, where: str) -> M:
     except ValidationError as error:
         wrong = RunError(_to_fault(model, detail, where) for detail in error.errors())
         if unknown := [_place(detail) for detail in error.errors() if detail["type"] == "extra_forbidden"]:
-            with suppress(ValidationError):
-                wrong.rest = model.model_validate(_without(model, data, unknown))
+            for resembles in (False, True):  # the last that is valid
+                with suppress(ValidationError):
+                    wrong.rest = model.model_validate(_without(model, data, unknown, resembles))
         raise wrong from None
 
 
-def _without(model: type[BaseModel], data: Any, places: list[list[Any]]) -> Any:
-    """Data without unknown keys; what is under one goes to the key that it resembles, if that is free."""
+def _without(model: type[BaseModel], data: Any, places: list[list[Any]], resembles: bool) -> Any:
+    """Data without unknown keys; what is under one goes to the key that it `resembles`, if that is free."""
     data = deepcopy(data)
     for *parents, key in places:
         section: Any = data
         for part in parents:
             section = section[part]
         value, near = section.pop(key), get_close_matches(str(key), _known_keys(model, parents), n=1)
-        if near:
+        if near and resembles:
             section.setdefault(near[0], value)
     return data
 
