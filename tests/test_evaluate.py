@@ -358,6 +358,11 @@ def test_rows_that_the_model_cannot_hold_are_refused(model, tokenizer):
     long = [replace(row, prompt=(("user", "the dog " * 200),)) for row in CHOICES[1:2]]
     with pytest.raises(DataError, match=r"1 of 2 rows of 'long' are longer than the 256 tokens[^$]*'long', row 2"):
         score_tasks(model, tokenizer, [TaskSpec("long", [CHOICES[0], *long])])
+    answer = replace(ANSWERS[1], completion="the dog " * 100)
+    with pytest.raises(
+        DataError, match=r"2 of 2 rows of 'a' are longer.*\n.*\n.*tokens kept free for its answer, .* that of row 2: a task of"
+    ):
+        score_tasks(model, tokenizer, [TaskSpec("a", [ANSWERS[0], answer])])
     edge = replace(ANSWERS[0], prompt=(("user", "!" * (256 - SPARE_TOKENS - 3)),))
     with pytest.raises(DataError, match="longer than the 256 tokens"):
         score_tasks(model, tokenizer, [TaskSpec("edge", [edge])])

@@ -277,7 +277,12 @@ def test_without_a_network_the_cache_answers_as_far_as_it_goes(hub, ask, llama, 
         assert (
             "its cache does not hold all weights of 'org/planned'" in planned["error"] and "run once with the network" in planned["error"]
         )
-        assert unknown["error"].startswith("there is no such folder, ") and reason in unknown["error"] and "'org/unknown'" in unknown["error"] and "where: org/unknown@main" in unknown["error"]
+        assert (
+            unknown["error"].startswith("there is no such folder, ")
+            and reason in unknown["error"]
+            and "'org/unknown'" in unknown["error"]
+            and "where: org/unknown@main" in unknown["error"]
+        )
     hub.broken = True
     whole, unknown = ask("org/whole", "org/unknown")
     assert whole["revision"] == hub.commit("org/whole")

@@ -11,9 +11,10 @@ import yaml
 from recall_merge import MergeRun, merge, verify
 from recall_merge.demo.smollm import unpack
 from recall_merge.evaluation.evaluate import evaluate
+from recall_merge.evaluation.tasks import SPARE_TOKENS
 from recall_merge.files.rows import read_rows
 from recall_merge.models.load import load_tokenizer
-from recall_merge.models.tokens import encode_rows
+from recall_merge.models.tokens import NO_LABEL, encode_rows
 from tiny import load_model, load_tensors, lora, merged_by_peft, quiet, write_rows
 
 pytestmark = pytest.mark.slow
@@ -77,7 +78,7 @@ def test_tokens_labels_logits_and_scores_are_those_of_trl_peft_and_lm_eval(world
     """The same rows and the same adapter through the other tools alone: trl's dataset, PEFT's merge, lm-eval's command line."""
     right = {"Is snow white?": "yes", "Is a river a letter?": "no", "Can a doctor read a number?": "yes", "Is coal white?": "no"}
     choices = [{"prompt": asked, "completion": said, "choices": ["yes", "no"]} for asked, said in right.items()]
-    answers = [{"prompt": f"Repeat this word and nothing else: {word}", "completion": word} for word in WORDS[:4]]
+    answers = [{"prompt": f"Write a line about a {word}.", "completion": word} for word in WORDS[:4]]
     rows = [read_rows(write_rows(tmp_path / f"{name}.jsonl", made)) for name, made in (("choices", choices), ("answers", answers))]
     run = {"experts": [{"name": "a", "path": str(world / "a")}], "method": "linear", "samples": None}
     merge(a_run(world, "alone", **run, out={"path": world / "alone", "dtype": "float32"}))
@@ -96,11 +97,12 @@ def test_tokens_labels_logits_and_scores_are_those_of_trl_peft_and_lm_eval(world
             wanted = theirs(ids).logits
             assert (ours(ids).logits - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
-    written = scored_by_lm_eval(world / "a-merged", world / "alone", tmp_path)
+    longest = max(len(row.labels) - row.labels.count(NO_LABEL) for row in encoded[len(choices) :])
+    written, said = scored_by_lm_eval(world / "a-merged", world / "alone", tmp_path, longest + SPARE_TOKENS)
     for score in evaluate(str(world / "alone"), [str(tmp_path / f"{name}.jsonl") for name in ("choices", "answers")]):
         measured = {score.metric: score.score} | {name: value for name, value in score.others.items() if name == "acc_norm"}
         assert {name: written[score.task][f"{name},none"] for name in measured} == pytest.approx(measured, abs=1e-12)
-        assert score.score > 0
+    assert [item.prediction for item in score.items] == said and all(said)
 
 
 def tokenized_by_trl(records, base, folder):
@@ -118,13 +120,13 @@ def tokenized_by_trl(records, base, folder):
         return SFTTrainer(load_model(base), arguments, train_dataset=Dataset.from_list(turns), processing_class=tokenizer).train_dataset
 
 
-def scored_by_lm_eval(model, tokenizer, folder):
+def scored_by_lm_eval(model, tokenizer, folder, tokens):
     """lm-eval's command line, its own rendering and its own tasks over the files of rows."""
     shared = {"dataset_path": "json", "test_split": "test", "doc_to_text": "{{prompt}}", "target_delimiter": "", "num_fewshot": 0}
     choices = {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "{{choices.index(completion)}}"}
     choices["metric_list"] = [{"metric": "acc"}, {"metric": "acc_norm"}]
     answers = {"output_type": "generate_until", "doc_to_target": "completion", "metric_list": [{"metric": "exact_match"}]}
-    answers["generation_kwargs"] = {"until": ["\n"], "do_sample": False, "max_gen_toks": 12}
+    answers["generation_kwargs"] = {"until": ["\n"], "do_sample": False, "max_gen_toks": tokens}
     answers["filter_list"] = [{"name": "none", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}]
     for name, kind in {"choices": choices, "answers": answers}.items():
         task = {"task": name, "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")}}, **shared, **kind}
@@ -142,7 +144,9 @@ def scored_by_lm_eval(model, tokenizer, folder):
         folder / "out",
     ]
     command += ["--model_args", f"pretrained={model},tokenizer={tokenizer},dtype=float32"]
-    command += ["--include_path", folder, "--tasks", "choices,answers"]
+    command += ["--include_path", folder, "--tasks", "choices,answers", "--log_samples"]
     subprocess.run(list(map(str, command)), check=True, capture_output=True, cwd=folder)
     [written] = (folder / "out").rglob("results_*.json")
-    return json.loads(written.read_text())["results"]
+    [samples] = (folder / "out").rglob("samples_answers_*.jsonl")
+    said = {sample["doc_id"]: sample["filtered_resps"][0] for sample in map(json.loads, samples.read_text().splitlines())}
+    return json.loads(written.read_text())["results"], [said[row].strip() for row in sorted(said)]

@@ -15,7 +15,7 @@ import torch
 
 from recall_merge.continual.steps import KeyedFile, fingerprint, merge_models, score_model, scores_key
 from recall_merge.demo import smollm
-from recall_merge.evaluation.scores import TaskScore
+from recall_merge.evaluation.scores import TaskScore, greedy
 from recall_merge.evaluation.tasks import TaskSpec
 from recall_merge.files.hashing import hash_file
 from recall_merge.files.model_card import add_scores
@@ -150,9 +150,9 @@ def _score(folder: Path, name: str, tasks: Sequence[DemoTask], progress: Progres
 
 
 def _generate(model: Any, tokenizer: Any, row: Row) -> str:
-    """A model's own answer, greedily."""
+    """A model's own answer, by the rules of its scores."""
     ids = tokenizer(render(row, tokenizer).prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
-    with torch.inference_mode():
+    with torch.inference_mode(), greedy(model, tokenizer):
         written = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, pad_token_id=0)
     return tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True).strip()
 

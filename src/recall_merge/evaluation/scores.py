@@ -81,7 +81,7 @@ def score_tasks(
     from recall_merge.evaluation.lm_eval_private import LocalModel, silence
 
     from_rows, named = [task for task in tasks if task.rows is not None], [task for task in tasks if task.rows is None]
-    with silence(), _greedy(model, tokenizer) as ends:
+    with silence(), greedy(model, tokenizer) as ends:
         objects = load_named([task.name for task in named])
         local = LocalModel(model, tokenizer, batch_size=batch_size, progress=progress or Silent())
         window = local.max_length
@@ -124,12 +124,16 @@ def _check_lengths(definitions: Mapping[str, Definition], tokenizer: Any, window
         long = sorted({row for (row, _), count in zip(texts, counts, strict=True) if count + room > window})
         if long:
             what = f"{len(long)} of {len(documents)} rows of '{name}' are longer than the {window} tokens that the model can read"
-            faults.add(what, where=f"task '{name}', {numbered(long)}", fix="leave them out, or shorten them")
+            fix = "leave them out, or shorten them"
+            if room > 0:  # as many tokens are kept free for every row as the longest answer has
+                row = max(documents, key=lambda document: max(map(len, document["answers"])))["id"]
+                fix += f"; each has {room} tokens kept free for its answer, for the longest is that of row {row + 1}: a task of its own?"
+            faults.add(what, where=f"task '{name}', {numbered(long)}", fix=fix)
     return faults
 
 
 @contextmanager
-def _greedy(model: Any, tokenizer: Any) -> Iterator[list[int]]:
+def greedy(model: Any, tokenizer: Any) -> Iterator[list[int]]:
     """All models write by the same rules: greedily, each until its own end tokens, which are given. What the file of a generation config
     says beside them (penalties, limits, beams, suppressed tokens) would score the same weights differently by where they come from.
 

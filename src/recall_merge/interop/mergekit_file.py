@@ -159,7 +159,12 @@ def check_file(file: MergekitFile) -> None:
         ("modules", "modules", file.modules, "list the models under `models`; models with a single decoder have no other modules"),
         ("tokenizer", "tokenizer.tokens", tokenizer.tokens, change_later),
         ("tokenizer", "tokenizer.pad_to_multiple_of", tokenizer.pad_to_multiple_of, change_later),
-        ("chat_template", "chat_template", file.chat_template, "leave it out: the result has the base's"),
+        (
+            "chat_template",
+            "chat_template",
+            file.chat_template,
+            "leave it out: the result has the base's, or a model's by `--set out.chat_template=NAME`",
+        ),
         *((f"slices.{number}", "residual_weight", part.residual_weight, "leave it out") for number, part in enumerate(slices)),
     ]
     for where, key, value, fix in unsupported:
