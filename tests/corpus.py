@@ -104,7 +104,7 @@ ADAPTER_CONFIG: dict[str, Any] = {
     "peft_type": "LORA",
     "r": 2,
     "lora_alpha": 4,
-    "target_modules": ["mlp"],
+    "target_modules": ["layers.0.mlp"],
     "base_model_name_or_path": "base",
 }
 ADAPTER: dict[str, bytes | None] = {

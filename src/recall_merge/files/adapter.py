@@ -1,7 +1,7 @@
 """A PEFT adapter folder: which tensors of the base it changes, and by how much, exactly.
 
 LoRA (arXiv:2106.09685), rsLoRA (arXiv:2312.03732), DoRA (arXiv:2402.09353), rank and alpha patterns, `modules_to_save`, trained biases,
-trained embeddings, single trained tokens, and experts that are one parameter. Every other kind of adapter is refused by name, never approximated.
+trained embeddings, single trained tokens, experts that are one parameter. All other kinds are refused by name, never approximated.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from recall_merge.files.checkpoint import INDEX, SINGLE, Checkpoint, files_in, r
 from recall_merge.files.edits import COPY_AGAIN, MERGE_FIRST, OTHER_BASE, Edit, FactorOfExperts
 from recall_merge.files.fused import TargetParameters
 from recall_merge.files.names import Names, unwrapped
+from recall_merge.files.promised import Promises
 from recall_merge.files.safetensors import RemoteFile, StoredTensor, read_header
 from recall_merge.runtime.errors import CheckpointError, Faults, short
 
@@ -189,7 +190,7 @@ class _Parts:
         self._put(self.edits[name], name, module, kind, part)
 
     def _put(self, edit: Edit, name: str, module: str, kind: str, part: StoredTensor) -> None:
-        slot = kind.removeprefix("base_layer.")
+        slot = kind.removeprefix("base_layer.").replace("embedding_", "")
         if not self._placed.setdefault((name, slot), part).same_bytes(part):
             raise CheckpointError(f"the adapter gives '{name}' twice, with different values", where=self._where, fix=COPY_AGAIN)
         match kind:
@@ -229,35 +230,12 @@ class _Parts:
                 edit.transpose = self._is_stored_transposed(name, edit)
             for misfit in edit.misfits(own.spec.shape, tokens=name in self._base.token_tensors):
                 faults.add(f"the adapter changes '{name}' {misfit}", where=self._where, fix=OTHER_BASE)
-        for module in sorted(self._missing())[:3]:
-            fix = f"{COPY_AGAIN}, or list only the blocks that it has under `layers_to_transform` of its config"
-            faults.add(f"the adapter lacks '{module}', which its config says it changes", where=self._where, fix=fix)
+        placed = {*self._placed, *((name, "lora_A") for name in parameters)}
+        for what, fix in Promises(self._config, self._base, self._names, self._is_all).broken(self._modules, placed):
+            faults.add(what, where=self._where, fix=fix)
         if self._base.is_tied and not self._head_follows():
             what = f"the adapter trains the head apart from the embedding '{self._base.embedding}', to which the base ties it"
             faults.add(what, where=self._where, fix="train both with `ensure_weight_tying=True`, or untie the base first")
-
-    def _missing(self) -> set[str]:
-        """Modules that the adapter has in some blocks only, though its config means those of other blocks too."""
-        layers, missing = self._base.layers, set()
-        for module, name in self._modules.items():
-            if 1 <= (layer := layers.of(name)) <= layers.blocks and f".{layer - 1}." in module:
-                for block in set(range(layers.blocks)) - {layer - 1}:
-                    there, theirs = (path.replace(f".{layer - 1}.", f".{block}.", 1) for path in (module, name))
-                    if there not in self._modules and theirs in self._base.tensors and self._targets(there, block):
-                        missing.add(there)
-        return missing
-
-    def _targets(self, module: str, block: int) -> bool:
-        """Whether the config means a module, as PEFT decides it."""
-
-        def fits(wanted: Any) -> bool:
-            if isinstance(wanted, str):
-                return wanted == "all-linear" or self._matches(wanted, module)
-            return any(module == each or module.endswith(f".{each}") for each in wanted or ())
-
-        only = self._config.get("layers_to_transform")
-        in_block = only is None or block == only or (isinstance(only, list) and block in only)
-        return in_block and fits(self._config.get("target_modules")) and not fits(self._config.get("exclude_modules"))
 
     def _is_stored_transposed(self, name: str, edit: Edit) -> bool:
         """Whether the base stores a tensor as (in, out). PEFT asks the module's class; the shape decides unless it is square."""
@@ -293,13 +271,20 @@ class _Parts:
         return pattern("alpha_pattern", "lora_alpha") / (r**0.5 if self._config.get("use_rslora") else r)
 
     def _matches(self, expression: str, module: str) -> bool:
-        """Whether a pattern means a module, as PEFT decides it; a pattern that takes too long to match is refused."""
+        """Whether a pattern of ranks or alphas means a module, as PEFT decides it."""
+        return self._is_all(_whole_name(expression), module, told=expression)
+
+    def _is_all(self, expression: str, module: str, told: str | None = None) -> bool:
+        """Whether an expression matches all of a name; one that takes too long is refused."""
         import regex
 
         try:
-            return regex.match(_whole_name(expression), module, timeout=PATIENCE) is not None
+            return regex.fullmatch(expression, module, timeout=PATIENCE) is not None
+        except (regex.error, RecursionError) as error:
+            what = f"the adapter's pattern {short(expression)} is none: {error}"
+            raise CheckpointError(what, where=self._where.with_name(CONFIG), fix=COPY_AGAIN) from None
         except TimeoutError:
-            what = f"the adapter's pattern {short(expression)} takes too long to match"
+            what = f"the adapter's pattern {short(told or expression)} takes too long to match"
             raise CheckpointError(what, where=self._where.with_name(CONFIG), fix="write the modules' names instead") from None
 
     def _token_ids(self, module: str) -> tuple[int, ...]:

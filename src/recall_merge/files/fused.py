@@ -48,7 +48,10 @@ class TargetParameters:
         owner, depth = module.replace(".base_layer", ""), module.count(".base_layer")
         if kind not in ("lora_A", "lora_B") or not (depth or any(owner in owners for _, owners in self._models)):
             return False
-        self._factors.setdefault(owner, {}).setdefault(depth, {})[kind] = part
+        if not self._factors.setdefault(owner, {}).setdefault(depth, {}).setdefault(kind, part).same_bytes(part):
+            raise CheckpointError(
+                f"the adapter gives '{kind}' of '{module}' twice, with different values", where=self._where, fix=COPY_AGAIN
+            )
         return True
 
     def edits(self, scale: Scale, faults: Faults) -> dict[str, Edit]:
