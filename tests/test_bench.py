@@ -18,9 +18,10 @@ from torch import nn
 
 from recall_merge.bench.bench import bench, make_agenda, seconds_left, store_of, write_results
 from recall_merge.bench.design import make_design
-from recall_merge.bench.jobs import Scores, Store, Trained
+from recall_merge.bench.jobs import Scores, Store, Trained, hash_rows
 from recall_merge.bench.results import NUMBERS, SCORES, MethodResults, Results, Spread, read_results
 from recall_merge.bench.scenario import Scenario, load_scenario
+from recall_merge.files.rows import parse_rows, read_rows
 from recall_merge.runtime.errors import RecallError, RunError
 from recall_merge.training.ewc import Anchor, Consolidation, Pull, anchored, fisher
 from tiny import write_rows
@@ -346,6 +347,22 @@ def test_rows_that_the_base_cannot_read_are_reported_before_any_work(llama: Path
     assert "1 of 9 training rows are longer than the 128 tokens that the model can read\n  where: task 'films', row 9" in words, words
     assert "1 of 7 rows of 'films' are longer than the 128 tokens that the model can read\n  where: task 'films', row 7" in words, words
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_are_kept_with_all_that_they_say(tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}
+    asked = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "is it?"}]
+    records = [
+        {"text": "the dog"},
+        {"prompt": "is it?", "completion": " yes", "choices": [" yes", " no"]},
+        {"prompt": asked, "completion": "yes", "choices": ["yes", "no"]},
+        {"messages": [*asked, {"role": "assistant", "content": "yes", "reasoning_content": "sure"}]},
+        {"messages": [*asked, call], "tools": [{"type": "function", "function": {"name": "f"}}]},
+    ]
+    rows = parse_rows(records, where="rows")
+    assert read_rows(Store(tmp_path).keep_rows(rows)) == rows
+    without = parse_rows([{**records[4], "tools": None}], where="rows")
+    assert hash_rows(without) != hash_rows(rows[4:])
 
 
 def test_one_bench_at_a_time(tmp_path: Path) -> None:

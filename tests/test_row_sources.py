@@ -5,6 +5,7 @@ import hashlib
 import json
 from dataclasses import replace
 
+import datasets
 import pytest
 import yaml
 from transformers import AutoTokenizer
@@ -124,6 +125,24 @@ def test_scores_are_the_same_in_every_form(data, llama):
     ]
 
 
+def test_a_set_on_the_hub_is_scored_and_learnt_by_its_name(llama, tmp_path, monkeypatch):
+    asked = []
+
+    def load_dataset(name, config, split):
+        asked.append((name, config, split))
+        return datasets.Dataset.from_list([{"question": f"is it {split} {i}?", "reply": "y"} for i in range(8)])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    given = "{path: org/set, config: main, columns: {prompt: question, completion: reply}}"
+    assert evaluate(str(llama), [f"a={given}"])[0].n == 8
+    assert asked == [("org/set", "main", "test")]
+    init(tmp_path / "ws", str(llama), SETTINGS | {"stats_rank": 0, "method": "linear"})
+    stage = learn(tmp_path / "ws", Request("a", given, given)).stage
+    assert {("org/set", "main", "train"), ("org/set", "main", "test")} == set(asked)
+    assert (stage.train.path, len(unchanged_rows(tmp_path / "ws", stage.task.test))) == ("org/set", 8)
+    assert stage.train.sha256 != stage.task.test.sha256
+
+
 def test_a_bench_has_the_same_jobs(data, llama, tmp_path):
     def keys(train, test):
         task = {"name": "a", "train": train, "test": test}
@@ -203,10 +222,10 @@ def test_an_expert_that_is_trained_with_a_template_has_it(kind, llama, chats, ji
         theirs = AutoTokenizer.from_pretrained(llama)
         theirs.chat_template = TEMPLATE
         data = [{"prompt": [{"role": r, "content": c} for r, c in row.prompt], "completion": [TURNS[1]]} for row in rows]
-        from datasets import Dataset
-
         arguments = SFTConfig(output_dir=str(tmp_path / "trl"), report_to="none", use_cpu=True)
-        trainer = SFTTrainer(load_by_transformers(llama), arguments, train_dataset=Dataset.from_list(data), processing_class=theirs)
+        trainer = SFTTrainer(
+            load_by_transformers(llama), arguments, train_dataset=datasets.Dataset.from_list(data), processing_class=theirs
+        )
     assert [row.input_ids for row in encode_rows(rows, tokenizer)] == list(trainer.train_dataset["input_ids"])
     before = evaluate(str(tmp_path / "expert"), [str(chats)], base=None if kind == "full" else str(llama))
     assert before[0].n == 6  # without a word about templates: the expert has its own

@@ -32,7 +32,7 @@ def hashed(content: Any) -> str:
 
 
 def hash_rows(rows: Sequence[Row]) -> str:
-    return hashed([[row.prompt, row.completion, row.choices] for row in rows])
+    return hashed([[row.prompt, row.completion, row.choices, *([row.details] if row.details else [])] for row in rows])
 
 
 @dataclass(frozen=True)
@@ -277,7 +277,9 @@ def _record(row: Row) -> dict[str, Any]:
     """A row in a form that is read back as it is."""
     if not row.prompt:
         return {"text": row.completion}
+    choices = {"choices": row.choices} if row.choices else {}
+    if row.details:
+        return {"prompt": row.turns[:-1], "completion": row.turns[-1:], "tools": row.tools, **choices}
     if [role for role, _ in row.prompt] == ["user"]:
-        return {"prompt": row.prompt[0][1], "completion": row.completion, **({"choices": row.choices} if row.choices else {})}
-    turns = [*row.prompt, ("assistant", row.completion)]
-    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+        return {"prompt": row.prompt[0][1], "completion": row.completion, **choices}
+    return {"prompt": row.turns[:-1], "completion": row.completion, **choices}

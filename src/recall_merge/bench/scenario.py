@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from recall_merge.files.row_sources import LearntRows, ScoredRows, Template
 from recall_merge.merging.run import LayerScale, Prune, Weights
+from recall_merge.runtime.paths import exists
 from recall_merge.runtime.sections import Section, assign, parse, read_mapping
 from recall_merge.training.settings import TrainSettings
 
@@ -191,7 +192,7 @@ def load_scenario(path: Path, overrides: Mapping[str, Any] | None = None) -> Sce
     """
     content = read_mapping(path, "scenario", "docs/bench.md")
     for key in ("model", "data", "out", "template"):
-        if isinstance(content.get(key), str) and (key == "out" or (path.parent / content[key]).exists()):
+        if isinstance(content.get(key), str) and (key == "out" or exists(path.parent / content[key])):
             content[key] = str(path.parent / content[key])
     for key, value in (overrides or {}).items():
         assign(content, key, value)
