@@ -37,10 +37,10 @@ class TensorLoader:
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Put these tensors into the model. Raises CheckpointError if transformers does not expect them, or cannot convert them."""
-        unread = unread_names(self._model)
-        tensors = {name: tensor for name, tensor in tensors.items() if not unread.search(name)}
         with quiet():
-            report, _ = convert_and_load_state_dict_in_model(self._model, tensors, self._config)
+            report, _ = convert_and_load_state_dict_in_model(self._model, dict(tensors), self._config)
+        unread = unread_names(self._model)
+        report.unexpected_keys = {key for key in report.unexpected_keys if not unread.search(key)}
         for kind in ("unexpected_keys", "mismatched_keys", "conversion_errors", "error_msgs"):
             if wrong := getattr(report, kind):
                 raise CheckpointError(f"transformers finds {kind.replace('_', ' ')}: {sorted(map(str, wrong))[:5]}", where=self._folder)
