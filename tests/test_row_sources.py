@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 from dataclasses import replace
+from typing import Any
 
 import datasets
 import pytest
@@ -16,6 +17,7 @@ from recall_merge.bench.design import make_design
 from recall_merge.bench.scenario import load_scenario
 from recall_merge.cli.app import app
 from recall_merge.cli.options import words_of
+from recall_merge.continual.branch_section import _changed_items
 from recall_merge.continual.stages import learn
 from recall_merge.continual.state import DataFile, read_state, unchanged_rows
 from recall_merge.continual.validation import Request
@@ -28,6 +30,7 @@ from recall_merge.merging.run import load_run
 from recall_merge.models.load import load_model, load_tokenizer
 from recall_merge.models.tokens import encode_rows
 from recall_merge.report.merge_page import result_page
+from recall_merge.report.words import Words
 from recall_merge.runtime.errors import DataError, RunError
 from recall_merge.runtime.progress import Silent
 from recall_merge.training.fine_tuning import train
@@ -92,7 +95,15 @@ def test_a_merge_has_the_hash_of_its_folder_of_rows_and_a_report_reads_them(data
     assert record["rows_sha256"] == RowSource.model_validate(described(data, "tables")).digest()
     made = {"models": {}, "cache": tmp_path / "cache", "progress": Silent()}
     page = result_page(tmp_path / "merged", text=True, samples=data / "tables", **made)
-    assert "is it " in str(page)
+    [table] = next(section.blocks for section in page.sections if section.anchor == "samples")
+    lines = (data / "tables" / "train.csv").read_text().splitlines()
+    assert all(text.startswith(lines[int(row) - 1].partition(",")[0]) for row, *_, text in table.rows) and len(table.rows) == 2
+
+
+def test_a_workspaces_page_numbers_items_as_the_lines_of_their_file_and_lm_evals_as_lm_eval():
+    old, new = ({"items": [{"id": 1, "score": score, "prediction": "", "choices": 2}]} for score in (0.0, 1.0))
+    for rows, name in ((dict[int, Any](), "2"), (None, "1")):
+        assert [item.id for item in _changed_items("", "", old, new, rows, Words(False)).items] == [name]
 
 
 def test_a_workspace_learns_and_scores_them(data, llama, tmp_path):

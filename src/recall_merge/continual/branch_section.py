@@ -79,7 +79,7 @@ def _matrix(branch: BranchScores, words: Words) -> Matrix:
     stages = branch.branch.stages
     tests = {task.name: task.test for task in (*stages[-1].unseen, *(stage.task for stage in stages))}
     found = {name: unchanged_rows(branch.folder, test) if words.wanted else None for name, test in tests.items()}
-    texts = {name: {row.index: row for row in rows or ()} for name, rows in found.items()}
+    texts = {name: None if tests[name] is None else {row.index: row for row in rows or ()} for name, rows in found.items()}
     for number, name in enumerate(branch.rows):
         cells = []
         for column, task in enumerate(branch.tasks):
@@ -216,8 +216,8 @@ def _change_of(before: Score, after: Score) -> Change | None:
     return Change(lost, won, chance, sum(gain < -LEAST for gain in gains), sum(gain > LEAST for gain in gains), n)
 
 
-def _changed_items(anchor: str, title: str, before: Score, after: Score, rows: Mapping[int, Row], words: Words) -> Items:
-    """The items that changed most, lost ones first."""
+def _changed_items(anchor: str, title: str, before: Score, after: Score, rows: Mapping[int, Row] | None, words: Words) -> Items:
+    """The items that changed most, lost ones first. `rows` are the task's, as far as their texts are wanted; None for lm-eval's own."""
     changed = [(new["score"] - old["score"], old, new) for old, new in _pairs_of(before, after)]
     changed.sort(key=lambda entry: -abs(entry[0]))
     lost, won = [entry for entry in changed if entry[0] < -LEAST], [entry for entry in changed if entry[0] > LEAST]
@@ -230,11 +230,12 @@ def _changed_items(anchor: str, title: str, before: Score, after: Score, rows: M
     return Items(anchor, title, summary, [_item(old, new, rows, words) for _, old, new in (*lost[:LISTED], *won[:LISTED])])
 
 
-def _item(before: Mapping[str, Any], after: Mapping[str, Any], rows: Mapping[int, Row], words: Words) -> Item:
-    row = rows.get(after["id"]) if isinstance(after["id"], int) else None
+def _item(before: Mapping[str, Any], after: Mapping[str, Any], rows: Mapping[int, Row] | None, words: Words) -> Item:
+    row = None if rows is None else rows.get(after["id"])
+    name = after["id"] if rows is None else after["id"] + 1  # rows are numbered from 1, as the lines of a file
     texts = {"prompt": words.cut(row.plain), "right": words.cut(row.completion)} if row else {}
     texts |= {"said_before": words.cut(before["prediction"]), "said_after": words.cut(after["prediction"])}
-    return Item(str(after["id"]), _score(before["score"]), _score(after["score"]), after["score"] < before["score"], **texts)
+    return Item(str(name), _score(before["score"]), _score(after["score"]), after["score"] < before["score"], **texts)
 
 
 def _score(value: float) -> str:

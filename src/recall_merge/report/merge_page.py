@@ -226,7 +226,7 @@ def _worst_by_layer(condition: Mapping[str, float], blocks: int) -> dict[str, An
 def _samples(facts: MergeFacts) -> Table:
     samples = sorted(facts.record["samples"], key=lambda sample: -sample["cluster"])
     head = ["row", "tokens", "rows in its cluster"]
-    rows = [[str(sample["row"]), str(sample["tokens"]), str(sample["cluster"])] for sample in samples]
+    rows = [[str(sample["row"] + 1), str(sample["tokens"]), str(sample["cluster"])] for sample in samples]
     caption = "Rows of the newest expert's data that the models were compared on, by the size of their clusters"
     if not facts.texts:
         return Table(f"{caption}; --text shows their texts", head, rows)
