@@ -294,6 +294,11 @@ def test_shards_without_an_index(folder):
     refusal(folder, "there are shards (model-00001-of-00002.safetensors, ...) but no index of them", f"copy {INDEX} too")
 
 
+def test_weights_that_were_not_gathered(folder):
+    save_file({name: torch.zeros(0) for name in load_tensors(folder)}, folder / SINGLE, metadata={"format": "pt"})
+    refusal(folder, "the model's 'lm_head.weight' is empty", "stage3_gather_16bit_weights_on_model_save")
+
+
 def test_quantised_weights(folder):
     edit_json(folder / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     refusal(folder, "the weights are quantised", "dequantise the model first, and merge that", where="config.json")

@@ -1,6 +1,7 @@
 """Adapters on parameters that hold all experts of a block, beside what PEFT's own merge makes of them, tensor by tensor of the files."""
 
 import json
+import shutil
 from typing import Any
 
 import pytest
@@ -150,12 +151,16 @@ def test_parts_that_do_not_fit(base_of, tmp_path, case):
     assert what in str(error.value)
 
 
-def test_a_target_that_nobody_knows(base_of, tmp_path):
-    adapter = lora(base_of("mixtral"), tmp_path / "adapter", r=2, target_modules=["q_proj"])
+def test_targets_that_the_base_does_not_have(base_of, tmp_path):
+    """PEFT's config of a kind of model names experts, and warns where a model has none; without transformers' word nobody knows."""
+    base = shutil.copytree(base_of("mixtral"), tmp_path / "base")
+    adapter = lora(base, tmp_path / "adapter", r=2, target_modules=["q_proj"])
     edit_json(adapter / "adapter_config.json", target_parameters=["experts.w1"])
+    assert_is_pefts(base, adapter, merged_by_peft(base, adapter, tmp_path / "theirs"))
+    edit_json(base / "config.json", model_type="unheard-of", architectures=None)
     what = r"parameters of 'experts\.w1' that its config does not target, or transformers does not know"
     with pytest.raises(CheckpointError, match=what):
-        open_adapter(adapter, open_checkpoint(base_of("mixtral")))
+        open_adapter(adapter, open_checkpoint(base))
 
 
 def test_experts_that_are_made_in_a_way_that_is_not_known_are_refused_by_name(base_of, tmp_path):

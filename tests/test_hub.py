@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import save_file
 
 from hub_server import Hub, serve
 from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.files.hub import Located, Reference, locate, parse_reference
 from recall_merge.runtime.errors import CheckpointError
-from tiny import fine_tuned, lora, make_model, save_model
+from tiny import fine_tuned, load_tensors, lora, make_model, save_model
 
 SCRIPT = """
 import json, sys
@@ -297,3 +298,25 @@ def test_a_fine_tuned_model_of_the_hub_differs_from_its_base_before_it_is_downlo
 
 def _header_size(path: Path) -> int:
     return 8 + int.from_bytes(path.read_bytes()[:8], "little")
+
+
+def test_an_adapter_without_effect_is_refused_once_it_is_here(hub, llama, tmp_path):
+    """A plan reads no factors that are still on the hub; a merge fetches them, and looks before any work."""
+    adapter = lora(llama, tmp_path / "adapter", r=2, target_modules=["q_proj"])
+    file = adapter / "adapter_model.safetensors"
+    save_file({key: part * ("lora_A" in key) for key, part in load_tensors(adapter).items()}, file)
+    hub.repos["org/adapter"] = adapter
+    expert = {"name": "a", "path": "org/adapter", "same_base": True}
+    run = {"base": str(llama), "experts": [expert], "method": "linear", "out": {"path": str(tmp_path / "out")}}
+    script = f"""
+from recall_merge import MergeRun, make_plan, merge
+run = MergeRun.model_validate({run!r})
+print(make_plan(run, download=False).bytes_to_download)
+try:
+    merge(run)
+except Exception as error:
+    print(error)
+"""
+    own = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ | own, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"{file.stat().st_size}\nexpert 'a' changes nothing: every product of its factors is zero\n")

@@ -7,6 +7,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import architectures
 from recall_merge import MergeRun, RecallError, make_plan, merge
 from recall_merge.files.names import unwrapped
 from tiny import fine_tuned, load_model, load_tensors, lora, make_model, merged_by_peft, quiet, save_model, seeded
@@ -197,3 +198,21 @@ def test_an_adapter_that_gives_a_factor_twice_is_refused(tmp_path):
 def test_names_that_are_no_wrappers_stay():
     for name in ("model.module.weight", "base_model.weight", "encoder.default.weight", "h.0.attn.c_attn.weight"):
         assert unwrapped(name) == name
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v4", "hy_v3", "laguna"])
+def test_shared_experts_that_the_files_call_otherwise(kind, tmp_path):
+    base = save_model(architectures.build(kind), tmp_path / "base")
+    adapter = lora(base, tmp_path / "adapter", r=2, lora_alpha=8, target_modules="all-linear")
+    parts = load_tensors(adapter)
+    modules = {key.split(".lora_")[0].removeprefix("base_model.model.") for key in parts}
+    assert not {f"{module}.weight" for module in modules} <= set(load_tensors(base))
+    merge(a_run(base, adapter, tmp_path / "out"))
+    theirs = load_tensors(merged_by_peft(base, adapter, tmp_path / "theirs"))
+    if kind == "laguna":  # a pattern without escapes makes PEFT lose these on loading: their value by hand
+        for word in ("down_proj", "gate_proj", "up_proj"):
+            module = f"base_model.model.model.layers.1.mlp.shared_experts.{word}"
+            product = parts[f"{module}.lora_B.weight"] @ parts[f"{module}.lora_A.weight"]
+            theirs[f"model.layers.1.mlp.shared_expert.{word}.weight"] += 4 * product
+    for name, tensor in load_tensors(tmp_path / "out").items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-6)

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from recall_merge import MergeRun, RecallError
+from recall_merge import MergeRun, RecallError, merge
 from recall_merge.files.experts import FullExpert
 from recall_merge.files.hashing import ModelDigest
 from recall_merge.files.output import WeightWriter
@@ -146,6 +147,23 @@ def test_a_number_that_is_not_finite_stops_all_threads(models, tmp_path, monkeyp
     with pytest.raises(RecallError, match="expert 'bad' holds NaN or infinity"):
         written(plan, tmp_path / "spans")
     assert threading.active_count() == threads
+
+
+def test_a_mask_of_infinities_is_kept_where_it_is_named(tmp_path):
+    """All models hold the same infinities, as in a mask that was stored; whether they are meant, the user says."""
+    base = save_model(make_model("llama"), tmp_path / "base")
+    mask = {"model.layers.0.mask": torch.full((4, 4), -torch.inf).triu(1)}
+    expert = fine_tuned(base, tmp_path / "expert", seed=1)
+    for folder in (base, expert):
+        save_file(load_tensors(folder) | mask, folder / "model.safetensors", metadata={"format": "pt"})
+    run = {"base": str(base), "experts": [{"name": "a", "path": str(expert)}], "method": "linear", "out": {"path": tmp_path / "out"}}
+    with pytest.raises(RecallError) as error:
+        merge(MergeRun.model_validate(run))
+    [fault] = error.value.faults
+    assert fault.what == "the base holds NaN or infinity in 'model.layers.0.mask'"
+    assert fault.fix.startswith("name it under `skip:` if these numbers are meant, as in a mask: that keeps the base's")
+    merge(MergeRun.model_validate(run | {"skip": ["model.layers.0.mask"]}))
+    assert torch.equal(load_tensors(tmp_path / "out")["model.layers.0.mask"], mask["model.layers.0.mask"])
 
 
 @pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.sums])

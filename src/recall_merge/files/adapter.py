@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from recall_merge.files.checkpoint import INDEX, SINGLE, Checkpoint, files_in, read_json
+from recall_merge.files.checkpoint import INDEX, SAVE_WHOLE, SINGLE, Checkpoint, files_in, read_json
 from recall_merge.files.edits import COPY_AGAIN, MERGE_FIRST, OTHER_BASE, Edit, FactorOfExperts
 from recall_merge.files.fused import TargetParameters
 from recall_merge.files.names import Names, unwrapped
@@ -32,7 +32,6 @@ UNSUPPORTED = (  # settings of LoRA that do more than change single tensors
     "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "megatron_config", "monteclora_config",
     "use_bdlora", "use_qalora", "velora_config",
 )  # fmt: skip
-SAVE_WHOLE = "save it again with all of its weights gathered: under DeepSpeed's ZeRO-3, stage3_gather_16bit_weights_on_model_save"
 CONV1D = ("gpt2", "openai-gpt")  # model types whose blocks hold transformers' Conv1D, which stores (in, out)
 MAX_PATTERN = 10_000  # characters; a pattern that lists every module of a large model has some thousands
 PATIENCE = 1.0  # seconds; a sound pattern takes microseconds

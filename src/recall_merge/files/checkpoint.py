@@ -38,6 +38,7 @@ OTHER_FORMATS = (".gguf", ".onnx", ".h5", ".msgpack")
 MAX_JSON = 64_000_000  # bytes of a file that describes a model, an adapter or a result
 AGAIN = "the file is damaged: copy or download it again"
 DAMAGED_MODEL = "the model is damaged: copy or download it again"
+SAVE_WHOLE = "save it again with all of its weights gathered: under DeepSpeed's ZeRO-3, stage3_gather_16bit_weights_on_model_save"
 NO_MODEL = "give the folder of a Hugging Face model or adapter"
 
 
@@ -93,6 +94,8 @@ class Checkpoint:
             tables = [name for name in tables if not NOT_TEXT.search(name)]
         tables.sort(key=len)
         if not tables or not all(name.startswith(tables[0].removesuffix(".weight")) for name in tables):
+            if empty := sorted(name for name, stored in self.tensors.items() if stored.spec.shape == (0,)):
+                raise CheckpointError(f"the model's '{empty[0]}' is empty", where=self.folder, fix=SAVE_WHOLE)
             what = f"the config says vocab_size {rows}; {'more than one' if tables else 'no'} tensor before the blocks has that many rows"
             raise CheckpointError(what, where=self.folder, fix="config and weights must be of the same model: copy or download it again")
         return (*tables, *filter(self.is_head, self.tensors))

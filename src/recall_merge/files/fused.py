@@ -57,8 +57,8 @@ class TargetParameters:
     def edits(self, scale: Scale, faults: Faults) -> dict[str, Edit]:
         """The edits of the base's tensors."""
         edits: dict[str, Edit] = {}
-        if not self._targets and not self._factors:
-            return edits
+        if not self._factors and all(not owners for _, owners in self._models) and (self._models or not self._targets):
+            return edits  # a model may have none of the experts that PEFT's config of its kind names
         if not (fitting := [each for each in self._models if each[1] and self._factors.keys() <= each[1].keys()]):
             name = min([*self._factors, *(target[1:] for target in self._targets)])
             what = f"the adapter changes parameters of '{name}' that its config does not target, or transformers does not know"
