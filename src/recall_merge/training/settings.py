@@ -42,7 +42,7 @@ FIXED = {
     "output_dir": "checkpoints lie beside the expert until it is finished",
     "resume_from_checkpoint": "training always resumes from its own checkpoints",
     "model_init_kwargs": "recall loads the base",
-    "chat_template_path": "rows are rendered with the base's template, as for scoring",
+    "chat_template_path": "`template: FILE` gives a chat template, for scoring too",
     "assistant_only_loss": "the loss is on the completion; `turns: all` takes all turns of the assistant",
     "dataset_text_field": "recall reads the rows",
     "dataset_kwargs": "recall reads the rows",
