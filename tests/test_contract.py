@@ -1,16 +1,21 @@
 """Every method in `METHODS` keeps the same promises."""
 
+import shutil
 from typing import Any
 
 import pytest
 import torch
 from jaxtyping import TypeCheckError
 from pydantic import ValidationError, create_model
+from safetensors.torch import save_file
 from torch import Tensor
 
+from recall_merge import merge
 from recall_merge.maths.deltas import LowRank
 from recall_merge.maths.methods import ALIASES, METHODS, Draws, Method, method
 from recall_merge.maths.moments import Moment
+from recall_merge.runtime.errors import RecallError
+from tiny import edit_json, fine_tuned, load_tensors, make_model, make_tokenizer, save_model
 
 SHAPES = [(), (1,), (7,), (5, 8), (8, 5), (2, 3, 4), (0,), (0, 5), (5, 0)]
 NAMES = ("french", "sentiment", "law")
@@ -176,6 +181,69 @@ def test_the_sign_of_a_zero_does_not_matter(entry, options):
     plain = run(entry, base, deltas, uneven(len(deltas)), options)
     negative = [torch.where(tensor == 0, -0.0, tensor) for tensor in (base, *deltas)]
     torch.testing.assert_close(run(entry, negative[0], negative[1:], uneven(len(deltas)), options), plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("entry", [entry for entry in METHODS.values() if entry.experts[1] != 1], ids=lambda entry: entry.name)
+def test_rows_that_an_expert_lacks_are_those_of_the_merge_without_it(entry, pair, tmp_path):
+    k = entry.experts[1] or 3
+    names = [*"ab"[: k - 1], "short"]
+    weights = uneven(k)
+    without = [weight / sum(weights[:-1]) for weight in weights[:-1]]
+    method = entry.name if entry.experts[0] <= k - 1 else "linear"  # of one expert
+    alone = merged_from(pair, tmp_path / "alone", method, names[:-1], without)
+    merged = merged_from(pair, tmp_path / "merged", entry.name, names, weights)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        torch.testing.assert_close(merged[name][96:], alone[name][96:], rtol=1e-6, atol=1e-7)
+        assert not torch.equal(merged[name][:96], alone[name][:96])
+
+
+@every_method
+def test_zeros_keep_their_sign_and_whole_numbers_and_empty_tensors_pass(entry, pair, tmp_path):
+    k = count(entry)
+    for name in ("base", *"abc"[:k]):
+        folder = shutil.copytree(pair / name, tmp_path / name)
+        tensors = load_tensors(folder) | {"model.layers.0.table": torch.arange(8), "model.layers.0.nothing": torch.zeros(0, 4)}
+        tensors["model.norm.weight"][:4] = -0.0
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    merged = merged_from(tmp_path, tmp_path / "out", entry.name, "abc"[:k], uneven(k))
+    assert merged["model.norm.weight"][:4].signbit().all() and not merged["model.norm.weight"][:4].any()
+    assert torch.equal(merged["model.layers.0.table"], torch.arange(8))
+    assert merged["model.layers.0.nothing"].shape == (0, 4)
+    changed = load_tensors(tmp_path / "a") | {"model.layers.0.table": torch.arange(8) + 1}
+    save_file(changed, tmp_path / "a" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RecallError, match=r"expert 'a' has other numbers in 'model\.layers\.0\.table'"):
+        merged_from(tmp_path, tmp_path / "again", entry.name, "abc"[:k], uneven(k))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Base and experts 'a', 'b' and 'c' of 98 tokens, and 'short' of 96."""
+    folder = tmp_path_factory.mktemp("pair")
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<think>", "<tool>"])
+    base = save_model(make_model("llama", vocab_size=98), folder / "base")
+    tokenizer.save_pretrained(base)
+    for seed, name in enumerate(("a", "b", "c", "short"), start=1):
+        fine_tuned(base, folder / name, seed=seed)
+    tensors = load_tensors(folder / "short")
+    tensors |= {key: tensors[key][:96].clone() for key in ("model.embed_tokens.weight", "lm_head.weight")}
+    save_file(tensors, folder / "short" / "model.safetensors", metadata={"format": "pt"})
+    edit_json(folder / "short" / "config.json", vocab_size=96)
+    make_tokenizer().save_pretrained(folder / "short")
+    return folder
+
+
+def merged_from(folder, out, method, names, weights):
+    experts = [{"name": name, "path": str(folder / name)} for name in names]
+    run = {
+        "base": str(folder / "base"),
+        "experts": experts,
+        "method": method,
+        "weights": weights,
+        "vocabulary": "base" if "short" in names else None,
+    }
+    merge(run | {"out": {"path": str(out), "reload": "short" in names}})
+    return load_tensors(out)
 
 
 @every_case

@@ -124,38 +124,38 @@ def fine_tuned(base: Path, folder: Path, seed: int, scale: float = 0.01) -> Path
     return folder
 
 
-def lora(base: Path, folder: Path, *, seed: int = 0, scale: float = 0.05, **config: Any) -> Path:
-    """A PEFT adapter as PEFT saves it; all that it trains is random, no B is zero. `config` goes to `LoraConfig`."""
+def lora(base: Path, folder: Path, *, seed: int = 0, scale: float = 0.05, kind: Any = None, **config: Any) -> Path:
+    """A PEFT adapter as PEFT saves it; all that it trains is random, no B is zero. `config` goes to `LoraConfig`; `kind`: of the base."""
     from peft import LoraConfig
 
-    return adapter(base, folder, LoraConfig(**({"task_type": "CAUSAL_LM"} | config)), seed=seed, scale=scale)
+    return adapter(base, folder, LoraConfig(**({"task_type": "CAUSAL_LM"} | config)), seed=seed, scale=scale, kind=kind)
 
 
-def adapter(base: Path, folder: Path, config: Any, *, seed: int = 0, scale: float = 0.05) -> Path:
+def adapter(base: Path, folder: Path, config: Any, *, seed: int = 0, scale: float = 0.05, kind: Any = None) -> Path:
     """An adapter of any kind that PEFT knows; seeded noise is added to all that it trains."""
     from peft import get_peft_model
 
     with quiet(), seeded(seed):
-        model = get_peft_model(load_model(base), config)
+        model = get_peft_model(load_model(base, kind=kind), config)
         _add_noise([parameter for parameter in model.parameters() if parameter.requires_grad], scale)
         model.save_pretrained(folder)
     return folder
 
 
-def merged_by_peft(base: Path, adapter_folder: Path, folder: Path) -> Path:
+def merged_by_peft(base: Path, adapter_folder: Path, folder: Path, *, kind: Any = None) -> Path:
     """What PEFT itself makes of a base and an adapter, saved as a model: the reference for ours."""
     from peft import PeftModel
 
     with quiet():
-        model = PeftModel.from_pretrained(load_model(base), adapter_folder).merge_and_unload()
+        model = PeftModel.from_pretrained(load_model(base, kind=kind), adapter_folder).merge_and_unload()
         model.save_pretrained(folder)
     return folder
 
 
-def load_model(folder: Path, *, dtype: str = "auto") -> Any:
-    """The model of a folder, as transformers loads it."""
+def load_model(folder: Path, *, dtype: str = "auto", kind: Any = None) -> Any:
+    """The model of a folder, as transformers loads it: by its class `kind`, or as a causal one."""
     with quiet():
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        return (kind or transformers.AutoModelForCausalLM).from_pretrained(folder, dtype=dtype).eval()
 
 
 def load_tensors(folder: Path) -> dict[str, torch.Tensor]:

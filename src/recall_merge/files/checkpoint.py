@@ -22,7 +22,14 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")  # the spellings of L in transformers' configs
+BLOCK_COUNTS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "decoder_layers",
+    "num_decoder_layers",
+)  # the spellings of L in transformers' configs
 TEXT_PARTS = ("text_config", "llm_config", "language_config")
 EXTRA_BLOCKS = "num_nextn_predict_layers"  # blocks after the last one, which predict further tokens; transformers passes over them
 MAX_BLOCKS = 10**6  # larger numbers are damage
@@ -97,7 +104,8 @@ class Checkpoint:
             if empty := sorted(name for name, stored in self.tensors.items() if stored.spec.shape == (0,)):
                 raise CheckpointError(f"the model's '{empty[0]}' is empty", where=self.folder, fix=SAVE_WHOLE)
             what = f"the config says vocab_size {rows}; {'more than one' if tables else 'no'} tensor before the blocks has that many rows"
-            raise CheckpointError(what, where=self.folder, fix="config and weights must be of the same model: copy or download it again")
+            fix = "copy the model again, if config and weights are of two models; recall merges those with one table of so many rows"
+            raise CheckpointError(what, where=self.folder, fix=fix)
         return (*tables, *filter(self.is_head, self.tensors))
 
     def is_head(self, name: str) -> bool:
@@ -150,7 +158,8 @@ def open_checkpoint(folder: Path, remote: Mapping[str, RemoteFile] = MappingProx
         extra = _setting(config, EXTRA_BLOCKS) or 0
         layers = find_layers(stored, blocks, extra=extra, embedding=embedding, towers=bool(_text_part(config)))
     except ValueError as error:
-        raise CheckpointError(str(error), where=folder, fix="recall merges decoder-only models with one list of blocks") from error
+        what = f"this is an encoder-decoder: {error}" if config.get("is_encoder_decoder") else str(error)
+        raise CheckpointError(what, where=folder, fix="recall merges decoder-only models with one list of blocks") from error
     checkpoint = _without_tied_head(Checkpoint(folder, config, stored, layers))
     _ = checkpoint.embedding  # config and weights must agree on the vocabulary
     return checkpoint

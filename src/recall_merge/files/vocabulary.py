@@ -1,7 +1,7 @@
 """Models with different tokenizers: the tokens of the result, and the row of each token in each model.
 
 Rows are matched by token, never by position. A token that the base lacks gets the mean of the base's rows, as when Hugging Face resizes a
-model. If an expert lacks a token, the weighted mean of the others' deltas takes the place of its delta.
+model. The row of a token is merged among the experts that have it.
 """
 
 from __future__ import annotations
@@ -38,23 +38,19 @@ class Vocabulary:
         aligned[rows < 0] = own.mean(0)
         return aligned
 
-    def align_deltas(self, base: Tensor, own: Sequence[Tensor], weights: Sequence[float]) -> list[Tensor]:
-        """Each expert's delta to the aligned base.    base (size, *s), own k of (v_q, *s) -> k of (size, *s)
-
-        Where expert q lacks token t: delta_q(t) = sum_p w_p delta_p(t) / sum_p w_p over the experts p that have it; 0 if none has.
-        """
+    @property
+    def present(self) -> Tensor:
+        """Which expert has which token: (k, size), bool."""
         import torch
 
-        present = [rows >= 0 for rows in self.rows[1:]]
+        return torch.stack(self.rows[1:]) >= 0
+
+    def align_deltas(self, base: Tensor, own: Sequence[Tensor]) -> list[Tensor]:
+        """Each expert's delta to the aligned base, 0 for tokens that it lacks.    base (size, *s), own k of (v_q, *s) -> k of (size, *s)"""
         deltas = [tensor[rows.clamp(min=0)] - base for tensor, rows in zip(own, self.rows[1:], strict=True)]
-        shape = (-1,) + (1,) * (base.dim() - 1)
-        votes = torch.stack([weight * has for weight, has in zip(weights, present, strict=True)]).to(base.dtype)  # (k, size)
-        total = votes.sum(0)
-        shares = torch.where(total > 0, votes / total.clamp(min=torch.finfo(base.dtype).tiny), torch.zeros_like(votes))
-        agreed = torch.zeros_like(base)
-        for delta, share in zip(deltas, shares, strict=True):
-            agreed += share.view(shape) * delta
-        return [torch.where(has.view(shape), delta, agreed) for delta, has in zip(deltas, present, strict=True)]
+        for delta, has in zip(deltas, self.present, strict=True):
+            delta[~has] = 0
+        return deltas
 
 
 def read_vocabulary(folder: Path) -> dict[str, int] | None:

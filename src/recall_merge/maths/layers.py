@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 _INPUT_SIDE = re.compile(
-    r"emb|wte|wpe|position_bias|input_hidden|per_layer|altup_proj"  # of text
+    r"emb|wte|wpe|(^|\.)w\.|position_bias|input_hidden|per_layer|altup_proj"  # of text
     r"|vision|visual|image|audio|multi_modal"  # of other inputs
 )
 _NORM = re.compile(r"norm|(^|[._])ln([._\d]|$)", re.IGNORECASE)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from threading import Lock
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from recall_merge.files.hashing import ModelDigest
 from recall_merge.maths.deltas import Delta, LowRank, dense
 from recall_merge.maths.methods import METHODS, Draws
 from recall_merge.maths.methods.informed import condition
+from recall_merge.maths.methods.registry import merge_present
 from recall_merge.maths.trimming import prune_by_saliency
 from recall_merge.maths.weights import lines_scales
 from recall_merge.merging.plan import Plan
@@ -131,16 +133,22 @@ def _merge_piece(plan: Plan, weights: MergeWeights, piece: Piece, digest: ModelD
     if plan.vocabulary is not None and plan.aligns(name):  # both in the rows of the result
         own = [expert.own(name, base) for expert in plan.experts]
         base = plan.vocabulary.align_base(base)
-        deltas = list(plan.vocabulary.align_deltas(base, own, tensor_weights))
+        deltas = list(plan.vocabulary.align_deltas(base, own))
     else:
         deltas = [expert.delta(name, base, span) for expert in plan.experts]
     sizes.add(name, base, deltas)
     merged = base
     if any(delta is not None for delta in deltas):
-        merged = _apply_method(plan, name, base, deltas, tensor_weights, piece.thresholds)
+        merge = partial(_apply_method, plan, name, base, deltas, piece.thresholds)
+        if plan.vocabulary is not None and plan.aligns(name) and not plan.vocabulary.present.all():
+            merged = merge_present(base, plan.vocabulary.present, tensor_weights, merge)
+        else:
+            merged = merge(range(len(deltas)), tensor_weights)
         if (scale := plan.run.scale_by_layer) is not None:
             scales = lines_scales(plan.base.layers.blocks, alpha=scale.alpha, beta=scale.beta)
             merged = base + scales[plan.base.layers.of(name)] * (merged - base)
+        if (zero := merged == 0).any():  # -0.0 + 0.0 is 0.0: a zero that is left as it is keeps its sign
+            merged = torch.where(zero & (base == 0), base, merged)
     merged = merged.to(dtype)
     if not is_finite(merged):
         raise _NonFinite(name)
@@ -148,12 +156,23 @@ def _merge_piece(plan: Plan, weights: MergeWeights, piece: Piece, digest: ModelD
 
 
 def _apply_method(
-    plan: Plan, name: str, base: Tensor, deltas: Sequence[Delta | None], weights: list[float], thresholds: list[Any] | None
+    plan: Plan,
+    name: str,
+    base: Tensor,
+    all_deltas: Sequence[Delta | None],
+    thresholds: list[Any] | None,
+    those: Sequence[int],
+    weights: list[float],
 ) -> Tensor:
-    """Call the method with what it needs. Token tensors are no linear maps: methods for matrices leave them to `linear`."""
+    """Call the method with what it needs, for those experts. Token tensors are no linear maps: methods for matrices leave them to `linear`.
+
+    So do methods of several experts where fewer have a row.
+    """
     method, options, prune = plan.method, plan.options_of(name), plan.run.prune
-    if method.matrices and name in plan.base.token_tensors:
+    deltas = [all_deltas[expert] for expert in those]
+    if (method.matrices and name in plan.base.token_tensors) or len(those) < method.experts[0]:
         method, options = METHODS["linear"], {key: value for key, value in options.items() if key == "scale"}
+    options = {key: [value[expert] for expert in those] if isinstance(value, list) else value for key, value in options.items()}
     if method.sums and prune is None:  # pruning compares each delta with the mean of all
         weights = [weight for weight, delta in zip(weights, deltas, strict=True) if delta is not None]
         deltas = [delta for delta in deltas if delta is not None]
@@ -163,7 +182,7 @@ def _apply_method(
     if prune is not None:
         ready = list(prune_by_saliency([dense(delta) for delta in ready], density=prune.density, saliency=prune.saliency))
     if method.random:
-        options["draws"] = Draws(plan.run.seed, name, tuple(expert.name for expert in plan.experts))
+        options["draws"] = Draws(plan.run.seed, name, tuple(plan.experts[expert].name for expert in those))
     if thresholds is not None:
         options["thresholds"] = thresholds
     if not method.informed:

@@ -80,6 +80,23 @@ def _method_named(name: str) -> Method:
     return METHODS[name]
 
 
+def merge_present(base: Tensor, present: Tensor, weights: Sequence[float], merge: Callable[[Sequence[int], list[float]], Tensor]) -> Tensor:
+    """Every row merged among the experts that have it, as if there were no others: no stand-in is neutral for every formula.
+
+    present (k, n), bool;  base (n, *s);  `merge` takes the numbers of some experts and their weights, scaled to the sum of all, and gives
+    the whole tensor merged among them, since a threshold or an angle may be that of a whole delta. A row that no expert of weight has is
+    the base's.
+    """
+    merged = base.clone()
+    for has in present.unique(dim=1).T:
+        those = has.nonzero().flatten().tolist()
+        if share := sum(weights[expert] for expert in those):
+            scaled = [weights[expert] * sum(weights) / share for expert in those]
+            rows = (present == has[:, None]).all(0)
+            merged[rows] = merge(those, list(weights) if len(those) == len(weights) else scaled)[rows]
+    return merged
+
+
 F = TypeVar("F", bound=Callable[..., Tensor])
 
 
