@@ -51,7 +51,8 @@ Made by `python tests/architectures.py` with transformers {version}, from tiny r
 expert's logits. **adapter**: a LoRA on all linear layers gives the logits of PEFT's own merge. **recall**: hidden states are compared, and
 the result loads. Types that cannot be built this small, or need more than text to run, are not in the table.
 
-`laguna` differs where PEFT loads its own adapter without the weights of the shared experts, which transformers renames; the result has them.
+`laguna` differs where PEFT loads its own adapter without the shared experts, whose names differ in memory and in files; the
+result has them.
 
 | model type | merge | adapter | recall |
 |---|---|---|---|"""
