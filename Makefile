@@ -1,5 +1,5 @@
 # make demo     the whole loop on a real small language model, minutes on two cores
-# make test     all tests but the slow ones
+# make test     all tests but the slow ones, in JOBS=2 processes of one thread each
 # make torture  faults of every kind, for MINUTES=10 by default
 # make bench    what a merge costs, beside another tool or the limit of the machine; an hour, or ONLY=linear
 # Each sets up everything it needs in .venv, from the pinned versions in constraints.txt.
@@ -12,6 +12,7 @@ READY := $(VENV)/.ready
 MINUTES ?= 10
 SECONDS ?= 300
 ROUNDS  ?= 5
+JOBS    ?= 2
 
 .PHONY: demo test test-slow torture fuzz highest check lint types format docs bench audit clean
 
@@ -19,7 +20,7 @@ demo: $(READY)
 	$(BIN)/recall demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
