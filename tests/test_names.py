@@ -195,6 +195,25 @@ def test_an_adapter_that_gives_a_factor_twice_is_refused(tmp_path):
         make_plan(a_run(base, adapter, tmp_path / "out"))
 
 
+def test_an_adapter_that_changes_a_shared_block_twice_is_refused(tmp_path):
+    """Zamba2 computes one block at several depths. PEFT gives each its own factors, and its merge adds them all to the one weight."""
+    sizes = {"vocab_size": 104, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
+    mamba = {"n_mamba_heads": 8, "mamba_ngroups": 1, "mamba_d_state": 8, "mamba_headdim": 8, "num_mem_blocks": 1, "adapter_rank": 4}
+    kinds = ["mamba", "mamba", "hybrid"] * 2
+    config = transformers.Zamba2Config(**sizes, **mamba, num_hidden_layers=6, layers_block_type=kinds, use_shared_attention_adapter=False)
+    with seeded(0), quiet():
+        base = save_model(transformers.Zamba2ForCausalLM(config), tmp_path / "base")
+    both = lora(base, tmp_path / "both", target_modules=["q_proj"])
+    where = r"'model\.layers\.2\.shared_transformer\.self_attn\.q_proj' and 'model\.layers\.5\.shared_transformer\.self_attn\.q_proj'"
+    with pytest.raises(RecallError, match=f"{where} apart, which are one tensor in the base"):
+        make_plan(a_run(base, both, tmp_path / "out"))
+    one = lora(base, tmp_path / "one", target_modules=["q_proj"], layers_to_transform=[2])
+    theirs = load_tensors(merged_by_peft(base, one, tmp_path / "theirs"))
+    merge(a_run(base, one, tmp_path / "out"))
+    for name, tensor in load_tensors(tmp_path / "out").items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-6)
+
+
 def test_names_that_are_no_wrappers_stay():
     for name in ("model.module.weight", "base_model.weight", "encoder.default.weight", "h.0.attn.c_attn.weight"):
         assert unwrapped(name) == name

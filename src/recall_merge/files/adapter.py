@@ -157,7 +157,7 @@ class _Parts:
         self._parameters = TargetParameters(config, self._names, base, self._where)
         self._head: dict[str, StoredTensor] = {}  # parts by kind for a head that the base ties
         self._trained_whole: set[str] = set()
-        self._placed: dict[tuple[str, str], StoredTensor] = {}  # by tensor and kind
+        self._placed: dict[tuple[str, str], tuple[str, StoredTensor]] = {}  # by tensor and kind: of which module
         self._modules: dict[str, str] = {}  # those with factors, and the base's tensor of each
 
     def place(self, key: str, part: StoredTensor) -> None:
@@ -190,7 +190,11 @@ class _Parts:
 
     def _put(self, edit: Edit, name: str, module: str, kind: str, part: StoredTensor) -> None:
         slot = kind.removeprefix("base_layer.").replace("embedding_", "")
-        if not self._placed.setdefault((name, slot), part).same_bytes(part):
+        other, placed = self._placed.setdefault((name, slot), (module, part))
+        if not placed.same_bytes(part):
+            if self._names.are_shared(other, module):
+                what = f"the adapter changes '{other}' and '{module}' apart, which are one tensor in the base"
+                raise CheckpointError(what, where=self._where, fix="train one of them only, as `layers_to_transform` of PEFT's config says")
             raise CheckpointError(f"the adapter gives '{name}' twice, with different values", where=self._where, fix=COPY_AGAIN)
         match kind:
             case "lora_A" | "lora_embedding_A":

@@ -136,6 +136,11 @@ class Names:
         whole, text_alone = ({} if model is None else model.by_name(self._base.tensors) for model in both)
         return {name: stored for name, stored in {**whole, **text_alone}.items() if whole.get(name, stored) == stored}
 
+    def are_shared(self, one: str, other: str) -> bool:
+        """Whether two modules of the model have one weight."""
+        names = [f"{module}.weight" for module in (one, other)]
+        return one != other and any(len({model.shared.get(name, name) for name in names}) == 1 for model in self.models)
+
     def is_tied_head(self, wanted: str) -> bool:
         """Whether `wanted` is a head that the base does not store because it is tied to the embedding."""
         return HEADS.search(wanted) is not None and self._base.is_tied
