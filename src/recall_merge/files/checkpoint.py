@@ -104,7 +104,7 @@ class Checkpoint:
             if empty := sorted(name for name, stored in self.tensors.items() if stored.spec.shape == (0,)):
                 raise CheckpointError(f"the model's '{empty[0]}' is empty", where=self.folder, fix=SAVE_WHOLE)
             what = f"the config says vocab_size {rows}; {'more than one' if tables else 'no'} tensor before the blocks has that many rows"
-            fix = "copy the model again, if config and weights are of two models; recall merges those with one table of so many rows"
+            fix = "config and weights must be of the same model: copy it again; recall merges models with one table of so many rows"
             raise CheckpointError(what, where=self.folder, fix=fix)
         return (*tables, *filter(self.is_head, self.tensors))
 
