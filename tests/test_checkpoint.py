@@ -344,7 +344,7 @@ def test_a_config_of_another_model(folder):
     refusal(folder, "the config does not say how many blocks there are", "add num_hidden_layers", where="config.json")
     edit_json(folder / "config.json", num_hidden_layers=2, vocab_size=100)
     what = "the config says vocab_size 100; no tensor before the blocks has that many rows"
-    refusal(folder, what, "if config and weights are of two models")
+    refusal(folder, what, "of the same model")
     edit_json(folder / "config.json", vocab_size=96)
     write(folder, model__embed_more__weight=torch.zeros(96, 8))
     refusal(folder, "the config says vocab_size 96; more than one tensor before the blocks has that many rows", "of the same model")
