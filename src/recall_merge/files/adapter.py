@@ -17,6 +17,7 @@ from typing import Any
 from recall_merge.files.checkpoint import INDEX, SAVE_WHOLE, SINGLE, Checkpoint, files_in, read_json
 from recall_merge.files.edits import COPY_AGAIN, MERGE_FIRST, OTHER_BASE, Edit, FactorOfExperts
 from recall_merge.files.fused import TargetParameters
+from recall_merge.files.links import check_links
 from recall_merge.files.names import Names, unwrapped
 from recall_merge.files.promised import Promises
 from recall_merge.files.safetensors import RemoteFile, StoredTensor, read_header
@@ -76,6 +77,7 @@ def open_adapter(folder: Path, base: Checkpoint, remote: Mapping[str, RemoteFile
     Raises CheckpointError with every fault: another kind of adapter, pickled or damaged weights, parts that do not fit the base.
     """
     faults, config, stored = Faults(), {}, {}
+    faults.attempt(check_links, folder)
     with faults.collect():
         config = read_json(folder / CONFIG)
         _check_config(folder, config, faults)

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from recall_merge.files.links import check_links
 from recall_merge.files.resolved_config import resolved
 from recall_merge.files.safetensors import FLOATS, PACKED, RemoteFile, StoredTensor, TensorSpec, read_header
 from recall_merge.maths.layers import Layers, find_layers
@@ -135,6 +136,7 @@ def open_checkpoint(folder: Path, remote: Mapping[str, RemoteFile] = MappingProx
         what = f"this folder is no model; its subfolder '{adapters[0].parent.name}' is an adapter"
         raise CheckpointError(what, where=folder, fix=f"give the folder of the adapter itself: {adapters[0].parent}")
     faults, config, stored = Faults(), {}, {}
+    faults.attempt(check_links, folder)
     with faults.collect():
         config = read_json(folder / "config.json")
     with faults.collect():

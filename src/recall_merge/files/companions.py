@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from recall_merge.files.checkpoint import NO_WEIGHTS, OTHER_FORMATS, PICKLES, read_json
+from recall_merge.files.links import TEMPLATES
 from recall_merge.files.vocabulary import Vocabulary, read_vocabulary
 from recall_merge.runtime.errors import CheckpointError
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-GENERATION, TOKENIZER, TEMPLATES = "generation_config.json", "tokenizer_config.json", "additional_chat_templates"
+GENERATION, TOKENIZER = "generation_config.json", "tokenizer_config.json"
 OURS = ("README.md", "config.json", "record.json", "stats.json", "weights.png")  # what every result has of its own
 WEIGHTS = (".safetensors", ".index.json", *PICKLES, *OTHER_FORMATS)
 LEFT_BY_TRAINERS = (*NO_WEIGHTS, "trainer_state", "all_results", "train_results", "eval_results", "events.out", "zero_to_fp32")
@@ -131,4 +132,6 @@ def _copy(source: Path, target: Path, *, tokenizer: bool) -> None:
         if file.is_file() and not left and bool(_OF_TOKENIZERS.match(file.name)) is tokenizer:
             shutil.copyfile(file, target / file.name)
     if tokenizer and (source / TEMPLATES).is_dir():
-        shutil.copytree(source / TEMPLATES, target / TEMPLATES, dirs_exist_ok=True)
+        (target / TEMPLATES).mkdir(exist_ok=True)
+        for file in sorted((source / TEMPLATES).glob("[!.]*.jinja")):
+            shutil.copyfile(file, target / TEMPLATES / file.name)
