@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from recall_merge import MergeRun, RecallError, make_plan, merge
 from recall_merge.merging.cost import estimate_time, peak_memory
+from recall_merge.merging.merge import merge_in_memory
 from recall_merge.runtime.parallel import cores
 from tiny import edit_json, fine_tuned, load_tensors, lora, make_model, make_tokenizer, save_model, write_rows
 
@@ -203,6 +204,43 @@ def test_a_merge_that_overflows_its_dtype(world):
     what, _, fix = one_fault(world, method="linear", samples=None, change_limit=None, out={"path": world / "out", "dtype": "float16"})
     assert what == "the merge overflows F16 in 'model.norm.weight'"
     assert "float32" in fix
+
+
+def poisoned(world, tensor, numbers):
+    """The same numbers in one tensor of base and experts, whose deltas of it are zero."""
+    for name in ("base", "a", "b"):
+        tensors = load_tensors(world / name)
+        tensors[tensor].view(-1)[: len(numbers)] = torch.tensor(numbers)
+        save_file(tensors, world / name / "model.safetensors", metadata={"format": "pt"})
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize("skip", [{}, {"skip": [NORM]}])
+def test_every_number_that_is_written_is_looked_at(world, skip):
+    settings = {"method": "linear", "samples": None} | skip
+    poisoned(world, NORM, [70000.0])
+    what, _, fix = one_fault(world, **settings, out={"path": world / "out", "dtype": "float16"})
+    assert what == f"{'the base' if skip else 'the merge'} overflows F16 in '{NORM}'" and "`out.dtype: float32`" in fix
+    merge(a_run(world, **settings))
+    shutil.rmtree(world / "out")
+    poisoned(world, NORM, [torch.nan])
+    what, where, _ = one_fault(world, **settings)
+    assert what == f"the base holds NaN{'' if skip else ' or infinity'} in '{NORM}'" and where == str(world / "base")
+    assert not (world / "out").exists()
+
+
+def test_infinity_that_the_base_has_is_kept_where_the_run_says_so(world):
+    """As in a mask. Where another dtype would make further numbers infinite, the merge is refused."""
+    mask = torch.tensor([[0.0, -torch.inf], [0.0, 0.0]])
+    for name in ("base", "a", "b"):
+        save_file(load_tensors(world / name) | {"model.layers.0.mask": mask}, world / name / "model.safetensors", metadata={"format": "pt"})
+    settings = {"method": "linear", "samples": None, "skip": ["*.mask"], "out": {"path": world / "out", "dtype": "float16"}}
+    merged, _ = merge_in_memory(make_plan(a_run(world, **settings)))
+    assert torch.equal(merged["model.layers.0.mask"], mask.half())
+    poisoned(world, "model.layers.0.mask", [-1e30])
+    assert one_fault(world, **settings)[0] == "the base overflows F16 in 'model.layers.0.mask'"
 
 
 @pytest.mark.parametrize(

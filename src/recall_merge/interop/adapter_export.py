@@ -21,6 +21,7 @@ from recall_merge.files.safetensors import TensorSpec
 from recall_merge.maths.deltas import LowRank
 from recall_merge.maths.low_rank import combined, squared_error, truncate
 from recall_merge.merging.result import Result
+from recall_merge.merging.unsound import keeps_numbers
 from recall_merge.models.architecture import ParameterInfo, outline
 from recall_merge.runtime.errors import Faults, ResultError
 from recall_merge.runtime.progress import Progress
@@ -121,7 +122,11 @@ def write_adapter(target: Path, plan: AdapterPlan, base_name: str, progress: Pro
         with bar as advance, WeightWriter(out.path, [Shard(WEIGHTS, specs)]) as writer:
 
             def add(key: str, tensor: Tensor) -> None:
-                writer.add(key, tensor.to(specs[key].torch_dtype))
+                stored = tensor.to(specs[key].torch_dtype)
+                if not keeps_numbers(tensor, stored):
+                    what = f"the adapter overflows {specs[key].dtype} in '{key}'"
+                    raise ResultError(what, where=plan.result.folder, fix="use the result's own folder")
+                writer.add(key, stored)
                 advance(specs[key].nbytes)
 
             for name in plan.ranks:

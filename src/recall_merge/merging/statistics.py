@@ -15,10 +15,12 @@ from recall_merge.merging.forward import expert_tokenizer, load_expert
 from recall_merge.merging.plan import Plan, make_plan
 from recall_merge.merging.run import DEFAULT_RECALL, MergeRun
 from recall_merge.merging.samples import TypicalSample, choose_samples, encode_samples
+from recall_merge.merging.unsound import is_finite
 from recall_merge.runtime.errors import CheckpointError
 from recall_merge.runtime.progress import Progress, Silent
 
 RANK = 24
+TRAINING = "look at its training"
 
 
 def make_statistics(run: MergeRun, *, rank: int = RANK, folder: Path | None = None, progress: Progress | None = None) -> InputStatistics:
@@ -67,7 +69,7 @@ def _moments(
             groups = input_moments(load_expert(plan, expert, DEFAULT_RECALL), rows, seed=plan.run.seed, progress=advance)
         except FloatingPointError as error:
             what = f"the logits of expert '{expert.name}' are NaN or infinite"
-            raise CheckpointError(what, where=expert.folder, fix="look at its training") from error
+            raise CheckpointError(what, where=expert.folder, fix=TRAINING) from error
     names = Names(plan.base)
     parts: dict[str, Tensor] = {}
     tensors: dict[str, tuple[str, int]] = {}
@@ -76,6 +78,9 @@ def _moments(
         maps = {name: module for module, name in stored.items() if name is not None and name not in plan.base.token_tensors}
         if not maps or not inputs.tokens:  # a head is no map to align, and a map that no token reached has no inputs
             continue
+        if not all(is_finite(numbers.bfloat16()) for numbers in (inputs.moment, *inputs.gradients)):  # as they are stored
+            what = f"the input statistics of expert '{expert.name}' overflow in '{next(iter(maps))}'"
+            raise CheckpointError(what, where=expert.folder, fix=TRAINING)
         group = f"{number:04d}"
         compressed = compress(inputs.moment, rank)
         parts |= dict(zip(parts_of(group), (compressed.factor, compressed.rest), strict=True))

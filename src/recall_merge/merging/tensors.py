@@ -25,7 +25,7 @@ from recall_merge.maths.trimming import prune_by_saliency
 from recall_merge.maths.weights import lines_scales
 from recall_merge.merging.plan import Plan
 from recall_merge.merging.spans import Piece, ThresholdSearch, Unit, units
-from recall_merge.merging.unsound import DeltaSizes, is_finite, refuse_nonfinite
+from recall_merge.merging.unsound import DeltaSizes, is_finite, keeps_numbers, refuse_nonfinite
 from recall_merge.merging.weights import MergeWeights
 from recall_merge.runtime import memory
 from recall_merge.runtime.errors import CheckpointError, ResultError
@@ -127,7 +127,10 @@ def _merge_piece(plan: Plan, weights: MergeWeights, piece: Piece, digest: ModelD
         digest.add(name, stored)
     dtype = plan.specs[name].torch_dtype
     if not plan.merges(name) and not plan.aligns(name):
-        return stored.to(dtype)
+        kept = stored.to(dtype)
+        if not keeps_numbers(stored, kept):
+            raise _NonFinite(name)
+        return kept
     tensor_weights = weights_of(plan, weights, name)
     base = widen(stored)
     if plan.vocabulary is not None and plan.aligns(name):  # both in the rows of the result
@@ -209,8 +212,9 @@ def _explained(plan: Plan) -> Iterator[DeltaSizes]:
     except _NonFinite as error:
         refuse_nonfinite(plan)
         sizes.check()
-        what = f"the merge overflows {plan.specs[error.tensor].dtype} in '{error.tensor}'"
-        raise ResultError(what, fix="lower `scale`, or give `out.dtype: float32`") from None
+        who, fix = ("the merge", "lower `scale`, or ") if plan.merges(error.tensor) else ("the base", "")
+        what = f"{who} overflows {plan.specs[error.tensor].dtype} in '{error.tensor}'"
+        raise ResultError(what, fix=f"{fix}give `out.dtype: float32`") from None
     sizes.check()
 
 

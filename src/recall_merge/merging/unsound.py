@@ -16,7 +16,7 @@ from recall_merge.runtime.errors import CheckpointError, Faults
 
 USUAL = 0.05
 """The least size that a base's tensor counts as, so that a tensor of zeros may be learnt, and a new one be drawn from N(0, 1)."""
-KEEP = "name it under `skip:` if these numbers are meant, as in a mask: that keeps the base's; else the base is damaged"
+KEEP = "name it under `skip:` if infinity is meant, as in a mask: that keeps the base's; else the base is damaged"
 SHOWN = 3  # tensors per expert in an error
 
 
@@ -25,12 +25,21 @@ def is_finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
+def keeps_numbers(stored: Tensor, kept: Tensor) -> bool:
+    """Whether a tensor that is kept holds no NaN, and infinity only where it was before its dtype changed."""
+    return is_finite(kept) or (not bool(kept.isnan().any()) and bool((kept.isinf() == stored.isinf()).all()))
+
+
 def refuse_nonfinite(plan: Plan) -> None:
     """Read all models again. CheckpointError names every tensor that holds NaN or infinity, if there is any."""
     faults = Faults()
     fix = "its training went wrong: take an earlier checkpoint, or `skip` the tensor to keep the base's"
-    for name in filter(plan.merges, plan.specs):
+    for name in plan.specs:
         base = widen(plan.base.read(name))
+        if not plan.merges(name) and not plan.aligns(name):
+            if not keeps_numbers(base, base):
+                faults.add(f"the base holds NaN in '{name}'", where=plan.base.folder, fix="the base is damaged: copy or download it again")
+            continue
         if not is_finite(base):
             faults.add(f"the base holds NaN or infinity in '{name}'", where=plan.base.folder, fix=KEEP)
             continue
