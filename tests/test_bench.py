@@ -85,6 +85,18 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def test_arguments_that_a_scenario_brings_need_a_word_from_the_keyboard(llama, data, tmp_path):
+    """Of the training that all share, even where every method has arguments of its own."""
+    own = [{"method": "sequential", "training": {"arguments": {"max_steps": 1}}}]
+    wanted = two_tasks(llama, data, tmp_path / "out", methods=own)
+    wanted["training"] = wanted["training"] | {"arguments": {"report_to": "wandb"}}
+    scenario = Scenario.model_validate(wanted)
+    with pytest.raises(RunError, match="--allow-argument report_to"):
+        bench(scenario)
+    assert not (tmp_path / "out").exists()
+    assert make_design(scenario, ["report_to"]).trials
+
+
 def test_every_method_has_its_trials_and_numbers(finished: tuple[Scenario, Results]) -> None:
     _, results = finished
     assert not results.unfinished

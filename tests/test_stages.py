@@ -621,6 +621,21 @@ def test_learn_refused_as_a_user_types_it(ws, arguments, what):
     assert what in str(result.exception)
 
 
+def test_arguments_that_a_workspace_brings_need_a_word_from_the_keyboard(ws, data):
+    """Push to a hub, from the settings of a stranger's workspace: nothing is trained until it is allowed, by name."""
+    folder = ws("linear")
+    state = json.loads((folder / "workspace.json").read_text())
+    state["settings"]["training"]["arguments"] = {"push_to_hub": True, "hub_model_id": "stranger/theirs"}
+    (folder / "workspace.json").write_text(json.dumps(state))
+    asked = ["--task", "b", "--train", data / "b-train.jsonl", "--test", data / "b-test.jsonl"]
+    before = sorted(folder.rglob("*"))
+    for allowed, left in (([], {"push_to_hub", "hub_model_id"}), (["--allow-argument", "hub_model_id"], {"push_to_hub"})):
+        error = recall("learn", folder, *asked, *allowed).exception
+        assert isinstance(error, RecallError)
+        assert {name for name in ("push_to_hub", "hub_model_id") if f"--allow-argument {name}" in str(error)} == left
+        assert sorted(path for path in folder.rglob("*") if path.name != "lock") == [path for path in before if path.name != "lock"]
+
+
 @pytest.mark.slow
 def test_a_real_command_that_is_killed_at_any_time_is_finished_by_the_next(made, data, tmp_path):
     """Not at chosen instants, but at times spread over the command, by a signal from outside."""

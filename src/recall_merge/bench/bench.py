@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
@@ -48,7 +48,14 @@ class JobDone:
 Listener = Callable[[JobDone], None]
 
 
-def bench(scenario: Scenario, *, executor: str = "local", command: str = "", listener: Listener = lambda _: None) -> Results:
+def bench(
+    scenario: Scenario,
+    *,
+    executor: str = "local",
+    command: str = "",
+    allowed: Collection[str] = (),
+    listener: Listener = lambda _: None,
+) -> Results:
     """Do all that a scenario asks for and is not done yet, and write the results.
 
     Stopped at any moment, it goes on from there when it is called again. `workers` processes of one thread each do the work.
@@ -56,13 +63,14 @@ def bench(scenario: Scenario, *, executor: str = "local", command: str = "", lis
     Args:
         executor: `local`, `ray` or `ray://ADDRESS`; on a cluster, model, data and out must lie where every node finds them.
         command: what a reader of the results should type to get them again.
+        allowed: names of the training's `arguments` that may do more than train.
         listener: is called with every job that is done.
 
     Raises:
         RecallError: with every fault of the scenario, before any work starts; or with what went wrong in a job.
     """
     check_executor(executor)
-    design = make_design(scenario)
+    design = make_design(scenario, allowed)
     store = store_of(scenario)
     with store.locked():
         store.keep_base(design.base)

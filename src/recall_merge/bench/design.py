@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -47,7 +47,7 @@ class Design:
     train_rows: Mapping[str, int]  # how many rows each task is trained on
 
 
-def make_design(scenario: Scenario) -> Design:
+def make_design(scenario: Scenario, allowed: Collection[str] = ()) -> Design:
     """Read the rows and lay out the trials: by kind, seed, order, and method as listed. Raises RecallError with every fault of it all."""
     faults = Faults()
     train: dict[str, tuple[Row, ...]] = {}
@@ -64,7 +64,7 @@ def make_design(scenario: Scenario) -> Design:
     with faults.collect():
         folder = locate(scenario.model).folder
         base = Base(folder, open_checkpoint(folder).fingerprint)
-    _check_methods(scenario, faults)
+    _check_methods(scenario, allowed, faults)
     if base is not None and not len(faults):
         _check_lengths(scenario, base, train, specs, faults)
     faults.raise_any(RunError)
@@ -95,7 +95,7 @@ def _check_lengths(scenario: Scenario, base: Base, train: Mapping[str, Sequence[
                         raise DataError(replace(fault, where=f"task '{task}', {fault.where}") for fault in error.faults) from None
 
 
-def _check_methods(scenario: Scenario, faults: Faults) -> None:
+def _check_methods(scenario: Scenario, allowed: Collection[str], faults: Faults) -> None:
     from recall_merge.maths.methods import ALIASES, METHODS
 
     with faults.collect():
@@ -104,13 +104,15 @@ def _check_methods(scenario: Scenario, faults: Faults) -> None:
     one_shot = [count] if scenario.scoring.stages == "last" else range(2, count + 1)
     merged = {"multi-model": [n for n in one_shot if n > 1], "sequential": [2] if count > 1 else [], "single-model": [1]}
     numbers = {number for kind in scenario.kinds for number in merged[kind]}  # how many experts a merge of this scenario has
+    with faults.collect():
+        check_arguments(scenario.settings(None, 0), allowed)
     for entry in scenario.methods:
         if not entry.is_baseline and method_named(entry.method) is None:
             fix = did_you_mean(entry.method, [*METHODS, *ALIASES, *BASELINES])
             faults.add(f"there is neither a method nor a baseline '{entry.method}'", where="methods", fix=fix)
             continue
         with faults.collect():
-            check_arguments(scenario.settings(entry, 0))
+            check_arguments(scenario.settings(entry, 0), allowed)
         with faults.collect():
             _baseline_options(entry)
         if entry.is_baseline:

@@ -68,7 +68,7 @@ def _train(job: Trained, store: Store, progress: Progress | None) -> None:
         callbacks.append(Consolidation(load_anchor(store.path_of(job.anchor)), job.strength))
     start = store.path_of(job.start) if job.start is not None else None
     base = store.folder_of(job.base)
-    options: dict[str, Any] = {"init_from": start, "callbacks": callbacks, "progress": progress}
+    options: dict[str, Any] = {"init_from": start, "callbacks": callbacks, "progress": progress, "allowed": job.settings.arguments}
     train(base, job.rows, store.path_of(job), job.settings, overwrite=True, **options)
 
 

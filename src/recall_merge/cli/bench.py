@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +12,7 @@ import typer
 from recall_merge.cli import terminal_charts
 from recall_merge.cli.console import err, print_json
 from recall_merge.cli.console import out as console
-from recall_merge.cli.options import AsJson, Executor, Quiet, Sets, settings_of
+from recall_merge.cli.options import Allowed, AsJson, Executor, Quiet, Sets, settings_of
 
 if TYPE_CHECKING:
     from recall_merge.bench.bench import JobDone
@@ -28,6 +29,7 @@ def bench(
     summary: Annotated[bool, typer.Option("--summary", help="Write the results of what is done so far; do nothing else.")] = False,
     executor: Executor = "local",
     sets: Sets = None,
+    allow: Allowed = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -42,21 +44,22 @@ def bench(
     overrides = settings_of(sets)
     loaded = load_scenario(scenario, overrides | ({"out": str(out)} if out is not None else {}))
     words = [f"--set {key}={PLACEHOLDERS.get(key, value)}" for key, value in overrides.items() if key != "out"]
+    words += [f"--allow-argument {name}" for name in allow or ()]
     command = " ".join(["recall bench", scenario.name, *words])
     if plan:
-        _plan(loaded, as_json=as_json)
+        _plan(loaded, allow or (), as_json=as_json)
     elif summary:
-        _show(run.write_results(make_design(loaded), run.store_of(loaded), command=command), as_json=as_json)
+        _show(run.write_results(make_design(loaded, allow or ()), run.store_of(loaded), command=command), as_json=as_json)
     else:
         listener = (lambda _: None) if quiet or as_json else _report_job
-        _show(run.bench(loaded, executor=executor, command=command, listener=listener), as_json=as_json)
+        _show(run.bench(loaded, executor=executor, command=command, allowed=allow or (), listener=listener), as_json=as_json)
 
 
-def _plan(scenario: Scenario, *, as_json: bool) -> None:
+def _plan(scenario: Scenario, allowed: Collection[str], *, as_json: bool) -> None:
     from recall_merge.bench.bench import make_agenda, seconds_left, store_of
     from recall_merge.bench.design import make_design
 
-    design, store = make_design(scenario), store_of(scenario)
+    design, store = make_design(scenario, allowed), store_of(scenario)
     agenda = make_agenda(design, store)
     left = Counter(job.kind for job in agenda.left)
     seconds = seconds_left(agenda.left, store, scenario.workers)

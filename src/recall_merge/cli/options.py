@@ -23,6 +23,10 @@ Samples = Annotated[str | None, typer.Option("--samples", "-s", help="Rows of th
 Target = Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the result.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing result as a whole.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. seed=1; repeat.")]
+Allowed = Annotated[
+    list[str] | None,
+    typer.Option("--allow-argument", metavar="NAME", help="Accept an argument of training that may do more than train; repeat."),
+]
 Executor = Annotated[str, typer.Option(help="Where the work runs: local, ray, or ray://ADDRESS.")]
 ResultBase = Annotated[str | None, typer.Option(help="The result's base, if it is not where the record says.")]
 ResultExperts = Annotated[

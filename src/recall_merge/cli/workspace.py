@@ -10,7 +10,7 @@ import typer
 
 from recall_merge.cli import terminal_charts
 from recall_merge.cli.console import out, print_json, print_notes, progress, table
-from recall_merge.cli.options import AsJson, Method, Quiet, Sets, settings_of, words_of
+from recall_merge.cli.options import Allowed, AsJson, Method, Quiet, Sets, settings_of, words_of
 from recall_merge.runtime.errors import RunError
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def learn(
     ] = None,
     method: Method = None,
     sets: Sets = None,
+    allow: Allowed = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -71,7 +72,7 @@ def learn(
     tasks = words_of(unseen)
     options = {"train": train, "metric": metric, "start": start, "expert": expert, "same_base": same_base}
     options |= {"unseen": tasks, "method": method, "sets": settings_of(sets)}
-    learned = learn(workspace, _request(task, test, options), progress=progress(quiet or as_json))
+    learned = learn(workspace, _request(task, test, options), allowed=allow or (), progress=progress(quiet or as_json))
     stage, line = learned.stage, branch(learned.state, learned.stage.id)
     model = workspace / stage.merged.path
     if as_json:

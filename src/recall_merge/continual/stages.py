@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -64,11 +64,12 @@ class Learned:
     notes: tuple[str, ...]  # what a reader should know
 
 
-def learn(folder: Path, request: Request | None = None, *, progress: Progress | None = None) -> Learned:
+def learn(folder: Path, request: Request | None = None, *, allowed: Collection[str] = (), progress: Progress | None = None) -> Learned:
     """Learn one task: fine-tune, merge, score all tasks so far.
 
     Args:
         request: what to learn; None goes on with the unfinished stage. So does the request that began it.
+        allowed: names of the training's `arguments` that may do more than train.
 
     Raises:
         RecallError: with every fault that can be found before the work begins, the disk as it was; or with what went wrong later.
@@ -85,7 +86,8 @@ def learn(folder: Path, request: Request | None = None, *, progress: Progress | 
         if spec is None:
             faults.raise_any(WorkspaceError)
             raise AssertionError("without a stage there is a fault")
-        stage = StageValidation(folder, state, spec, faults, same_base=request is not None and request.same_base).run()
+        same_base = request is not None and request.same_base
+        stage = StageValidation(folder, state, spec, faults, same_base=same_base, allowed=allowed).run()
         return StageRunner(folder, stage, progress or Silent()).run()
 
 
@@ -138,7 +140,8 @@ class StageRunner:
             if target.exists() and not (target / RECORD).exists():
                 shutil.rmtree(target)  # a copied adapter of a stage that was given up, which training would refuse to replace
             settings = self._settings.training_settings()
-            train(self._start(self._spec), self._stage.rows, target, settings, overwrite=True, progress=self._progress)
+            options: dict[str, Any] = {"overwrite": True, "progress": self._progress, "allowed": settings.arguments}  # validation has asked
+            train(self._start(self._spec), self._stage.rows, target, settings, **options)
         else:
             source = locate_model(self._folder, given)
             if not is_adapter(source):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -99,8 +99,11 @@ class ValidatedStage:
 class StageValidation:
     """Every check of a stage. Faults are added to those found before."""
 
-    def __init__(self, folder: Path, state: State | None, spec: StageSpec, faults: Faults, *, same_base: bool = False) -> None:
-        self._folder, self._state, self._spec, self._faults, self._same_base = folder, state, spec, faults, same_base
+    def __init__(
+        self, folder: Path, state: State | None, spec: StageSpec, faults: Faults, *, same_base: bool, allowed: Collection[str]
+    ) -> None:
+        self._folder, self._state, self._spec, self._faults = folder, state, spec, faults
+        self._same_base, self._allowed = same_base, allowed
         self._lineage = state.lineage() if state else ()
         self._asked = (spec.task, *spec.unseen)  # the tasks of this stage
         self._tests: dict[str, Task] = {}  # by task, with hashes
@@ -205,7 +208,7 @@ class StageValidation:
                     check_overrides(settings, self._state.settings)
             if spec.given is None:
                 with faults.collect():
-                    check_arguments(settings.training)
+                    check_arguments(settings.training, self._allowed)
                 if spec.train is None:
                     faults.add("there is nothing to train on", fix="give --train FILE, or a trained expert by --expert")
             elif spec.start == "last":

@@ -6,7 +6,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +60,7 @@ def train(
     overwrite: bool = False,
     progress: Progress | None = None,
     callbacks: Sequence[Any] = (),
+    allowed: Collection[str] = (),
 ) -> TrainResult:
     """Train an expert and write it to `out`, whole or not at all.
 
@@ -72,12 +73,13 @@ def train(
         init_from: an expert of the same kind to continue from: fine-tuning one task after another.
         overwrite: replace another expert at `out`.
         callbacks: transformers' TrainerCallbacks.
+        allowed: names of the settings' `arguments` that may do more than train.
 
     Raises:
         RecallError: if settings, rows, base or `init_from` cannot be used, or something else lies at `out`.
     """
     settings = settings or TrainSettings()
-    arguments = check_arguments(settings)
+    arguments = check_arguments(settings, allowed)
     tokenizer = load_tokenizer(base)
     encoded = encode_rows(rows, tokenizer, **settings.encoding)
     key = _key(base, encoded, settings, init_from)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
@@ -49,6 +50,19 @@ FIXED = {
     "eos_token": "a turn ends as the base ends it",
     "pad_token": "the model never sees padding",
 }
+OPEN = {
+    *("max_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "weight_decay"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "gradient_accumulation_steps", "average_tokens_across_devices"),
+    *("label_smoothing_factor", "neftune_noise_alpha", "loss_type", "router_aux_loss_coef", "completion_only_loss", "truncation_mode"),
+    *("packing", "packing_strategy", "padding_free", "pad_to_multiple_of", "shuffle_dataset", "train_sampling_strategy"),
+    *("bf16", "fp16", "tf32", "use_cpu", "use_cache", "full_determinism", "data_seed", "auto_find_batch_size", "torch_empty_cache_steps"),
+    *("gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing", "activation_checkpointing_kwargs"),
+    *("activation_offloading", "dataloader_drop_last", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
+    *("dataloader_persistent_workers", "dataset_num_proc", "logging_strategy", "logging_steps", "logging_first_step"),
+    *("logging_nan_inf_filter", "disable_tqdm", "save_strategy", "save_steps", "save_total_limit"),
+}
+"""Arguments that may stand in any file: they change what is learnt and how fast. Others may upload, report, load files or run code, so a
+person allows each by name where they give the command, `--allow-argument NAME`."""
 
 
 class TrainSettings(Section):
@@ -77,7 +91,7 @@ class TrainSettings(Section):
         default="float32", description="of the base while training, and of a fully trained expert"
     )
     seed: int = 0
-    arguments: dict[str, Any] = Field(default_factory=dict, description="any other argument of trl's SFTConfig")
+    arguments: dict[str, Any] = Field(default_factory=dict, description="other arguments of trl's SFTConfig")
 
     @property
     def encoding(self) -> dict[str, Any]:
@@ -93,8 +107,11 @@ class TrainSettings(Section):
         return self
 
 
-def check_arguments(settings: TrainSettings) -> dict[str, Any]:
-    """The arguments for trl's SFTConfig, or RunError with all names that trl does not know, or that cannot be given as `arguments`."""
+def check_arguments(settings: TrainSettings, allowed: Collection[str] = ()) -> dict[str, Any]:
+    """The arguments for trl's SFTConfig. `allowed`: names that a person allows besides those that are open.
+
+    Raises RunError with all names that trl does not know, that cannot be given as `arguments`, or that nobody has allowed.
+    """
     try:
         with hushed():
             from trl.trainer.sft_config import SFTConfig
@@ -111,6 +128,9 @@ def check_arguments(settings: TrainSettings) -> dict[str, Any]:
             near = did_you_mean(name, names).partition(" known:")[0]  # more than a hundred are known: only a near one is worth showing
             fix = near if near.startswith("did") else "see trl's documentation of SFTConfig"
             faults.add(f"trl's SFTConfig has no argument '{name}'", fix=fix)
+        elif name not in OPEN and name not in allowed:
+            what = f"the argument '{name}' may do more than train: send data away, load files or run code"
+            faults.add(what, where="training.arguments", fix=f"take it out; or, if you want it, add --allow-argument {name}")
     faults.raise_any(RunError)
     packing = settings.arguments.get("packing", False)
     if packing and settings.max_length is None:
