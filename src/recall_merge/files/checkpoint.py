@@ -143,6 +143,12 @@ def open_checkpoint(folder: Path, remote: Mapping[str, RemoteFile] = MappingProx
         stored = _read_headers(folder, remote)
     faults.raise_any(CheckpointError)
 
+    if (folder / "adapter_config.json").exists():  # transformers would fetch the base that it names
+        fix = "give the adapter as an expert; or move one of the two to a folder of its own"
+        faults.add("the folder holds an adapter as well as a model: which of them is meant?", where=folder, fix=fix)
+    if config.get("transformers_weights") not in (None, SINGLE, INDEX):
+        what = f"the config takes its weights from {short(config['transformers_weights'])}, not from the usual files"
+        faults.add(what, where=folder / "config.json", fix=f"take out `transformers_weights`, or name that file {SINGLE}")
     if config.get("quantization_config"):
         faults.add("the weights are quantised", where=folder / "config.json", fix="dequantise the model first, and merge that")
     unfit = [name for name, tensor in stored.items() if _is_packed(name, tensor.spec)]

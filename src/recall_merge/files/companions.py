@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from recall_merge.files.checkpoint import NO_WEIGHTS, OTHER_FORMATS, PICKLES, read_json
+from recall_merge.files.inert import inert_config
+from recall_merge.files.inert_folder import open_tokenizer
 from recall_merge.files.links import TEMPLATES
 from recall_merge.files.vocabulary import Vocabulary, read_vocabulary
 from recall_merge.runtime.errors import CheckpointError
@@ -33,7 +35,7 @@ def write_companions(
     that belong together come from one model: tokenizer, chat template, start, end and padding are those of `speaker`, whose tokens the
     vocabulary chose. `dtype` is that of the result's weights where the run gives one; None keeps what the base's config says.
     """
-    config = read_json(base / "config.json")
+    config = inert_config(read_json(base / "config.json"), local=True)
     config.pop("_name_or_path", None)  # may be a local path
     if dtype is not None:
         config.pop("torch_dtype", None)  # the old name of the setting
@@ -70,10 +72,8 @@ def ends(folder: Path) -> dict[str, Any]:
 
 def _extended_tokenizer(base: Path, experts: Sequence[Path], vocabulary: Vocabulary) -> Any:
     """The base's tokenizer with the experts' tokens added, special ones as special."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
-    donors = [AutoTokenizer.from_pretrained(folder, trust_remote_code=False) for folder in experts if read_vocabulary(folder) is not None]
+    tokenizer = open_tokenizer(base)
+    donors = [open_tokenizer(folder) for folder in experts if read_vocabulary(folder) is not None]
     for row, token in enumerate(vocabulary.added, start=len(tokenizer)):
         tokenizer.add_tokens([token], special_tokens=any(token in donor.all_special_tokens for donor in donors))
         if tokenizer.convert_tokens_to_ids(token) != row:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+from recall_merge.files.inert import inert_config
 from recall_merge.runtime.quiet import quiet
 
 BUILD_LOCK = threading.RLock()  # while transformers builds a model, it changes torch's default dtype for all threads
@@ -25,5 +26,7 @@ def config_object(config: Mapping[str, Any]) -> Any:
     """A config as transformers makes it from the file; infinity is written as {"__float__": "Infinity"}."""
     from transformers import CONFIG_MAPPING
 
-    read = json.loads(json.dumps(config), object_hook=lambda part: float(part["__float__"]) if [*part] == ["__float__"] else part)
+    read = json.loads(
+        json.dumps(inert_config(config)), object_hook=lambda part: float(part["__float__"]) if [*part] == ["__float__"] else part
+    )
     return CONFIG_MAPPING[config["model_type"]].from_dict(read)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from recall_merge.files.checkpoint import AGAIN, read_json
+from recall_merge.files.inert_folder import open_tokenizer
 from recall_merge.runtime.errors import CheckpointError, Fault
 
 if TYPE_CHECKING:
@@ -61,9 +62,9 @@ def read_vocabulary(folder: Path) -> dict[str, int] | None:
 
             return Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab(with_added_tokens=True)
         if any((folder / file).exists() for file in ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")):
-            from transformers import AutoTokenizer
-
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
+            return open_tokenizer(folder).get_vocab()
+    except CheckpointError:
+        raise
     except Exception as error:  # the tokenizers library raises bare exceptions
         raise CheckpointError(f"the tokenizer cannot be read: {error}", where=folder, fix=AGAIN) from error
     return None

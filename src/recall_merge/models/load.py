@@ -12,6 +12,7 @@ from recall_merge.files.adapter import is_adapter, open_adapter
 from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.files.companions import chat_template
 from recall_merge.files.experts import AdapterExpert, own_tensors
+from recall_merge.files.inert_folder import inert, open_tokenizer
 from recall_merge.files.resolved_config import BUILD_LOCK
 from recall_merge.files.vocabulary import read_vocabulary
 from recall_merge.runtime.errors import CheckpointError
@@ -55,6 +56,7 @@ def load_trainable(folder: Path, base: Path, *, dtype: str = "float32") -> Any:
         return build_model(folder, dtype=dtype)
     import peft
 
+    open_adapter(folder, open_checkpoint(base))  # PEFT would import what some settings name
     with hushed():
         return peft.PeftModel.from_pretrained(build_model(base, dtype=dtype), str(folder), is_trainable=True).eval()
 
@@ -112,7 +114,9 @@ def load_config(folder: Path, *, vocabulary_size: int | None = None) -> Any:
     from transformers import AutoConfig
 
     with refused_by_transformers(folder):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with inert(folder) as place:
+            config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        config.name_or_path = str(folder)
         if vocabulary_size is not None:
             config.get_text_config().vocab_size = vocabulary_size
         return config
@@ -123,15 +127,9 @@ def load_tokenizer(folder: Path, base: Path | None = None) -> Any:
 
     Raises CheckpointError if there is none.
     """
-    from transformers import AutoTokenizer
-
     own, folder = folder, folder if base is None or read_vocabulary(folder) is not None else base
     with quiet():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except (ValueError, OSError, KeyError) as error:
-            what = f"there is no usable tokenizer: {_first_line(error)}"
-            raise CheckpointError(what, where=folder, fix="copy the tokenizer's files there") from error
+        tokenizer = open_tokenizer(folder)
     if own != folder and isinstance(template := chat_template(own), str):
         tokenizer.chat_template = template
     return tokenizer

@@ -1,0 +1,49 @@
+"""A model's folder as other libraries may read it, with configs that do nothing; and its tokenizer, read so."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from recall_merge.files.checkpoint import read_json
+from recall_merge.files.inert import inert_config, inert_tokenizer
+from recall_merge.runtime.errors import CheckpointError
+
+CLEANED: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"config.json": inert_config, "tokenizer_config.json": inert_tokenizer}
+
+
+@contextmanager
+def inert(folder: Path) -> Iterator[Path]:
+    """The folder, for a library to read configs and tokenizer from; where its configs act, one of links to its other files."""
+    configs = {name: read_json(folder / name) for name in CLEANED if (folder / name).exists()}
+    changed = {name: clean for name, config in configs.items() if (clean := CLEANED[name](config)) != config}
+    if not changed:
+        yield folder
+        return
+    with TemporaryDirectory() as place:
+        for file in folder.absolute().iterdir():
+            if file.name not in changed:
+                (Path(place) / file.name).symlink_to(file)
+        for name, config in changed.items():
+            (Path(place) / name).write_text(json.dumps(config), "utf-8")
+        yield Path(place)
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a folder, as transformers reads it. Raises CheckpointError if it cannot."""
+    from transformers import AutoTokenizer
+
+    try:
+        with inert(folder) as place:
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    except CheckpointError:
+        raise
+    except Exception as error:  # what tokenizers' classes raise about odd files has no common type
+        what = f"there is no usable tokenizer: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+        raise CheckpointError(what, where=folder, fix="copy the tokenizer's files there") from error
+    tokenizer.name_or_path = str(folder)
+    return tokenizer
