@@ -427,7 +427,7 @@ def of_statistics() -> Iterator[tuple[str, dict[str, bytes | None]]]:
         yield name, {facts: text}
     for what, change in {
         "of an older form": {"format": 1},
-        "of a newer form": {"format": 4},
+        "of a newer form": {"format": 5},
         "no tensors": {"tensors": None},
         "tensors as a list": {"tensors": ["mlp"]},
         "of another expert": {"expert": "0" * 64},
@@ -626,7 +626,7 @@ def of_record() -> Iterator[tuple[str, dict[str, bytes | None]]]:
         return {"record.json": encoded(RECORD | {"files": {**RECORD["files"], **files}})}
 
     for what, change in {
-        "a newer form": {"format": 3},
+        "a newer form": {"format": 4},
         "no form": {"format": None},
         "no files": {"files": None},
         "files as a list": {"files": ["model.safetensors"]},

@@ -13,6 +13,7 @@ from recall_merge import MergeRun, merge
 from recall_merge.cli.app import app
 from recall_merge.cli.report import write as report
 from recall_merge.continual.workspace import rollback
+from recall_merge.files.sealed import read_sealed
 from recall_merge.maths.weights import softmax_weights
 from recall_merge.report import merge_charts, workspace_charts
 from recall_merge.report.anatomy import Models, anatomy
@@ -285,7 +286,7 @@ def test_words_are_shown_only_if_asked_for(workspace, tmp_path, pages):
 
 def test_rows_that_have_changed_are_not_shown_as_the_ones_scored(workspace, tmp_path):
     copy = shutil.copytree(workspace.parent, tmp_path / "copy", ignore=shutil.ignore_patterns("*-report"))
-    state = (copy / "ws" / "workspace.json").read_text().replace(str(workspace.parent), str(copy))
+    state = json.dumps(read_sealed(copy / "ws" / "workspace.json")).replace(str(workspace.parent), str(copy))
     (copy / "ws" / "workspace.json").write_text(state)
     for file in copy.glob("*.jsonl"):
         file.write_text(file.read_text().replace("is ", "was "))
@@ -321,7 +322,7 @@ def test_anatomy_by_hand(bases, tmp_path):
     assert tables["sizes"]["rows"][1] == pytest.approx(sizes, rel=1e-5)
     assert tables["cosines"]["rows"][1] == pytest.approx([float(torch.nn.functional.cosine_similarity(flat(x), flat(y), dim=0))], abs=1e-6)
     assert tables["missed"]["experts"] == []
-    kept = json.loads((tmp_path / "keep.json").read_text())
+    kept = read_sealed(tmp_path / "keep.json")
     kept["tables"]["sizes"]["rows"][1] = ["kept"]
     (tmp_path / "keep.json").write_text(json.dumps(kept))
     again = anatomy(tmp_path / "out", Models(base, {"x": one, "y": two}, {}), tmp_path / "keep.json", Silent())

@@ -26,6 +26,7 @@ from recall_merge.continual.workspace import rollback, status
 from recall_merge.evaluation.scores import score_tasks
 from recall_merge.evaluation.tasks import TaskSpec
 from recall_merge.files.rows import read_rows
+from recall_merge.files.sealed import read_sealed
 from recall_merge.merging.statistics import RANK
 from recall_merge.models.load import load_model
 from recall_merge.runtime.errors import RecallError
@@ -154,7 +155,7 @@ def test_the_samples_are_rows_of_the_newest_experts_training_rows(ws, data):
 
 def test_older_rows_are_never_read_again(ws, data, tmp_path):
     folder = ws("recall")
-    state = json.loads((folder / "workspace.json").read_text())
+    state = read_sealed(folder / "workspace.json")
     state["stages"][0]["train"]["path"] = str(tmp_path / "deleted long ago.jsonl")
     (folder / "workspace.json").write_text(json.dumps(state))
     with opened_files() as paths:
@@ -329,7 +330,7 @@ def test_rows_that_the_base_cannot_read(ws, data, tmp_path):
 
 def test_an_old_test_file_that_changed_or_is_gone(ws, data, tmp_path):
     folder = ws("linear")
-    state = json.loads((folder / "workspace.json").read_text())
+    state = read_sealed(folder / "workspace.json")
     moved = shutil.copy(data / "a-test.jsonl", tmp_path / "moved.jsonl")
     state["stages"][0]["task"]["test"]["path"] = str(moved)
     (folder / "workspace.json").write_text(json.dumps(state))
@@ -342,7 +343,7 @@ def test_an_old_test_file_that_changed_or_is_gone(ws, data, tmp_path):
 
 def test_models_that_changed(ws, data, llama, tmp_path):
     folder = ws("linear")
-    state = json.loads((folder / "workspace.json").read_text())
+    state = read_sealed(folder / "workspace.json")
     base = shutil.copytree(llama, tmp_path / "base")
     state["base"]["path"] = str(base)
     (folder / "workspace.json").write_text(json.dumps(state))

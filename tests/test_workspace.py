@@ -32,6 +32,7 @@ from recall_merge.continual.state import (
 from recall_merge.continual.workspace import branch, init, rollback, status
 from recall_merge.files.durable import append_line, write_whole
 from recall_merge.files.lock import holder
+from recall_merge.files.sealed import read_sealed
 from recall_merge.runtime.errors import RecallError, WorkspaceError
 from tiny import fine_tuned
 from workspaces import essence, make_workspace, teach, tree, write_tasks
@@ -65,7 +66,7 @@ def words(error) -> list[str]:
 
 def test_a_new_workspace_says_all_that_it_will_do(llama, tmp_path):
     state = init(tmp_path / "ws", str(llama), {"training.epochs": 3, "method": "ties", "options.density": 0.3})
-    kept = json.loads((tmp_path / "ws" / "workspace.json").read_text())
+    kept = read_sealed(tmp_path / "ws" / "workspace.json")
     assert kept["format"] == 2
     assert kept["base"]["path"] == str(llama.resolve())
     assert kept["settings"]["training"]["epochs"] == 3
@@ -142,7 +143,7 @@ def test_an_init_that_was_stopped_is_done_again(llama, tmp_path):
 
 
 def broken(ws: Path, **changes) -> Path:
-    state = json.loads((ws / "workspace.json").read_text()) | changes
+    state = read_sealed(ws / "workspace.json") | changes
     (ws / "workspace.json").write_text(json.dumps(state))
     return ws
 

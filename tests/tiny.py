@@ -24,6 +24,8 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from recall_merge.files.sealed import KEY, sealed
+
 VOCABULARY = 96
 SPECIAL = ["<pad>", "<s>", "</s>"]  # ids 0, 1, 2
 TEMPLATE = (
@@ -174,9 +176,11 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def edit_json(path: Path, **changes: Any) -> None:
-    """Change keys of a JSON file; `None` takes a key out."""
+    """Change keys of a JSON file; `None` takes a key out. Where the file carries a hash of itself, it fits again."""
     data = json.loads(path.read_text("utf-8")) | changes
-    path.write_text(json.dumps({key: value for key, value in data.items() if value is not None}), "utf-8")
+    hashed = data.pop(KEY, None) is not None
+    data = {key: value for key, value in data.items() if value is not None}
+    path.write_text(sealed(data) if hashed else json.dumps(data), "utf-8")
 
 
 @contextmanager

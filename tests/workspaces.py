@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from recall_merge.continual.stages import Learned, learn
 from recall_merge.continual.validation import Request
 from recall_merge.continual.workspace import init
+from recall_merge.files.sealed import read_sealed
 from tiny import write_rows
 
 SETTINGS = {
@@ -58,7 +58,7 @@ def tree(folder: Path) -> dict[str, str]:
 
 def essence(workspace: Path) -> dict[str, Any]:
     """What a workspace is, but for times: its state, the bytes of its tensors and of its scores, and the names of all else."""
-    state = json.loads((workspace / "workspace.json").read_text())
+    state = read_sealed(workspace / "workspace.json")
     for stage in state["stages"]:
         del stage["created"]
     files = tree(workspace)

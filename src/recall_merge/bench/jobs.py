@@ -19,6 +19,7 @@ from recall_merge.files.durable import write_whole
 from recall_merge.files.hashing import hash_model
 from recall_merge.files.lock import lock
 from recall_merge.files.rows import Row
+from recall_merge.files.sealed import read_sealed, sealed
 from recall_merge.runtime.errors import OutputError
 from recall_merge.training.settings import TrainSettings
 
@@ -249,7 +250,7 @@ class Store:
 
     def notes(self) -> list[dict[str, Any]]:
         """What is noted about every job that is done: its kind, label, cost and seconds."""
-        return [json.loads(path.read_text("utf-8")) for path in sorted((self.folder / "notes").glob("*.json"))]
+        return [read_sealed(path) for path in sorted((self.folder / "notes").glob("*.json"))]
 
     def seconds(self, jobs: Iterable[Job]) -> float | None:
         """What jobs and all that they need took together, each once; None where one's time is not known."""
@@ -259,10 +260,10 @@ class Store:
     def read(self, kind: str, key: str) -> dict[str, Any]:
         """What is kept about a job; empty if nothing is."""
         file = self._file(kind, key)
-        return json.loads(file.read_text("utf-8")) if file.exists() else {}
+        return read_sealed(file) if file.exists() else {}
 
     def write(self, kind: str, key: str, content: Mapping[str, Any]) -> None:
-        write_whole(self._file(kind, key), json.dumps(content, ensure_ascii=False, default=float) + "\n")
+        write_whole(self._file(kind, key), sealed(content, indent=None))
 
     def _file(self, kind: str, key: str) -> Path:
         return self.folder / kind / f"{key}.json"

@@ -12,6 +12,7 @@ from recall_merge.continual.steps import fingerprint
 from recall_merge.continual.workspace import Status, status
 from recall_merge.files.checkpoint import open_checkpoint, read_json
 from recall_merge.files.record import RECORD
+from recall_merge.files.sealed import read_sealed
 from recall_merge.report import workspace_charts as charts
 from recall_merge.report.anatomy import Models, anatomy
 from recall_merge.report.merge_page import MergeFacts, about, lede, merge_sections
@@ -29,7 +30,7 @@ def make_page(folder: Path, *, text: bool, cache: Path, progress: Progress) -> P
     state = current.state
     if not state.stages:
         raise RunError("nothing was learnt here yet", where=folder, fix=f"recall learn {folder} --task NAME --train FILE --test FILE")
-    scores = {stage.id: read_json(found_path(folder, stage.scores.file))["scores"] for stage in state.stages}
+    scores = {stage.id: read_sealed(found_path(folder, stage.scores.file))["scores"] for stage in state.stages}
     branches = [BranchScores(folder, branch, scores) for branch in current.branches]
     findings, facts = _findings(current, branches), []
     sections = [Section("lineage", "Lineage", list(_lineage(folder, state)))]

@@ -24,6 +24,7 @@ from recall_merge.files.output import WORKSPACE
 from recall_merge.files.record import RECORD
 from recall_merge.files.row_sources import RowSource
 from recall_merge.files.rows import Row
+from recall_merge.files.sealed import read_sealed, sealed
 from recall_merge.runtime.errors import CheckpointError, DataError, Fault, WorkspaceError
 
 STATE, JOURNAL, LOCK = WORKSPACE, "journal.jsonl", "lock"
@@ -145,8 +146,9 @@ def read_state(folder: Path) -> State:
         what = "this is no workspace" if folder.exists() else "there is no such workspace"
         raise WorkspaceError(what, where=folder, fix="make one: recall init WORKSPACE --base MODEL")
     try:
-        data = read_json(path)
+        data = read_sealed(path)
     except CheckpointError as error:
+        fix += "; if you changed it yourself, take its line `blake3` out"
         raise WorkspaceError(f"the workspace's state cannot be read: {error.faults[0].what}", where=path, fix=fix) from error
     version = data.get("format", 0)
     if type(version) is int and version != FORMAT:
@@ -230,7 +232,7 @@ def locate_model(folder: Path, model: Model) -> Path:
 
 def write_state(folder: Path, state: State) -> None:
     """Replace the state, in one step."""
-    write_whole(folder / STATE, json.dumps(state.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n")
+    write_whole(folder / STATE, sealed(state.model_dump(mode="json"), indent=2))
 
 
 @contextmanager

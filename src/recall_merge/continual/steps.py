@@ -21,6 +21,7 @@ from recall_merge.files.checkpoint import open_checkpoint, read_json
 from recall_merge.files.durable import write_whole
 from recall_merge.files.hashing import hash_file, hash_model
 from recall_merge.files.record import versions
+from recall_merge.files.sealed import read_sealed, sealed
 from recall_merge.merging.merge import MergeResult, merge, reuse
 from recall_merge.merging.run import MergeRun
 from recall_merge.merging.statistics import RANK, make_statistics
@@ -55,20 +56,21 @@ def fingerprint(folder: Path) -> str:
 
 
 class KeyedFile:
-    """A JSON file that says under which key its content was made. Content of another key is ignored, and replaced by the first `write`."""
+    """A JSON file that says under which key its content was made. Content of another key, or damaged, is
+    ignored, and replaced by the first `write`."""
 
     def __init__(self, path: Path, key: str) -> None:
         self._path, self._key, self.exists = path, key, False
         self.content: dict[str, Any] = {}
-        with suppress(OSError, ValueError):
-            stored = json.loads(path.read_text("utf-8"))
-            if isinstance(stored, dict) and stored.pop("key", None) == key:
+        with suppress(CheckpointError):
+            stored = read_sealed(path)
+            if stored.pop("key", None) == key:
                 self.content = stored
                 self.exists = True
 
     def write(self) -> None:
         """Put the content in its place, in one step."""
-        write_whole(self._path, json.dumps({"key": self._key, **self.content}, ensure_ascii=False, indent=1) + "\n")
+        write_whole(self._path, sealed({"key": self._key, **self.content}))
 
 
 def take_statistics(run: MergeRun, folder: Path, *, rank: int = RANK, progress: Progress | None = None) -> None:

@@ -77,9 +77,9 @@ def open_adapter(folder: Path, base: Checkpoint, remote: Mapping[str, RemoteFile
     Raises CheckpointError with every fault: another kind of adapter, pickled or damaged weights, parts that do not fit the base.
     """
     faults, config, stored = Faults(), {}, {}
-    faults.attempt(check_links, folder)
     with faults.collect():
         config = read_json(folder / CONFIG)
+        check_links(folder)
         _check_config(folder, config, faults)
     present = files_in(folder, remote)
     if whole := present & {SINGLE, INDEX}:

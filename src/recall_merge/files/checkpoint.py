@@ -136,9 +136,9 @@ def open_checkpoint(folder: Path, remote: Mapping[str, RemoteFile] = MappingProx
         what = f"this folder is no model; its subfolder '{adapters[0].parent.name}' is an adapter"
         raise CheckpointError(what, where=folder, fix=f"give the folder of the adapter itself: {adapters[0].parent}")
     faults, config, stored = Faults(), {}, {}
-    faults.attempt(check_links, folder)
     with faults.collect():
         config = read_json(folder / "config.json")
+        check_links(folder)
     with faults.collect():
         stored = _read_headers(folder, remote)
     faults.raise_any(CheckpointError)
@@ -197,17 +197,30 @@ def files_in(folder: Path, remote: Collection[str]) -> set[str]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises CheckpointError if it is missing, not JSON, or not an object."""
+    return parse_json(read_small(path), path)
+
+
+def read_small(path: Path) -> bytes:
+    """All bytes of a file that describes something. Raises CheckpointError if it is missing, no file, or too long."""
     try:
         if path.exists() and not path.is_file():  # a pipe would never end
             raise CheckpointError(f"{path.name} is not a file", where=path, fix=NO_MODEL)
         with path.open("rb") as file:
-            text = file.read(MAX_JSON + 1)
-        if len(text) > MAX_JSON:
-            raise CheckpointError(f"{path.name} is longer than {MAX_JSON:,} bytes", where=path, fix=AGAIN)
-        value = json.loads(text.decode("utf-8"))
+            data = file.read(MAX_JSON + 1)
     except FileNotFoundError:
         raise CheckpointError(f"there is no {path.name}", where=path.parent, fix=NO_MODEL) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path.name} cannot be read: {error}", where=path, fix=AGAIN) from error
+    if len(data) > MAX_JSON:
+        raise CheckpointError(f"{path.name} is longer than {MAX_JSON:,} bytes", where=path, fix=AGAIN)
+    return data
+
+
+def parse_json(data: bytes, path: Path) -> dict[str, Any]:
+    """The JSON object in a file's bytes."""
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name} cannot be read: {error}", where=path, fix=AGAIN) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path.name} is not a JSON object", where=path, fix=AGAIN)

@@ -2,20 +2,20 @@
 
 `stats.safetensors` holds, in bfloat16, for each group of layers with the same inputs a factor (i, r) and a diagonal (i,), and for each
 layer the squared gradients of its outputs (o,). `stats.json` says which tensors of the base belong to which group, what the statistics
-were made from, and the hash of their expert.
+were made from, the hash of their expert, and those of both files.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recall_merge.files.checkpoint import read_json
 from recall_merge.files.durable import replacing, write_whole
+from recall_merge.files.hashing import hash_result
 from recall_merge.files.safetensors import StoredTensor, TensorSpec, bytes_of, encode_header, read_header
+from recall_merge.files.sealed import read_sealed, sealed
 from recall_merge.runtime.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from recall_merge.maths.moments import Moment
 
 STATS, WEIGHTS = "stats.json", "stats.safetensors"
-FORMAT = 3
+FORMAT = 4
+OLDER = 3  # without hashes
 KINDS = {"expert": str, "samples": int, "tokens": int, "rank": int, "rows": list}  # types of the facts that a merge reports
 
 
@@ -75,12 +76,13 @@ def write_statistics(folder: Path, parts: Mapping[str, Tensor], tensors: Mapping
     import torch
 
     parts = {name: tensor.to(torch.bfloat16) for name, tensor in parts.items()}
-    with replacing(folder / WEIGHTS) as partial, partial.open("wb") as file:
-        file.write(encode_header({name: TensorSpec.of(tensor) for name, tensor in parts.items()}))
-        for tensor in parts.values():
-            file.write(bytes_of(tensor))
-    text = json.dumps({"format": FORMAT, **facts, "tensors": {name: list(entry) for name, entry in tensors.items()}}, indent=1) + "\n"
-    write_whole(folder / STATS, text)
+    with replacing(folder / WEIGHTS) as partial:
+        with partial.open("wb") as file:
+            file.write(encode_header({name: TensorSpec.of(tensor) for name, tensor in parts.items()}))
+            for tensor in parts.values():
+                file.write(bytes_of(tensor))
+        known = {"format": FORMAT, WEIGHTS: hash_result(partial), **facts}
+    write_whole(folder / STATS, sealed({**known, "tensors": {name: list(entry) for name, entry in tensors.items()}}))
     return folder / STATS
 
 
@@ -92,15 +94,17 @@ def open_statistics(folder: Path) -> InputStatistics | None:
     """The input statistics in a folder, or None. Raises CheckpointError if they are damaged, or in an unknown format."""
     if not has_statistics(folder):
         return None
-    facts = read_json(folder / STATS)
     fix = "make them again with `recall stats`"
-    if facts.get("format") != FORMAT or not isinstance(facts.get("tensors"), dict):
+    facts = read_sealed(folder / STATS, since=FORMAT, again=fix)
+    if facts.get("format") not in (OLDER, FORMAT) or not isinstance(facts.get("tensors"), dict):
         raise CheckpointError("the input statistics are in a format that this version does not know", where=folder / STATS, fix=fix)
     entries = facts["tensors"].values()
     sound = all(isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) and entry[1] in (0, 1) for entry in entries)
     if not sound or not all(isinstance(facts.get(key), kind) for key, kind in KINDS.items()):
         raise CheckpointError("the input statistics are damaged", where=folder / STATS, fix=fix)
     stored = read_header(folder / WEIGHTS)
+    if facts["format"] == FORMAT and hash_result(folder / WEIGHTS) != facts.get(WEIGHTS):
+        raise CheckpointError(f"{WEIGHTS} has changed since it was written, or is of other statistics", where=folder / WEIGHTS, fix=fix)
     wanted = {part for name, (group, _) in facts["tensors"].items() for part in (*parts_of(group), f"{name}.gradient")}
     if missing := sorted(wanted - set(stored)):
         raise CheckpointError(f"the input statistics lack '{missing[0]}'", where=folder / WEIGHTS, fix=fix)

@@ -13,6 +13,7 @@ from recall_merge.files.adapter import CONFIG, WEIGHTS, is_adapter
 from recall_merge.files.checkpoint import open_checkpoint, read_json
 from recall_merge.files.record import verify_files
 from recall_merge.files.safetensors import read_header
+from recall_merge.files.statistics import open_statistics
 from recall_merge.runtime.errors import CheckpointError, ResultError
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def verify(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ResultError("there is no such folder", where=folder, fix="give the folder of a result of `recall merge`")
     record = verify_files(folder)
+    open_statistics(folder)
     if is_adapter(folder):
         read_json(folder / CONFIG)
         read_header(folder / WEIGHTS)

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from recall_merge.files.adapter import is_adapter, open_adapter
-from recall_merge.files.checkpoint import Checkpoint, open_checkpoint, read_json
+from recall_merge.files.checkpoint import Checkpoint, open_checkpoint
 from recall_merge.files.durable import write_whole
 from recall_merge.files.experts import AdapterExpert, Expert, FullExpert, widen
 from recall_merge.files.record import RECORD
 from recall_merge.files.same_architecture import named_like
+from recall_merge.files.sealed import read_sealed, sealed
 from recall_merge.files.statistics import InputStatistics, open_statistics
 from recall_merge.maths.deltas import dense
 from recall_merge.merging.run import skipped
@@ -58,13 +59,15 @@ def anatomy(folder: Path, models: Models, cache: Path, progress: Progress, *, id
         CheckpointError: if a model cannot be read.
     """
     statistics = {name: stats for name, path in models.statistics.items() if (stats := open_statistics(path))}
-    record = (folder / RECORD).read_text("utf-8")
-    key = hashlib.sha256("\n".join([record, *identities, *(json.dumps(stats.facts) for stats in statistics.values())]).encode()).hexdigest()
+    record = read_sealed(folder / RECORD)
+    key = hashlib.sha256(
+        "\n".join([json.dumps(record), *identities, *(json.dumps(stats.facts) for stats in statistics.values())]).encode()
+    ).hexdigest()
     if (cached := _read_cache(cache, key)) is not None:
         return cached
     result, base = open_checkpoint(folder), open_checkpoint(models.base)
     experts = [_open(name, path, base) for name, path in models.experts.items()]
-    skip = json.loads(record)["run"].get("skip", [])
+    skip = record["run"].get("skip", [])
     names = [name for name, stored in result.tensors.items() if name in base.tensors and stored.spec.is_float and not skipped(name, skip)]
     sums = LayerSums([expert.name for expert in experts], result.layers.last + 1)
     with progress.stage("comparing the deltas", sum(result.tensors[name].spec.nbytes for name in names), "bytes") as advance:
@@ -75,7 +78,7 @@ def anatomy(folder: Path, models: Models, cache: Path, progress: Progress, *, id
                 sums.add(result.layers.of(name), name, widen(stored), widen(result.read(name)), experts, statistics)
             advance(spec.nbytes)
     tables = sums.tables()
-    write_whole(cache, json.dumps({"format": FORMAT, "key": key, "tables": tables}) + "\n")
+    write_whole(cache, sealed({"format": FORMAT, "key": key, "tables": tables}, indent=None))
     return tables
 
 
@@ -139,7 +142,7 @@ def _open(name: str, path: Path, base: Checkpoint) -> Expert:
 
 def _read_cache(cache: Path, key: str) -> dict[str, Any] | None:
     try:
-        data = read_json(cache) if cache.is_file() else {}
+        data = read_sealed(cache) if cache.is_file() else {}
     except CheckpointError:
         return None
     return data["tables"] if data.get("format") == FORMAT and data.get("key") == key else None
