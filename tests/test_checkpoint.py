@@ -167,6 +167,8 @@ def test_a_folder_without_a_model(tmp_path):
     error = refusal(tmp_path, "there is no config.json", "give the folder of a Hugging Face model or adapter")
     assert "there are no weights in this folder" in error and f"fix: give a folder that holds {SINGLE}, or {INDEX} and its shards" in error
     refusal(tmp_path / "nowhere", "there is no config.json", "give the folder")
+    (tmp_path / "adapter_model.safetensors").touch()
+    refusal(tmp_path, "there is no adapter_config.json beside the adapter's weights", "copy the whole folder of the adapter")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '"a"', "\x00", "[" * 100_000])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from recall_merge import MergeRun, RecallError, make_plan, merge
 from recall_merge.merging.cost import estimate_time, peak_memory
@@ -195,6 +195,25 @@ def test_numbers_that_are_not_finite(world, poison, method):
         for tensor in ("model.layers.1.mlp.up_proj.weight", "model.norm.weight")
         for name in "ab"
     ]
+
+
+@pytest.mark.parametrize("kind", ["full", "adapter"])
+def test_a_difference_that_overflows_is_not_called_infinity_of_the_files(world, kind):
+    """3e38 - -3e38, or a product of factors of 1e20: every number of the files is finite."""
+    if kind == "full":
+        for name, sign in (("base", -1), ("a", 1)):
+            tensors = load_tensors(world / name)
+            tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = sign * 3e38
+            save_file(tensors, world / name / "model.safetensors", metadata={"format": "pt"})
+        where = world / "a"
+    else:
+        where = lora(world / "base", world / "factors", r=2, target_modules=["up_proj"], layers_to_transform=[1])
+        factors = {name: torch.full_like(tensor, 1e20) for name, tensor in load_file(where / "adapter_model.safetensors").items()}
+        save_file(factors, where / "adapter_model.safetensors", metadata={"format": "pt"})
+    entries = [{"name": "a", "path": str(where)}]
+    what, place, _ = one_fault(world, method="linear", samples=None, experts=entries)
+    assert what == "expert 'a' changes 'model.layers.1.mlp.up_proj.weight' by more than float32 can hold, from finite numbers"
+    assert place == str(where)
 
 
 def test_a_merge_that_overflows_its_dtype(world):

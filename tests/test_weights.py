@@ -46,6 +46,10 @@ def test_the_temperature_is_1_by_default_and_a_smaller_one_sharpens():
 def test_the_limits_of_the_temperature():
     s = torch.tensor([[0.2, 0.9, 1.0], [1.0, 0.5, 1.0]], dtype=torch.float64)
     assert softmax_weights(s, temperature=1e-300).tolist() == [[0, 0, 1], [0.5, 0, 0.5]]
+    for tau in (1e-38, 1e-39, 1e-320):  # where S / tau overflows
+        for dtype in (torch.float32, torch.float64):
+            assert softmax_weights(s.to(dtype), temperature=tau).tolist() == [[0, 0, 1], [0.5, 0, 0.5]]
+            assert softmax_weights(-s.to(dtype), temperature=tau).tolist() == [[1, 0, 0], [0, 1, 0]]
     assert softmax_weights(s, temperature=1e300).flatten().tolist() == pytest.approx([1 / 3] * 6, rel=1e-15)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from typing import Annotated
 
 import typer
 
 import recall_merge
 from recall_merge.cli import bench, demo, evaluate, export, merge, methods, report, workspace
-from recall_merge.cli.console import out, print_error
+from recall_merge.cli.console import err, out, print_error
 from recall_merge.runtime.errors import RecallError
 
 app = typer.Typer(
@@ -65,6 +66,9 @@ def main() -> None:
     except OSError as error:  # a full, broken or read-only disk, wherever it shows
         fix = "make room, or check the disk and its permissions; finished work is kept, and the same command continues from there"
         print_error(RecallError(f"the system reports: {error.strerror or error}", where=error.filename or "", fix=fix))
+        sys.exit(1)
+    except Exception:  # one that nobody foresaw: its words may be those of a file
+        err().print(traceback.format_exc(), end="")
         sys.exit(1)
     except (KeyboardInterrupt, SystemExit) as end:
         if isinstance(end, SystemExit) and end.code != INTERRUPTED:

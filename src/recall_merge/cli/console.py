@@ -1,24 +1,37 @@
-"""What all commands share to print: the two consoles, tables, JSON, notes, errors and progress bars."""
+"""What all commands share to print: the two consoles, tables, JSON, notes, errors and progress bars.
+
+Everything that is printed passes `printable`: names and texts come from files of other people, and a terminal obeys what it is sent.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from recall_merge.runtime.errors import RecallError
+from recall_merge.runtime.errors import Fault, RecallError
 from recall_merge.runtime.progress import Advance, Progress, Silent
 
 WIDE = 10_000  # columns where nobody watches, so that no table is cut for the next program in the pipe
+UNPRINTABLE = re.compile("[\\x00-\\x09\\x0b-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
+"""Control characters but the end of a line, those that turn the direction of text, and halves of characters."""
+
+
+def printable(text: str) -> str:
+    """A text without what a terminal obeys: escape sequences, returns, and turns of direction.
+
+    >>> printable("\\x1b]0;title\\x07 a\\u202eb\\r")
+    '·]0;title· a·b·'
+    """
+    return UNPRINTABLE.sub("·", text)
 
 
 def out() -> Any:
     """The console for results. Brackets are a user's text, not markup."""
-    from rich.console import Console
-
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = _console(stderr=False)
     if not console.is_terminal:
         console.width = WIDE
     return console
@@ -26,9 +39,21 @@ def out() -> Any:
 
 def err() -> Any:
     """The console for everything else."""
+    return _console(stderr=True)
+
+
+def _console(*, stderr: bool) -> Any:
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False, soft_wrap=True, markup=False)
+    class PrintableConsole(Console):
+        def render_str(self, text: str, **options: Any) -> Any:  # before columns are measured
+            return super().render_str(printable(text), **options)
+
+        def render(self, renderable: Any, options: Any = None) -> Any:  # whatever else is drawn, such as bars
+            for part in super().render(renderable, options):
+                yield part if part.control else part._replace(text=printable(part.text))
+
+    return PrintableConsole(stderr=stderr, highlight=False, soft_wrap=True, markup=False)
 
 
 def table(*head: str, **options: Any) -> Any:
@@ -39,7 +64,8 @@ def table(*head: str, **options: Any) -> Any:
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))  # noqa: T201
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    print(UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text))  # noqa: T201
 
 
 def print_notes(notes: Iterable[str]) -> None:
@@ -48,8 +74,9 @@ def print_notes(notes: Iterable[str]) -> None:
 
 
 def print_error(error: RecallError) -> None:
-    """Print every fault of an error, numbered if there are several."""
-    for number, fault in enumerate(error.faults, start=1):
+    """Print every fault of an error, numbered if there are several. Each part is one line, whatever a name in it holds."""
+    faults = [Fault(*(" ".join(part.splitlines()) for part in (fault.what, fault.where, fault.fix))) for fault in error.faults]
+    for number, fault in enumerate(faults, start=1):
         lead = f"{number}. " if len(error.faults) > 1 else ""
         err().print(f"{lead}error: ", style="bold red", end="")
         err().print(str(fault))
@@ -66,7 +93,7 @@ class Bars:
     def __init__(self) -> None:
         from rich import progress
 
-        columns = (progress.TextColumn("{task.description}"), progress.BarColumn(), _amount(), progress.TimeRemainingColumn())
+        columns = (progress.TextColumn("{task.description}", markup=False), progress.BarColumn(), _amount(), progress.TimeRemainingColumn())
         self._bars = progress.Progress(*columns, console=err())
         self._open = 0
 

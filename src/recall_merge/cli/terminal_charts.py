@@ -6,17 +6,15 @@ to orange around a meaningful middle. In a pipe the same tables are plain text, 
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from recall_merge.cli.console import table
+from recall_merge.cli.console import printable, table
 
 BARS = "▁▂▃▄▅▆▇█"
 VIRIDIS = ("#440154", "#472d7b", "#3b528b", "#2c728e", "#21918c", "#28ae80", "#5ec962", "#addc30", "#fde725")
 DIVERGING = ("#542788", "#8073ac", "#b2abd2", "#d8daeb", "#f7f7f7", "#fee0b6", "#fdb863", "#e08214", "#b35806")
-BIDI = {chr(code) for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ def plain(name: str, columns: int = 64) -> str:
     """
     from rich.cells import cell_len, set_cell_size
 
-    name = "".join("·" if unicodedata.category(letter) == "Cc" or letter in BIDI else letter for letter in name[: 4 * columns])
+    name = printable(name[: 4 * columns]).replace("\n", "·")
     return name if cell_len(name) <= columns else set_cell_size(name, columns - 1).rstrip() + "…"
 
 

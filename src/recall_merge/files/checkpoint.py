@@ -40,6 +40,7 @@ COMPUTED = (".rotary_emb.inv_freq", ".masked_bias")  # tables that old versions 
 PACKED_NAME = re.compile(r"weight|zeros|packed|quant|_(blocks|scales)$")
 NOT_TEXT = re.compile(r"wpe|pos|vision|visual|image|audio|encoder|connector|proj")
 POSITIONS = re.compile(r"wpe|pos")
+ADAPTER, WHOLE_ADAPTER = "adapter_model.safetensors", "copy the whole folder of the adapter"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state")  # pickles that trainers leave beside the weights
 OTHER_FORMATS = (".gguf", ".onnx", ".h5", ".msgpack")
@@ -135,6 +136,8 @@ def open_checkpoint(folder: Path, remote: Mapping[str, RemoteFile] = MappingProx
     if not (folder / "config.json").exists() and (adapters := sorted(folder.glob("*/adapter_config.json"))):
         what = f"this folder is no model; its subfolder '{adapters[0].parent.name}' is an adapter"
         raise CheckpointError(what, where=folder, fix=f"give the folder of the adapter itself: {adapters[0].parent}")
+    if not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists() and (folder / ADAPTER).exists():
+        raise CheckpointError("there is no adapter_config.json beside the adapter's weights", where=folder, fix=WHOLE_ADAPTER)
     faults, config, stored = Faults(), {}, {}
     with faults.collect():
         config = read_json(folder / "config.json")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from recall_merge.files.adapter import CONFIG, adapter_weights
-from recall_merge.files.checkpoint import weight_files
+from recall_merge.files.checkpoint import ADAPTER, weight_files
 from recall_merge.files.safetensors import MAX_HEADER, RemoteFile
 from recall_merge.runtime.errors import CheckpointError, Fault, RecallError
 from recall_merge.runtime.paths import path_of
@@ -87,7 +87,8 @@ def locate(reference: str, *, weights: bool = True, progress: Progress | None = 
         raise CheckpointError("there is no such folder", where=reference, fix=fix)
     listing = _ask(name, lambda: _list_files(name))
     if "config.json" not in listing.files and CONFIG not in listing.files:
-        raise CheckpointError(f"'{name.repo}' holds no config.json, so it is not a model", where=name, fix="check the name")
+        lacks = "weights of an adapter, but no adapter_config.json" if ADAPTER in listing.files else "no config.json, so it is not a model"
+        raise CheckpointError(f"'{name.repo}' holds {lacks}", where=name, fix="check the name")
     pinned = Reference(name.repo, listing.commit)
     if listing.online and name.revision != listing.commit:  # subtle: fetched by its name, so that the cache knows the name's commit
         _ask(name, lambda: _download(name, [CONFIG if CONFIG in listing.files else "config.json"], lambda _: None))

@@ -24,7 +24,12 @@ def softmax_weights(similarity: Float[Tensor, "layers n"], *, temperature: float
     >>> softmax_weights(torch.tensor([[1.0, 1.0]]))
     tensor([[0.5000, 0.5000]])
     """
-    return torch.softmax(similarity / temperature, dim=-1)
+    weights = torch.softmax(similarity / temperature, dim=-1)
+    if bool(weights.isnan().any()):  # tau so small that S / tau overflows: its limit, where the largest share all the weight
+        largest = (similarity == similarity.amax(dim=-1, keepdim=True)).to(similarity.dtype)
+        limit = largest / largest.sum(dim=-1, keepdim=True)
+        return torch.where(weights.isnan(), limit, weights)
+    return weights
 
 
 def outside_blocks(weights: Float[Tensor, "layers n"], choice: Outside = "nearest") -> Float[Tensor, "layers+1 n"]:

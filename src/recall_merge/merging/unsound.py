@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from recall_merge.files.experts import widen
+from recall_merge.files.adapter import Adapter
+from recall_merge.files.experts import Expert, widen
 from recall_merge.maths.deltas import Delta, dense, squared
 from recall_merge.merging.plan import Plan
 from recall_merge.runtime.errors import CheckpointError, Faults
@@ -45,9 +46,22 @@ def refuse_nonfinite(plan: Plan) -> None:
             continue
         for expert in plan.experts:
             delta = expert.delta(name, base) if plan.vocabulary is None else expert.own(name, base)
-            if delta is not None and not is_finite(dense(delta)):
+            if delta is None or is_finite(dense(delta)):
+                continue
+            if all(map(is_finite, _stored(expert, name))):
+                what = f"expert '{expert.name}' changes '{name}' by more than float32 can hold, from finite numbers"
+                faults.add(what, where=expert.folder, fix=fix)
+            else:
                 faults.add(f"expert '{expert.name}' holds NaN or infinity in '{name}'", where=expert.folder, fix=fix)
     faults.raise_any(CheckpointError)
+
+
+def _stored(expert: Expert, name: str) -> list[Tensor]:
+    """The numbers that an expert's files hold for a tensor."""
+    if isinstance(expert.source, Adapter):
+        edit = expert.source.edits.get(name)
+        return [part.read() for part in edit.parts] if edit else []
+    return [expert.source.read(name)]
 
 
 class DeltaSizes:
