@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from recall_merge.cli.app import main
 from recall_merge.cli.console import UNPRINTABLE, _console, printable
+from recall_merge.files.sealed import read_sealed, sealed
 from tiny import fine_tuned, load_tensors
 
 ESCAPES = "\x1b]0;evil\x07\x1b[2J\x9b31m\r\u202e\x08"
@@ -54,9 +55,9 @@ def test_run_files(world, llama, said):
 
 def test_records_and_configs(world, llama, said):
     said("merge", "--base", llama, "-e", f"a={world / 'sound'}", "--method", "linear", "--out", world / "out")
-    record = json.loads((world / "out/record.json").read_text())
+    record = read_sealed(world / "out/record.json")
     record["files"][f"{ESCAPES}.json"] = record["files"].pop("config.json")
-    (world / "out/record.json").write_text(json.dumps(record))
+    (world / "out/record.json").write_text(sealed(record))
     for command in ("verify", "report"):
         said(command, world / "out")
     config = json.loads((world / "sound/config.json").read_text())
@@ -66,10 +67,10 @@ def test_records_and_configs(world, llama, said):
 
 def test_workspaces(world, llama, said):
     said("init", world / "ws", "--base", llama)
-    state = json.loads((world / "ws/workspace.json").read_text())
+    state = read_sealed(world / "ws/workspace.json")
     state["base"]["path"] = ESCAPES
     state["settings"]["method"] = ESCAPES
-    (world / "ws/workspace.json").write_text(json.dumps(state))
+    (world / "ws/workspace.json").write_text(sealed(state))
     for arguments in (["status", world / "ws"], ["status", world / "ws", "--json"], ["learn", world / "ws"]):
         said(*arguments)
 

@@ -625,9 +625,9 @@ def test_learn_refused_as_a_user_types_it(ws, arguments, what):
 def test_arguments_that_a_workspace_brings_need_a_word_from_the_keyboard(ws, data):
     """Push to a hub, from the settings of a stranger's workspace: nothing is trained until it is allowed, by name."""
     folder = ws("linear")
-    state = json.loads((folder / "workspace.json").read_text())
+    state = read_sealed(folder / "workspace.json")
     state["settings"]["training"]["arguments"] = {"push_to_hub": True, "hub_model_id": "stranger/theirs"}
-    (folder / "workspace.json").write_text(json.dumps(state))
+    (folder / "workspace.json").write_text(sealed(state))
     asked = ["--task", "b", "--train", data / "b-train.jsonl", "--test", data / "b-test.jsonl"]
     before = sorted(folder.rglob("*"))
     for allowed, left in (([], {"push_to_hub", "hub_model_id"}), (["--allow-argument", "hub_model_id"], {"push_to_hub"})):
