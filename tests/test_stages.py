@@ -26,7 +26,7 @@ from recall_merge.continual.workspace import rollback, status
 from recall_merge.evaluation.scores import score_tasks
 from recall_merge.evaluation.tasks import TaskSpec
 from recall_merge.files.rows import read_rows
-from recall_merge.files.sealed import read_sealed
+from recall_merge.files.sealed import read_sealed, sealed
 from recall_merge.merging.statistics import RANK
 from recall_merge.models.load import load_model
 from recall_merge.runtime.errors import RecallError
