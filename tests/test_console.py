@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from recall_merge.cli.app import main
 from recall_merge.cli.console import UNPRINTABLE, _console, printable
-from recall_merge.files.sealed import read_sealed, sealed
+from recall_merge.runtime.sealed import read_sealed, sealed
 from tiny import fine_tuned, load_tensors
 
 ESCAPES = "\x1b]0;evil\x07\x1b[2J\x9b31m\r\u202e\x08"

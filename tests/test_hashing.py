@@ -7,15 +7,22 @@ import time
 
 import pytest
 
-from recall_merge.bench.jobs import Base, Store
+from recall_merge import MergeRun, merge
+from recall_merge.bench.jobs import Base, Scores, Store
+from recall_merge.bench.run_job import run_job
 from recall_merge.continual.steps import fingerprint
 from recall_merge.files import hashing as content
 from recall_merge.files.checkpoint import SINGLE, open_checkpoint
-from recall_merge.files.hashing import hash_model, hash_weights, same_weights
+from recall_merge.files.hashing import FileStates, hash_model, hash_weights, same_weights
+from recall_merge.files.rows import Row
 from recall_merge.files.safetensors import StoredTensor
 from recall_merge.files.same_architecture import check_checkpoint
+from recall_merge.merging import statistics
+from recall_merge.merging.merge import reuse
 from recall_merge.runtime.errors import CheckpointError, OutputError
-from tiny import edit_json, make_model, save_model
+from recall_merge.training import fine_tuning
+from recall_merge.training.settings import TrainSettings
+from tiny import edit_json, fine_tuned, make_model, save_model, write_rows
 
 
 @pytest.fixture
@@ -127,3 +134,57 @@ def test_a_bench_sees_a_bit_of_its_base(folder, tmp_path):
     assert open_checkpoint(folder).fingerprint == base.fingerprint
     with pytest.raises(OutputError, match="the base has changed since the bench began"):
         store.keep_base(base)
+
+
+def rewritten(file):
+    """Other bytes in the same place, with size and time as before."""
+    times, old = file.stat(), file.read_bytes()
+    file.write_bytes(bytes([old[0] ^ 1]) + old[1:])
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@pytest.mark.parametrize("name", [SINGLE, "tokenizer.json", "additional_chat_templates/a.jinja"])
+def test_a_file_that_is_rewritten_in_place_with_its_time_put_back(folder, name):
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "a.jinja").write_text("{{ messages }}")
+    states = FileStates.of([folder])
+    states.check(), states.check(elsewhere=True)
+    rewritten(folder / name)
+    for elsewhere in (False, True):
+        with pytest.raises(CheckpointError):
+            states.check(elsewhere=elsewhere)
+
+
+def test_statistics_and_training_are_not_made_of_a_model_that_changed_meanwhile(folder, llama, tmp_path, monkeypatch):
+    expert, rows = fine_tuned(llama, tmp_path / "a", seed=1), [Row(0, (), "yes it is"), Row(1, (), "no it is not")]
+    path = str(write_rows(tmp_path / "rows.jsonl", [{"text": row.completion} for row in rows]))
+    run = {"base": str(folder), "experts": [{"name": "a", "path": str(expert)}], "method": "linear", "samples": {"path": path, "count": 2}}
+    real = statistics.choose_samples
+    monkeypatch.setattr(statistics, "choose_samples", lambda *given: (rewritten(tmp_path / "rows.jsonl"), real(*given))[1])
+    with pytest.raises(CheckpointError, match="the file changed while it was read"):
+        statistics.make_statistics(MergeRun.model_validate(run))
+    assert not (expert / "stats.json").exists()
+    make = fine_tuning._make_model
+    monkeypatch.setattr(fine_tuning, "_make_model", lambda *given: (make(*given), rewritten(folder / "tokenizer.json"))[0])
+    with pytest.raises(CheckpointError, match="the file changed while it was read"):
+        fine_tuning.train(folder, rows, tmp_path / "trained", TrainSettings(epochs=1, rank=2, alpha=2))
+    assert not (tmp_path / "trained").exists()
+
+
+def test_a_bench_sees_another_chat_template(folder, tmp_path):
+    store, base = Store(tmp_path / "jobs"), Base(folder, open_checkpoint(folder).fingerprint)
+    store.write("bases", base.fingerprint, {"sha256": fingerprint(folder).partition(".")[0]})  # as earlier versions did
+    store.keep_base(base)
+    store.write("bases", base.fingerprint, {"sha256": fingerprint(folder)})
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(OutputError, match="the base has changed since the bench began"):
+        run_job(Scores("scores", base, ()), store)
+
+
+def test_a_merge_of_models_that_read_otherwise_is_made_again(folder, llama, tmp_path):
+    expert = fine_tuned(llama, tmp_path / "a", seed=1)
+    run = {"base": str(folder), "experts": [{"name": "a", "path": str(expert)}], "method": "linear", "out": {"path": tmp_path / "out"}}
+    merge(MergeRun.model_validate(run))
+    assert reuse(MergeRun.model_validate(run)) is not None
+    (expert / "chat_template.jinja").write_text("{{ messages }}")
+    assert reuse(MergeRun.model_validate(run)) is None

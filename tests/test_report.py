@@ -13,13 +13,13 @@ from recall_merge import MergeRun, merge
 from recall_merge.cli.app import app
 from recall_merge.cli.report import write as report
 from recall_merge.continual.workspace import rollback
-from recall_merge.files.sealed import read_sealed
 from recall_merge.maths.weights import softmax_weights
 from recall_merge.report import merge_charts, workspace_charts
 from recall_merge.report.anatomy import Models, anatomy
 from recall_merge.report.page import Cell, Figure, Item, Items, Matrix, Page, Section, Table, Text, json_in_html, render
 from recall_merge.runtime.errors import DataError, OutputError, ResultError, RunError
 from recall_merge.runtime.progress import Silent
+from recall_merge.runtime.sealed import read_sealed
 from tiny import fine_tuned, lora, write_rows
 from workspaces import make_workspace, teach, write_tasks
 

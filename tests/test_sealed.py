@@ -7,10 +7,10 @@ import pytest
 
 from recall_merge import MergeRun, RecallError, merge
 from recall_merge.files.record import RECORD
-from recall_merge.files.sealed import KEY, read_sealed, sealed
 from recall_merge.files.statistics import open_statistics
 from recall_merge.merging.statistics import make_statistics
 from recall_merge.merging.verify import verify
+from recall_merge.runtime.sealed import KEY, read_sealed, sealed
 from tiny import TEMPLATE, fine_tuned, write_rows
 
 ROWS = [{"prompt": "is it good?", "completion": " yes"}, {"prompt": "the quick fox", "completion": " jumps"}]

@@ -19,6 +19,7 @@ import torch
 from typer.testing import CliRunner
 
 from recall_merge.cli.app import app
+from recall_merge.continual import stages
 from recall_merge.continual.stages import learn
 from recall_merge.continual.state import read_journal, read_state
 from recall_merge.continual.validation import Request
@@ -26,10 +27,10 @@ from recall_merge.continual.workspace import rollback, status
 from recall_merge.evaluation.scores import score_tasks
 from recall_merge.evaluation.tasks import TaskSpec
 from recall_merge.files.rows import read_rows
-from recall_merge.files.sealed import read_sealed, sealed
 from recall_merge.merging.statistics import RANK
 from recall_merge.models.load import load_model
 from recall_merge.runtime.errors import RecallError
+from recall_merge.runtime.sealed import read_sealed, sealed
 from tiny import load_tensors, lora, make_model, merged_by_peft, save_model, write_rows
 from workspaces import SETTINGS, essence, make_workspace, request, teach, tree, write_tasks
 
@@ -659,3 +660,59 @@ def test_a_real_command_that_is_killed_at_any_time_is_finished_by_the_next(made,
         )
         wanted = wanted or essence(place / "ws")
         assert essence(place / "ws") == wanted
+
+
+# ---- inputs that change while a stage runs, and between stages
+
+
+@pytest.mark.parametrize("part", ["train", "take_statistics", "merge_models", "score_model"])
+@pytest.mark.parametrize("what", ["rows", "test", "base", "template"])
+def test_inputs_that_change_while_a_stage_runs(llama, data, tmp_path, monkeypatch, part, what):
+    """Written anew in place, with size and time as before: the stage stops before it goes on, and the state stays as it was."""
+    if what in ("test", "template") and part in ("take_statistics", "merge_models"):
+        return  # the same road
+    base, rows = shutil.copytree(llama, tmp_path / "base"), shutil.copytree(data, tmp_path / "data")
+    (base / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}\n")
+    folder = make_workspace(tmp_path / "ws", base)
+    places = {"rows": rows / "a-train.jsonl", "test": rows / "a-test.jsonl", "base": base / "model.safetensors"}
+    file = places.get(what, base / "chat_template.jinja")
+    real = getattr(stages, part)
+
+    def busy(*given, **options):
+        made = real(*given, **options)
+        times, old = file.stat(), file.read_bytes()
+        file.write_bytes(old[:-1] + bytes([old[-1] ^ 1]))
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+        return made
+
+    monkeypatch.setattr(stages, part, busy)
+    with pytest.raises(RecallError, match="the file changed while it was read") as error:
+        teach(folder, rows, "a")
+    assert str(file) in str(error.value)
+    assert read_state(folder).head == 0 and read_state(folder).unfinished is not None
+    monkeypatch.setattr(stages, part, real)
+    with pytest.raises(RecallError):
+        learn(folder)
+    data_of_file = file.read_bytes()
+    file.write_bytes(data_of_file[:-1] + bytes([data_of_file[-1] ^ 1]))
+    assert learn(folder).state.head == 1
+
+
+def test_a_chat_template_or_tokenizer_that_changes_between_stages(llama, data, tmp_path):
+    """R would hold scores of other prompts."""
+    base = shutil.copytree(llama, tmp_path / "base")
+    folder = make_workspace(tmp_path / "ws", base, method="linear")
+    teach(folder, data, "a")
+    for name in ("chat_template.jinja", "tokenizer_config.json", "generation_config.json", "additional_chat_templates/tool.jinja"):
+        for place, words in ((base, "the base has changed"), (folder / "merges" / "1", "the merge of stage 1 has changed")):
+            kept = shutil.copytree(place, tmp_path / "kept")
+            (place / name).parent.mkdir(exist_ok=True)
+            (place / name).write_text('{"bos_token": "</s>"}')
+            with pytest.raises(RecallError, match=words):
+                teach(folder, data, "b")
+            shutil.rmtree(place)
+            shutil.move(kept, place)
+    state = read_sealed(folder / "workspace.json")  # an earlier version knew the weights alone
+    state["base"]["fingerprint"] = state["base"]["fingerprint"].partition(".")[0]
+    (folder / "workspace.json").write_text(json.dumps(state))
+    assert teach(folder, data, "b").state.head == 2

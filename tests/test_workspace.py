@@ -32,8 +32,8 @@ from recall_merge.continual.state import (
 from recall_merge.continual.workspace import branch, init, rollback, status
 from recall_merge.files.durable import append_line, write_whole
 from recall_merge.files.lock import holder
-from recall_merge.files.sealed import read_sealed
 from recall_merge.runtime.errors import RecallError, WorkspaceError
+from recall_merge.runtime.sealed import read_sealed
 from tiny import fine_tuned
 from workspaces import essence, make_workspace, teach, tree, write_tasks
 

@@ -24,7 +24,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from recall_merge.files.sealed import KEY, sealed
+from recall_merge.runtime.sealed import KEY, sealed
 
 VOCABULARY = 96
 SPECIAL = ["<pad>", "<s>", "</s>"]  # ids 0, 1, 2

@@ -9,7 +9,7 @@ from typing import Any
 from recall_merge.continual.stages import Learned, learn
 from recall_merge.continual.validation import Request
 from recall_merge.continual.workspace import init
-from recall_merge.files.sealed import read_sealed
+from recall_merge.runtime.sealed import read_sealed
 from tiny import write_rows
 
 SETTINGS = {

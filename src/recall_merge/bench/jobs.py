@@ -14,13 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from recall_merge.files.checkpoint import open_checkpoint
+from recall_merge.continual.steps import fingerprint, is_same
 from recall_merge.files.durable import write_whole
-from recall_merge.files.hashing import hash_model
 from recall_merge.files.lock import lock
 from recall_merge.files.rows import Row
-from recall_merge.files.sealed import read_sealed, sealed
 from recall_merge.runtime.errors import OutputError
+from recall_merge.runtime.sealed import read_sealed, sealed
 from recall_merge.training.settings import TrainSettings
 
 FORM = 2  # of the jobs; those of another form are not found, and are done again
@@ -161,6 +160,13 @@ class Scores:
 Job = Trained | Anchor | StatisticsJob | Merged | Scores
 
 
+def base_of(job: Job | Base) -> Base:
+    """The base of the trial that a job belongs to."""
+    while not isinstance(job, Base):
+        job = job.base if isinstance(job, Trained | Merged) else job.model
+    return job
+
+
 def tokens_of(rows: Sequence[Row]) -> float:
     return sum(len(row.plain) + len(row.completion) for row in rows) / CHARACTERS_PER_TOKEN
 
@@ -235,11 +241,12 @@ class Store:
 
     def keep_base(self, base: Base) -> None:
         """Keep the hash of the whole base, which its key does not hold. Raises OutputError if the jobs here are another base's."""
-        content = {"sha256": hash_model(open_checkpoint(base.folder))}
-        if (self.read("bases", base.fingerprint) or content) != content:
+        known = self.read("bases", base.fingerprint).get("sha256")
+        if known is not None and not is_same(base.folder, known):
             what = "the base has changed since the bench began: the jobs here were made from another one"
             raise OutputError(what, where=base.folder, fix="put back the base, or give another `out`")
-        self.write("bases", base.fingerprint, content)
+        if known is None:
+            self.write("bases", base.fingerprint, {"sha256": fingerprint(base.folder)})
 
     def keep_rows(self, rows: Sequence[Row]) -> Path:
         """Rows as a file that a run can name."""

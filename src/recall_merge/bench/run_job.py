@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from recall_merge.bench.jobs import Anchor, Job, Merged, Model, Question, Scores, StatisticsJob, Store, Trained, cost_of
+from recall_merge.bench.jobs import Anchor, Job, Merged, Model, Question, Scores, StatisticsJob, Store, Trained, base_of, cost_of
 from recall_merge.continual.steps import merge_models, score_model, take_statistics
 from recall_merge.evaluation.tasks import TaskSpec
 from recall_merge.merging.merge import merge_in_memory
@@ -23,6 +23,7 @@ from recall_merge.training.fine_tuning import train
 def run_job(job: Job, store: Store, progress: Progress | None = None) -> float:
     """Do a job whose needs are done, and note what it took.    -> seconds"""
     start, cost = time.monotonic(), cost_of(job)
+    store.keep_base(base_of(job))  # the base may have changed since the job before, or during this one
     match job:
         case Trained():
             _train(job, store, progress)
@@ -43,6 +44,7 @@ def run_job(job: Job, store: Store, progress: Progress | None = None) -> float:
             cost = cost_of(replace(job, questions=tuple(missing)))
             _score(job, missing, store, progress)
     seconds = time.monotonic() - start
+    store.keep_base(base_of(job))
     store.write("notes", job.key, {"kind": job.kind, "label": job.label, "cost": cost, "seconds": round(seconds, 2)})
     return seconds
 

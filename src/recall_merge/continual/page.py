@@ -12,7 +12,6 @@ from recall_merge.continual.steps import fingerprint
 from recall_merge.continual.workspace import Status, status
 from recall_merge.files.checkpoint import open_checkpoint, read_json
 from recall_merge.files.record import RECORD
-from recall_merge.files.sealed import read_sealed
 from recall_merge.report import workspace_charts as charts
 from recall_merge.report.anatomy import Models, anatomy
 from recall_merge.report.merge_page import MergeFacts, about, lede, merge_sections
@@ -20,6 +19,7 @@ from recall_merge.report.page import Block, Figure, Page, Section, Text, Tree
 from recall_merge.report.words import Words, sample_texts
 from recall_merge.runtime.errors import RunError
 from recall_merge.runtime.progress import Progress
+from recall_merge.runtime.sealed import read_sealed
 
 
 def make_page(folder: Path, *, text: bool, cache: Path, progress: Progress) -> Page:

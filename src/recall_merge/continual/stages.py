@@ -31,7 +31,7 @@ from recall_merge.continual.state import (
     stored_path,
     write_state,
 )
-from recall_merge.continual.steps import KeyedFile, fingerprint, merge_models, score_model, scores_key, take_statistics
+from recall_merge.continual.steps import KeyedFile, fingerprint, is_same, merge_models, score_model, scores_key, take_statistics
 from recall_merge.continual.validation import Request, StageValidation, ValidatedStage, draft
 from recall_merge.files.adapter import is_adapter
 from recall_merge.files.durable import write_whole
@@ -146,7 +146,7 @@ class StageRunner:
             source = locate_model(self._folder, given)
             if not is_adapter(source):
                 return given
-            if not target.exists() or fingerprint(target) != given.fingerprint:
+            if not target.exists() or not is_same(target, given.fingerprint):
                 _copy_adapter(source, target)
         return self._model(target)
 
@@ -288,6 +288,7 @@ class StageRunner:
     @contextmanager
     def _noted(self, part: str) -> Iterator[None]:
         self._note(part, "begun")
+        self._stage.inputs.check()
         yield
         self._note(part, "done")
 

@@ -24,8 +24,8 @@ from recall_merge.files.output import WORKSPACE
 from recall_merge.files.record import RECORD
 from recall_merge.files.row_sources import RowSource
 from recall_merge.files.rows import Row
-from recall_merge.files.sealed import read_sealed, sealed
 from recall_merge.runtime.errors import CheckpointError, DataError, Fault, WorkspaceError
+from recall_merge.runtime.sealed import read_sealed, sealed
 
 STATE, JOURNAL, LOCK = WORKSPACE, "journal.jsonl", "lock"
 FORMAT = 2

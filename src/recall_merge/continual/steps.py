@@ -18,16 +18,17 @@ from recall_merge.evaluation.scores import score_tasks
 from recall_merge.evaluation.tasks import TaskSpec
 from recall_merge.files.adapter import CONFIG, WEIGHTS, is_adapter
 from recall_merge.files.checkpoint import open_checkpoint, read_json
+from recall_merge.files.companions import hash_texts
 from recall_merge.files.durable import write_whole
 from recall_merge.files.hashing import hash_file, hash_model
 from recall_merge.files.record import versions
-from recall_merge.files.sealed import read_sealed, sealed
 from recall_merge.merging.merge import MergeResult, merge, reuse
 from recall_merge.merging.run import MergeRun
 from recall_merge.merging.statistics import RANK, make_statistics
 from recall_merge.report.merge_charts import draw_weights
 from recall_merge.runtime.errors import CheckpointError
 from recall_merge.runtime.progress import Progress
+from recall_merge.runtime.sealed import read_sealed, sealed
 
 KEY = "key.json"  # in the folder of an expert's statistics
 SCORES_FORMAT = 3  # of the files that keep scores; part of their key
@@ -39,7 +40,7 @@ def key_of(facts: Mapping[str, Any]) -> str:
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 of a model: an adapter's weights and settings, or a checkpoint's weights and config.
+    """SHA-256 of a model, an adapter's weights and settings or a checkpoint's weights and config; a dot; and that of its texts.
 
     Where an adapter's base lies is left out, so that folders can be moved; so is the order of names, which PEFT leaves to chance.
     Raises CheckpointError if there is no sound model.
@@ -47,12 +48,21 @@ def fingerprint(folder: Path) -> str:
     if not folder.is_dir():
         raise CheckpointError("there is no such model folder", where=folder, fix="check the path")
     if not is_adapter(folder):
-        return hash_model(open_checkpoint(folder))
+        return f"{hash_model(open_checkpoint(folder))}.{hash_texts(folder)}"
     settings = {key: sorted(value, key=str) if isinstance(value, list) else value for key, value in read_json(folder / CONFIG).items()}
     settings.pop("base_model_name_or_path", None)
     if not (folder / WEIGHTS).is_file():
         raise CheckpointError(f"there is no {WEIGHTS}", where=folder, fix="copy the whole adapter folder")
-    return key_of({"settings": settings, "weights": hash_file(folder / WEIGHTS)})
+    return f"{key_of({'settings': settings, 'weights': hash_file(folder / WEIGHTS)})}.{hash_texts(folder)}"
+
+
+def is_same(folder: Path, known: str) -> bool:
+    """Whether a model has this fingerprint; those of earlier versions tell nothing of its texts."""
+    return matches(fingerprint(folder), known)
+
+
+def matches(found: str, known: str) -> bool:
+    return known in (found, found.partition(".")[0])
 
 
 class KeyedFile:

@@ -10,10 +10,11 @@ from typing import Any
 
 from recall_merge.continual.settings import Settings, check_method, check_overrides, make_settings
 from recall_merge.continual.state import NAME, DataFile, Model, StageSpec, Start, State, Task, found_path, locate_model, stored_path
-from recall_merge.continual.steps import fingerprint
+from recall_merge.continual.steps import fingerprint, is_same
 from recall_merge.evaluation.scores import check_lengths
 from recall_merge.evaluation.tasks import TaskSpec, check_tasks, task_word
 from recall_merge.files.forms import composed
+from recall_merge.files.hashing import FileStates
 from recall_merge.files.hub import Located, locate
 from recall_merge.files.row_sources import RowSource
 from recall_merge.files.rows import FORMATS, Row, is_local
@@ -93,6 +94,7 @@ class ValidatedStage:
     base: Path
     rows: list[Row]  # to train on; none where an expert is given without
     tasks: dict[str, TaskSpec]  # all that are scored, by name: those learnt, in order, then the unseen ones
+    inputs: FileStates  # of all these files, before they were first read
     has_before: bool  # whether the merge before is there
 
 
@@ -113,6 +115,7 @@ class StageValidation:
         self._base: Path | None = None
         self._given = spec.given
         self._has_before = spec.parent != 0
+        self._inputs: list[FileStates] = []
 
     def run(self) -> ValidatedStage:
         """Make all checks. Raises WorkspaceError with every fault."""
@@ -130,7 +133,8 @@ class StageValidation:
         filled = {"task": self._tests[self._spec.task.name], "train": self._train, "given": self._given, "unseen": unseen}
         spec = self._spec.model_copy(update=filled)
         self._refuse_other(self._state, spec)
-        return ValidatedStage(self._state, spec, self._settings, self._base, self._train_rows, self._task_specs(), self._has_before)
+        inputs = FileStates({file: state for seen in reversed(self._inputs) for file, state in seen.files.items()})
+        return ValidatedStage(self._state, spec, self._settings, self._base, self._train_rows, self._task_specs(), inputs, self._has_before)
 
     def _check_names(self) -> None:
         add, names = self._faults.add, [task.name for task in self._asked]
@@ -155,6 +159,7 @@ class StageValidation:
         if source.is_missing:
             self._faults.add(f"{what} is missing", where=source.path, fix=fix)
             return file, []
+        self._inputs.append(FileStates.of([path_of(source.path)] if exists(path_of(source.path)) else []))
         rows = self._faults.attempt(source.read)
         if rows is None:
             return file, []
@@ -233,12 +238,12 @@ class StageValidation:
         """Whether base, experts, and where it is needed the merge before, are what they were."""
         with self._faults.collect():
             self._base = locate_model(self._folder, state.base)
-            _check_same(self._base, state.base, "the base", "the workspace was made")
+            self._check_same(self._base, state.base, "the base", "the workspace was made")
         one_shot = self._settings is None or self._settings.strategy == "one_shot"
         for stage in self._lineage if one_shot else ():
             with self._faults.collect():
                 folder = locate_model(self._folder, stage.expert)
-                _check_same(folder, stage.expert, f"the expert of '{stage.task.name}'", f"stage {stage.id}")
+                self._check_same(folder, stage.expert, f"the expert of '{stage.task.name}'", f"stage {stage.id}")
         if one_shot and self._rules is not None and self._rules.method.informed:
             self._check_statistics()
         if self._lineage:
@@ -249,7 +254,7 @@ class StageValidation:
                 if stage.id in needed:
                     with self._faults.collect():
                         folder = found_path(self._folder, stage.merged.path)
-                        _check_same(folder, stage.merged, f"the merge of stage {stage.id}", "it was made")
+                        self._check_same(folder, stage.merged, f"the merge of stage {stage.id}", "it was made")
         if self._spec.given is not None and self._base is not None:
             with self._faults.collect():
                 self._given = self._check_given(self._base, self._spec.given)
@@ -257,16 +262,18 @@ class StageValidation:
     def _check_statistics(self) -> None:
         """Whether the statistics that the method will read are there."""
         for stage in self._lineage:
+            self._inputs.append(FileStates.of([found_path(self._folder, stage.stats)] if stage.stats else []))
             if stage.stats is not None and not (file := found_path(self._folder, stage.stats) / STATS).is_file():
                 self._faults.add(f"the input statistics of '{stage.task.name}' are missing", where=file, fix="put them back")
 
     def _check_given(self, base: Path, given: Model) -> Model:
         """A given expert, with its fingerprint; it must fit the base."""
         if given.fingerprint:
-            _check_same(locate_model(self._folder, given), given, "the given expert", "it was given")
+            self._check_same(locate_model(self._folder, given), given, "the given expert", "it was given")
             return given
         here = found_path(self._folder, given.path)
         expert = Located(here) if here.exists() else locate(given.path)
+        self._inputs.append(FileStates.of([expert.folder]))
         entry = {"name": self._spec.task.name, "path": str(expert.folder), "same_base": self._same_base}
         named = self._state.base.path if self._state and self._state.base.on_hub else str(base)
         make_plan(MergeRun.model_validate({"base": named, "experts": [entry], "method": "linear"}), writes=False)
@@ -280,16 +287,16 @@ class StageValidation:
             fix = f"`recall learn {self._folder}` goes on with it; `recall rollback {self._folder} --to {state.head}` gives it up"
             raise WorkspaceError(what, where=self._folder, fix=fix)
 
+    def _check_same(self, folder: Path, model: Model, what: str, since: str) -> None:
+        if not folder.is_dir():
+            moved = "; or say where it lies now: recall init WORKSPACE --base FOLDER" if what == "the base" else ""
+            raise CheckpointError(f"{what} is missing", where=folder, fix=f"put it back{moved}")
+        self._inputs.append(FileStates.of([folder]))
+        if not is_same(folder, model.fingerprint):
+            raise CheckpointError(f"{what} has changed since {since}", where=folder, fix="put back what was there")
+
     def _task_specs(self) -> dict[str, TaskSpec]:
         return {name: TaskSpec(name, self._rows[name] if task.test else None, task.metric) for name, task in self._tests.items()}
-
-
-def _check_same(folder: Path, model: Model, what: str, since: str) -> None:
-    if not folder.is_dir():
-        moved = "; or say where it lies now: recall init WORKSPACE --base FOLDER" if what == "the base" else ""
-        raise CheckpointError(f"{what} is missing", where=folder, fix=f"put it back{moved}")
-    if fingerprint(folder) != model.fingerprint:
-        raise CheckpointError(f"{what} has changed since {since}", where=folder, fix="put back what was there")
 
 
 def _content(row: Row) -> tuple[Any, ...]:

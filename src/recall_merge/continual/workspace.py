@@ -25,7 +25,7 @@ from recall_merge.continual.state import (
     stored_path,
     write_state,
 )
-from recall_merge.continual.steps import fingerprint
+from recall_merge.continual.steps import fingerprint, matches
 from recall_merge.files.adapter import is_adapter
 from recall_merge.files.durable import is_partial, sync
 from recall_merge.files.hub import locate
@@ -157,7 +157,7 @@ def _with_base_at(folder: Path, base: str) -> State | None:
     """The workspace with its base at another place; None if it lies there already, or it is another model."""
     with opened(folder, f"recall init {folder}") as state:
         model = _base_model(folder, base)
-        if model.path == state.base.path or model.fingerprint != state.base.fingerprint:
+        if model.path == state.base.path or not matches(model.fingerprint, state.base.fingerprint):
             return None
         write_state(folder, changed := state.model_copy(update={"base": model}))
         note(folder, event="base", was=state.base.path, base=model.path)

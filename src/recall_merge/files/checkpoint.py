@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ from recall_merge.files.resolved_config import resolved
 from recall_merge.files.safetensors import FLOATS, PACKED, RemoteFile, StoredTensor, TensorSpec, read_header
 from recall_merge.maths.layers import Layers, find_layers
 from recall_merge.runtime.errors import CheckpointError, Faults, short
+from recall_merge.runtime.safe_json import AGAIN, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -44,11 +44,8 @@ ADAPTER, WHOLE_ADAPTER = "adapter_model.safetensors", "copy the whole folder of 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state")  # pickles that trainers leave beside the weights
 OTHER_FORMATS = (".gguf", ".onnx", ".h5", ".msgpack")
-MAX_JSON = 64_000_000  # bytes of a file that describes a model, an adapter or a result
-AGAIN = "the file is damaged: copy or download it again"
 DAMAGED_MODEL = "the model is damaged: copy or download it again"
 SAVE_WHOLE = "save it again with all of its weights gathered: under DeepSpeed's ZeRO-3, stage3_gather_16bit_weights_on_model_save"
-NO_MODEL = "give the folder of a Hugging Face model or adapter"
 
 
 @dataclass(frozen=True)
@@ -196,38 +193,6 @@ def block_count(config: Mapping[str, Any]) -> int | None:
 def files_in(folder: Path, remote: Collection[str]) -> set[str]:
     """Names of a model's files, here and on the hub."""
     return {path.name for path in folder.iterdir()} | set(remote) if folder.is_dir() else set(remote)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises CheckpointError if it is missing, not JSON, or not an object."""
-    return parse_json(read_small(path), path)
-
-
-def read_small(path: Path) -> bytes:
-    """All bytes of a file that describes something. Raises CheckpointError if it is missing, no file, or too long."""
-    try:
-        if path.exists() and not path.is_file():  # a pipe would never end
-            raise CheckpointError(f"{path.name} is not a file", where=path, fix=NO_MODEL)
-        with path.open("rb") as file:
-            data = file.read(MAX_JSON + 1)
-    except FileNotFoundError:
-        raise CheckpointError(f"there is no {path.name}", where=path.parent, fix=NO_MODEL) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path.name} cannot be read: {error}", where=path, fix=AGAIN) from error
-    if len(data) > MAX_JSON:
-        raise CheckpointError(f"{path.name} is longer than {MAX_JSON:,} bytes", where=path, fix=AGAIN)
-    return data
-
-
-def parse_json(data: bytes, path: Path) -> dict[str, Any]:
-    """The JSON object in a file's bytes."""
-    try:
-        value = json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path.name} cannot be read: {error}", where=path, fix=AGAIN) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path.name} is not a JSON object", where=path, fix=AGAIN)
-    return value
 
 
 def weight_files(folder: Path, present: Collection[str], where: object) -> list[str]:

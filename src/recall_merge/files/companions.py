@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from recall_merge.files.checkpoint import NO_WEIGHTS, OTHER_FORMATS, PICKLES, read_json
+from recall_merge.files.hashing import hash_file
 from recall_merge.files.inert import inert_config
 from recall_merge.files.inert_folder import open_tokenizer
 from recall_merge.files.links import TEMPLATES
@@ -61,6 +63,14 @@ def chat_template(folder: Path) -> Any:
         return (folder / "chat_template.jinja").read_text("utf-8")
     found = (_optional(folder / file).get("chat_template") for file in (TOKENIZER, "chat_template.json"))
     return next(filter(None, found), None)
+
+
+def hash_texts(folder: Path) -> str:
+    """SHA-256 of what decides how a model reads and writes text: tokenizer, chat templates and generation config."""
+    files = [file for file in folder.iterdir() if _OF_TOKENIZERS.match(file.name) or file.name == GENERATION]
+    files += (folder / TEMPLATES).glob("[!.]*.jinja")
+    hashes = {file.relative_to(folder).as_posix(): hash_file(file) for file in files if file.is_file()}
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 
 def ends(folder: Path) -> dict[str, Any]:

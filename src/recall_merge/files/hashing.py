@@ -21,6 +21,7 @@ from blake3 import blake3
 
 from recall_merge.files.checkpoint import Checkpoint
 from recall_merge.files.durable import write_whole
+from recall_merge.files.links import TEMPLATES
 from recall_merge.files.safetensors import StoredTensor, TensorSpec, bytes_of
 from recall_merge.runtime.errors import CheckpointError, Faults
 from recall_merge.runtime.parallel import cores, in_order
@@ -42,8 +43,8 @@ class FileStates:
 
     @classmethod
     def of(cls, paths: Iterable[Path]) -> FileStates:
-        """The present states of these files, and of the files in these folders."""
-        files = [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+        """The present states of these files, and of the files in these folders and in their folders of chat templates."""
+        files = [file for path in paths for file in (sorted([*path.iterdir(), *path.glob(f"{TEMPLATES}/*")]) if path.is_dir() else [path])]
         return cls({file: _state(file) for file in files if file.is_file()})
 
     def check(self, *, elsewhere: bool = False) -> None:
@@ -55,7 +56,7 @@ class FileStates:
         if elsewhere:
             what = "a machine of the cluster finds another file here, or none"
             fix = "models and samples must lie on a file system that all machines share, under the same path"
-        facts, faults = slice(2 if elsewhere else 0, 4), Faults()
+        facts, faults = slice(2 if elsewhere else 0, None), Faults()  # subtle: the inode's time shows who sets back the content's
         for file, state in self.files.items():
             if _state(file)[facts] != state[facts]:
                 faults.add(what, where=file, fix=fix)

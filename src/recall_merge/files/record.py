@@ -11,8 +11,8 @@ from typing import Any
 
 from recall_merge.files.hashing import hash_result
 from recall_merge.files.links import TEMPLATES
-from recall_merge.files.sealed import read_sealed, sealed
 from recall_merge.runtime.errors import CheckpointError, Faults, ResultError, short
+from recall_merge.runtime.sealed import read_sealed, sealed
 
 RECORD = "record.json"
 FORMAT = 3

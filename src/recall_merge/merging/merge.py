@@ -163,6 +163,7 @@ def reuse(run: MergeRun) -> MergeResult | None:
     wanted["run"]["out"]["overwrite"] = record.get("run", {}).get("out", {}).get("overwrite")  # how it got there does not matter
     if any(record.get(key) != value for key, value in wanted.items()) or record.get("models") != hash_models(plan):
         return None
+    plan.inputs.check()
     return MergeResult(plan.target, weights_from_record(record), record, tuple(record["notes"]), reused=True)
 
 

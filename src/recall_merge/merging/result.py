@@ -14,6 +14,7 @@ from torch import Tensor
 
 from recall_merge.files.adapter import CONFIG, WEIGHTS, is_adapter
 from recall_merge.files.checkpoint import Checkpoint, open_checkpoint
+from recall_merge.files.companions import hash_texts
 from recall_merge.files.experts import BaseExpert, FullExpert
 from recall_merge.files.hashing import ModelDigest, hash_file
 from recall_merge.files.hub import Located, locate
@@ -30,7 +31,7 @@ from recall_merge.runtime.errors import Fault, Faults, ResultError
 
 
 def inputs_for_record(plan: Plan) -> dict[str, Any]:
-    """The resolved run, its method, the hash of its rows, and versions: known before any work, and equal for equal work."""
+    """The resolved run, its method, hashes of rows and texts, and versions: known before any work, and equal for equal work."""
     run = plan.run.model_dump(mode="json", exclude={"threads"})  # threads do not change the result
     run["base"] = public_name(plan, "base")
     for entry in run["experts"]:
@@ -43,7 +44,8 @@ def inputs_for_record(plan: Plan) -> dict[str, Any]:
         run["samples"]["path"] = data.name if data.exists() else plan.run.samples.path
         rows = plan.run.samples.digest(plan.rows)
     method = {"name": plan.name, "source": plan.source, "options": dict(plan.options)}
-    return {"run": run, "method": method, "rows_sha256": rows, "versions": versions()}
+    texts = {"base": hash_texts(plan.base.folder), **{expert.name: hash_texts(expert.folder) for expert in plan.experts}}
+    return {"run": run, "method": method, "rows_sha256": rows, "texts": texts, "versions": versions()}
 
 
 def record_of(plan: Plan, weights: MergeWeights, digest: ModelDigest) -> dict[str, Any]:

@@ -46,6 +46,7 @@ def make_statistics(run: MergeRun, *, rank: int = RANK, folder: Path | None = No
         "rank": rank,
     }
     target = folder or expert.folder
+    plan.inputs.check()
     try:
         target.mkdir(parents=True, exist_ok=True)
         write_statistics(target, parts, tensors, facts)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from recall_merge.files.adapter import CONFIG, is_adapter
 from recall_merge.files.checkpoint import open_checkpoint, read_json
-from recall_merge.files.hashing import hash_file
+from recall_merge.files.hashing import FileStates, hash_file
 from recall_merge.files.output import OutputFolder
 from recall_merge.files.record import RECORD, verify_files, versions, write_record
 from recall_merge.files.rows import Row
@@ -82,6 +82,7 @@ def train(
     arguments = check_arguments(settings, allowed)
     tokenizer = load_tokenizer(base)
     encoded = encode_rows(rows, tokenizer, **settings.encoding)
+    models = FileStates.of([base, *([init_from] if init_from else [])])
     key = _key(base, encoded, settings, init_from)
     work = out.with_name(out.name + checkpoints.SUFFIX)
     if (trained := _find_trained(out, key)) is not None:
@@ -98,6 +99,7 @@ def train(
         with _explain_full_disk(work):
             trainer.run(resume_from=checkpoint)
             trainer.check_trained()
+            models.check()
             result = TrainResult(
                 out,
                 steps=trainer.state.global_step,

@@ -13,8 +13,8 @@ from typing import Any
 
 from blake3 import blake3
 
-from recall_merge.files.checkpoint import parse_json, read_small
 from recall_merge.runtime.errors import CheckpointError
+from recall_merge.runtime.safe_json import parse_json, read_small
 
 KEY = "blake3"
 """The first key: the BLAKE3 hash of the file's text with this value left empty."""
