@@ -25,6 +25,7 @@ from recall_merge.files.record import RECORD
 from recall_merge.files.row_sources import RowSource
 from recall_merge.files.rows import Row
 from recall_merge.runtime.errors import CheckpointError, DataError, Fault, WorkspaceError
+from recall_merge.runtime.safe_json import read_small
 from recall_merge.runtime.sealed import read_sealed, sealed
 
 STATE, JOURNAL, LOCK = WORKSPACE, "journal.jsonl", "lock"
@@ -253,7 +254,7 @@ def note(folder: Path, **facts: Any) -> None:
 def read_journal(folder: Path) -> list[dict[str, Any]]:
     """The journal's lines, without one that a stop cut short."""
     path, entries = folder / JOURNAL, []
-    for line in path.read_text("utf-8", errors="replace").splitlines() if path.exists() else []:
+    for line in read_small(path).decode("utf-8", errors="replace").splitlines() if path.exists() else []:
         with suppress(ValueError):
             entries.append(json.loads(line))
     return entries

@@ -17,6 +17,7 @@ from recall_merge.files.inert_folder import open_tokenizer
 from recall_merge.files.links import TEMPLATES
 from recall_merge.files.vocabulary import Vocabulary, read_vocabulary
 from recall_merge.runtime.errors import CheckpointError
+from recall_merge.runtime.safe_json import read_small
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 GENERATION, TOKENIZER = "generation_config.json", "tokenizer_config.json"
@@ -60,7 +61,7 @@ def write_companions(
 def chat_template(folder: Path) -> Any:
     """A folder's chat template, as transformers finds it; None if there is none."""
     if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text("utf-8")
+        return read_small(folder / "chat_template.jinja").decode("utf-8")
     found = (_optional(folder / file).get("chat_template") for file in (TOKENIZER, "chat_template.json"))
     return next(filter(None, found), None)
 

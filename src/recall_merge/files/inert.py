@@ -14,6 +14,7 @@ from typing import Any
 IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 BUILT_IN = (None, "eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")  # implementations that come with transformers
 ACTS = ("use_kernels", "kernel_config", "fusion_config", "distributed_config", "transformers_weights", "quantization_config")
+MAX_LABELS = 100_000
 OF_TIMM = re.compile(r"checkpoint|pretrained")  # arguments of a tower that name weights
 NAMES_TIMM = ("architecture", "backbone")  # with a ':' or '/' they name a repository or a folder
 OPENED = re.compile(r".*_file|init_inputs|gguf_file|tokenizer_object|tokenizer_type|slow_tokenizer")  # keys of a tokenizer's config
@@ -38,6 +39,8 @@ def _acts(key: str, value: Any, local: bool) -> bool:
         return not all(name in BUILT_IN or (local and isinstance(name, str) and name.isidentifier()) for name in names)
     if key == "model_args" and isinstance(value, dict):
         return any(map(OF_TIMM.search, value))
+    if key == "num_labels":  # of classifiers; transformers makes a dictionary of so many entries
+        return not isinstance(value, int) or value > MAX_LABELS
     named = key in NAMES_TIMM and isinstance(value, str) and re.search(r"[:/\\]", value) is not None
     return named or (key in ACTS and value is not None)
 

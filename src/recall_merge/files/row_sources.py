@@ -14,8 +14,9 @@ from pydantic_core import PydanticCustomError
 
 from recall_merge.files.hashing import hash_file
 from recall_merge.files.rows import FORMATS, Row, is_local, read_rows
-from recall_merge.runtime.errors import DataError, RunError
+from recall_merge.runtime.errors import CheckpointError, DataError, RunError
 from recall_merge.runtime.paths import exists, path_of
+from recall_merge.runtime.safe_json import read_small
 from recall_merge.runtime.safe_yaml import NotYaml, parse_yaml
 from recall_merge.runtime.sections import Section, parse, read_mapping
 
@@ -86,8 +87,8 @@ def read_template(given: bool | str | Path) -> bool | str:
     if isinstance(given, bool) or "{%" in str(given) or "{{" in str(given):
         return given if isinstance(given, bool) else str(given)
     try:
-        text = path_of(given).read_text("utf-8")
-    except (OSError, ValueError) as error:
+        text = read_small(path_of(given)).decode("utf-8")
+    except (CheckpointError, OSError, ValueError) as error:
         fix = "`template` is true for the model's own, false for none, or a Jinja file"
         raise DataError(f"the chat template cannot be read: {error}", where=given, fix=fix) from error
     if "{" not in text:

@@ -25,6 +25,7 @@ from recall_merge.runtime.paths import path_of
 
 MAX_FAULTS = 20  # of one file; further ones are counted
 MAX_LINE, MAX_LIST = 64_000_000, 1_000_000_000  # bytes of a line, and of a .json file, which is read at once
+MAX_ROWS = 2_000_000  # of one source: a few megabytes of Parquet or gzip may mean any number
 PIECE = 1 << 20
 SPLITS = {"train", "test", "validation", "valid", "val", "dev", "eval"}  # words for splits in names of files
 BLANK = object()
@@ -55,6 +56,8 @@ def parse_rows(records: Iterable[Any], *, where: str, columns: Mapping[str, str]
         if isinstance(record, Path):  # of a folder: what follows is from this file
             where, start = str(record), index
             continue
+        if index >= MAX_ROWS:
+            raise _too_many(where)
         try:
             if isinstance(record, DataError):
                 faults += record.faults
@@ -216,11 +219,21 @@ def _table(path: Path, delimiter: str) -> Iterator[Any]:
         raise DataError(f"this is not a readable table: {error}", where=f"{path}, line {table.line_num}", fix="quote each cell") from error
 
 
-def _parquet(path: Path) -> list[Any]:
+def _too_many(where: object) -> DataError:
+    return DataError(f"there are more than {MAX_ROWS:,} rows", where=where, fix="give a part of them: each is held in memory")
+
+
+def _parquet(path: Path) -> Iterator[Any]:
     from pyarrow import parquet
 
     try:
-        return parquet.read_table(path).to_pylist()
+        with parquet.ParquetFile(path) as file:
+            if file.metadata.num_rows > MAX_ROWS:
+                raise _too_many(path)
+            for batch in file.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+    except DataError:
+        raise
     except Exception as error:  # pyarrow raises its own tree; the message is what helps
         raise DataError(f"this is not a readable Parquet file: {error}", where=path) from error
 

@@ -23,7 +23,7 @@ from recall_merge.runtime.errors import CheckpointError, Fault, short
 if TYPE_CHECKING:
     import torch
 
-MAX_HEADER = 100_000_000  # bytes, as the format's own reader
+MAX_HEADER = 10_000_000  # bytes: some 80,000 tensors. The format's own reader takes ten times as much, which would take 3 GB here
 MAX_NAME, MAX_DIMENSIONS = 1000, 64  # characters of a tensor's name; dimensions of a shape, as in torch
 PEEK = 1 << 16  # bytes of a tensor on the hub that are compared
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -195,7 +195,10 @@ def read_header(path: Path, remote: RemoteFile | None = None) -> dict[str, Store
             if len(start) < 8:
                 raise broken(f"a safetensors file has at least 8 bytes, this one has {size}")
             length = int.from_bytes(start, "little")
-            if length > min(MAX_HEADER, size - 8):
+            if MAX_HEADER < length <= size - 8:
+                what = f"the header is longer than {MAX_HEADER:,} bytes: {length:,}"
+                raise CheckpointError(what, where=path, fix="save the model in shards, by `max_shard_size` of save_pretrained")
+            if length > size - 8:
                 raise broken(f"the header claims {length} bytes, the file has {size - 8} after its length")
             text = file.read(length)
     except OSError as error:
