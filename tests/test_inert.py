@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from recall_merge import RecallError, merge
+from recall_merge import RecallError, make_plan, merge
 from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.models.load import build_model, load_config, load_tokenizer, load_trainable
 from tiny import edit_json, fine_tuned, lora, make_tokenizer, quiet
@@ -51,7 +51,7 @@ def test_kernels_that_a_config_names_are_not_used(llama, model, named, tmp_path)
 
 
 def test_parts_of_a_config_name_no_kernels_or_checkpoints_either(bases):
-    from recall_merge.files.inert import inert_config
+    from recall_merge.runtime.inert import inert_config
 
     timm = {"model_type": "timm_wrapper", "architecture": "hf-hub:stranger/model", "model_args": {"checkpoint_path": "evil.pth"}}
     text = {"hidden_size": 32, "experts_implementation": {"": "eager"}}
@@ -110,3 +110,32 @@ def test_an_adapter_imports_nothing(llama, tmp_path, monkeypatch):
     with pytest.raises(RecallError, match="megatron_config"):
         load_trainable(adapter, llama)
     assert "stranger_module" not in sys.modules
+
+
+ODD = [
+    ("bos_token_id", []),
+    ("text_config", {"a": 1}),
+    ("num_labels", "x"),
+    ("layer_types", 0),
+    ("architectures", True),
+    ("id2label", -1),
+    ("dtype", ["x"]),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), ODD, ids=[key for key, _ in ODD])
+def test_whatever_transformers_raises_about_a_config_is_told_in_the_plan(llama, model, key, value, tmp_path):
+    edit_json(model / "config.json", **{key: value})
+    expert = fine_tuned(llama, tmp_path / "expert", seed=1)
+    out = {"path": str(tmp_path / "out"), "reload": True}
+    with pytest.raises(RecallError, match="transformers cannot build this model"):
+        make_plan({"base": str(model), "experts": [{"name": "a", "path": str(expert)}], "method": "linear", "out": out})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("model_max_length", "x"), ("added_tokens_decoder", [1]), ("extra_special_tokens", 3), ("auto_map", 1)]
+)
+def test_whatever_transformers_raises_about_a_tokenizer_is_told(model, key, value):
+    edit_json(model / "tokenizer_config.json", **{key: value})
+    with pytest.raises(RecallError, match="there is no usable tokenizer"):
+        load_tokenizer(model)

@@ -14,6 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from recall_merge.cli.app import app
+from recall_merge.continual.page import make_page
 from recall_merge.continual.stages import learn
 from recall_merge.continual.state import (
     Model,
@@ -33,7 +34,8 @@ from recall_merge.continual.workspace import branch, init, rollback, status
 from recall_merge.files.durable import append_line, write_whole
 from recall_merge.files.lock import holder
 from recall_merge.runtime.errors import RecallError, WorkspaceError
-from recall_merge.runtime.sealed import read_sealed
+from recall_merge.runtime.progress import Silent
+from recall_merge.runtime.sealed import read_sealed, sealed
 from tiny import fine_tuned
 from workspaces import essence, make_workspace, teach, tree, write_tasks
 
@@ -535,3 +537,43 @@ def test_scores_are_not_lost_with_the_card(ws, data, llama, monkeypatch):
     assert fault.fix == f"they are: a-test acc {score.score:.4f}"
     done = recall(*arguments, "--json")
     assert json.loads(done.stdout)["scores"][0]["score"] == score.score
+
+
+# ---- damage
+
+
+@pytest.mark.parametrize("line", ["5", "[]", "null", '"x"', '{"stage": 2}', "[" * 100_000, '{"event": "rollback", "was": [1]}'])
+def test_a_damaged_line_of_the_journal_is_passed_over(ws, line):
+    state = read_sealed(ws / "workspace.json")
+    last = state["stages"][-1]
+    spec = {key: last[key] for key in ("task", "train", "start", "given", "unseen", "overrides")}
+    state["unfinished"] = spec | {"id": len(state["stages"]) + 1, "parent": state["head"]}
+    (ws / "workspace.json").write_text(sealed(state))
+    with (ws / "journal.jsonl").open("a") as file:
+        file.write(line.replace("2", str(state["unfinished"]["id"])) + "\n")
+    assert status(ws).unfinished[1] == "begin"
+    for words in (["status", ws], ["status", ws, "--json"]):
+        assert recall(*words).exit_code == 0
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 1e308])
+def test_scores_that_cannot_be_are_not_shown(ws, number):
+    state = read_sealed(ws / "workspace.json")
+    task = next(iter(state["stages"][-1]["scores"]["merged"]))
+    state["stages"][-1]["scores"]["merged"][task] = number
+    (ws / "workspace.json").write_text(sealed(state))
+    assert recall("status", ws).exit_code == 0
+    shown = json.loads(recall("status", ws, "--json").output, parse_constant=pytest.fail)
+    assert None in shown["branches"][0]["R"][-1]
+
+
+@pytest.mark.parametrize(
+    "change", [{"score": float("nan")}, {"score": 1e308}, {"score": None}, {"items": None}, {"items": [{}]}, {"n": "x"}]
+)
+def test_a_report_names_damaged_scores(ws, change):
+    file = ws / read_sealed(ws / "workspace.json")["stages"][-1]["scores"]["file"]
+    scores = read_sealed(file)
+    next(iter(scores["scores"]["merged"].values())).update(change)
+    file.write_text(sealed(scores))
+    with pytest.raises(WorkspaceError, match=r"the scores of stage \d are damaged"):
+        make_page(ws, text=False, cache=ws, progress=Silent())

@@ -9,6 +9,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recall_merge.runtime.surroundings import settle
+
 if TYPE_CHECKING:
     from recall_merge.merging.layerwise import compute_weights as compute_weights
     from recall_merge.merging.merge import MergeResult as MergeResult
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
     Run = MergeRun | Mapping[str, Any] | str | PathLike[str]
 
+settle()
 _HOMES = {
     "MergeResult": "merging.merge",
     "MergeRun": "merging.run",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -58,6 +60,9 @@ for command in COMMANDS:
 
 def main() -> None:
     """Run the command. Every error that the library raises is printed; the exit status is 0 only on success."""
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed by whoever started the command
+            setattr(sys, stream, Path(os.devnull).open("w"))  # noqa: SIM115
     try:
         app(prog_name="recall")
     except RecallError as error:

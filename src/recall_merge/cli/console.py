@@ -64,6 +64,7 @@ def table(*head: str, **options: Any) -> Any:
 
 
 def print_json(value: Any) -> None:
+    value = json.loads(json.dumps(value), parse_constant=lambda _: None)  # JSON has neither NaN nor infinity
     text = json.dumps(value, indent=2, ensure_ascii=False)
     print(UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text))  # noqa: T201
 

@@ -252,11 +252,12 @@ def note(folder: Path, **facts: Any) -> None:
 
 
 def read_journal(folder: Path) -> list[dict[str, Any]]:
-    """The journal's lines, without one that a stop cut short."""
+    """The journal's lines, without one that a stop cut short, or that is damaged."""
     path, entries = folder / JOURNAL, []
     for line in read_small(path).decode("utf-8", errors="replace").splitlines() if path.exists() else []:
-        with suppress(ValueError):
-            entries.append(json.loads(line))
+        with suppress(ValueError, RecursionError):
+            entry = json.loads(line)
+            entries += [entry] if isinstance(entry, dict) else []
     return entries
 
 

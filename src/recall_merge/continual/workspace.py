@@ -125,7 +125,7 @@ def status(folder: Path) -> Status:
     ends = [state.head, *(stage.id for stage in state.stages if stage.id not in followed and stage.id != state.head)]
     unfinished = None
     if state.unfinished is not None:
-        parts = [entry["part"] for entry in read_journal(folder) if entry.get("stage") == state.unfinished.id]
+        parts = [str(entry["part"]) for entry in read_journal(folder) if entry.get("stage") == state.unfinished.id and "part" in entry]
         unfinished = (state.unfinished, parts[-1] if parts else "begin")
     branches = tuple(branch(state, end) for end in ends if end)
     return Status(state, branches, unfinished, holder(folder / LOCK), _missing(folder, state))

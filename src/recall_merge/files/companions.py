@@ -12,11 +12,11 @@ from typing import Any
 
 from recall_merge.files.checkpoint import NO_WEIGHTS, OTHER_FORMATS, PICKLES, read_json
 from recall_merge.files.hashing import hash_file
-from recall_merge.files.inert import inert_config
 from recall_merge.files.inert_folder import open_tokenizer
 from recall_merge.files.links import TEMPLATES
 from recall_merge.files.vocabulary import Vocabulary, read_vocabulary
 from recall_merge.runtime.errors import CheckpointError
+from recall_merge.runtime.inert import inert_config
 from recall_merge.runtime.safe_json import read_small
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -10,8 +10,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from recall_merge.files.checkpoint import read_json
-from recall_merge.files.inert import inert_config, inert_tokenizer
 from recall_merge.runtime.errors import CheckpointError
+from recall_merge.runtime.inert import inert_config, inert_tokenizer
 
 CLEANED: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"config.json": inert_config, "tokenizer_config.json": inert_tokenizer}
 
@@ -40,6 +40,7 @@ def open_tokenizer(folder: Path) -> Any:
     try:
         with inert(folder) as place:
             tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        tokenizer.encode("")  # odd settings show at the first use
     except CheckpointError:
         raise
     except Exception as error:  # what tokenizers' classes raise about odd files has no common type

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from recall_merge.files.inert import inert_config
+from recall_merge.runtime.inert import inert_config
 from recall_merge.runtime.quiet import quiet
 
 BUILD_LOCK = threading.RLock()  # while transformers builds a model, it changes torch's default dtype for all threads

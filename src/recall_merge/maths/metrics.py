@@ -74,6 +74,9 @@ def continual_metrics(
     return numbers
 
 
+LARGEST = 1e100  # of a score; anything beyond is damage, and counts as not taken
+
+
 def score_table(
     scores: Mapping[tuple[int, str], float], tasks: Sequence[str], *, experts: Mapping[str, float], unseen: Sequence[str] = ()
 ) -> NDArray[np.float64]:
@@ -89,7 +92,13 @@ def score_table(
     columns = [*tasks, *unseen]
     rows = [[scores.get((stage, task), np.nan) for task in columns] for stage in range(len(tasks) + 1)]
     own = [experts.get(task, np.nan) for task in tasks] + [np.nan] * len(unseen)
-    return np.array([*rows, own], dtype=np.float64)
+    table = np.array([*rows, own], dtype=np.float64)
+    return np.where(np.abs(table) < LARGEST, table, np.nan)
+
+
+def is_score(number: float) -> bool:
+    """Whether a number can be a score: neither NaN nor infinite, nor so large that means of it overflow."""
+    return abs(number) < LARGEST
 
 
 def table_metrics(table: NDArray[np.float64]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from recall_merge.files.experts import AdapterExpert, own_tensors
 from recall_merge.files.inert_folder import inert, open_tokenizer
 from recall_merge.files.resolved_config import BUILD_LOCK
 from recall_merge.files.vocabulary import read_vocabulary
-from recall_merge.runtime.errors import CheckpointError
+from recall_merge.runtime.errors import CheckpointError, RecallError
 from recall_merge.runtime.parallel import process_wide
 from recall_merge.runtime.quiet import quiet
 
@@ -141,7 +141,9 @@ def refused_by_transformers(folder: Path) -> Iterator[None]:
     with quiet():
         try:
             yield
-        except (ValueError, OSError, RuntimeError, KeyError) as error:
+        except RecallError:
+            raise
+        except Exception as error:  # what configs and classes of models raise about odd values has no common type
             raise CheckpointError(f"transformers cannot build this model: {_first_line(error)}", where=folder, fix=ONLY_KNOWN) from error
 
 
