@@ -115,7 +115,6 @@ def test_an_adapter_imports_nothing(llama, tmp_path, monkeypatch):
 ODD = [
     ("bos_token_id", []),
     ("text_config", {"a": 1}),
-    ("num_labels", "x"),
     ("layer_types", 0),
     ("architectures", True),
     ("id2label", -1),
