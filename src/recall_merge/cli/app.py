@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -26,6 +27,9 @@ app = typer.Typer(
 )
 INTERRUPTED = 130  # the exit status, typer's too, after Ctrl-C
 GOES_ON = "finished work is kept, and the same command goes on from there"
+NO_MEMORY = """error: the memory that this process may have is used up; finished work is kept
+  fix: give it more (ulimit, the container), or fewer threads; `recall plan` says what a run takes
+"""
 STOPPED = {
     "merge": "nothing was written, and what stood in the result's place is as it was: the same command begins again",
     "learn": "finished steps and the training's last checkpoint are kept: `recall learn WORKSPACE` goes on from there",
@@ -65,15 +69,13 @@ def main() -> None:
             setattr(sys, stream, Path(os.devnull).open("w"))  # noqa: SIM115
     try:
         app(prog_name="recall")
-    except RecallError as error:
-        print_error(error)
-        sys.exit(1)
-    except OSError as error:  # a full, broken or read-only disk, wherever it shows
-        fix = "make room, or check the disk and its permissions; finished work is kept, and the same command continues from there"
-        print_error(RecallError(f"the system reports: {error.strerror or error}", where=error.filename or "", fix=fix))
-        sys.exit(1)
-    except Exception:  # one that nobody foresaw: its words may be those of a file
-        err().print(traceback.format_exc(), end="")
+    except Exception as error:
+        if _lacks_memory(error):
+            sys.stderr.write(NO_MEMORY)  # by hand: what prints errors may not fit either
+        elif (told := _in_words(error)) is not None:
+            print_error(told)
+        else:  # one that nobody foresaw: its words may be those of a file
+            err().print(traceback.format_exc(), end="")
         sys.exit(1)
     except (KeyboardInterrupt, SystemExit) as end:
         if isinstance(end, SystemExit) and end.code != INTERRUPTED:
@@ -81,3 +83,17 @@ def main() -> None:
         words = next((STOPPED[word] for word in sys.argv[1:] if word in STOPPED), "nothing was written")
         print_error(RecallError(f"stopped; {words}"))
         sys.exit(INTERRUPTED)
+
+
+def _lacks_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM or "allocate memory" in str(error)
+
+
+def _in_words(error: Exception) -> RecallError | None:
+    """An error as the library's own; None for one that is a fault of ours."""
+    if isinstance(error, RecallError):
+        return error
+    if isinstance(error, OSError):  # a full, broken or read-only disk, wherever it shows
+        fix = "make room, or check the disk and its permissions; finished work is kept, and the same command continues from there"
+        return RecallError(f"the system reports: {error.strerror or error}", where=error.filename or "", fix=fix)
+    return None

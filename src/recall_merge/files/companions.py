@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recall_merge.files.checkpoint import NO_WEIGHTS, OTHER_FORMATS, PICKLES, read_json
+from recall_merge.files.checkpoint import AGAIN, NO_WEIGHTS, OTHER_FORMATS, PICKLES, read_json
 from recall_merge.files.hashing import hash_file
 from recall_merge.files.inert_folder import open_tokenizer
 from recall_merge.files.links import TEMPLATES
@@ -61,7 +61,10 @@ def write_companions(
 def chat_template(folder: Path) -> Any:
     """A folder's chat template, as transformers finds it; None if there is none."""
     if (folder / "chat_template.jinja").is_file():
-        return read_small(folder / "chat_template.jinja").decode("utf-8")
+        try:
+            return read_small(folder / "chat_template.jinja").decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise CheckpointError("the chat template is not UTF-8 text", where=folder / "chat_template.jinja", fix=AGAIN) from error
     found = (_optional(folder / file).get("chat_template") for file in (TOKENIZER, "chat_template.json"))
     return next(filter(None, found), None)
 
@@ -121,11 +124,12 @@ def _replace(settings: dict[str, Any], new: Mapping[str, Any]) -> None:
         settings |= {} if value is None else {key: value}
 
 
-def _special(folder: Path, name: str) -> Any:
+def _special(folder: Path, name: str) -> str | None:
     """A special token of a folder's tokenizer."""
     found = (_optional(folder / file).get(name) for file in (TOKENIZER, "special_tokens_map.json"))
     token = next(filter(None, found), None)
-    return token.get("content") if isinstance(token, Mapping) else token
+    token = token.get("content") if isinstance(token, Mapping) else token
+    return token if isinstance(token, str) else None
 
 
 def _listed(ids: Any) -> list[Any]:
