@@ -31,7 +31,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "src")]
 
-from disturbed import LONG, MERGED, MERGES, SECONDS, STAGE, WORK, Outcome, World, judge, make_world, prepare, weights  # noqa: E402
+from disturbed import LONG, MERGED, MERGES, SECONDS, STAGE, WALKED, WORK, Outcome, World, judge, make_world, prepare, weights  # noqa: E402
 
 # ---- faults
 
@@ -82,7 +82,7 @@ def child(world: World, work: str, out: Path, fault: str, seed: int, told: Any) 
     """In a process of its own: do the work under a fault, and tell how that ended."""
     import torch
 
-    from recall_merge.runtime.errors import RecallError
+    from recall_merge.runtime.errors import RecallError, is_out_of_memory
 
     torch.set_num_threads(1)
     draws = random.Random(seed)
@@ -141,8 +141,19 @@ def child(world: World, work: str, out: Path, fault: str, seed: int, told: Any) 
             start = real_time()
             time.time = lambda: 2 * start - real_time() - 1000
             injected[0] = True
-        case "an input is replaced meanwhile" | "an input is cut short meanwhile" | "an input has a bit turned meanwhile":
+        case "little memory":
+            taken = resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[0])
+            resource.setrlimit(resource.RLIMIT_AS, (taken + draws.randrange(10**6, 10**8), resource.RLIM_INFINITY))
+            injected[0] = True
+        case (
+            "an input is replaced meanwhile"
+            | "an input is cut short meanwhile"
+            | "an input has a bit turned meanwhile"
+            | "an input of rows is replaced meanwhile"
+        ):
             place = sorted((world.folder / draws.choice(world.experts)).glob("*.safetensors"))[0]
+            if "rows" in fault:
+                place = world.folder / "rows.jsonl"
 
             def meddle(now: int) -> None:
                 if now == max(1, at) and not injected[0]:
@@ -163,9 +174,13 @@ def child(world: World, work: str, out: Path, fault: str, seed: int, told: Any) 
         WORK[work](world, out)
     except RecallError as error:
         told.put((injected[0], "refused", str(error.faults[0].what)))
-    except OSError as error:
-        told.put((injected[0], "refused" if work in LONG else "raw", repr(error)))  # `recall` puts it in words
+    except Exception as error:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        in_words = isinstance(error, OSError) and work in LONG  # by `recall`
+        in_words |= fault == "little memory" and is_out_of_memory(error)
+        told.put((injected[0], "refused" if in_words else "raw", repr(error)))
     else:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         told.put((injected[0], "done", ""))
 
 
@@ -183,6 +198,8 @@ FAULTS = {
     "an input is replaced meanwhile": MERGES,
     "an input is cut short meanwhile": MERGES,
     "an input has a bit turned meanwhile": MERGES,
+    "an input of rows is replaced meanwhile": (WALKED,),
+    "little memory": MERGES,
     "a folder may not be written to": (MERGED, STAGE),
     "two at once": (MERGED, STAGE),
 }
@@ -215,7 +232,7 @@ def inject(processes: Any, world: World, work: str, fault: str, seed: int) -> Ou
         for process in started:
             process.join()
         closed.chmod(0o755)
-        if started[0].exitcode == -signal.SIGKILL:
+        if started[0].exitcode == -signal.SIGKILL or (fault == "little memory" and started[0].exitcode == -signal.SIGABRT):
             return judge(world, work, out, injected=True, words="killed")
         if any(process.exitcode for process in started):
             return Outcome(True, survived=False, words=f"ended with status {[process.exitcode for process in started]}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import traceback
@@ -14,7 +13,7 @@ import typer
 import recall_merge
 from recall_merge.cli import bench, demo, evaluate, export, merge, methods, report, workspace
 from recall_merge.cli.console import err, out, print_error
-from recall_merge.runtime.errors import RecallError
+from recall_merge.runtime.errors import RecallError, is_out_of_memory
 
 app = typer.Typer(
     name="recall",
@@ -70,7 +69,7 @@ def main() -> None:
     try:
         app(prog_name="recall")
     except Exception as error:
-        if _lacks_memory(error):
+        if is_out_of_memory(error):
             sys.stderr.write(NO_MEMORY)  # by hand: what prints errors may not fit either
         elif (told := _in_words(error)) is not None:
             print_error(told)
@@ -83,10 +82,6 @@ def main() -> None:
         words = next((STOPPED[word] for word in sys.argv[1:] if word in STOPPED), "nothing was written")
         print_error(RecallError(f"stopped; {words}"))
         sys.exit(INTERRUPTED)
-
-
-def _lacks_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM or "allocate memory" in str(error)
 
 
 def _in_words(error: Exception) -> RecallError | None:

@@ -32,7 +32,7 @@ def altair() -> Any:
     try:
         import altair as package
         import vl_convert  # noqa: F401
-    except ImportError:
+    except ModuleNotFoundError:  # not ImportError: a library that cannot be loaded, for want of memory say, is not missing
         raise MissingExtra("report", "a picture") from None
     return package
 

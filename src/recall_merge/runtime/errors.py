@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -91,6 +92,12 @@ class MissingExtra(RecallError):
 
     def __init__(self, extra: str, what_for: str) -> None:
         super().__init__(f"{what_for} needs packages that are not installed", fix=f"pip install 'recall-merge[{extra}]'")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this process could not have the memory that it asked for. Torch, the loader of libraries and threads say so in their ways."""
+    words = ("allocate memory", "bad_alloc", "start new thread", "failed to map segment")
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM or any(word in str(error) for word in words)
 
 
 class Faults:

@@ -115,7 +115,7 @@ def check_arguments(settings: TrainSettings, allowed: Collection[str] = ()) -> d
     try:
         with hushed():
             from trl.trainer.sft_config import SFTConfig
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise MissingExtra("train", "training") from error
     faults = Faults()
     names = [field.name for field in fields(SFTConfig) if field.init]
