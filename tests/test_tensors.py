@@ -161,7 +161,7 @@ def test_a_mask_of_infinities_is_kept_where_it_is_named(tmp_path):
         merge(MergeRun.model_validate(run))
     [fault] = error.value.faults
     assert fault.what == "the base holds NaN or infinity in 'model.layers.0.mask'"
-    assert fault.fix.startswith("name it under `skip:` if these numbers are meant, as in a mask: that keeps the base's")
+    assert fault.fix.startswith("name it under `skip:` if infinity is meant, as in a mask: that keeps the base's")
     merge(MergeRun.model_validate(run | {"skip": ["model.layers.0.mask"]}))
     assert torch.equal(load_tensors(tmp_path / "out")["model.layers.0.mask"], mask["model.layers.0.mask"])
 
