@@ -11,6 +11,7 @@ READY := $(VENV)/.ready
 
 MINUTES ?= 10
 SECONDS ?= 300
+CASES   ?= 2000
 ROUNDS  ?= 5
 JOBS    ?= 2
 
@@ -28,8 +29,9 @@ test-slow: $(READY)
 torture: $(READY)
 	$(BIN)/python tests/torture.py --minutes $(MINUTES)
 
-# Malformed inputs, guided by coverage. atheris has an environment of its own, which also sees the packages of .venv.
+# CASES sound documents with values changed; then malformed inputs, guided by coverage. atheris has an environment of its own, which also sees the packages of .venv.
 fuzz: $(READY)
+	FUZZ_CASES=$(CASES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) tests/test_structured_fuzz.py
 	test -x $(VENV)-fuzz/bin/pip || $(PYTHON) -m venv $(VENV)-fuzz
 	$(VENV)-fuzz/bin/pip install --quiet --disable-pip-version-check 'atheris>=3,<4'
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(echo $(VENV)-fuzz/lib/python*/site-packages)/first.pth

@@ -143,12 +143,15 @@ SCENARIO = b"model: base\ntasks:\n" + TASKS + b"methods: [linear]\norders: [[a, 
 ROW = b'{"prompt": "is it?", "completion": "yes", "choices": ["yes", "no"]}\n'
 RECORD: dict[str, Any] = {
     "format": 2,
-    "run": {"base": "base", "experts": [{"name": "a", "path": "adapter"}], "skip": [], "vocabulary": None},
+    "run": {"base": "base", "experts": [{"name": "a", "path": "adapter"}], "skip": [], "vocabulary": None, "seed": 0},
     "method": {"name": "linear", "source": "", "options": {"scale": 1.0}},
     "models": {"base": {"tensors": ""}, "a": {"tensors": ""}},
     "samples": [],
     "weights": {"experts": ["a"], "layers": [0, 1, 2, 3], "rows": [[1.0]] * 4},
     "notes": [],
+    "created": "2026-01-01T00:00:00Z",
+    "versions": {"python": "3.11.7"},
+    "seconds": {"merge": 0.1},
     "files": {name: blake3(data or b"").hexdigest() for name, data in MODEL.items()},
 }
 STATE: dict[str, Any] = {
@@ -211,6 +214,7 @@ def broken_json(sound: bytes) -> dict[str, bytes]:
         "nested deep": b"[" * DEEP,
         "objects nested deep": b'{"a":' * DEEP,
         "a number of many digits": b'{"a": ' + b"9" * 5_000 + b"}",
+        "half a character": b'{"a": "\\ud800"}',
     }
 
 
@@ -510,6 +514,8 @@ def of_run() -> Iterator[tuple[str, bytes | None]]:
     yield "the output above all", line(b"out", b"out: {path: .}")
     yield "the root of the disk", line(b"out", b"out: {path: /}")
     yield "the output is a file", line(b"out", b"out: {path: run.yaml}")
+    yield "an output of a NUL", line(b"out", b'out: {path: "a\\0b"}')
+    yield "an output of half a character", line(b"out", b'out: {path: "\\uD800"}')
     yield "no output", line(b"out", b"")
     yield "a shard size of 0", line(b"out", b"out: {path: merged, shard_size: 0}")
     yield "a shard size below 0", line(b"out", b"out: {path: merged, shard_size: -5GB}")
@@ -564,6 +570,8 @@ def of_mergekit() -> Iterator[tuple[str, bytes | None]]:
     yield "a weight that is none", given(b"[0.5, 1]", b"much")
     yield "a weight that is no number", given(b"[0.5, 1]", b".nan")
     yield "weights that are empty", given(b"[0.5, 1]", b"[]")
+    yield "weights by place", given(b"[0.5, 1]", b"{'0': 0.5, '1': 1}")
+    yield "weights of a key that is called as a type", given(b"[0.5, 1]", b"{Conditional: 3}")
     yield "weights of a filter that is a number", given(b"[0.5, 1]", b"[{filter: 3, value: 1}]")
     yield "a density of two", given(b"density: 0.5", b"density: 2")
     yield "parameters as a list", given(b"{normalize: true}", b"[normalize]")
@@ -647,11 +655,15 @@ def of_record() -> Iterator[tuple[str, dict[str, bytes | None]]]:
     yield "one bit of the weights", {"model.safetensors": bytes(flipped)}
     yield "weights cut short", {"model.safetensors": weights(TENSORS)[:-1]}
     yield "weights that nobody wrote", {"adapter_model.safetensors": weights(FACTORS)}
-    for key in ("run", "method", "models", "weights"):
+    for key in ("run", "method", "models", "weights", "seconds", "versions"):
         yield f"no {key}", {"record.json": encoded({name: value for name, value in RECORD.items() if name != key})}
         yield f"{key} of another kind", {"record.json": encoded(RECORD | {key: [1]})}
     yield "weights of other experts", {"record.json": encoded(RECORD | {"weights": {"experts": ["b", "c"], "layers": [0], "rows": [[1]]}})}
     yield "weights of text", {"record.json": encoded(RECORD | {"weights": {"experts": ["a"], "layers": [0], "rows": [["x"]]}})}
+    yield "weights of other layers", {"record.json": encoded(RECORD | {"weights": RECORD["weights"] | {"layers": [0, 1]}})}
+    yield "weights of no layers", {"record.json": encoded(RECORD | {"weights": {"experts": ["a"], "layers": [], "rows": []}})}
+    yield "no experts", {"record.json": encoded(RECORD | {"run": RECORD["run"] | {"experts": []}})}
+    yield "memory of many digits", {"record.json": encoded(RECORD | {"peak_memory": 10**400})}
     yield "samples of another kind", {"record.json": encoded(RECORD | {"samples": [{"place": 3}]})}
 
 
@@ -731,7 +743,7 @@ def use(kind: str, folder: Path) -> None:
         case "rows":
             read_rows(folder / "rows.jsonl")
         case "record":
-            result = open_result(folder)
+            result = open_result(folder, shown=True)
             coefficients(result), result.experts, result.merge_weights
         case "workspace":
             status(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ from recall_merge.evaluation.scores import TaskScore
 from recall_merge.files.checkpoint import open_checkpoint, read_json
 from recall_merge.files.record import RECORD
 from recall_merge.maths.metrics import is_score
+from recall_merge.merging.result import check_record
 from recall_merge.report import workspace_charts as charts
 from recall_merge.report.anatomy import Models, anatomy
 from recall_merge.report.merge_page import MergeFacts, about, lede, merge_sections
@@ -62,7 +64,8 @@ def _read_scores(folder: Path, stage: Stage) -> dict[str, Any]:
     path, plain = found_path(folder, stage.scores.file), stage.scores.model_dump(exclude={"file"})
     scores = read_sealed(path).get("scores")
     with suppress(ValidationError):
-        checked = TypeAdapter(dict[str, dict[str, TaskScore]]).validate_python(scores)
+        # subtle: from JSON, strict types take objects for dataclasses
+        checked = TypeAdapter(dict[str, dict[str, TaskScore]]).validate_json(json.dumps(scores), strict=True)
         each = [score for tasks in checked.values() for score in tasks.values()]
         numbers = [number for score in each for number in (score.score, score.stderr, *(item.score for item in score.items))]
         whole = all(tasks.keys() <= checked.get(role, {}).keys() for role, tasks in plain.items())
@@ -129,7 +132,7 @@ def _tree(state: State) -> list[Any]:
 def _merge_facts(folder: Path, state: State, stage: Stage, text: bool, cache: Path, progress: Progress) -> MergeFacts:
     """What the page shows of one stage's merge."""
     merged = found_path(folder, stage.merged.path)
-    record = read_json(merged / RECORD)
+    check_record(record := read_json(merged / RECORD), merged, shown=True)
     lineage = {earlier.task.name: earlier for earlier in state.lineage(stage.id)}
     experts: dict[str, Path] = {}
     statistics: dict[str, Path] = {}

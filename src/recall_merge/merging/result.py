@@ -6,10 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
 from recall_merge.files.adapter import CONFIG, WEIGHTS, is_adapter
@@ -114,6 +114,9 @@ def public_name(plan: Plan, name: str) -> str:
     return f"{model.repo}@{model.revision}" if model.repo else model.folder.resolve().name
 
 
+_Size = Annotated[int, Field(ge=0, lt=2**63)] | None
+
+
 class _Section(BaseModel):
     """The keys of a record that are read here. Their types are checked: a record may come from anybody."""
 
@@ -127,7 +130,7 @@ class _Entry(_Section):
 
 class _Run(_Section):
     base: str
-    experts: list[_Entry]
+    experts: list[_Entry] = Field(min_length=1)
     skip: list[str]
     vocabulary: str | None
 
@@ -147,10 +150,13 @@ class _Sample(_Section):
 
 class _Table(_Section):
     experts: list[str]
+    layers: list[int]
     rows: list[list[float]]
 
     @model_validator(mode="after")
     def _one_number_each(self) -> _Table:
+        if not self.rows or len(self.rows) != len(self.layers):
+            raise ValueError("a table has one row for each layer")
         if any(len(row) != len(self.experts) for row in self.rows):
             raise ValueError("a row has one number for each expert")
         return self
@@ -169,6 +175,36 @@ class _Record(_Section):
         if missing := {"base", *(entry.name for entry in self.run.experts)} - set(self.models):
             raise ValueError(f"there are no hashes of '{min(missing)}'")
         return self
+
+
+class _ShownRun(_Section):
+    seed: int
+
+
+class _ShownMethod(_Section):
+    source: str
+
+
+class _Bytes(_Section):
+    read: _Size = None
+
+
+class _Solved(_Section):
+    condition: dict[str, float] = {}
+
+
+class _Shown(_Section):
+    """What a page shows besides."""
+
+    run: _ShownRun
+    method: _ShownMethod
+    created: str
+    versions: dict[str, str]
+    seconds: dict[str, float]
+    notes: list[str]
+    bytes: _Bytes = _Bytes()
+    peak_memory: _Size = None
+    statistics: _Solved = _Solved()
 
 
 @dataclass(frozen=True)
@@ -205,18 +241,25 @@ class Result:
         return paths[model]
 
 
-def open_result(folder: Path) -> Result:
+def open_result(folder: Path, *, shown: bool = False) -> Result:
     """Open a result that still matches its record. ResultError names every file that is missing, changed or new, or what is damaged."""
     record = verify(folder)
+    check_record(record, folder, shown=shown)
+    return Result(folder, record, open_checkpoint(folder))
+
+
+def check_record(record: Mapping[str, Any], folder: Path, *, shown: bool = False) -> None:
+    """Check what is read of a record, and what a page shows of it if it is `shown`. Raises ResultError with all that is damaged."""
     fix = "give the folder of a result of `recall merge`, as it was made"
     try:
         checked = _Record.model_validate(record)
+        if shown:
+            _Shown.model_validate(record)
     except ValidationError as error:
         what = [(".".join(map(str, detail["loc"])), detail["msg"]) for detail in error.errors()]
         raise ResultError(Fault(f"the record is damaged: {key}: {message}", str(folder / RECORD), fix) for key, message in what) from None
     if missing := {entry.name for entry in checked.run.experts} - set(checked.weights.experts):
         raise ResultError(f"the record is damaged: it has no weights of '{min(missing)}'", where=folder / RECORD, fix=fix)
-    return Result(folder, record, open_checkpoint(folder))
 
 
 def coefficients(result: Result) -> Tensor | None:

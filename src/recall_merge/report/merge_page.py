@@ -47,7 +47,7 @@ def result_page(folder: Path, *, text: bool, samples: Path | None, models: Mappi
     Raises:
         RecallError: if the result, or a file or model given for it, is not what the record says.
     """
-    result = open_result(folder)
+    result = open_result(folder, shown=True)
     tables: Mapping[str, Any] = {}
     lacking = ""
     try:

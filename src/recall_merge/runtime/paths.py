@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from recall_merge.runtime.errors import RunError, short
+
 
 def path_of(text: str | Path) -> Path:
-    """The path of a text; `~` and `~name` mean homes, unless there is no such user."""
+    """The path of a text; `~` and `~name` mean homes, unless there is no such user. Raises RunError if it has a NUL."""
+    if "\0" in str(text):  # which the functions of the system refuse with errors of their own
+        raise RunError("a path has a NUL character", where=short(str(text)), fix="write it without")
     try:
         return Path(text).expanduser()
     except RuntimeError:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from recall_merge.runtime.errors import CheckpointError
 
 MAX_JSON = 64_000_000  # bytes of a file that describes a model, an adapter or a result
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # one that stands alone is no text: it can be read, and written nowhere
 AGAIN = "the file is damaged: copy or download it again"
 NO_MODEL = "give the folder of a Hugging Face model or adapter"
 
@@ -38,6 +40,8 @@ def parse_json(data: bytes, path: Path) -> dict[str, Any]:
     """The JSON object in a file's bytes."""
     try:
         value = json.loads(data.decode("utf-8"))
+        if SURROGATE.search(data):
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name} cannot be read: {error}", where=path, fix=AGAIN) from error
     if not isinstance(value, dict):

@@ -35,6 +35,10 @@ class _Loader(yaml.SafeLoader):
         _check_bounds(node)
         return super().construct_document(node)
 
+    def construct_scalar(self, node: Any) -> Any:
+        (value := super().construct_scalar(node)).encode()  # a surrogate that stands alone is no text
+        return value
+
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != MERGE]
         seen = set()

@@ -50,8 +50,8 @@ def parse(model: type[M], data: Any, *, where: str) -> M:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        wrong = RunError(_to_fault(model, detail, where) for detail in error.errors())
-        if unknown := [_place(detail) for detail in error.errors() if detail["type"] == "extra_forbidden"]:
+        wrong = RunError(_to_fault(model, detail, data, where) for detail in error.errors())
+        if unknown := [_place(detail, data) for detail in error.errors() if detail["type"] == "extra_forbidden"]:
             for resembles in (False, True):  # the last that is valid
                 with suppress(ValidationError):
                     wrong.rest = model.model_validate(_without(model, data, unknown, resembles))
@@ -65,21 +65,29 @@ def _without(model: type[BaseModel], data: Any, places: list[list[Any]], resembl
         section: Any = data
         for part in parents:
             section = section[part]
+        if not isinstance(section, dict) or key not in section:  # a key with the name of a union's branch
+            continue
         value, near = section.pop(key), get_close_matches(str(key), _known_keys(model, parents), n=1)
         if near and resembles:
             section.setdefault(near[0], value)
     return data
 
 
-def _place(detail: Any) -> list[Any]:
-    """The keys that lead to a fault."""
+def _place(detail: Any, data: Any) -> list[Any]:
+    """The keys that lead to a fault: what the data has, without what pydantic puts in between to name the branch of a union."""
     named = detail["type"] in {"extra_forbidden", "missing"}  # then the last part is a key, whatever it is called
-    last = len(detail["loc"]) - 1
-    return [part for at, part in enumerate(detail["loc"]) if (named and at == last) or not _is_union_branch(part)]
+    parts = [*detail["loc"]]
+    last = [parts.pop()] if named else []
+    place: list[Any] = []
+    for part in parts:
+        if part in (data if isinstance(data, dict) else range(len(data)) if isinstance(data, list) else ()):
+            place.append(part)
+            data = data[part]
+    return place + last
 
 
-def _to_fault(model: type[BaseModel], detail: Any, where: str) -> Fault:
-    place = _place(detail)
+def _to_fault(model: type[BaseModel], detail: Any, data: Any, where: str) -> Fault:
+    place = _place(detail, data)
     key = ".".join(map(str, place))
     if detail["type"] == "extra_forbidden":
         return Fault(f"unknown key '{key}'", where, did_you_mean(str(place[-1]), _known_keys(model, place[:-1])))
@@ -87,11 +95,6 @@ def _to_fault(model: type[BaseModel], detail: Any, where: str) -> Fault:
         return Fault(f"'{key}' is missing", where, "add it")
     fix = detail.get("ctx", {}).get("fix") or f"it is {short(detail['input'])} now"
     return Fault(f"'{key}': {detail['msg'].removeprefix('Value error, ')}", where, fix)
-
-
-def _is_union_branch(part: Any) -> bool:
-    """Whether pydantic added this part to a key to name the branch of a union: a tag such as <recall>, a type, or a function."""
-    return isinstance(part, str) and (part in {"constrained-float", "float"} or part.startswith("<") or "[" in part)
 
 
 def _known_keys(model: type[BaseModel], place: list[Any]) -> list[str]:
