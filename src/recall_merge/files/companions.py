@@ -107,7 +107,7 @@ def _take_token_ids(speaker: Path, tokens: Path, target: Path, config: dict[str,
         generation = _optional(speaker / GENERATION) or generation
     else:
         known = read_vocabulary(speaker) or read_vocabulary(tokens) or {}
-        ids = {key: known.get(_special(speaker, key.removesuffix("_id"))) for key in TOKEN_IDS}
+        ids = {key: known.get(_special(speaker, key.removesuffix("_id")) or "") for key in TOKEN_IDS}
         new = {key: value for key, value in ids.items() if value is not None}
         for ours in (config, generation):
             if ours and (end := new.get("eos_token_id")) is not None:
