@@ -391,6 +391,7 @@ def of_adapter() -> Iterator[tuple[str, dict[str, bytes | None]]]:
         "a pattern of text": {"alpha_pattern": {"mlp": "much"}},
         "patterns as a list": {"rank_pattern": ["mlp"]},
         "patterns as text": {"alpha_pattern": "mlp"},
+        "patterns that are true": {"alpha_pattern": True},
         "a very long pattern": {"rank_pattern": {"a" * 100_000: 2}},
     }.items():
         yield what, {config: encoded({key: value for key, value in (ADAPTER_CONFIG | change).items() if value is not None})}

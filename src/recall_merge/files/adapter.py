@@ -134,7 +134,7 @@ def _check_config(folder: Path, config: Mapping[str, Any], faults: Faults) -> No
     for pattern in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(pattern) or {}
         numbers |= {f"{pattern}.{key}": value for key, value in patterns.items()} if isinstance(patterns, dict) else {pattern: patterns}
-        for key in patterns:
+        for key in patterns if isinstance(patterns, dict) else ():
             try:
                 if len(key) > MAX_PATTERN:
                     faults.add(f"`{pattern}` of the adapter holds a pattern of {len(key):,} characters", where=where, fix=COPY_AGAIN)
