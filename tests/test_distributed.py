@@ -15,7 +15,7 @@ import torch
 
 from conftest import Bases
 from recall_merge import MergeRun, merge, verify
-from recall_merge.files.output import MARKER
+from recall_merge.files.ownership import MARKER
 from recall_merge.maths.methods import METHODS
 from recall_merge.merging import merge as recipe
 from recall_merge.merging.distributed import ATTEMPT, plan_for_tasks, write_shard

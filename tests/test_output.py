@@ -11,7 +11,8 @@ from blake3 import blake3
 from safetensors.torch import load_file
 
 from recall_merge.files.checkpoint import INDEX, SINGLE, open_checkpoint
-from recall_merge.files.output import MARKER, OutputFolder, Shard, WeightWriter, free_bytes, plan_shards
+from recall_merge.files.output import OutputFolder, Shard, WeightWriter, free_bytes, plan_shards
+from recall_merge.files.ownership import MARKER, Owned, claim, leftover, names_in, owned
 from recall_merge.files.safetensors import TensorSpec
 from recall_merge.runtime.errors import OutputError
 from tiny import load_model, load_tensors
@@ -26,6 +27,16 @@ def write_model(folder, text="new"):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text("{}")
     (folder / "weights").write_text(text)
+
+
+def write_ours(folder, text="new", *, whole=True):
+    """A model as recall-merge leaves it."""
+    write_model(folder, text)
+    return claim(folder, "model", whole=whole, files=names_in(folder))
+
+
+def contents(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def names(folder):
@@ -46,7 +57,7 @@ class TestInterrupted:
         assert list(tmp_path.iterdir()) == []
 
     def test_leaves_what_was_there(self, tmp_path):
-        write_model(tmp_path / "merged", "old")
+        write_ours(tmp_path / "merged", "old")
         with pytest.raises(RuntimeError), folder_of(tmp_path / "merged", overwrite=True) as folder:
             write_model(folder.path)
             raise RuntimeError
@@ -59,12 +70,13 @@ class TestInterrupted:
 
 
 class TestCommitted:
-    def test_appears_whole_and_without_our_marker(self, tmp_path):
+    def test_appears_whole_with_a_marker_that_lists_it(self, tmp_path):
         with folder_of(tmp_path / "a" / "b" / "merged") as folder:
             write_model(folder.path)
             assert not folder.target.exists()
             folder.commit()
-        assert names(tmp_path / "a" / "b") == ["merged"] and names(folder.target) == ["config.json", "weights"]
+        assert owned(folder.target) == Owned(folder.target, "model", whole=True, files=frozenset({"config.json", "weights"}))
+        assert names(tmp_path / "a" / "b") == ["merged"] and names(folder.target) == [MARKER, "config.json", "weights"]
 
     def test_takes_the_place_of_an_empty_folder(self, tmp_path):
         (tmp_path / "merged").mkdir()
@@ -72,11 +84,12 @@ class TestCommitted:
             folder.check({})
             write_model(folder.path)
             folder.commit()
-        assert names(tmp_path) == ["merged"] and names(folder.target) == ["config.json", "weights"]
+        assert names(tmp_path) == ["merged"] and names(folder.target) == [MARKER, "config.json", "weights"]
 
     def test_replaces_a_model_in_one_step(self, tmp_path, monkeypatch):
-        write_model(tmp_path / "merged", "old")
+        (tmp_path / "merged").mkdir()
         (tmp_path / "merged" / "only-in-the-old").touch()
+        write_ours(tmp_path / "merged", "old")
         seen = []
         rename = Path.rename
 
@@ -89,12 +102,13 @@ class TestCommitted:
             folder.check({})
             write_model(folder.path)
             folder.commit()
-        assert names(tmp_path) == ["merged"] and names(folder.target) == ["config.json", "weights"]
+        assert names(tmp_path) == ["merged"] and names(folder.target) == [MARKER, "config.json", "weights"]
         assert (folder.target / "weights").read_text() == "new"
         assert seen == [["old"], ["new"]]  # at every instant one of the two is whole
 
     def test_puts_the_old_one_back_if_it_cannot(self, tmp_path, monkeypatch):
-        write_model(tmp_path / "merged", "old")
+        write_ours(tmp_path / "merged", "old")
+        before = contents(tmp_path)
         rename = Path.rename
 
         def fails(path, target):
@@ -106,13 +120,75 @@ class TestCommitted:
         with pytest.raises(OutputError, match="the result cannot be written: no"), folder_of(tmp_path / "merged", overwrite=True) as folder:
             write_model(folder.path)
             folder.commit()
-        assert names(tmp_path) == ["merged"] and (tmp_path / "merged" / "weights").read_text() == "old"
+        assert contents(tmp_path) == before
+
+    @pytest.mark.parametrize("overwrite", [False, True])
+    def test_does_not_replace_what_appeared_meanwhile(self, tmp_path, overwrite):
+        with pytest.raises(OutputError) as error, folder_of(tmp_path / "merged", overwrite=overwrite) as folder:
+            write_model(folder.path)
+            (tmp_path / "merged").mkdir()
+            (tmp_path / "merged" / "thesis.txt").write_text("mine")
+            folder.commit()
+        assert ("is no model that recall-merge made" if overwrite else "the output folder is not empty") in str(error.value)
+        assert contents(tmp_path) == {"merged/thesis.txt": b"mine"}
+
+    def test_does_not_replace_what_appears_at_the_last_instant(self, tmp_path, monkeypatch):
+        write_ours(tmp_path / "merged", "old")
+        rename = Path.rename
+
+        def late(path, target):
+            if path.name == "merged.partial":
+                Path(target).mkdir()
+                (Path(target) / "thesis.txt").write_text("mine")
+            return rename(path, target)
+
+        monkeypatch.setattr(Path, "rename", late)
+        with pytest.raises(OutputError, match="something else came to stand"), folder_of(tmp_path / "merged", overwrite=True) as folder:
+            write_model(folder.path)
+            folder.commit()
+        assert contents(tmp_path / "merged") == {"thesis.txt": b"mine"}
+        assert (tmp_path / "merged.replaced.partial" / "weights").read_text() == "old"
+
+    def test_does_not_replace_what_the_user_put_into_a_result_meanwhile(self, tmp_path):
+        write_ours(tmp_path / "merged", "old")
+        with pytest.raises(OutputError, match=r"also holds 'notes.txt'"), folder_of(tmp_path / "merged", overwrite=True) as folder:
+            write_model(folder.path)
+            (tmp_path / "merged" / "notes.txt").write_text("mine")
+            folder.commit()
+        assert (tmp_path / "merged" / "notes.txt").read_text() == "mine" and names(tmp_path) == ["merged"]
+
+    def test_says_so_where_the_unfinished_folder_is_gone(self, tmp_path):
+        with pytest.raises(OutputError, match="moved or removed meanwhile"), folder_of(tmp_path / "merged") as folder:
+            folder.path.rename(tmp_path / "elsewhere")
+            write_model(folder.path, "of another process")
+            folder.commit()
+        assert names(tmp_path) == ["elsewhere", "merged.partial"]
+
+    def test_says_so_where_the_old_one_cannot_be_deleted(self, tmp_path, monkeypatch):
+        write_ours(tmp_path / "merged", "old")
+        unlink = Path.unlink
+
+        def refuse(path, **options):
+            if path.parent.name == "merged.replaced.partial":
+                raise PermissionError(1, "Operation not permitted", str(path))
+            unlink(path, **options)
+
+        with monkeypatch.context() as patched, folder_of(tmp_path / "merged", overwrite=True) as folder:
+            write_model(folder.path)
+            patched.setattr(Path, "unlink", refuse)
+            [note] = folder.commit()
+        assert note.startswith(f"the old folder could not be deleted, and still lies in {tmp_path}/merged.replaced.partial: ")
+        assert (tmp_path / "merged" / "weights").read_text() == "new"
+        with folder_of(tmp_path / "merged", overwrite=True):
+            pass
+        assert names(tmp_path) == ["merged"]
 
 
 class TestLeftovers:
     def test_of_ours_are_cleaned(self, tmp_path):
-        (tmp_path / "merged.partial").mkdir()
-        for file in (MARKER, "model.safetensors"):
+        (tmp_path / "merged.partial" / "below").mkdir(parents=True)
+        claim(tmp_path / "merged.partial", "model")
+        for file in ("model.safetensors", "below/file", f"{MARKER}.01234567.partial"):
             (tmp_path / "merged.partial" / file).touch()
         with folder_of(tmp_path / "merged") as folder:
             folder.check({})
@@ -129,20 +205,101 @@ class TestLeftovers:
         )
         assert (tmp_path / "merged.partial" / "thesis.txt").exists()
 
+    @pytest.mark.parametrize("suffix", [".partial", ".replaced.partial"])
+    @pytest.mark.parametrize(
+        "whose", ["a result", "a model", "an older version's", "a marker that is a link", "a link", "other words", "damaged"]
+    )
+    def test_that_do_not_say_that_they_are_ours_are_refused_and_kept(self, tmp_path, whose, suffix):
+        left = tmp_path / f"merged{suffix}"
+        if whose == "a link":
+            claim_unfinished(tmp_path / "elsewhere")
+            left.symlink_to(tmp_path / "elsewhere")
+        else:
+            write_model(left, "mine")
+        (tmp_path / "marker").mkdir()
+        claim(tmp_path / "marker", "model")
+        text = (tmp_path / "marker" / MARKER).read_text()
+        match whose:
+            case "a result":
+                write_ours(left, "mine")
+            case "a model":
+                (left / "record.json").write_text("{}")
+            case "an older version's":
+                (left / ".recall-unfinished").touch()
+            case "a marker that is a link":
+                (left / MARKER).symlink_to(tmp_path / "marker" / MARKER)
+            case "other words":
+                (left / MARKER).write_text(
+                    json.dumps({"made_by": "merge-recall", "format": 1, "kind": "model", "whole": False, "files": None})
+                )
+            case "damaged":
+                (left / MARKER).write_text(text.replace("model", "modem"))
+        before = contents(tmp_path)
+        for action in (lambda: folder_of(tmp_path / "merged").check({}), folder_of(tmp_path / "merged").__enter__):
+            with pytest.raises(OutputError, match="a folder that is not ours lies where the result is to be built"):
+                action()
+        assert contents(tmp_path) == before
+
+    def test_that_hold_what_the_user_put_there_are_refused_and_kept(self, tmp_path):
+        write_ours(tmp_path / "merged.partial", whole=False)
+        (tmp_path / "merged.partial" / "notes.txt").write_text("mine")
+        with pytest.raises(OutputError, match="not ours"):
+            folder_of(tmp_path / "merged").check({})
+
+    def test_whose_links_lead_out_are_removed_without_following_them(self, tmp_path):
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "thesis.txt").write_text("mine")
+        claim_unfinished(tmp_path / "merged.partial")
+        (tmp_path / "merged.partial" / "link").symlink_to(tmp_path / "mine")
+        with folder_of(tmp_path / "merged"):
+            assert names(tmp_path / "merged.partial") == [MARKER]
+        assert (tmp_path / "mine" / "thesis.txt").read_text() == "mine"
+
     def test_that_are_a_file_are_refused(self, tmp_path):
         (tmp_path / "merged.partial").write_text("mine")
         with pytest.raises(OutputError, match="not ours lies where the result is to be built"):
             folder_of(tmp_path / "merged").check({})
 
     def test_of_a_replacement_that_was_stopped_are_finished(self, tmp_path):
-        write_model(tmp_path / "merged.replaced.partial", "old")  # stopped between the two renames
+        write_ours(tmp_path / "merged.replaced.partial", "old", whole=False)  # stopped between the two renames
         with folder_of(tmp_path / "merged", overwrite=True):
             assert (tmp_path / "merged" / "weights").read_text() == "old"
         assert names(tmp_path) == ["merged"]
-        write_model(tmp_path / "merged.replaced.partial", "older")  # stopped after them
+        write_ours(tmp_path / "merged.replaced.partial", "older", whole=False)  # stopped after them
         with folder_of(tmp_path / "merged", overwrite=True):
             pass
         assert names(tmp_path) == ["merged"] and (tmp_path / "merged" / "weights").read_text() == "old"
+
+    def test_of_a_replacement_stay_where_another_thing_stands_in_its_place(self, tmp_path):
+        write_ours(tmp_path / "merged.replaced.partial", "old", whole=False)
+        (tmp_path / "merged").mkdir()
+        (tmp_path / "merged" / "thesis.txt").write_text("mine")
+        before = contents(tmp_path)
+        with pytest.raises(OutputError), folder_of(tmp_path / "merged", overwrite=True):
+            pass
+        assert contents(tmp_path) == before
+
+    def test_with_the_marker_last(self, tmp_path, monkeypatch):
+        """A stop while a folder is deleted leaves a folder that still counts as ours."""
+        ours = write_ours(tmp_path / "merged", whole=False)
+        unlink, left = Path.unlink, [1]
+
+        def stop(path, **options):
+            if not left:
+                raise KeyboardInterrupt
+            left.pop()
+            unlink(path, **options)
+
+        monkeypatch.setattr(Path, "unlink", stop)
+        with pytest.raises(KeyboardInterrupt):
+            ours.remove()
+        monkeypatch.undo()
+        assert len(names(tmp_path / "merged")) == 2 and leftover(tmp_path / "merged") is not None
+
+
+def claim_unfinished(folder):
+    folder.mkdir()
+    claim(folder, "model")
 
 
 class TestCheck:
@@ -163,7 +320,56 @@ class TestCheck:
     def test_a_folder_of_other_things_even_with_overwrite(self, tmp_path):
         (tmp_path / "home").mkdir()
         (tmp_path / "home" / "thesis.txt").touch()
-        self.refused(tmp_path / "home", "the output folder does not hold a model", overwrite=True)
+        self.refused(tmp_path / "home", "the output folder is no model that recall-merge made, and is not replaced", overwrite=True)
+
+    @pytest.mark.parametrize("names", [["config.json", "main.py"], ["config.json", "model.safetensors"], ["record.json"], ["report.json"]])
+    def test_a_folder_whose_files_are_called_like_those_of_a_model(self, tmp_path, names):
+        (tmp_path / "home").mkdir()
+        for name in names:
+            (tmp_path / "home" / name).write_text("{}")
+        self.refused(tmp_path / "home", "the output folder is no model that recall-merge made", overwrite=True)
+
+    def test_a_folder_of_ours_of_another_kind(self, tmp_path):
+        write_model(tmp_path / "merged")
+        claim(tmp_path / "merged", "report", whole=True, files=names_in(tmp_path / "merged"))
+        self.refused(tmp_path / "merged", "the output folder is no model that recall-merge made", overwrite=True)
+
+    def test_a_result_with_files_of_the_user(self, tmp_path):
+        write_ours(tmp_path / "merged")
+        for name in "abcd":
+            (tmp_path / "merged" / name).touch()
+        fault = self.refused(
+            tmp_path / "merged", "the output folder also holds 'a', 'b', 'c' and 1 more, and is not replaced", overwrite=True
+        )
+        assert fault.fix.startswith("move that away")
+
+    def test_what_comes_later_into_a_result_belongs_to_it(self, tmp_path):
+        write_ours(tmp_path / "merged")
+        for name in ("README.md", "stats.json", "stats.safetensors"):
+            (tmp_path / "merged" / name).touch()
+        folder_of(tmp_path / "merged", overwrite=True).check({})
+
+    def test_a_link_that_leads_to_itself(self, tmp_path):
+        (tmp_path / "merged").symlink_to("merged")
+        self.refused(tmp_path / "merged", "the output folder is a link that leads to itself")
+
+    @pytest.mark.parametrize("name", ["merged.partial", "merged.replaced.partial"])
+    def test_a_model_that_lies_where_the_result_is_built(self, tmp_path, name):
+        claim_unfinished(tmp_path / name)
+        what = "the output would lie in, or over, the folder of base"
+        self.refused(tmp_path / "merged", what, protected={"the folder of base": tmp_path / name})
+
+    def test_a_file_that_the_run_reads(self, tmp_path):
+        write_ours(tmp_path / "merged")
+        what = "the output would lie in, or over, the rows"
+        self.refused(tmp_path / "merged", what, protected={"the rows": tmp_path / "merged" / "rows.jsonl"}, overwrite=True)
+
+    def test_a_place_where_a_volume_is_mounted(self, tmp_path, monkeypatch):
+        (tmp_path / "volume").mkdir()
+        monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "volume")
+        fix = f"give a folder in it, such as {tmp_path}/volume/merged"
+        self.refused(tmp_path / "volume", "the output folder is where a disk or volume is mounted", fix)
+        folder_of(tmp_path / "volume" / "merged").check({})
 
     def test_a_file(self, tmp_path):
         (tmp_path / "merged").touch()

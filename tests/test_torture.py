@@ -11,7 +11,8 @@ import torture
 from disturbed import MERGED, MERGES, WALKED, World, merge_here, weights
 from recall_merge import MergeRun, RecallError, merge
 from recall_merge.cli.report import write as report
-from recall_merge.files.output import MARKER, OutputFolder
+from recall_merge.files.output import OutputFolder
+from recall_merge.files.ownership import claim, names_in
 from recall_merge.merging.verify import verify
 from tiny import fine_tuned
 from torture import ALL, FAULTS
@@ -153,8 +154,8 @@ def test_numbers_that_are_not_finite_are_refused_by_name(tortured, tmp_path, val
 def test_a_stopped_replacement_is_put_right(tortured, tmp_path):
     """A kill between the two renames: the old model waits beside its place, and the next merge begins by putting it back."""
     world: World = tortured[1]
-    shutil.copytree(world.folder / "full1", tmp_path / "out.replaced.partial")
-    (tmp_path / "out.replaced.partial" / MARKER).touch()
+    shutil.copytree(world.folder / "full1", old := tmp_path / "out.replaced.partial")
+    claim(old, "model", files=names_in(old))
     merge_here(world, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and weights(tmp_path / "out") == world.wanted[MERGED]
 

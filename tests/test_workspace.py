@@ -31,9 +31,9 @@ from recall_merge.continual.state import (
     write_state,
 )
 from recall_merge.continual.workspace import branch, init, rollback, status
-from recall_merge.files.durable import append_line, write_whole
-from recall_merge.files.lock import holder
+from recall_merge.runtime.durable import append_line, write_whole
 from recall_merge.runtime.errors import RecallError, WorkspaceError
+from recall_merge.runtime.lock import holder
 from recall_merge.runtime.progress import Silent
 from recall_merge.runtime.sealed import read_sealed, sealed
 from tiny import fine_tuned
@@ -254,7 +254,7 @@ def test_the_second_of_two_commands_is_told_who_is_first(ws, data):
         for command in (lambda: teach(ws, data, "c"), lambda: rollback(ws, 1)):
             with pytest.raises(WorkspaceError, match=f"in use by process {other.pid}, `recall learn ws --task french`, since"):
                 command()
-        assert status(ws).holder == holder(ws / "lock")
+        assert status(ws).holder == holder(ws)
         assert status(ws).holder.startswith(f"process {other.pid}, `recall learn ws --task french`, since 2")
         other.send_signal(signal.SIGKILL)
     assert essence(ws) == before
@@ -266,9 +266,9 @@ def test_the_lock_is_given_back_when_a_command_fails(ws):
     with pytest.raises(ZeroDivisionError), opened(ws, "x"):
         raise ZeroDivisionError
     with opened(ws, "y"):
-        found = holder(ws / "lock")
+        found = holder(ws)
         assert found is not None and found.startswith(f"process {os.getpid()}, `y`, since ")
-    assert (ws / "lock").read_bytes() == b""
+    assert not (ws / "lock").exists()
 
 
 # ---- R

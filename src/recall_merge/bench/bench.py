@@ -17,7 +17,7 @@ from recall_merge.bench.results import Results, gather
 from recall_merge.bench.run_job import run_job
 from recall_merge.bench.scenario import Scenario
 from recall_merge.files.checkpoint import open_checkpoint
-from recall_merge.files.durable import write_whole
+from recall_merge.runtime.durable import write_whole
 from recall_merge.runtime.errors import MissingExtra, OutputError
 from recall_merge.runtime.executor import PATIENCE, Executor, check_executor, open_executor
 

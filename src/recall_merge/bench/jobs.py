@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from recall_merge.continual.steps import fingerprint, is_same
-from recall_merge.files.durable import write_whole
-from recall_merge.files.lock import lock
 from recall_merge.files.rows import Row
+from recall_merge.runtime.durable import write_whole
 from recall_merge.runtime.errors import OutputError
+from recall_merge.runtime.lock import lock
 from recall_merge.runtime.sealed import read_sealed, sealed
 from recall_merge.training.settings import TrainSettings
 
@@ -278,7 +278,7 @@ class Store:
     def locked(self) -> AbstractContextManager[None]:
         """One bench at a time, since two would train the same expert into the same folder: another one gets an OutputError."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        return lock(self.folder / ".lock", "recall bench", what="the bench", error=OutputError)
+        return lock(self.folder, "recall bench", what="the bench", error=OutputError)
 
 
 def _record(row: Row) -> dict[str, Any]:

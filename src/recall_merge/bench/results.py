@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from recall_merge.bench.design import Design, Trial
 from recall_merge.bench.jobs import Merged, Store
 from recall_merge.bench.scenario import ARROW
-from recall_merge.files.durable import write_whole
 from recall_merge.maths.metrics import METRICS, none_if_nan, score_table, table_metrics
+from recall_merge.runtime.durable import write_whole
 from recall_merge.runtime.errors import DataError
 
 Frame = Any  # pandas.DataFrame, whose annotations cannot tell a table from a column

@@ -16,8 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from recall_merge.continual.places import SCRATCH, claim_places, clear_scratch, tidy
 from recall_merge.continual.state import (
-    STATE,
     Model,
     Scores,
     Stage,
@@ -34,7 +34,6 @@ from recall_merge.continual.state import (
 from recall_merge.continual.steps import KeyedFile, fingerprint, is_same, merge_models, score_model, scores_key, take_statistics
 from recall_merge.continual.validation import Request, StageValidation, ValidatedStage, draft
 from recall_merge.files.adapter import is_adapter
-from recall_merge.files.durable import write_whole
 from recall_merge.files.model_card import MODEL_CARD, add_scores
 from recall_merge.files.output import OutputFolder
 from recall_merge.files.record import RECORD
@@ -43,13 +42,12 @@ from recall_merge.files.statistics import open_statistics
 from recall_merge.merging.merge import MergeResult
 from recall_merge.merging.run import MergeRun
 from recall_merge.models.load import load_model
+from recall_merge.runtime.durable import write_whole
 from recall_merge.runtime.errors import Faults, WorkspaceError
 from recall_merge.runtime.progress import Progress, Silent
 from recall_merge.training.fine_tuning import train
 
 StageScores = dict[str, dict[str, dict[str, Any]]]  # role -> task -> score, with its items
-KINDS = ("experts", "statistics", "merges", "scores", "samples")  # folders of what stages make
-SCRATCH = "scratch"  # whole models that are made from adapters for one merge
 ADAPTER_FILES = (".json", ".safetensors", ".txt", ".jinja", ".model")  # that are copied; never a pickle
 
 
@@ -108,7 +106,7 @@ class StageRunner:
         self._state, self._stage, self._spec, self._settings = stage.state, stage, stage.spec, stage.settings
         self._lineage = stage.state.lineage()
         self._progress = progress
-        self._name = f"{self._spec.id}-{self._spec.task.name}"  # of the stage's folders
+        self._name = self._spec.name
         self._rows = self._spec.train.under(self._folder) if self._spec.train else None
         self._scores_file = self._folder / "scores" / f"{self._spec.id}.json"
 
@@ -127,18 +125,18 @@ class StageRunner:
 
     def _begin(self) -> None:
         """Write down what is to be learnt. From here on the stage is finished or given up, and never half there."""
+        claim_places(self._folder)
         if self._state.unfinished != self._spec:
-            shutil.rmtree(self._folder / SCRATCH, ignore_errors=True)
-            self._state = self._state.model_copy(update={"unfinished": self._spec})
-            write_state(self._folder, self._state)
+            clear_scratch(self._folder)
+            begun = self._state.model_copy(update={"unfinished": self._spec})
+            write_state(self._folder, begun, was=self._state)
+            self._state = begun
             self._note("begin", "done")
 
     def _train(self) -> Model:
         """The expert: trained here, or given. A given adapter is copied; a given checkpoint stays where it is."""
         given, target = self._spec.given, self._folder / "experts" / self._name
         if given is None:
-            if target.exists() and not (target / RECORD).exists():
-                shutil.rmtree(target)  # a copied adapter of a stage that was given up, which training would refuse to replace
             settings = self._settings.training_settings()
             options: dict[str, Any] = {"overwrite": True, "progress": self._progress, "allowed": settings.arguments}  # validation has asked
             train(self._start(self._spec), self._stage.rows, target, settings, **options)
@@ -219,7 +217,7 @@ class StageRunner:
         if (result.path / MODEL_CARD).is_file():
             add_scores(result.path, f"{self._folder.name}-{self._spec.id}", list(scores["merged"].values()))
         with self._noted("commit"):
-            _tidy(self._folder)
+            tidy(self._folder)
             if self._settings.keep_samples:
                 self._write_samples(samples)
             stage = Stage(
@@ -232,7 +230,7 @@ class StageRunner:
                 created=now(),
             )
             state = self._state.model_copy(update={"stages": (*self._state.stages, stage), "head": stage.id, "unfinished": None})
-            write_state(self._folder, state)
+            write_state(self._folder, state, was=self._state)
         return Learned(stage, state, result, scores, (*self._notes(), *result.notes))
 
     def _entry(self, spec: StageSpec, expert: Model, stats: str | None = None) -> dict[str, Any]:
@@ -294,17 +292,6 @@ class StageRunner:
 
     def _note(self, part: str, event: str) -> None:
         note(self._folder, stage=self._spec.id, task=self._spec.task.name, part=part, event=event)
-
-
-def _tidy(workspace: Path) -> None:
-    """Remove what stops have left unfinished, and what was made for one merge only."""
-    shutil.rmtree(workspace / SCRATCH, ignore_errors=True)
-    unfinished = [path for kind in KINDS for path in (workspace / kind).rglob("*.partial")]
-    for path in (*unfinished, *workspace.glob(f"{STATE}*.partial")):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)  # it may have lain in a folder that is gone
 
 
 def _copy_adapter(source: Path, target: Path) -> None:

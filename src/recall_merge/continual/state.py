@@ -17,18 +17,18 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from recall_merge.files.checkpoint import read_json
-from recall_merge.files.durable import append_line, write_whole
 from recall_merge.files.hub import locate
-from recall_merge.files.lock import lock
 from recall_merge.files.output import WORKSPACE
 from recall_merge.files.record import RECORD
 from recall_merge.files.row_sources import RowSource
 from recall_merge.files.rows import Row
+from recall_merge.runtime.durable import append_line, write_whole
 from recall_merge.runtime.errors import CheckpointError, DataError, Fault, WorkspaceError
+from recall_merge.runtime.lock import lock
 from recall_merge.runtime.safe_json import read_small
 from recall_merge.runtime.sealed import read_sealed, sealed
 
-STATE, JOURNAL, LOCK = WORKSPACE, "journal.jsonl", "lock"
+STATE, JOURNAL = WORKSPACE, "journal.jsonl"
 FORMAT = 2
 NAME = re.compile(r"\w[\w.-]{0,63}")  # of a task; folders are called after it
 Start = Literal["base", "last"]
@@ -91,6 +91,11 @@ class StageSpec(Part):
     given: Model | None = None  # an expert that was trained elsewhere
     unseen: tuple[Task, ...] = ()  # tasks that are scored and never trained on, those of the stages before included
     overrides: dict[str, Any] = Field(default_factory=dict)  # settings of this stage alone, by dotted keys
+
+    @property
+    def name(self) -> str:
+        """Of the stage's folders."""
+        return f"{self.id}-{self.task.name}"
 
 
 class Stage(StageSpec):
@@ -231,9 +236,16 @@ def locate_model(folder: Path, model: Model) -> Path:
     return locate(model.path).folder if model.on_hub else found_path(folder, model.path)
 
 
-def write_state(folder: Path, state: State) -> None:
-    """Replace the state, in one step."""
-    write_whole(folder / STATE, sealed(state.model_dump(mode="json"), indent=2))
+def write_state(folder: Path, state: State, *, was: State | None) -> None:
+    """Replace the state, in one step. Raises WorkspaceError if it is no longer what it `was` when this command read or wrote it last."""
+    if (_text(read_state(folder)) if is_workspace(folder) else None) != (was and _text(was)):
+        what = "the workspace's state was changed by something else while this command worked"
+        raise WorkspaceError(what, where=folder / STATE, fix="look at it with `recall status`, then run the command again")
+    write_whole(folder / STATE, _text(state))
+
+
+def _text(state: State) -> str:
+    return sealed(state.model_dump(mode="json"), indent=2)
 
 
 @contextmanager
@@ -242,7 +254,11 @@ def opened(folder: Path, command: str) -> Iterator[State]:
     read_state(folder)  # before a lock file is made in a folder that is no workspace
     if not os.access(folder, os.W_OK):
         raise WorkspaceError("there is no permission to write into this workspace", where=folder, fix="change its permissions")
-    with lock(folder / LOCK, command):
+    if (folder / JOURNAL).is_symlink():
+        raise WorkspaceError(
+            f"{JOURNAL} is a link, and may lead out of the workspace", where=folder / JOURNAL, fix="put the file itself there"
+        )
+    with lock(folder, command):
         yield read_state(folder)
 
 

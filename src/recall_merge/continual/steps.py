@@ -19,13 +19,13 @@ from recall_merge.evaluation.tasks import TaskSpec
 from recall_merge.files.adapter import CONFIG, WEIGHTS, is_adapter
 from recall_merge.files.checkpoint import open_checkpoint, read_json
 from recall_merge.files.companions import hash_texts
-from recall_merge.files.durable import write_whole
 from recall_merge.files.hashing import hash_file, hash_model
 from recall_merge.files.record import versions
 from recall_merge.merging.merge import MergeResult, merge, reuse
 from recall_merge.merging.run import MergeRun
 from recall_merge.merging.statistics import RANK, make_statistics
 from recall_merge.report.merge_charts import draw_weights
+from recall_merge.runtime.durable import write_whole
 from recall_merge.runtime.errors import CheckpointError
 from recall_merge.runtime.progress import Progress
 from recall_merge.runtime.sealed import read_sealed, sealed

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from recall_merge.continual.places import check_places
 from recall_merge.continual.settings import Settings, check_method, check_overrides, make_settings
 from recall_merge.continual.state import NAME, DataFile, Model, StageSpec, Start, State, Task, found_path, locate_model, stored_path
 from recall_merge.continual.steps import fingerprint, is_same
@@ -127,6 +128,8 @@ class StageValidation:
         if self._state is not None:
             self._check_models(self._state)
         self._check_lengths()
+        if NAME.fullmatch(self._spec.task.name):
+            self._faults.attempt(check_places, self._folder, self._spec.id, self._spec.name)
         self._faults.raise_any(WorkspaceError)
         assert self._settings is not None and self._base is not None and self._state is not None
         unseen = tuple(self._tests[task.name] for task in self._spec.unseen)

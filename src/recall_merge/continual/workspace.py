@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 from recall_merge.continual.settings import check_method, make_settings
 from recall_merge.continual.state import (
     JOURNAL,
-    LOCK,
     STATE,
     Model,
     Stage,
@@ -27,14 +26,14 @@ from recall_merge.continual.state import (
 )
 from recall_merge.continual.steps import fingerprint, matches
 from recall_merge.files.adapter import is_adapter
-from recall_merge.files.durable import is_partial, sync
 from recall_merge.files.hub import locate
-from recall_merge.files.lock import holder, lock
 from recall_merge.maths.metrics import none_if_nan, score_table, table_metrics
+from recall_merge.runtime.durable import is_partial, sync
 from recall_merge.runtime.errors import Faults, WorkspaceError
+from recall_merge.runtime.lock import HOLDER, holder, lock
 
 S = TypeVar("S")
-LEFTOVERS = (LOCK, JOURNAL)  # of an `init` that was stopped
+LEFTOVERS = (HOLDER, JOURNAL)  # of an `init` that was stopped
 
 
 def init(folder: Path, base: str, sets: Mapping[str, Any] | None = None) -> State:
@@ -58,11 +57,11 @@ def init(folder: Path, base: str, sets: Mapping[str, Any] | None = None) -> Stat
         _check_free(folder)
     faults.raise_any()
     folder.mkdir(parents=True, exist_ok=True)
-    with lock(folder / LOCK, f"recall init {folder}"):
+    with lock(folder, f"recall init {folder}"):
         _check_free(folder)  # again: another may have been quicker
         state = State(base=model, settings=settings.stored())
         note(folder, event="made", base=model.path)
-        write_state(folder, state)
+        write_state(folder, state, was=None)
         sync(folder.absolute().parent)
     return state
 
@@ -85,7 +84,7 @@ def rollback(folder: Path, to: int) -> State:
         elif to == state.head and state.unfinished is None:
             faults.add(f"the workspace is at stage {to} already", where=folder, fix="`recall status` shows where it can go")
         faults.raise_any(WorkspaceError)
-        write_state(folder, changed := state.model_copy(update={"head": to, "unfinished": None}))
+        write_state(folder, changed := state.model_copy(update={"head": to, "unfinished": None}), was=state)
         note(folder, event="rollback", was=state.head, to=to, **({"given_up": state.unfinished.id} if state.unfinished else {}))
     return changed
 
@@ -128,7 +127,7 @@ def status(folder: Path) -> Status:
         parts = [str(entry["part"]) for entry in read_journal(folder) if entry.get("stage") == state.unfinished.id and "part" in entry]
         unfinished = (state.unfinished, parts[-1] if parts else "begin")
     branches = tuple(branch(state, end) for end in ends if end)
-    return Status(state, branches, unfinished, holder(folder / LOCK), _missing(folder, state))
+    return Status(state, branches, unfinished, holder(folder), _missing(folder, state))
 
 
 def branch(state: State, end: int) -> Branch:
@@ -159,7 +158,7 @@ def _with_base_at(folder: Path, base: str) -> State | None:
         model = _base_model(folder, base)
         if model.path == state.base.path or not matches(model.fingerprint, state.base.fingerprint):
             return None
-        write_state(folder, changed := state.model_copy(update={"base": model}))
+        write_state(folder, changed := state.model_copy(update={"base": model}), was=state)
         note(folder, event="base", was=state.base.path, base=model.path)
     return changed
 
@@ -177,10 +176,13 @@ def _base_model(folder: Path, reference: str) -> Model:
 def _check_free(folder: Path) -> None:
     if is_workspace(folder):
         raise WorkspaceError("there is a workspace already", where=folder, fix="choose another folder, or use this one")
-    if folder.exists() and (
-        not folder.is_dir() or any(file.name not in LEFTOVERS and not is_partial(file, folder / STATE) for file in folder.iterdir())
-    ):
+    if folder.exists() and (not folder.is_dir() or not all(_is_leftover(file) for file in folder.iterdir())):
         raise WorkspaceError("something else lies where the workspace is to be", where=folder, fix="choose an empty folder, or a new one")
+
+
+def _is_leftover(file: Path) -> bool:
+    known = file.name in LEFTOVERS or any(is_partial(file, file.with_name(name)) for name in (STATE, HOLDER))
+    return known and not file.is_symlink()
 
 
 def _missing(folder: Path, state: State) -> tuple[str, ...]:

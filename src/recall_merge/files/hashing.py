@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any, cast
 from blake3 import blake3
 
 from recall_merge.files.checkpoint import Checkpoint
-from recall_merge.files.durable import write_whole
 from recall_merge.files.links import TEMPLATES
 from recall_merge.files.safetensors import StoredTensor, TensorSpec, bytes_of
+from recall_merge.runtime.durable import write_whole
 from recall_merge.runtime.errors import CheckpointError, Faults
 from recall_merge.runtime.parallel import cores, in_order
 

@@ -15,7 +15,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recall_merge.files.durable import write_whole
+from recall_merge.runtime.durable import write_whole
 from recall_merge.runtime.errors import CheckpointError
 from recall_merge.runtime.safe_yaml import MAX_BYTES, NotYaml, parse_yaml
 

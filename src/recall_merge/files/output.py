@@ -10,24 +10,24 @@ from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
 from recall_merge.files.checkpoint import INDEX, SINGLE
-from recall_merge.files.durable import sync
-from recall_merge.files.lock import take_lock
-from recall_merge.files.record import RECORD
+from recall_merge.files.ownership import Owned, claim, files_in, leftover, names_in, owned
 from recall_merge.files.safetensors import TensorSpec, bytes_of, encode_header
-from recall_merge.runtime.errors import OutputError
-from recall_merge.runtime.paths import path_of
+from recall_merge.runtime.durable import sync
+from recall_merge.runtime.errors import OutputError, short
+from recall_merge.runtime.lock import take_lock
+from recall_merge.runtime.paths import is_mount, path_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 WORKSPACE = "workspace.json"  # in the folder of one
-MARKER = ".recall-unfinished"  # tells our leftovers from a user's folder
 ELSEWHERE = "choose another folder for `out`"
 
 
@@ -75,34 +75,39 @@ class OutputFolder:
     >>> with OutputFolder(Path("merged"), overwrite=False) as folder:      # doctest: +SKIP
     ...     (folder.path / "config.json").write_text("{}")
     ...     folder.commit()
+
+    Args:
+        overwrite: replace a folder of this kind that recall-merge made; nothing else is ever replaced.
+        kind: what the folder is.
     """
 
-    def __init__(self, target: Path, *, overwrite: bool) -> None:
-        self.target = path_of(target).resolve()  # a link is followed: its target is replaced, the link stays
-        self.overwrite = overwrite
+    def __init__(self, target: Path, *, overwrite: bool, kind: str = "model") -> None:
+        self.target = Path(os.path.realpath(path_of(target)))  # a link is followed: its target is replaced, the link stays
+        self.overwrite, self.kind = overwrite, kind
         self.path = self.target.parent / f"{self.target.name}.partial"
         self._old = self.target.parent / f"{self.target.name}.replaced.partial"  # where an old folder waits until the new one is there
 
     def check(self, protected: Mapping[str, Path]) -> None:
         """Raises OutputError if the folder cannot be written; writes nothing.
 
-        `protected` are folders that the run reads: the target may neither be nor contain nor lie in one of them.
+        `protected` is what the run reads: the target may neither be nor contain nor lie in any of it.
         """
         target = self.target
         if not target.name:
             raise OutputError("the output cannot be the root of the disk", where=target, fix=ELSEWHERE)
-        for what, folder in protected.items():
-            if folder.resolve().is_relative_to(target) or target.is_relative_to(folder.resolve()):
-                raise OutputError(f"the output would lie in, or over, {what}", where=target, fix=ELSEWHERE)
-        if target.exists() and not target.is_dir():
-            raise OutputError("a file has the name of the output folder", where=target, fix=ELSEWHERE)
-        if target.is_dir() and any(target.iterdir()):
-            if not self.overwrite:
-                raise OutputError("the output folder is not empty", where=target, fix="choose another, or give --overwrite to replace it")
-            if not (target / "config.json").exists():
-                raise OutputError("the output folder does not hold a model; --overwrite replaces models only", where=target, fix=ELSEWHERE)
+        if target.is_symlink():
+            raise OutputError("the output folder is a link that leads to itself", where=target, fix=ELSEWHERE)
+        for what, path in protected.items():
+            read = Path(os.path.realpath(path))
+            for place in (target, self.path, self._old):
+                if read.is_relative_to(place) or place.is_relative_to(read):
+                    raise OutputError(f"the output would lie in, or over, {what}", where=target, fix=ELSEWHERE)
+        if is_mount(target):
+            what = "the output folder is where a disk or volume is mounted, so no finished folder can be renamed into its place"
+            raise OutputError(what, where=target, fix=f"give a folder in it, such as {target / 'merged'}")
+        self._find_old()
         for folder in (self.path, self._old):
-            if folder.exists() and not _is_ours(folder):
+            if os.path.lexists(folder) and leftover(folder) is None:
                 raise _not_ours(folder)
         parent = _existing(target.parent)
         if not os.access(parent, os.W_OK):
@@ -111,21 +116,21 @@ class OutputFolder:
     def __enter__(self) -> OutputFolder:
         try:
             self._lock = self._take()
-            self._finish_replacement()
-            (self.path / MARKER).touch()
-            for left in self.path.iterdir():
-                if left.is_dir():
-                    shutil.rmtree(left)
-                elif left.name != MARKER:
-                    left.unlink()
         except OSError as error:
             raise _refused(error, self.target) from error
+        try:
+            claim(self.path, self.kind)
+            self._finish_replacement()
+            self._find_old()  # again, now that no other process can finish here
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         with suppress(OSError):  # what cannot be removed from a broken disk is removed by the next attempt
             if _same(self.path, self._lock):
-                shutil.rmtree(self.path)
+                Owned(self.path, self.kind).remove()
         os.close(self._lock)
         if isinstance(error, OSError):
             raise _refused(error, self.target) from error
@@ -133,46 +138,82 @@ class OutputFolder:
     def _take(self) -> int:
         """Make the folder, or take over what a stopped run left of it, and lock it; the system releases the lock."""
         while True:
+            if self.path.is_symlink():
+                raise _not_ours(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-            if not take_lock(descriptor):
-                os.close(descriptor)
-                fix = "wait until it has ended, or choose another folder for `out`"
-                raise OutputError("another process is writing this result", where=self.target, fix=fix)
-            if _same(self.path, descriptor):  # else another process has renamed it meanwhile
-                if _is_ours(self.path):
+            try:
+                if not take_lock(descriptor):
+                    fix = "wait until it has ended, or choose another folder for `out`"
+                    raise OutputError("another process is writing this result", where=self.target, fix=fix)
+                if _same(self.path, descriptor):  # else another process has renamed it meanwhile
+                    if (left := leftover(self.path)) is None:
+                        raise _not_ours(self.path)
+                    left.clear()
                     return descriptor
+            except BaseException:
                 os.close(descriptor)
-                raise _not_ours(self.path)
+                raise
             os.close(descriptor)
 
-    def commit(self) -> None:
-        """Rename the finished folder to its target. An old folder stays until the new one is there."""
-        (self.path / MARKER).unlink()
-        for file in self.path.iterdir():
+    def commit(self) -> tuple[str, ...]:
+        """Rename the finished folder to its target. An old folder stays until the new one is there.    -> what a reader should know
+
+        Raises OutputError if something came there meanwhile that is not to be replaced.
+        """
+        for file in files_in(self.path):
             sync(file)
-        sync(self.path)
-        if self.target.exists():
-            (self.target / MARKER).touch()
+        files = names_in(self.path)
+        if not _same(self.path, self._lock):
+            raise OutputError("the unfinished result was moved or removed meanwhile", where=self.path, fix="run the command again")
+        claim(self.path, self.kind, files=files)
+        if (old := self._find_old()) is not None:
+            claim(self.target, old.kind, files=old.files)
             self.target.rename(self._old)
         try:
-            self.path.rename(self.target)
+            self.path.rename(self.target)  # subtle: a folder that is not empty is never replaced by this
         except OSError:
             self._finish_replacement()
             raise
+        claim(self.target, self.kind, whole=True, files=files)
         sync(self.target.parent)
-        if self._old.exists():
-            shutil.rmtree(self._old)
+        try:
+            self._finish_replacement()
+        except (OSError, OutputError) as error:
+            return (f"the old folder could not be deleted, and still lies in {self._old}: {error}",)
+        return ()
+
+    def _find_old(self) -> Owned | None:
+        """What stands at the target and is to be replaced, if anything does. Raises OutputError if it is not to be replaced."""
+        target, fault = self.target, partial(OutputError, where=self.target)
+        if not os.path.lexists(target):
+            return None
+        if not target.is_dir():
+            raise fault("a file has the name of the output folder", fix=ELSEWHERE)
+        if not any(target.iterdir()):
+            return None
+        if not self.overwrite:
+            raise fault("the output folder is not empty", fix="choose another, or give --overwrite to replace it")
+        ours = owned(target)
+        if ours is None or ours.files is None or ours.kind != self.kind:
+            what = f"the output folder is no {self.kind} that recall-merge made, and is not replaced"
+            raise fault(what, fix=f"{ELSEWHERE}, or delete it yourself")
+        if others := ours.others():
+            names = ", ".join(map(short, others[:3])) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+            raise fault(f"the output folder also holds {names}, and is not replaced", fix=f"move that away, or {ELSEWHERE}")
+        return ours
 
     def _finish_replacement(self) -> None:
         """After a replacement that was stopped: the old folder goes back if there is no new one, and is removed if there is."""
-        if not self._old.exists():
+        if not os.path.lexists(self._old):
             return
-        if self.target.exists():
-            shutil.rmtree(self._old)
+        if (old := leftover(self._old)) is None:
+            raise _not_ours(self._old)
+        if owned(self.target) is not None or old.files is None:
+            old.remove()
         else:
-            self._old.rename(self.target)
-            (self.target / MARKER).unlink(missing_ok=True)
+            self._old.rename(self.target)  # fails if something else stands there by now: then both stay
+            claim(self.target, old.kind, whole=True, files=old.files)
 
 
 class WeightWriter:
@@ -243,6 +284,8 @@ def free_bytes(target: Path) -> int:
 
 
 def _refused(error: OSError, target: Path) -> OutputError:
+    if error.errno in {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}:
+        return OutputError("something else came to stand where the result is to be", where=target, fix="move it away, or " + ELSEWHERE)
     full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
     fix = "make room, or choose another disk; nothing is left of this attempt" if full else ELSEWHERE
     return OutputError(f"the result cannot be written: {error.strerror or error}", where=error.filename or target, fix=fix)
@@ -251,14 +294,9 @@ def _refused(error: OSError, target: Path) -> OutputError:
 def _same(path: Path, descriptor: int) -> bool:
     """Whether a path is still the folder that is open."""
     try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
+        return os.path.samestat(path.lstat(), os.fstat(descriptor))
     except FileNotFoundError:
         return False
-
-
-def _is_ours(partial: Path) -> bool:
-    """Whether a stopped run left this folder: before it had the marker, with it, or after the record replaced it."""
-    return partial.is_dir() and (not any(partial.iterdir()) or any((partial / name).exists() for name in (MARKER, RECORD)))
 
 
 def _not_ours(folder: Path) -> OutputError:

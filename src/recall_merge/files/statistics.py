@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recall_merge.files.durable import replacing, write_whole
 from recall_merge.files.hashing import hash_result
 from recall_merge.files.safetensors import StoredTensor, TensorSpec, bytes_of, encode_header, read_header
+from recall_merge.runtime.durable import replacing, write_whole
 from recall_merge.runtime.errors import CheckpointError
 from recall_merge.runtime.sealed import read_sealed, sealed
 

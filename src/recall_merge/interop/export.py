@@ -11,7 +11,6 @@ import yaml
 
 from recall_merge.files.adapter import open_adapter
 from recall_merge.files.checkpoint import open_checkpoint
-from recall_merge.files.durable import write_whole
 from recall_merge.files.experts import AdapterExpert
 from recall_merge.files.hub import Located
 from recall_merge.files.output import OutputFolder, beside
@@ -19,6 +18,7 @@ from recall_merge.files.safetensors import FLOATS
 from recall_merge.interop.adapter_export import ExportedAdapter, plan_adapter, write_adapter
 from recall_merge.maths.layers import Layers
 from recall_merge.merging.result import Result, check_model, coefficients, find_models, open_result
+from recall_merge.runtime.durable import write_whole
 from recall_merge.runtime.errors import Faults, OutputError, ResultError
 from recall_merge.runtime.progress import Progress, Silent
 

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recall_merge.files.durable import sync
 from recall_merge.files.hashing import ModelDigest
-from recall_merge.files.output import MARKER, WeightWriter
+from recall_merge.files.output import WeightWriter
+from recall_merge.files.ownership import MARKER
 from recall_merge.files.safetensors import READ
 from recall_merge.merging.cost import forward_memory, merge_memory, weights_memory, whole_model_memory
 from recall_merge.merging.forward import hidden_states_at, tokens_of, whole_hidden_states_at
@@ -31,6 +31,7 @@ from recall_merge.merging.run import LossWeights, RecallWeights
 from recall_merge.merging.samples import choose_samples
 from recall_merge.merging.tensors import digests_of, merge_tensors
 from recall_merge.merging.weights import MergeWeights, given_weights
+from recall_merge.runtime.durable import sync
 from recall_merge.runtime.errors import NotLayerwise, OutputError
 from recall_merge.runtime.executor import PATIENCE, Executor
 from recall_merge.runtime.progress import Progress, Silent

@@ -114,8 +114,8 @@ def apply(plan: Plan, *, executor: str = LOCAL, progress: Progress | None = None
         sources = list(dict.fromkeys(model.repo for model in plan.located.values() if model.repo))
         write_model_card(out.path, base=public_name(plan, "base"), base_folder=plan.base.folder, sources=sources, record=record)
         write_record(out.path, {**record, "files": hashes})
-        out.commit()
-    return MergeResult(plan.target, weights, record, (*plan.notes, *weights.notes))
+        left = out.commit()
+    return MergeResult(plan.target, weights, record, (*plan.notes, *weights.notes, *left))
 
 
 def merge_in_memory(plan: Plan, progress: Progress | None = None) -> tuple[dict[str, Tensor], MergeWeights]:

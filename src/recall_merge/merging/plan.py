@@ -27,6 +27,7 @@ from recall_merge.merging.run import MergeRun, RecallWeights, Samples, SampleWei
 from recall_merge.models.tokens import DATE, render_rows, writes_date
 from recall_merge.runtime.errors import Faults, OutputError, RunError, did_you_mean
 from recall_merge.runtime.parallel import cores
+from recall_merge.runtime.paths import path_of
 from recall_merge.runtime.sections import parse
 
 
@@ -263,8 +264,10 @@ def _render(run: MergeRun, load: Callable[[], Any], rows: Sequence[Row]) -> tupl
 def _check_output(run: MergeRun, located: Mapping[str, Located]) -> None:
     if run.out.path is None:
         raise OutputError("the run does not say where the result goes", where="out", fix="add `out: {path: FOLDER}`, or give --out FOLDER")
-    folders = {f"the folder of {name}": model.folder for name, model in located.items()}
-    OutputFolder(run.out.path, overwrite=run.out.overwrite).check(folders)
+    read = {f"the folder of {name}": model.folder for name, model in located.items()}
+    read |= {f"the statistics of {entry.name}": path_of(entry.stats) for entry in run.experts if entry.stats}
+    read |= {"the rows": path_of(run.samples.path)} if run.samples is not None else {}
+    OutputFolder(run.out.path, overwrite=run.out.overwrite).check(read)
 
 
 def _speaker(run: MergeRun, base: Checkpoint, experts: Sequence[Expert], vocabulary: Vocabulary | None) -> Path:

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from recall_merge.files.adapter import is_adapter, open_adapter
 from recall_merge.files.checkpoint import Checkpoint, open_checkpoint
-from recall_merge.files.durable import write_whole
 from recall_merge.files.experts import AdapterExpert, Expert, FullExpert, widen
 from recall_merge.files.record import RECORD
 from recall_merge.files.same_architecture import named_like
 from recall_merge.files.statistics import InputStatistics, open_statistics
 from recall_merge.maths.deltas import dense
 from recall_merge.merging.run import skipped
+from recall_merge.runtime.durable import write_whole
 from recall_merge.runtime.errors import CheckpointError
 from recall_merge.runtime.progress import Progress
 from recall_merge.runtime.sealed import read_sealed, sealed

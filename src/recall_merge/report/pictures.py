@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recall_merge.files.durable import replacing, write_whole
+from recall_merge.runtime.durable import replacing, write_whole
 from recall_merge.runtime.errors import MissingExtra, OutputError
 
 SUFFIXES = (".png", ".svg", ".html", ".json")

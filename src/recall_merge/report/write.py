@@ -34,8 +34,12 @@ def write_report(source: Path, out: Path | None, make_page: Callable[[Path], Pag
         RecallError: with every fault; an earlier report then stays as it was.
     """
     target = (out or beside(source, "-report")).absolute()
-    _check_target(target, source)
-    with OutputFolder(target, overwrite=True) as folder:
+    if source.absolute().resolve().is_relative_to(target.resolve()):
+        what = "the report would overwrite the folder that it describes"
+        raise OutputError(what, where=target, fix="choose another folder for --out")
+    place = OutputFolder(target, overwrite=True, kind="report")
+    place.check({})
+    with place as folder:
         if (target / ANATOMY).is_file():
             shutil.copyfile(target / ANATOMY, folder.path / ANATOMY)
         page = make_page(folder.path / ANATOMY)
@@ -45,11 +49,3 @@ def write_report(source: Path, out: Path | None, make_page: Callable[[Path], Pag
         (folder.path / ABOUT).write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", "utf-8")
         folder.commit()
     return Report(target / PAGE, tuple(target / CHARTS / chart.name for chart in charts))
-
-
-def _check_target(target: Path, source: Path) -> None:
-    fix = "choose another folder for --out"
-    if source.absolute().resolve().is_relative_to(target.resolve()):
-        raise OutputError("the report would overwrite the folder that it describes", where=target, fix=fix)
-    if target.exists() and (not target.is_dir() or (any(target.iterdir()) and not (target / ABOUT).is_file())):
-        raise OutputError("something other than a report is already here", where=target, fix=fix)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 from recall_merge.runtime.errors import RunError, short
@@ -23,3 +25,15 @@ def exists(path: Path) -> bool:
         return path.exists()
     except OSError:
         return False
+
+
+def is_mount(path: Path) -> bool:
+    """Whether a disk, or a folder of another place, is mounted here: what lies here cannot be renamed or replaced as a whole."""
+    if os.path.ismount(path):
+        return True
+    try:  # a folder of the same disk, as containers mount them, which the system tells of in this file alone
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return False
+    mounted = (re.sub(rb"\\([0-7]{3})", lambda octal: bytes([int(octal[1], 8)]), line.split()[4]) for line in lines)
+    return os.fsencode(path) in mounted

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from recall_merge.files.durable import replacing
+from recall_merge.runtime.durable import replacing
 from recall_merge.runtime.progress import Advance
 
 

@@ -16,7 +16,7 @@ from recall_merge.files.adapter import CONFIG, is_adapter
 from recall_merge.files.checkpoint import open_checkpoint, read_json
 from recall_merge.files.hashing import FileStates, hash_file
 from recall_merge.files.output import OutputFolder
-from recall_merge.files.record import RECORD, verify_files, versions, write_record
+from recall_merge.files.record import verify_files, versions, write_record
 from recall_merge.files.rows import Row
 from recall_merge.models.load import build_model, hushed, load_tokenizer, load_trainable
 from recall_merge.models.tokens import EncodedRow, encode_rows
@@ -86,10 +86,10 @@ def train(
     key = _key(base, encoded, settings, init_from)
     work = out.with_name(out.name + checkpoints.SUFFIX)
     if (trained := _find_trained(out, key)) is not None:
-        if (work / checkpoints.NOTE).is_file():
-            checkpoints.remove_folder(work)  # the training was stopped between writing the expert and removing the checkpoints
+        checkpoints.remove_folder(work)  # the training was stopped between writing the expert and removing the checkpoints
         return trained
-    _check_out(out, overwrite)
+    place = OutputFolder(out, overwrite=overwrite)
+    place.check({"the base": base, **({"what training starts from": init_from} if init_from else {})})
     start = time.monotonic()
     checkpoint = checkpoints.open_folder(work, key)
     with hushed(), TRAIN_LOCK:
@@ -108,7 +108,7 @@ def train(
                 seconds=time.monotonic() - start,
                 resumed_at=checkpoints.step_of(checkpoint) if checkpoint else 0,
             )
-            _write_expert(trainer.model, tokenizer, result, key, settings)
+            _write_expert(place, trainer.model, tokenizer, result, key, settings)
     checkpoints.remove_folder(work)
     return result
 
@@ -148,16 +148,6 @@ def _find_trained(out: Path, key: str) -> TrainResult | None:
         return None
     training = record["training"]
     return TrainResult(out, training["steps"], tuple(training["losses"]), training["tokens"], seconds=0.0, reused=True)
-
-
-def _check_out(out: Path, overwrite: bool) -> None:
-    """Refuse to replace what is not ours, or what is not to be replaced."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not overwrite:
-        raise OutputError("something else lies where the expert is to be", where=out, fix="choose another folder, or have it replaced")
-    if not (out / RECORD).is_file():
-        raise OutputError("what lies where the expert is to be is not ours, and is not replaced", where=out, fix="move it away")
 
 
 def _make_model(base: Path, settings: TrainSettings, init_from: Path | None) -> Any:
@@ -236,8 +226,8 @@ def _explain_full_disk(work: Path) -> Iterator[None]:
         raise OutputError("what was trained cannot be written", where=work, fix=fix) from error
 
 
-def _write_expert(model: Any, tokenizer: Any, result: TrainResult, key: str, settings: TrainSettings) -> None:
-    with OutputFolder(result.folder, overwrite=True) as folder:
+def _write_expert(place: OutputFolder, model: Any, tokenizer: Any, result: TrainResult, key: str, settings: TrainSettings) -> None:
+    with place as folder:
         model.save_pretrained(folder.path)
         if isinstance(settings.template, str):
             tokenizer.chat_template = settings.template

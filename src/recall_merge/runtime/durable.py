@@ -42,7 +42,8 @@ def is_partial(file: Path, path: Path) -> bool:
 
 def append_line(path: Path, line: str) -> None:
     """Add a line to a file. It begins on a line of its own, even if the last writer was stopped in the middle of one."""
-    with path.open("ab+") as file:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
+    with os.fdopen(descriptor, "ab+") as file:
         torn = False
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
