@@ -444,7 +444,7 @@ def test_init_and_rollback_commands(ws, llama, tmp_path, monkeypatch):
 def test_an_unfinished_stage_and_a_running_command_are_shown(ws):
     state = read_state(ws)
     spec = StageSpec(**state.stages[1].model_dump(include=set(StageSpec.model_fields)) | {"id": 3, "parent": 2, "task": Task(name="c")})
-    write_state(ws, state.model_copy(update={"unfinished": spec}))
+    write_state(ws, state.model_copy(update={"unfinished": spec}), was=state)
     append_line(ws / "journal.jsonl", json.dumps({"stage": 3, "part": "merge", "event": "begun"}))
     shown = recall("status", ws).output
     assert f"unfinished: stage 3 (c), in part 'merge'; `recall learn {ws}` continues it, `recall rollback {ws} --to 2` gives it up" in shown

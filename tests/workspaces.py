@@ -6,9 +6,11 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from recall_merge.continual.places import KINDS
 from recall_merge.continual.stages import Learned, learn
 from recall_merge.continual.validation import Request
 from recall_merge.continual.workspace import init
+from recall_merge.files.ownership import MARKER
 from recall_merge.runtime.sealed import read_sealed
 from tiny import write_rows
 
@@ -50,9 +52,13 @@ def teach(workspace: Path, data: Path, name: str, **more: Any) -> Learned:
     return learn(workspace, request(data, name, **more))
 
 
+def markers(workspace: Path) -> list[Path]:
+    return [workspace / kind / MARKER for kind in KINDS]
+
+
 def tree(folder: Path) -> dict[str, str]:
-    """Every file below a folder, by its hash; but a lock file, which a stopped command leaves behind with its name in it."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "lock")
+    """Every file below a folder, by its hash; but what a stopped command says of itself, and whose the folders of artefacts are."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "lock" and path not in markers(folder))
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
