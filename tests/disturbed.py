@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from recall_merge.files.ownership import MARKER, claim, names_in
+
 MERGED, WALKED = "a merge of five experts", "a merge layer by layer"
 STAGE, BENCH = "a stage of a workspace", "a bench"
 MERGES, LONG = (MERGED, WALKED), (STAGE, BENCH)
@@ -108,13 +110,15 @@ WORK: dict[str, Callable[[World, Path], None]] = {MERGED: merge_here, WALKED: wa
 def prepare(world: World, work: str, out: Path) -> None:
     """What stands in the place before the work begins."""
     shutil.copytree(world.folder / ("full1" if work in MERGES else f"before {work}"), out)
+    if work in MERGES:
+        claim(out, "model", whole=True, files=names_in(out))  # it may be replaced
 
 
 def weights(folder: Path) -> dict[str, str]:
     """A result, but for what tells the time."""
     from workspaces import tree
 
-    return {name: digest for name, digest in tree(folder).items() if name not in {"record.json", "README.md"}}
+    return {name: digest for name, digest in tree(folder).items() if name not in {"record.json", "README.md", MARKER}}
 
 
 def benched(folder: Path) -> dict[str, str]:
@@ -132,7 +136,7 @@ def essence_of(work: str, out: Path) -> Any:
 
 
 def judge(world: World, work: str, out: Path, injected: bool, words: str = "") -> Outcome:
-    """FindThreshold at what a fault left, ask for the work again, and look at that."""
+    """Look at what a fault left, ask for the work again, and look at that."""
     from recall_merge.runtime.errors import RecallError
 
     if work in MERGES:
@@ -161,7 +165,6 @@ def _judge_merge(world: World, work: str, out: Path, injected: bool, words: str)
     old, new = weights(world.folder / "full1"), world.wanted[work]
     between = out.with_name(f"{out.name}.replaced.partial")  # a kill between two renames: the next run puts it back
     found = weights(out if out.exists() else between) if out.exists() or between.exists() else {}
-    found.pop(".recall-unfinished", None)
     if found not in (new, old):
         return Outcome(injected, survived=False, lost=True, words=f"{words}: {sorted(found)}")
     WORK[work](world, out)

@@ -64,6 +64,19 @@ class TestMounted:
         assert found == "there is no permission to write here" or "Read-only file system" in found
         assert weights(tmp_path / "out") == weights(world.folder / "full1")
 
+    @pytest.mark.parametrize("mount", ["mount -t tmpfs none", "mount --bind $0/elsewhere"])
+    def test_a_volume_where_the_result_is_to_be(self, world, tmp_path, mount):
+        """As a container has them. It is said before any work; a folder in it takes the result."""
+        for name in ("a volume", "elsewhere"):
+            (tmp_path / name).mkdir()
+        code = """
+out = place / "a volume"
+print(json.dumps([merge(out), os.listdir(out), sorted(os.listdir(place)), merge(out / "merged")]))
+"""
+        refused, inside, beside, merged = on(f'{mount} "$0/a volume"', world, tmp_path, code)
+        assert refused == "the output folder is where a disk or volume is mounted, so no finished folder can be renamed into its place"
+        assert (inside, beside) == ([], ["a volume", "elsewhere"]) and merged == world.wanted[MERGED]
+
     def test_a_disk_that_is_full_at_every_size(self, world, tmp_path):
         """Page by page, although the plan, which looks at the free space first, is kept from seeing it."""
         code = """

@@ -15,7 +15,7 @@ from recall_merge.files.output import OutputFolder
 from recall_merge.files.ownership import claim, names_in
 from recall_merge.merging.verify import verify
 from tiny import fine_tuned
-from torture import ALL, FAULTS
+from torture import ALL, AT_ONCE, FAULTS
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,9 @@ def sound(outcome, words=""):
 
 
 DEEP = ("killed at any time", "disk full at a change of a file", "a read fails", "an input is replaced meanwhile")
-QUICK = [(MERGED, fault) for fault, works in FAULTS.items() if MERGED in works and fault != "two at once"]
+QUICK = [
+    (MERGED, fault) for fault, works in FAULTS.items() if MERGED in works and fault not in {"two at once", "the output is a mount point"}
+]
 
 
 @pytest.mark.parametrize(("work", "fault"), [*QUICK, *((WALKED, fault) for fault in DEEP)])
@@ -58,11 +60,11 @@ def test_of_two_at_once_one_is_told_so(tortured, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("work", FAULTS["two at once"])
-def test_two_commands_at_once(tmp_path, work):
+@pytest.mark.parametrize(("work", "fault"), [(work, fault) for fault in AT_ONCE for work in FAULTS[fault]])
+def test_two_commands_at_once(tmp_path, work, fault):
     with torture.started(tmp_path / "world", [work]) as (processes, world):
         for seed in range(3):
-            sound(torture.inject(processes, world, work, "two at once", seed))
+            sound(torture.inject(processes, world, work, fault, seed))
 
 
 @pytest.mark.slow

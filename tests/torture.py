@@ -20,18 +20,22 @@ import resource
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "src")]
 
 from disturbed import LONG, MERGED, MERGES, SECONDS, STAGE, WALKED, WORK, Outcome, World, judge, make_world, prepare, weights  # noqa: E402
+from recall_merge.continual.places import KINDS  # noqa: E402
+from recall_merge.runtime.lock import HOLDER  # noqa: E402
 
 # ---- faults
 
@@ -119,7 +123,7 @@ def child(world: World, work: str, out: Path, fault: str, seed: int, told: Any) 
             return
         case "killed before a change of a file":
             on_changes(out.parent, kill_at(at))
-        case "killed at any time" | "two at once":
+        case "killed at any time" | "two at once" | "two at once, the lock deleted" | "a folder is a link" | "the output is a mount point":
             injected[0] = True
         case "a folder may not be written to":
             without_rights()
@@ -170,6 +174,17 @@ def child(world: World, work: str, out: Path, fault: str, seed: int, told: Any) 
                         other.replace(place)
 
             on_changes(out.parent, meddle)
+        case "something comes to stand in the output's place" | "a file comes into the output's place":
+
+            def intrude(now: int) -> None:
+                if now >= at and out.is_dir() and not injected[0]:
+                    injected[0] = True
+                    if "something" in fault:
+                        out.rename(out.with_name("moved away by the user"))
+                        out.mkdir()
+                    (out / MINE).write_text(MINE)
+
+            on_changes(out.parent, intrude)
     try:
         WORK[work](world, out)
     except RecallError as error:
@@ -202,7 +217,14 @@ FAULTS = {
     "little memory": MERGES,
     "a folder may not be written to": (MERGED, STAGE),
     "two at once": (MERGED, STAGE),
+    "two at once, the lock deleted": (STAGE,),
+    "something comes to stand in the output's place": MERGES,
+    "a file comes into the output's place": MERGES,
+    "the output is a mount point": (MERGED,),
+    "a folder is a link": (STAGE,),
 }
+MINE = "mine.partial"  # a file of the user's, and what is in it
+AT_ONCE = ("two at once", "two at once, the lock deleted")
 IN_USE = ("another process is writing this result", "the workspace is in use by")
 
 
@@ -217,15 +239,23 @@ def inject(processes: Any, world: World, work: str, fault: str, seed: int) -> Ou
             here = World(Path(place), world.experts, world.wanted, world.changes)
         out.parent.mkdir()
         prepare(world, work, out)
+        if fault == "a folder is a link":
+            return _behind_a_link(processes, here, out, seed)
+        if fault == "the output is a mount point":
+            return _mounted(processes, here, out, seed)
         closed = out.parent if work in MERGES else out
         if "written to" in fault:
             closed.chmod(0o555)
         told = processes.Queue()
-        started = [
-            processes.Process(target=child, args=(here, work, out, fault, seed, told)) for _ in range(2 if fault == "two at once" else 1)
-        ]
+        started = [processes.Process(target=child, args=(here, work, out, fault, seed, told)) for _ in range(1 + (fault in AT_ONCE))]
         for process in started:
             process.start()
+            deadline = time.monotonic() + 10
+            while fault.endswith("lock deleted") and process is started[0] and time.monotonic() < deadline:
+                with suppress(FileNotFoundError):
+                    (out / HOLDER).unlink()
+                    break
+                time.sleep(0.001)
         if fault == "killed at any time":
             time.sleep(random.Random(seed).random() * SECONDS[work])
             started[0].kill()
@@ -238,7 +268,7 @@ def inject(processes: Any, world: World, work: str, fault: str, seed: int) -> Ou
             return Outcome(True, survived=False, words=f"ended with status {[process.exitcode for process in started]}")
         ends = [told.get() for _ in started]
         injected, how, words = ends[0]
-        if fault == "two at once":
+        if fault in AT_ONCE:
             both = [words.startswith(IN_USE) or how == "done" for _, how, words in ends]
             if not all(both) or not any(how == "done" for _, how, _ in ends):
                 return Outcome(True, survived=False, words=str(ends))
@@ -246,10 +276,64 @@ def inject(processes: Any, world: World, work: str, fault: str, seed: int) -> Ou
             return Outcome(True, survived=False, words="it was written to")
         if how == "raw":
             return Outcome(injected, survived=False, words=words)
+        if "output's place" in fault and injected:
+            return _intruded(world, work, out, how, words)
         if "input" in fault and injected and how == "done":
             late = weights(out) == world.wanted[work]  # after everything was read, and compared with what it was
             return Outcome(True, survived=late, wrong=not late, words="the change went unnoticed")
         return judge(world, work, out, injected, words)
+
+
+def _intruded(world: World, work: str, out: Path, how: str, words: str) -> Outcome:
+    """The user's file must be there still, wherever; and so must be the old model, unless the new one was in its place before."""
+    kept = [file for file in out.parent.rglob(MINE) if file.read_text() == MINE]
+    models = [weights(folder) for folder in out.parent.iterdir()]
+    for model in models:
+        model.pop(MINE, None)
+    old, new = weights(world.folder / "full1") in models, world.wanted[work] in models
+    return Outcome(True, survived=old or new, lost=not kept or not (old or new), wrong=how == "done" and not new, words=words)
+
+
+def _behind_a_link(processes: Any, world: World, out: Path, seed: int) -> Outcome:
+    """A workspace's folder leads to one of the user's: that is refused, nothing there is touched, and without the link all goes on."""
+    kind = random.Random(seed).choice([*KINDS, "lock", "journal.jsonl"])
+    place, mine, old = out / kind, out.parent / "mine", out.parent / "old"
+    mine.mkdir()
+    (mine / MINE).write_text(MINE)
+    if place.exists():
+        place.rename(old)
+    place.symlink_to(mine if kind in KINDS else mine / MINE)
+    told = processes.Queue()
+    process = processes.Process(target=child, args=(world, STAGE, out, "a folder is a link", seed, told))
+    process.start()
+    process.join()
+    _, how, words = told.get()
+    lost = [path.name for path in mine.iterdir()] != [MINE] or (mine / MINE).read_text() != MINE
+    if kind == "lock":  # it is replaced by a file: nothing depends on it
+        return Outcome(True, survived=how == "done", lost=lost, words=words)
+    place.unlink()
+    if old.exists():
+        old.rename(place)
+    outcome = judge(world, STAGE, out, injected=True, words=f"{kind}: {words}")
+    return replace(outcome, survived=outcome.survived and how == "refused", lost=outcome.lost or lost)
+
+
+def _mounted(processes: Any, world: World, out: Path, seed: int) -> Outcome:
+    """A volume is mounted at the output: that is said before any work."""
+    shutil.rmtree(out)
+    out.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "none", str(out)], capture_output=True, check=False).returncode:
+        return Outcome(False)
+    try:
+        told = processes.Queue()
+        process = processes.Process(target=child, args=(world, MERGED, out, "the output is a mount point", seed, told))
+        process.start()
+        process.join()
+        _, how, words = told.get()
+        left = [*out.iterdir(), *(path for path in out.parent.iterdir() if path != out)]
+        return Outcome(True, survived=how == "refused" and "mounted" in words and not left, words=words)
+    finally:
+        subprocess.run(["umount", str(out)], check=True)
 
 
 @contextmanager
