@@ -118,7 +118,9 @@ def weights(folder: Path) -> dict[str, str]:
     """A result, but for what tells the time."""
     from workspaces import tree
 
-    return {name: digest for name, digest in tree(folder).items() if name not in {"record.json", "README.md", MARKER}}
+    return {
+        name: digest for name, digest in tree(folder).items() if name not in {"record.json", "README.md"} and not name.startswith(MARKER)
+    }
 
 
 def benched(folder: Path) -> dict[str, str]:

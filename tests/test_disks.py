@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from disturbed import MERGED, make_world, weights
+from disturbed import MERGED, make_world, prepare, weights
 
 TESTS = Path(__file__).parent
 LIBRARY = [str(TESTS), str(TESTS.parent / "src")]
@@ -59,7 +59,7 @@ def on(mount: str, world, place: Path, code: str):
 @pytest.mark.skipif(not possible("sh", "-ec", "mount -t tmpfs none /mnt"), reason="the system lets nobody mount here")
 class TestMounted:
     def test_a_disk_that_is_read_only(self, world, tmp_path):
-        shutil.copytree(world.folder / "full1", tmp_path / "out")
+        prepare(world, MERGED, tmp_path / "out")
         found = on('mount --bind "$0" "$0"; mount -o remount,ro,bind "$0"', world, tmp_path, 'print(json.dumps(merge(place / "out")))')
         assert found == "there is no permission to write here" or "Read-only file system" in found
         assert weights(tmp_path / "out") == weights(world.folder / "full1")

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback
 from trl.trainer.sft_config import SFTConfig
 
+from recall_merge.files.ownership import MARKER
 from recall_merge.files.record import verify_files
 from recall_merge.files.rows import parse_rows
 from recall_merge.models.load import hushed
@@ -107,7 +108,12 @@ def test_an_expert_learns_and_is_a_plain_peft_adapter_on_its_base(base, expert):
 
 
 def test_the_result_stands_whole_and_alone(expert):
-    assert sorted(file.name for file in expert.folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "record.json"]
+    assert sorted(file.name for file in expert.folder.iterdir()) == [
+        MARKER,
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "record.json",
+    ]
     assert [path.name for path in expert.folder.parent.iterdir()] == ["expert"]
     assert verify_files(expert.folder)["settings"]["rank"] == 2
 
@@ -150,7 +156,7 @@ def test_what_is_there_and_valid_is_used_and_told_by_its_content(base, expert, t
 
     file = kept / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\x01")
-    with pytest.raises(OutputError, match="something else lies where the expert is to be"):
+    with pytest.raises(OutputError, match="the output folder is not empty"):
         train(base, ROWS, kept, SMALL)
     renewed = train(base, ROWS, kept, SMALL, overwrite=True)
     assert not renewed.reused
@@ -175,7 +181,7 @@ def test_an_expert_of_something_else_is_not_used(base, expert, tmp_path, change)
 def test_folders_that_are_not_ours_are_left_alone(base, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(OutputError, match="not ours, and is not replaced"):
+    with pytest.raises(OutputError, match="is no model that recall-merge made, and is not replaced"):
         train(base, ROWS, tmp_path / "mine", SMALL, overwrite=True)
     (tmp_path / "x.training.partial").mkdir()
     (tmp_path / "x.training.partial" / "thesis.txt").write_text("years of work")

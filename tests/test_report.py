@@ -339,7 +339,7 @@ def test_a_merge_that_is_the_expert_misses_nothing_of_it(workspace, tmp_path):
 def test_what_is_in_the_way_is_told_and_left(workspace, merged, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years")
-    with pytest.raises(OutputError, match="something other than a report"):
+    with pytest.raises(OutputError, match="is no report that recall-merge made, and is not replaced"):
         report(workspace, out=tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years"
     with pytest.raises(OutputError, match="overwrite the folder that it describes"):

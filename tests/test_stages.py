@@ -26,6 +26,7 @@ from recall_merge.continual.validation import Request
 from recall_merge.continual.workspace import rollback, status
 from recall_merge.evaluation.scores import score_tasks
 from recall_merge.evaluation.tasks import TaskSpec
+from recall_merge.files.ownership import MARKER
 from recall_merge.files.rows import read_rows
 from recall_merge.merging.statistics import RANK
 from recall_merge.models.load import load_model
@@ -252,7 +253,8 @@ def test_a_given_adapter_is_copied_and_a_given_checkpoint_stays(ws, data, llama,
     (adapter / "optimizer.pt").write_bytes(b"pickle")
     stage = teach(folder, data, "b", expert=str(adapter), train=None).stage
     assert (stage.expert.path, stage.train) == ("experts/2-b", None)
-    assert sorted(path.name for path in (folder / "experts" / "2-b").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    copied = sorted(path.name for path in (folder / "experts" / "2-b").iterdir())
+    assert copied == [MARKER, "adapter_config.json", "adapter_model.safetensors"]
     shutil.rmtree(adapter)
 
     full = merged_by_peft(llama, folder / "experts" / "2-b", tmp_path / "full")
