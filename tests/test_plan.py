@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from recall_merge import MergeRun, RecallError, make_plan, merge
+from recall_merge.files.ownership import claim
 from recall_merge.merging.cost import estimate_time, peak_memory
 from recall_merge.merging.merge import merge_in_memory
 from recall_merge.runtime.parallel import cores
@@ -295,7 +296,20 @@ def test_output_over_an_input(world, place):
 def test_overwrite_spares_what_is_no_model(world):
     (world / "out").mkdir()
     (world / "out" / "thesis.tex").write_text("years of work")
-    assert "does not hold a model" in one_fault(world, out={"path": world / "out", "overwrite": True})[0]
+    assert "is no model that recall-merge made" in one_fault(world, out={"path": world / "out", "overwrite": True})[0]
+
+
+@pytest.mark.parametrize("what", ["the rows", "the statistics of a"])
+def test_output_over_rows_or_statistics(world, what):
+    """Both lie in a result that may be replaced, and are on its list: only that the run reads them protects them."""
+    out = world / "out"
+    out.mkdir()
+    shutil.copy(world / "rows.jsonl", out)
+    claim(out, "model", whole=True, files=["rows.jsonl"])
+    changes = {"samples": {"path": str(out / "rows.jsonl")}} if what == "the rows" else {}
+    changes |= {"experts": [{"name": name, "path": str(world / name), "stats": str(out)} for name in "ab"]} if "statistics" in what else {}
+    found = faults_of(world, out={"path": out, "overwrite": True}, **changes)
+    assert [f"the output would lie in, or over, {what}"] == [fault for fault, *_ in found if "would lie" in fault]
 
 
 def test_too_little_disk(world, monkeypatch):
