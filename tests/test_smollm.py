@@ -38,7 +38,7 @@ def test_a_folder_of_somebody_else_is_left_alone(monkeypatch, tmp_path):
     monkeypatch.setattr(smollm, "find_gguf", lambda: source)
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "thesis.txt").write_text("years of work")
-    with pytest.raises(OutputError, match="something else lies where the small model is to be"):
+    with pytest.raises(OutputError, match="is no model that recall-merge made, and is not replaced"):
         unpack(tmp_path / "base")
     assert (tmp_path / "base" / "thesis.txt").read_text() == "years of work"
 
