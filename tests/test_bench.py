@@ -16,6 +16,7 @@ import torch
 import yaml
 from torch import nn
 
+from recall_merge.bench import run_job
 from recall_merge.bench.bench import bench, make_agenda, seconds_left, store_of, write_results
 from recall_merge.bench.design import make_design
 from recall_merge.bench.jobs import Scores, Store, Trained, hash_rows
@@ -183,6 +184,44 @@ def test_a_bench_that_was_stopped_ends_with_the_same_table(
     assert (tmp_path / "out" / "scores.csv").read_bytes() == (whole.folder / "scores.csv").read_bytes()
     bench(scenario, listener=heard.append)
     assert len(heard) == len(store.notes()) - before  # and a third time there is nothing to do
+
+
+def test_a_stop_after_the_last_score_of_a_job_and_before_its_note(llama: Path, data: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    changes = {"methods": ["linear"], "orders": [["films", "dogs"]], "scoring": {"stages": "last"}}
+    scenario = Scenario.model_validate(two_tasks(llama, data, tmp_path / "out", **changes))
+    write = Store.write
+
+    def broken(store: Store, kind: str, key: str, content: Any) -> None:
+        if kind == "notes" and content["kind"] == "scores":
+            raise OSError(5, "Input/output error")
+        write(store, kind, key, content)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(Store, "write", broken)
+        bench(scenario)
+    heard: list[Any] = []
+    bench(scenario, listener=heard.append)
+    jobs = make_agenda(make_design(scenario), store_of(scenario)).jobs
+    assert sorted(note["label"] for note in store_of(scenario).notes()) == sorted(job.label for job in jobs)
+    assert [done.label for done in heard] and heard[-1].number == heard[-1].total
+
+
+def test_scores_of_a_base_that_changed_meanwhile_are_not_kept(llama: Path, data: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    base = shutil.copytree(llama, tmp_path / "base")
+    changes = {"methods": ["linear"], "orders": [["films", "dogs"]], "scoring": {"stages": "last"}}
+    scenario = Scenario.model_validate(two_tasks(base, data, tmp_path / "out", **changes))
+    file, load = base / "model.safetensors", run_job.load_model
+    whole = file.read_bytes()
+
+    def changed(folder: Path, *given: Any, **options: Any) -> Any:
+        file.write_bytes(whole[:-64] + bytes(64))
+        return load(folder, *given, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(RecallError, match="the base has changed since the bench began"):
+        patch.setattr(run_job, "load_model", changed)
+        bench(scenario)
+    file.write_bytes(whole)
+    assert not [*store_of(scenario).folder.glob("scores/*")]
 
 
 def test_a_method_that_is_added_uses_what_is_there(finished: tuple[Scenario, Results]) -> None:

@@ -231,9 +231,9 @@ class Store:
         return model.folder if isinstance(model, Base) else self.path_of(model)
 
     def is_done(self, job: Job) -> bool:
-        if isinstance(job, Scores):
-            return not self.missing(job)
-        return self.path_of(job).exists() and self._file("notes", job.key).exists()
+        """Whether what a job makes is there, and its note, which is written last."""
+        made = not self.missing(job) if isinstance(job, Scores) else self.path_of(job).exists()
+        return made and self._file("notes", job.key).exists()
 
     def missing(self, job: Scores) -> list[Question]:
         """The questions that have no score yet."""

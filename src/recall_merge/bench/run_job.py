@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -41,7 +41,7 @@ def run_job(job: Job, store: Store, progress: Progress | None = None) -> float:
             merge_models(run.model_copy(update={"out": out}), progress=progress)
         case Scores():
             missing = store.missing(job)
-            cost = cost_of(replace(job, questions=tuple(missing)))
+            cost = cost_of(replace(job, questions=tuple(missing))) if missing else 0.0
             _score(job, missing, store, progress)
     seconds = time.monotonic() - start
     store.keep_base(base_of(job))
@@ -89,12 +89,17 @@ def _score(job: Scores, missing: Sequence[Question], store: Store, progress: Pro
     load = partial(_load, job.model, store, first.dtype, progress)
     specs = [TaskSpec(question.task, question.rows, question.metric) for question in missing]
     options: dict[str, Any] = {"batch_size": first.batch_size, "template": first.template, "progress": progress}
-    score_model(load, specs, lambda task, score: store.write("scores", job.score_key(questions[task]), score), **options)
+
+    def keep(task: str, score: Mapping[str, Any]) -> None:
+        store.keep_base(base_of(job))  # before each, since a score that is kept is not asked for again
+        store.write("scores", job.score_key(questions[task]), score)
+
+    score_model(load, specs, keep, **options)
 
 
 def _load(model: Model, store: Store, dtype: str, progress: Progress | None) -> tuple[Any, Any]:
     """A model as it is scored, and its tokenizer. Merges that are not written are made in memory, in float32."""
-    if not isinstance(model, Merged) or store.path_of(model).exists():
+    if not isinstance(model, Merged) or store.is_done(model):
         base = store.folder_of(model.base) if isinstance(model, Trained) else None
         return load_model(store.folder_of(model), base, device="cpu", dtype=dtype)
     plan = make_plan(make_run(model, store), writes=False)
