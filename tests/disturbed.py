@@ -156,7 +156,7 @@ def judge(world: World, work: str, out: Path, injected: bool, words: str = "") -
     WORK[work](world, out)
     found, wanted = benched(out), world.wanted[work]
     wrong = {name for name, digest in wanted.items() if found.get(name) != digest}
-    left = {name for name in found.keys() - wanted.keys() if not name.endswith(".partial")}
+    left = found.keys() - wanted.keys()
     return Outcome(injected, not left, bool(lost), bool(wrong), f"{words} {sorted(wrong)} {sorted(left)}")
 
 

@@ -17,7 +17,7 @@ from recall_merge.bench.results import Results, gather
 from recall_merge.bench.run_job import run_job
 from recall_merge.bench.scenario import Scenario
 from recall_merge.files.checkpoint import open_checkpoint
-from recall_merge.runtime.durable import write_whole
+from recall_merge.runtime.durable import LEFT, write_whole
 from recall_merge.runtime.errors import MissingExtra, OutputError
 from recall_merge.runtime.executor import PATIENCE, Executor, check_executor, open_executor
 
@@ -73,6 +73,8 @@ def bench(
     design = make_design(scenario, allowed)
     store = store_of(scenario)
     with store.locked():
+        for left in (*store.folder.parent.glob(LEFT), *store.folder.rglob(LEFT)):
+            left.unlink()
         store.keep_base(design.base)
         agenda = make_agenda(design, store)
         if agenda.left:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PARTIAL = ".partial"
+LEFT = f"*.{'[0-9a-f]' * 8}{PARTIAL}"  # the pattern of what stopped writers leave
 
 
 @contextmanager
