@@ -20,6 +20,7 @@ from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.runtime.durable import LEFT, write_whole
 from recall_merge.runtime.errors import MissingExtra, OutputError
 from recall_merge.runtime.executor import PATIENCE, Executor, check_executor, open_executor
+from recall_merge.runtime.paths import path_of
 
 COPIES = 4  # of the base in float32: a job trains it with its gradients, or scores it beside the tensors that it is merged from
 SECONDS_PER_TOKEN = 0.01  # of a forward pass, before anything was measured
@@ -99,7 +100,7 @@ def write_results(design: Design, store: Store, *, command: str = "") -> Results
 def out_of(scenario: Scenario) -> Path:
     if scenario.out is None:
         raise OutputError("the scenario does not say where its results go", where="out", fix="add `out: FOLDER`, or give --out FOLDER")
-    return scenario.out
+    return path_of(scenario.out)
 
 
 def store_of(scenario: Scenario) -> Store:

@@ -14,6 +14,7 @@ import recall_merge
 from recall_merge.cli import bench, demo, evaluate, export, merge, methods, report, workspace
 from recall_merge.cli.console import err, out, print_error
 from recall_merge.runtime.errors import RecallError, is_out_of_memory
+from recall_merge.runtime.paths import check_text
 
 app = typer.Typer(
     name="recall",
@@ -67,6 +68,8 @@ def main() -> None:
         if getattr(sys, stream) is None:  # closed by whoever started the command
             setattr(sys, stream, Path(os.devnull).open("w"))  # noqa: SIM115
     try:
+        for word in sys.argv[1:]:
+            check_text(word)
         app(prog_name="recall")
     except Exception as error:
         if is_out_of_memory(error):

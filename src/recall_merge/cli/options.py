@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from recall_merge.runtime.errors import Faults, RunError
+from recall_merge.runtime.paths import path_of
 from recall_merge.runtime.safe_yaml import NotYaml, parse_yaml
 from recall_merge.runtime.sections import assign, parse
 
@@ -107,7 +108,7 @@ def result_of(folder: Path, base: str | None, experts: list[str] | None) -> tupl
     """The folder of a result, also where a workspace is given, and where its models are: as the workspace knows, or as was said."""
     from recall_merge.continual.state import merge_of
 
-    result, known = merge_of(folder)
+    result, known = merge_of(path_of(folder))
     return result, known | models_of(base, experts)
 
 

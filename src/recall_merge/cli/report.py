@@ -11,6 +11,7 @@ from recall_merge.cli.console import out as console
 from recall_merge.cli.console import print_json, progress
 from recall_merge.cli.options import AsJson, Quiet, ResultBase, ResultExperts, models_of, result_of
 from recall_merge.runtime.errors import RunError
+from recall_merge.runtime.paths import path_of
 from recall_merge.runtime.progress import Progress, Silent
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def write(
     from recall_merge.report.merge_page import result_page
     from recall_merge.report.write import write_report
 
-    progress = progress or Silent()
+    progress, source, out = progress or Silent(), path_of(source), None if out is None else path_of(out)
     if is_workspace(source):
         if models or samples is not None:
             raise RunError("a workspace already names its models and rows", where=source, fix="leave out --base, --expert and --samples")

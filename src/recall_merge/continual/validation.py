@@ -105,7 +105,7 @@ class StageValidation:
     def __init__(
         self, folder: Path, state: State | None, spec: StageSpec, faults: Faults, *, same_base: bool, allowed: Collection[str]
     ) -> None:
-        self._folder, self._state, self._spec, self._faults = folder, state, spec, faults
+        self._folder, self._state, self._spec, self._faults = path_of(folder), state, spec, faults
         self._same_base, self._allowed = same_base, allowed
         self._lineage = state.lineage() if state else ()
         self._asked = (spec.task, *spec.unseen)  # the tasks of this stage
