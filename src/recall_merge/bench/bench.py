@@ -74,8 +74,9 @@ def bench(
     design = make_design(scenario, allowed)
     store = store_of(scenario)
     with store.locked():
-        for left in (*store.folder.parent.glob(LEFT), *store.folder.rglob(LEFT)):
-            left.unlink()
+        for left in (*store.folder.parent.glob(LEFT), *store.folder.rglob(LEFT)):  # which follow no link
+            if left.is_file() and not store.folder.is_symlink():
+                left.unlink()
         store.keep_base(design.base)
         agenda = make_agenda(design, store)
         if agenda.left:

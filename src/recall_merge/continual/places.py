@@ -34,7 +34,8 @@ def check_places(folder: Path, stage: int, name: str) -> None:
         if place.is_symlink():
             faults.add("a link lies where the stage is to write", where=place, fix="remove it")
     for place in made:
-        faults.attempt(OutputFolder(place, overwrite=True).check, {})
+        with faults.collect():
+            OutputFolder(place, overwrite=True).check({})
     faults.raise_any(WorkspaceError)
 
 

@@ -95,8 +95,6 @@ class OutputFolder:
         target = self.target
         if not target.name:
             raise OutputError("the output cannot be the root of the disk", where=target, fix=ELSEWHERE)
-        if target.is_symlink():
-            raise OutputError("the output folder is a link that leads to itself", where=target, fix=ELSEWHERE)
         for what, path in protected.items():
             read = Path(os.path.realpath(path))
             for place in (target, self.path, self._old):
