@@ -7,7 +7,8 @@ import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
 from recall_merge import MergeRun, RecallError, make_plan, merge
-from recall_merge.files.companions import chat_template
+from recall_merge.files.companions import chat_template, write_settings
+from recall_merge.files.vocabulary import Vocabulary
 from tiny import TEMPLATE, edit_json, fine_tuned, lora, make_model, make_tokenizer, quiet, save_model
 
 CHAT = [{"role": "user", "content": "is it good"}]
@@ -142,3 +143,56 @@ def test_a_tokenizer_that_cannot_be_read_must_be_the_same_file(world):
     shutil.rmtree(world / "out")
     with pytest.raises(RecallError, match=r"expert 'plain' has another tekken\.json than the base"):
         make_plan(a_run(world, "plain"))
+
+
+@pytest.mark.parametrize("part", ["text_config", "llm_config", "language_config"])
+def test_the_number_of_tokens_is_written_where_the_config_has_it(world, part):
+    config = json.loads((world / "base" / "config.json").read_text())
+    (world / "base" / "config.json").write_text(json.dumps({part: config, "model_type": "llama"}))
+    (world / "out").mkdir()
+    write_settings(world / "out", world / "base", [], Vocabulary(7, (), world / "full"), None, world / "full")
+    assert json.loads((world / "out" / "config.json").read_text())[part]["vocab_size"] == 7
+
+
+def with_tokens(folder, *tokens):
+    """Another tokenizer for a model: the usual one with more tokens."""
+    tokenizer = make_tokenizer(template=True)
+    tokenizer.add_tokens(list(tokens))
+    tokenizer.save_pretrained(folder)
+
+
+PANIC = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "x", "type_id": 0}}], "pair": [], "special_tokens": {}}
+
+
+@pytest.mark.parametrize(
+    ("model", "file", "changes", "settings", "words"),
+    [
+        ("full", "tokenizer_config.json", {"tokenizer_class": 3}, {"vocabulary": "union"}, "no usable tokenizer"),
+        ("base", "tokenizer_config.json", {"padding_side": "middle"}, {"vocabulary": "union"}, "no usable tokenizer"),
+        ("plain", "tokenizer_config.json", {"eos_token": 5}, {"vocabulary": "union"}, "no usable tokenizer"),
+        ("base", "tokenizer_config.json", {"chat_template": {"a": 3}}, {"vocabulary": "union"}, "the base's tokenizer cannot be saved"),
+        ("full", "tokenizer.json", {"post_processor": PANIC}, {"vocabulary": "union"}, "no usable tokenizer: no entry found for key"),
+        ("full", "generation_config.json", None, {"vocabulary": "newest"}, "generation_config.json cannot be read"),
+        (
+            "plain",
+            "generation_config.json",
+            None,
+            {"vocabulary": "base", "chat_template": "plain"},
+            "generation_config.json cannot be read",
+        ),
+        ("full", "tokenizer_config.json", None, {"vocabulary": "newest"}, "tokenizer_config.json cannot be read"),
+        ("base", "generation_config.json", {"pad_token_id": "x"}, {"vocabulary": "union"}, "the result could not be loaded"),
+        ("base", "generation_config.json", {"watermarking_config": 3}, {"reload": True}, "the result could not be loaded"),
+        ("full", "config.json", {"pad_token_id": 5000}, {"vocabulary": "newest"}, "the result could not be loaded.*Padding_idx"),
+    ],
+)
+def test_what_the_result_could_not_be_loaded_or_written_with_is_a_fault_of_the_plan(world, model, file, changes, settings, words):
+    if "vocabulary" in settings:
+        with_tokens(world / "full", "<new>")
+    if changes is None:
+        (world / model / file).write_text("{")
+    else:
+        edit_json(world / model / file, **changes)
+    with pytest.raises(RecallError, match=words) as error:
+        make_plan(a_run(world, "plain", "full", **settings))
+    assert all(fault.where.startswith(str(world)) and fault.fix for fault in error.value.faults), error.value

@@ -164,7 +164,7 @@ def open_checkpoint(folder: Path, remote: Mapping[str, RemoteFile] = MappingProx
         tables = [name for name, tensor in stored.items() if len(tensor.spec.shape) == 2 and tensor.spec.shape[0] == rows]
         embedding = min((name for name in tables if not HEADS.search(name) and not NOT_TEXT.search(name)), key=len, default="")
         extra = _setting(config, EXTRA_BLOCKS) or 0
-        layers = find_layers(stored, blocks, extra=extra, embedding=embedding, towers=bool(_text_part(config)))
+        layers = find_layers(stored, blocks, extra=extra, embedding=embedding, towers=bool(text_part(config)))
     except ValueError as error:
         what = f"this is an encoder-decoder: {error}" if config.get("is_encoder_decoder") else str(error)
         raise CheckpointError(what, where=folder, fix="recall merges decoder-only models with one list of blocks") from error
@@ -181,7 +181,7 @@ def _is_packed(name: str, spec: TensorSpec) -> bool:
 
 def block_count(config: Mapping[str, Any]) -> int | None:
     """L according to a config, at its top level or in the part of its text model."""
-    for part in (config, _text_part(config)):
+    for part in (config, text_part(config)):
         for key in BLOCK_COUNTS:
             if isinstance(part.get(key), int) and not isinstance(part[key], bool) and part[key] < MAX_BLOCKS:
                 return part[key]
@@ -256,13 +256,13 @@ def _read_headers(folder: Path, remote: Mapping[str, RemoteFile]) -> dict[str, S
     return {name: tensor for name, tensor in stored.items() if name not in masks and not name.endswith(COMPUTED)}
 
 
-def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def text_part(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a multimodal config that describes the text model."""
-    return next((config[key] for key in TEXT_PARTS if isinstance(config.get(key), Mapping)), {})
+    return next((config[key] for key in TEXT_PARTS if isinstance(config.get(key), dict)), {})
 
 
 def _setting(config: Mapping[str, Any], key: str) -> Any:
-    return config.get(key, _text_part(config).get(key))
+    return config.get(key, text_part(config).get(key))
 
 
 def _without_tied_head(checkpoint: Checkpoint) -> Checkpoint:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recall_merge.files.checkpoint import AGAIN, NO_WEIGHTS, OTHER_FORMATS, PICKLES, read_json
+from recall_merge.files.checkpoint import AGAIN, NO_WEIGHTS, OTHER_FORMATS, PICKLES, read_json, text_part
 from recall_merge.files.hashing import hash_file
 from recall_merge.files.inert_folder import open_tokenizer
 from recall_merge.files.links import TEMPLATES
@@ -34,23 +34,40 @@ def write_companions(
 ) -> None:
     """Write all files but weights, statistics and record.
 
-    What servers and people need lies in the base's folder, and comes from there: all that is neither weights nor a result's own. Files
-    that belong together come from one model: tokenizer, chat template, start, end and padding are those of `speaker`, whose tokens the
-    vocabulary chose. `dtype` is that of the result's weights where the run gives one; None keeps what the base's config says.
+    What servers and people need lies in the base's folder, and comes from there: all that is neither weights nor a result's own.
+    """
+    _copy(base, target, tokenizer=False)
+    write_settings(target, base, experts, vocabulary, dtype, speaker)
+
+
+def write_settings(
+    target: Path, base: Path, experts: Sequence[Path], vocabulary: Vocabulary | None, dtype: str | None, speaker: Path
+) -> None:
+    """Write what transformers reads beside the weights: config, generation config and tokenizer.
+
+    Files that belong together come from one model: tokenizer, chat template, start, end and padding are those of `speaker`, whose tokens
+    the vocabulary chose. `dtype` is that of the result's weights where the run gives one; None keeps what the base's config says.
+
+    Raises CheckpointError if a tokenizer that is needed cannot be read, extended or saved.
     """
     config = inert_config(read_json(base / "config.json"), local=True)
     config.pop("_name_or_path", None)  # may be a local path
     if dtype is not None:
         config.pop("torch_dtype", None)  # the old name of the setting
         config["dtype"] = dtype
-    _copy(base, target, tokenizer=False)
+    if (base / GENERATION).is_file():
+        shutil.copyfile(base / GENERATION, target / GENERATION)
     if vocabulary is not None:
-        (config if "vocab_size" in config else config["text_config"])["vocab_size"] = vocabulary.size
+        (config if "vocab_size" in config else text_part(config))["vocab_size"] = vocabulary.size
     if vocabulary is not None and vocabulary.added:
-        _extended_tokenizer(base, experts, vocabulary).save_pretrained(target)
+        tokenizer = _extended_tokenizer(base, experts, vocabulary)
+        try:
+            tokenizer.save_pretrained(target)
+        except Exception as error:  # odd settings that are never read show here
+            raise CheckpointError(f"the base's tokenizer cannot be saved: {error}", where=base, fix=AGAIN) from error
     else:
         tokens = base if vocabulary is None else vocabulary.tokenizer
-        if read_vocabulary(speaker) is None:  # an adapter with a template alone
+        if speaker != tokens and read_vocabulary(speaker) is None:  # an adapter with a template alone
             _copy(tokens, target, tokenizer=True)
         if speaker != base:
             _take_token_ids(speaker, tokens, target, config)
@@ -91,7 +108,8 @@ def _extended_tokenizer(base: Path, experts: Sequence[Path], vocabulary: Vocabul
     for row, token in enumerate(vocabulary.added, start=len(tokenizer)):
         tokenizer.add_tokens([token], special_tokens=any(token in donor.all_special_tokens for donor in donors))
         if tokenizer.convert_tokens_to_ids(token) != row:
-            raise CheckpointError(f"the base's tokenizer cannot take the token {token!r} at row {row}", where=vocabulary.tokenizer)
+            what = f"the base's tokenizer cannot take the token {token!r} at row {row}"
+            raise CheckpointError(what, where=vocabulary.tokenizer, fix="choose `vocabulary: base` or `newest`")
     return tokenizer
 
 
@@ -100,9 +118,8 @@ def _take_token_ids(speaker: Path, tokens: Path, target: Path, config: dict[str,
     generation = _optional(target / GENERATION)
     if (speaker / "config.json").is_file():
         theirs = read_json(speaker / "config.json")
-        for ours, own in ((config, theirs), (config.get("text_config"), theirs.get("text_config"))):
-            if isinstance(ours, dict) and isinstance(own, Mapping):
-                _replace(ours, {key: own.get(key) for key in TOKEN_IDS})
+        for ours, own in ((config, theirs), (text_part(config), text_part(theirs))):
+            _replace(ours, {key: own.get(key) for key in TOKEN_IDS} if own else {})
         _replace(generation, {key: theirs.get(key) for key in TOKEN_IDS})
         generation = _optional(speaker / GENERATION) or generation
     else:

@@ -43,7 +43,9 @@ def open_tokenizer(folder: Path) -> Any:
         tokenizer.encode("")  # odd settings show at the first use
     except CheckpointError:
         raise
-    except Exception as error:  # what tokenizers' classes raise about odd files has no common type
+    except BaseException as error:  # what tokenizers' classes raise about odd files has no common type
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # which is what Rust's code raises
+            raise
         what = f"there is no usable tokenizer: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
         raise CheckpointError(what, where=folder, fix="copy the tokenizer's files there") from error
     tokenizer.name_or_path = str(folder)

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from recall_merge.files.checkpoint import Checkpoint
-from recall_merge.files.companions import chat_template, ends
+from recall_merge.files.companions import chat_template, ends, write_settings
 from recall_merge.files.experts import AdapterExpert, BaseExpert, Expert, FullExpert
 from recall_merge.files.hashing import FileStates
 from recall_merge.files.hub import Located
@@ -25,7 +26,7 @@ from recall_merge.merging.inputs import check_distinct, embedding_rows, locate_m
 from recall_merge.merging.rules import GivenWeights, Override, Rules, choose_method, make_rules, overrides_of_tensors, weights_per_layer
 from recall_merge.merging.run import MergeRun, RecallWeights, Samples, SampleWeights, skipped
 from recall_merge.models.tokens import DATE, render_rows, writes_date
-from recall_merge.runtime.errors import Faults, OutputError, RunError, did_you_mean
+from recall_merge.runtime.errors import CheckpointError, Faults, OutputError, RunError, did_you_mean
 from recall_merge.runtime.parallel import cores
 from recall_merge.runtime.paths import path_of
 from recall_merge.runtime.sections import parse
@@ -197,10 +198,11 @@ def make_plan(run: MergeRun | Mapping[str, Any], *, writes: bool = True, downloa
     _check_skip(run, [base, *(expert.source for expert in experts if isinstance(expert, FullExpert))], faults)
     _check_dtypes(run, base, experts, faults)
     specs = _result_specs(run, base, vocabulary, _kept_in_float32(run, base, experts))
-    if isinstance(rule, SampleWeights) or (writes and (run.out.reload or vocabulary is not None or specs != base.specs)):
-        faults.attempt(_check_runs, base, isinstance(rule, SampleWeights))
-    if writes and run.out.path is not None:
-        faults.attempt(_check_space, run.out.path, sum(spec.nbytes for spec in specs.values()))
+    if isinstance(rule, SampleWeights):
+        faults.attempt(_check_blocks, base)
+    if writes:
+        faults.attempt(_check_settings, run, base, experts, vocabulary, speaker, specs)
+        faults.attempt(_check_space, run.out.path, specs)
     faults.raise_any()
     statistics = read_statistics(run, experts, base, located, faults) if rules.method.informed else ()
     faults.raise_any()
@@ -311,18 +313,41 @@ def _check_dtypes(run: MergeRun, base: Checkpoint, experts: Sequence[Expert], fa
             faults.add(what, where=expert.folder, fix="say which dtype the result has, such as `dtype: bfloat16` under `out:`")
 
 
-def _check_runs(base: Checkpoint, compares: bool) -> None:
-    """Where models will be run, or a result of another structure will be loaded: transformers can do that."""
-    from recall_merge.models.architecture import check_blocks, empty_model
+def _check_blocks(base: Checkpoint) -> None:
+    """Models will be run: transformers can do that, block by block."""
+    from recall_merge.models.architecture import check_blocks
 
-    if compares:
-        check_blocks(base.folder, base.layers)
-    else:
-        empty_model(base.folder)
+    check_blocks(base.folder, base.layers)
 
 
-def _check_space(path: Path, needed: int) -> None:
-    if (free := free_bytes(path)) < needed:
+def _check_settings(
+    run: MergeRun,
+    base: Checkpoint,
+    experts: Sequence[Expert],
+    vocabulary: Vocabulary | None,
+    speaker: Path,
+    specs: Mapping[str, TensorSpec],
+) -> None:
+    """Write what is read beside the result's weights into a folder that is then gone. Where the result will be loaded, so must that be."""
+    loads = run.out.reload or vocabulary is not None or specs != base.specs
+    if not loads and speaker == base.folder:  # the base's own files, as they are
+        return
+    with TemporaryDirectory() as place:
+        write_settings(Path(place), base.folder, [expert.folder for expert in experts], vocabulary, None, speaker)
+        if not loads:
+            return
+        from recall_merge.models.architecture import check_loads
+
+        try:
+            check_loads(Path(place))
+        except CheckpointError as error:
+            what = f"the result could not be loaded: {error.faults[0].what}"
+            raise CheckpointError(what, where=speaker, fix="look at the configs there and in the base's folder") from error
+
+
+def _check_space(path: Path | None, specs: Mapping[str, TensorSpec]) -> None:
+    needed = sum(spec.nbytes for spec in specs.values())
+    if path is not None and (free := free_bytes(path)) < needed:
         what = f"the result needs {needed:,} bytes of disk, {free:,} are free"
         raise OutputError(what, where=path, fix="make room, or choose another disk")
 

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
+from recall_merge.files.companions import GENERATION
 from recall_merge.files.resolved_config import BUILD_LOCK
 from recall_merge.maths.layers import Layers
 from recall_merge.models.hidden_states import COMPARE_NOTHING, before_first, find_blocks
@@ -52,6 +54,14 @@ def empty_model(folder: Path, *, dtype: str = "float32", vocabulary_size: int | 
             model = from_config(architecture, config, getattr(torch, dtype)).eval()
     discard_parameters(model)
     return model
+
+
+def check_loads(folder: Path) -> None:
+    """Check, without weights, that transformers takes the configs of a folder. Raises CheckpointError with the reason."""
+    empty_model(folder)
+    if (folder / GENERATION).is_file():
+        with refused_by_transformers(folder):
+            GenerationConfig.from_pretrained(folder)
 
 
 def check_blocks(folder: Path, layers: Layers) -> None:
