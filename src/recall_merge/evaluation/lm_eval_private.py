@@ -4,6 +4,7 @@ padding, and progress is reported instead of printed.
 The one place that uses private parts of lm-eval. Checked with lm-eval 0.4.13 (tests/test_dependencies.py):
 
 - `HFLM._loglikelihood_tokens` is overridden: it gets (request, context tokens, continuation tokens) and gives (log-likelihood, is greedy).
+- `HFLM._model_call` and `_model_generate`, which run the model, are overridden, to say in words how that fails.
 - `HFLM.cache_hook.add_partial` is called for each answer; `HFLM.backend`, `max_length`, `batch_size` and `add_bos_token` are attributes.
 - `HFLM._DEFAULT_MAX_LENGTH` and `models.huggingface.resolve_max_length` give the number of tokens that a model reads.
 - `tqdm` is a global of `api.task`, `api.model` and `models.huggingface`.
@@ -30,7 +31,7 @@ from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
 from recall_merge.models.hidden_states import padded
-from recall_merge.models.load import load_config
+from recall_merge.models.load import load_config, running
 from recall_merge.models.transformers_private import is_stateful
 from recall_merge.runtime.parallel import process_wide
 from recall_merge.runtime.progress import Progress
@@ -59,6 +60,18 @@ class LocalModel(HFLM):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         with self._report_answers("writing answers", len(requests)):
             return super().generate_until(requests, disable_tqdm=disable_tqdm)
+
+    def _model_call(self, *given: Any, **options: Any) -> Any:
+        with running(self.model):
+            return super()._model_call(*given, **options)
+
+    def _model_generate(self, *given: Any, **options: Any) -> Any:
+        with running(self.model):
+            return super()._model_generate(*given, **options)
+
+    def _forward(self, *given: Any, **options: Any) -> Any:
+        with running(self.model):
+            return self.model(*given, **options)
 
     @contextmanager
     def _report_answers(self, label: str, total: int) -> Iterator[None]:
@@ -108,14 +121,14 @@ class LocalModel(HFLM):
         keep = p - min(group.context for group in batch) + 1  # positions that predict something of a continuation
         options = {"logits_to_keep": keep} if self._can_skip_logits else {}
         longer = [n for n in batch[0].numbers if batch[0].tails[n]]
-        out = self.model(torch.tensor([group.tokens for group in batch], device=self.device), use_cache=bool(longer), **options)
+        out = self._forward(torch.tensor([group.tokens for group in batch], device=self.device), use_cache=bool(longer), **options)
         shared = log_softmax(out.logits[:, -keep:].float(), dim=-1)  # (B, keep, V), of the positions p - keep .. p - 1
         own = shared[:0]
         if longer:
             out.past_key_values.batch_repeat_interleave(len(longer))
             # padding is on the right, after all that is scored, so causal attention never sees it
             tails, _, _ = padded([batch[0].tails[n] for n in longer])
-            logits = self.model(tails.to(self.device), past_key_values=out.past_key_values).logits
+            logits = self._forward(tails.to(self.device), past_key_values=out.past_key_values).logits
             own = log_softmax(logits.float(), dim=-1)  # (R, t, V), from p on
         for row, group in enumerate(batch):
             for n in group.numbers:

@@ -11,7 +11,7 @@ from typing import Any
 
 from recall_merge.files.checkpoint import read_json
 from recall_merge.runtime.errors import CheckpointError
-from recall_merge.runtime.inert import inert_config, inert_tokenizer
+from recall_merge.runtime.inert import check_counts, inert_config, inert_tokenizer
 
 CLEANED: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"config.json": inert_config, "tokenizer_config.json": inert_tokenizer}
 
@@ -20,6 +20,7 @@ CLEANED: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"config.json":
 def inert(folder: Path) -> Iterator[Path]:
     """The folder, for a library to read configs and tokenizer from; where its configs act, one of links to its other files."""
     configs = {name: read_json(folder / name) for name in CLEANED if (folder / name).exists()}
+    check_counts(configs.get("config.json", {}), folder / "config.json")
     changed = {name: clean for name, config in configs.items() if (clean := CLEANED[name](config)) != config}
     if not changed:
         yield folder

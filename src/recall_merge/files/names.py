@@ -34,8 +34,10 @@ class InMemory:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, build_glob_alternation
 
+        from recall_merge.files.bounded import Bounded
+
         kind, its_config = _class_of(config_object(config), text=text)
-        with BUILD_LOCK, torch.device("meta"):
+        with BUILD_LOCK, Bounded("config.json"), torch.device("meta"):
             model = kind._from_config(its_config, dtype=getattr(torch, dtype))
         mapping: Any = get_model_conversion_mapping(model)
         self._renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from recall_merge.runtime.inert import inert_config
+from recall_merge.runtime.inert import check_counts, inert_config
 from recall_merge.runtime.quiet import quiet
 
 BUILD_LOCK = threading.RLock()  # while transformers builds a model, it changes torch's default dtype for all threads
@@ -26,6 +26,7 @@ def config_object(config: Mapping[str, Any]) -> Any:
     """A config as transformers makes it from the file; infinity is written as {"__float__": "Infinity"}."""
     from transformers import CONFIG_MAPPING
 
+    check_counts(config)
     read = json.loads(
         json.dumps(inert_config(config)), object_hook=lambda part: float(part["__float__"]) if [*part] == ["__float__"] else part
     )

@@ -39,10 +39,10 @@ def runs_finite(folder: Path, tokens: int) -> bool:
     """Whether a forward pass over the first tokens of the vocabulary gives finite numbers. Transformers must be able to load the folder."""
     import torch
 
-    from recall_merge.models.load import build_model
+    from recall_merge.models.load import build_model, running
 
     model = build_model(folder, dtype="auto")
-    with torch.inference_mode():
+    with torch.inference_mode(), running(model):
         return bool(model(input_ids=torch.arange(tokens).unsqueeze(0), use_cache=False).logits.isfinite().all())
 
 

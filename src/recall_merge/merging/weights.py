@@ -17,6 +17,7 @@ from recall_merge.merging.forward import expert_tokenizer, layer_parameters, loa
 from recall_merge.merging.plan import Plan
 from recall_merge.merging.run import DEFAULT_RECALL, LossWeights, RecallWeights
 from recall_merge.merging.samples import TypicalSample, TypicalSamples, encode_samples
+from recall_merge.models.load import running
 from recall_merge.models.tokens import EncodedRow
 from recall_merge.runtime.errors import CheckpointError, NotLayerwise
 from recall_merge.runtime.progress import Progress
@@ -108,7 +109,8 @@ def _layerwise_loss(plan: Plan, expert: Expert, rows: Sequence[EncodedRow], adva
 @torch.inference_mode()
 def mean_loss(model: Any, rows: Sequence[EncodedRow]) -> float:
     """Mean over rows of the mean negative log-likelihood, in nats, of a row's labelled tokens. Each row runs on its own: none is padded."""
-    losses = [_row_loss(model(input_ids=torch.tensor([row.input_ids]), use_cache=False).logits[0], row) for row in rows]
+    with running(model):
+        losses = [_row_loss(model(input_ids=torch.tensor([row.input_ids]), use_cache=False).logits[0], row) for row in rows]
     return sum(losses) / len(losses)
 
 

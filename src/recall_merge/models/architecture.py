@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
+from recall_merge.files.bounded import Bounded
 from recall_merge.files.companions import GENERATION
 from recall_merge.files.resolved_config import BUILD_LOCK
 from recall_merge.maths.layers import Layers
@@ -50,7 +50,7 @@ def empty_model(folder: Path, *, dtype: str = "float32", vocabulary_size: int | 
     config = load_config(folder, vocabulary_size=vocabulary_size)
     with refused_by_transformers(folder), BUILD_LOCK:
         architecture, config = model_class(config)
-        with _EmptyOnMeta():
+        with Bounded(folder, empty=True):
             model = from_config(architecture, config, getattr(torch, dtype)).eval()
     discard_parameters(model)
     return model
@@ -107,15 +107,3 @@ def _replace_parameters(module: nn.Module, new: Callable[[Tensor], Tensor]) -> N
 
 class _Enough(Exception):
     """Raised inside a forward pass that has reached the blocks."""
-
-
-class _EmptyOnMeta(TorchFunctionMode):
-    """`torch.empty` makes tensors on the meta device, on this thread only.
-
-    Modules make their large parameters with it. The small ones that they make with `torch.ones` or `torch.zeros` are discarded afterwards,
-    and buffers, which no file holds, keep the numbers that the model computes. `accelerate.init_empty_weights` does the same by
-    replacing `nn.Module.register_parameter` for all threads.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **{**(kwargs or {}), **({"device": "meta"} if func is torch.empty else {})})

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from recall_merge.maths.layers import Layers
+from recall_merge.models.load import running
 from recall_merge.runtime.errors import CheckpointError
 from recall_merge.runtime.parallel import in_order
 
@@ -71,7 +72,7 @@ def pooled_hidden_states(
     def run(batch: list[int]) -> Tensor:
         ids, mask, current.lengths = padded([tokens[row] for row in batch])
         current.states, current.ended = {}, None
-        with torch.inference_mode(), suppress(_Enough):
+        with running(model), torch.inference_mode(), suppress(_Enough):
             model(input_ids=ids, attention_mask=mask, use_cache=False)
         for current.layer in wanted:
             current.ended = current.states[current.layer]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers.pytorch_utils import Conv1D
 
+from recall_merge.models.load import running
 from recall_merge.models.tokens import NO_LABEL, EncodedRow
 
 
@@ -48,7 +49,8 @@ def input_moments(
     with _record_reads(model, maps) as reads:
         for row in rows:
             reads.clear()
-            logits = model(input_ids=torch.tensor([row.input_ids]), use_cache=False).logits[0].float()
+            with running(model):
+                logits = model(input_ids=torch.tensor([row.input_ids]), use_cache=False).logits[0].float()
             labelled = logits[:-1][torch.tensor(row.labels[1:], dtype=torch.long) != NO_LABEL]  # position t predicts token t + 1
             if not labelled.logsumexp(-1).isfinite().all():
                 raise FloatingPointError

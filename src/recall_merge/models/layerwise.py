@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from recall_merge.maths.layers import Layers
 from recall_merge.models.architecture import discard_parameters, empty_model
 from recall_merge.models.hidden_states import Pooling, after_block, before_first, find_blocks, make_batches, padded, pool
+from recall_merge.models.load import running
 from recall_merge.models.transformers_private import TensorLoader
 from recall_merge.runtime import memory
 from recall_merge.runtime.errors import NotLayerwise
@@ -186,12 +188,10 @@ class _Batch:
         _current.batch = self
         self._go.acquire()
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), running(self._model), suppress(_Ended):
                 logits = self._model(input_ids=self._ids, attention_mask=self._mask, use_cache=False).logits
                 assert self.reduce is not None
                 self._state = self.reduce(logits, self.rows)
-        except _Ended:
-            return
         except (NotImplementedError, RuntimeError) as error:
             self._error = _explain(error)
         except BaseException as error:

@@ -15,7 +15,7 @@ from recall_merge.files.experts import AdapterExpert, own_tensors
 from recall_merge.files.inert_folder import inert, open_tokenizer
 from recall_merge.files.resolved_config import BUILD_LOCK
 from recall_merge.files.vocabulary import read_vocabulary
-from recall_merge.runtime.errors import CheckpointError, RecallError
+from recall_merge.runtime.errors import CheckpointError, RecallError, is_out_of_memory
 from recall_merge.runtime.parallel import process_wide
 from recall_merge.runtime.quiet import quiet
 
@@ -76,12 +76,15 @@ def build_model(
     """
     from transformers import GenerationConfig
 
+    from recall_merge.files.bounded import Bounded
+
     config = load_config(folder, vocabulary_size=vocabulary_size)
     with refused_by_transformers(folder), BUILD_LOCK:
         architecture, config = model_class(config)
         source = folder if tensors is None else None
         state = None if tensors is None else dict(tensors)
-        model, info = architecture.from_pretrained(source, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
+        with Bounded(folder):
+            model, info = architecture.from_pretrained(source, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
         if tensors is not None and (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     from recall_merge.models.transformers_private import unread_names
@@ -145,6 +148,20 @@ def refused_by_transformers(folder: Path) -> Iterator[None]:
             raise
         except Exception as error:  # what configs and classes of models raise about odd values has no common type
             raise CheckpointError(f"transformers cannot build this model: {_first_line(error)}", where=folder, fix=ONLY_KNOWN) from error
+
+
+@contextmanager
+def running(model: Any) -> Iterator[None]:
+    """Turn what a model's forward pass raises into an error of ours: what odd settings of a config do shows there."""
+    try:
+        yield
+    except (RecallError, NotImplementedError):  # the latter from parameters that are not there yet
+        raise
+    except Exception as error:
+        if is_out_of_memory(error) or "meta" in str(error).lower():
+            raise
+        what, fix = f"the model cannot be run: {_first_line(error)}", "check its config.json against that of the model it was made from"
+        raise CheckpointError(what, where=getattr(model, "name_or_path", ""), fix=fix) from error
 
 
 @process_wide

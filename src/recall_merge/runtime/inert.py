@@ -8,13 +8,18 @@ their config names, wherever these lie. Whatever gate a library has of its own, 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
+
+from recall_merge.runtime.errors import CheckpointError, short
 
 IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 BUILT_IN = (None, "eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")  # implementations that come with transformers
 ACTS = ("use_kernels", "kernel_config", "fusion_config", "distributed_config", "transformers_weights", "quantization_config")
 MAX_LABELS = 100_000
+COUNTED = re.compile(r"(num|n|moe_num)_(\w+_)?(layers?|blocks?|experts?|heads?|groups?|stages?)|\w+_layers|depth|layers?")
+MAX_COUNT = 10_000
 OF_TIMM = re.compile(r"checkpoint|pretrained")  # arguments of a tower that name weights
 NAMES_TIMM = ("architecture", "backbone")  # with a ':' or '/' they name a repository or a folder
 OPENED = re.compile(r".*_file|init_inputs|gguf_file|tokenizer_object|tokenizer_type|slow_tokenizer")  # keys of a tokenizer's config
@@ -43,6 +48,16 @@ def _acts(key: str, value: Any, local: bool) -> bool:
         return not isinstance(value, int) or value > MAX_LABELS
     named = key in NAMES_TIMM and isinstance(value, str) and re.search(r"[:/\\]", value) is not None
     return named or (key in ACTS and value is not None)
+
+
+def check_counts(config: Mapping[str, Any], where: object = "") -> None:
+    """Raises CheckpointError for a config with more blocks, experts or heads than any model has: transformers would make lists of them."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            check_counts(value, where)
+        elif COUNTED.fullmatch(key) and isinstance(value, int | float) and value > MAX_COUNT:
+            fix = "put the number of the architecture back into config.json"
+            raise CheckpointError(f"the config says `{key}`: {short(value)}; no model has so many", where=where, fix=fix)
 
 
 def inert_tokenizer(config: dict[str, Any]) -> dict[str, Any]:

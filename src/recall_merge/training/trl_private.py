@@ -20,6 +20,7 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, TrainerCallback
 from trl.trainer.sft_trainer import SFTTrainer
 
+from recall_merge.models.load import running
 from recall_merge.models.tokens import NO_LABEL
 from recall_merge.runtime.errors import RunError
 from recall_merge.runtime.progress import Advance, Progress, Silent
@@ -72,8 +73,12 @@ class Trainer(SFTTrainer):
         few of the tokens are labelled. Here the model computes logits only at positions that some row of the batch needs. Anything
         beyond the plain loss is left to trl.
         """
-        if not self._skips_logits or return_outputs or not model.training:
+        with running(self.model):
+            if self._skips_logits and model.training and not return_outputs:
+                return self._plain_loss(model, inputs, num_items_in_batch)
             return super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+
+    def _plain_loss(self, model: Any, inputs: Any, num_items_in_batch: Any) -> Any:
         following = inputs["labels"][:, 1:]  # (B, T - 1): position t predicts token t + 1
         keep = (following != NO_LABEL).any(dim=0).nonzero().squeeze(1)  # (K)
         logits = model(
