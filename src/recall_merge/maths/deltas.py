@@ -28,6 +28,10 @@ class LowRank:
     def rank(self) -> int:
         return self.up.shape[1]
 
+    def to(self, device: torch.device) -> LowRank:
+        """The same on another device."""
+        return LowRank(self.up.to(device), self.down.to(device))
+
     def dense(self) -> Float[Tensor, "o i"]:
         """The delta as one tensor."""
         return self.up @ self.down

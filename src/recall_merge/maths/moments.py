@@ -32,18 +32,23 @@ class Moment:
         """G itself."""
         return self.factor @ self.factor.mT + torch.diag(self.rest)
 
+    def to(self, device: torch.device) -> Moment:
+        """The same on another device."""
+        return Moment(self.factor.to(device), self.rest.to(device), None if self.gradient is None else self.gradient.to(device))
+
     def shrunk(self, offdiagonal: float, *, unit: bool = True) -> Moment:
         """G with its off-diagonal entries times `offdiagonal`, in float64; with `unit`, of mean diagonal 1, or the identity if G is 0."""
         factor, rest = self.factor.double(), self.rest.double()
         mean = float(self.diagonal.double().mean()) if unit else 1.0
         if mean == 0:
-            return identity(len(rest))
+            return identity(len(rest), self.rest.device)
         return Moment(factor * (offdiagonal / mean) ** 0.5, (rest + (1 - offdiagonal) * factor.square().sum(1)) / mean)
 
 
-def identity(size: int) -> Moment:
+def identity(size: int, device: torch.device | None = None) -> Moment:
     """The moment that prefers no direction, for inputs that nothing is known about."""
-    return Moment(torch.zeros(size, 0, dtype=torch.float64), torch.ones(size, dtype=torch.float64))
+    ones = torch.ones(size, dtype=torch.float64, device=device)
+    return Moment(ones.new_zeros(size, 0), ones)
 
 
 def compress(moment: Float[Tensor, "i i"], rank: int) -> Moment:
@@ -79,7 +84,7 @@ def least_squares(deltas: Factored, moments: Sequence[Moment], weights: Weights,
     tensor([[1., 2.]], dtype=torch.float64)
     """
     diagonal, factor = _system(moments, weights, ridge)
-    ups, rows, whole = [], [], torch.zeros(deltas[0].shape, dtype=torch.float64)
+    ups, rows, whole = [], [], diagonal.new_zeros(deltas[0].shape)
     for delta, moment, weight in zip(deltas, moments, weights, strict=True):
         if isinstance(delta, LowRank):
             ups.append(delta.up.double())

@@ -1,6 +1,7 @@
 """Work on tensors in pieces that fit the processor's cache, and inner products computed so.
 
-An operation on a piece costs a tenth of what it costs on a large tensor, and intermediate results are as small as a piece.
+An operation on a piece costs a tenth of what it costs on a large tensor, and intermediate results are as small as a piece. An accelerator
+takes a tensor as one piece: starting an operation is what costs it time.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def pieces(*tensors: Float[Tensor, "*s"], by_row: bool = False) -> Iterator[tupl
     [[1.0, 1.0]]
     """
     views = [rows(tensor) if by_row else tensor.reshape(-1) for tensor in tensors]
-    step = max(1, PIECE // max(1, views[0].shape[1])) if by_row else PIECE
+    piece = PIECE if tensors[0].is_cpu else max(1, tensors[0].numel())
+    step = max(1, piece // max(1, views[0].shape[1])) if by_row else piece
     for start in range(0, len(views[0]), step):
         yield tuple(view[start : start + step] for view in views)
 

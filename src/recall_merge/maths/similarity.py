@@ -89,7 +89,7 @@ def sigma_squared(h: Float[Tensor, "n m d"], bandwidth: Bandwidth) -> Float[Tens
     if bandwidth == "median":
         pairs = [(p - q).square().sum(-1) for p, q in combinations(h, 2)]
         return torch.cat(pairs).quantile(0.5) if pairs else h.new_zeros(())  # the usual median: mean of the middle two
-    return torch.tensor(h.shape[-1] / 2 if bandwidth == "dimension" else float(bandwidth) ** 2, dtype=h.dtype)
+    return h.new_tensor(h.shape[-1] / 2 if bandwidth == "dimension" else float(bandwidth) ** 2)
 
 
 @kernel("cka", source="Kornblith et al. 2019, arXiv:1905.00414, eq. 6")

@@ -25,7 +25,7 @@ from recall_merge.maths.order_statistics import below, kth_largest
 from recall_merge.maths.pieces import in_pieces, pieces
 
 Stream = Callable[[Sequence[int]], Tensor]
-"""shape -> the next numbers of one expert's stream, uniform in [0, 1), float32."""
+"""shape -> the next numbers of one expert's stream, uniform in [0, 1), float32; drawn on the processor, wherever they are used."""
 Start = Callable[[], Stream]
 """Begins one expert's stream, from its first number every time."""
 Trim = Callable[[Tensor], Tensor]
@@ -136,7 +136,7 @@ def drop_random(deltas: Deltas, streams: Sequence[Start], *, density: PerExpert,
 
     def begin(start: Start, density: float) -> Trim:
         numbers, factor = start(), (1 / density if rescale == "share" else 1.0)
-        return lambda piece: piece * _positive(density - numbers(piece.shape)).mul_(factor)
+        return lambda piece: piece * _positive(density - numbers(piece.shape).to(piece.device)).mul_(factor)
 
     return [
         _rescaled(partial(begin, start, _own(density, expert)), delta, rescale)
@@ -159,7 +159,7 @@ def drop_by_rank(
 
         def trim(piece: Tensor) -> Tensor:
             stays = density + spread * (2 * _ranks(piece) - 1)
-            mask = _positive(stays - numbers(piece.shape))
+            mask = _positive(stays - numbers(piece.shape).to(piece.device))
             return piece * (mask / stays.clamp(min=torch.finfo(stays.dtype).tiny) if rescale == "share" else mask)
 
         return trim
@@ -206,12 +206,15 @@ def _ranks(piece: Float[Tensor, "r n"]) -> Float[Tensor, "r n"]:
     n = piece.shape[-1]
     if n == 1:
         return torch.full_like(piece, 0.5)
-    keys = piece.abs().float().contiguous().numpy().view(np.int32).astype(np.int64) << 32
-    keys |= np.arange(n)
-    keys.sort(axis=-1)
+    keys = piece.abs().float().contiguous().view(torch.int32).long() << 32
+    keys |= torch.arange(n, device=piece.device)
+    if keys.is_cpu:
+        keys.numpy().sort(axis=-1)  # numpy's sort of integers is the faster one
+    else:
+        keys = keys.sort(dim=-1).values
     keys &= 0xFFFFFFFF  # positions, from the smallest entry of each row to its largest
-    ranks = torch.linspace(0, 1, n, dtype=piece.dtype).expand(piece.shape)
-    return torch.empty_like(ranks, memory_format=torch.contiguous_format).scatter_(-1, torch.from_numpy(keys), ranks)
+    ranks = torch.linspace(0, 1, n, dtype=piece.dtype, device=piece.device).expand(piece.shape)
+    return torch.empty_like(ranks, memory_format=torch.contiguous_format).scatter_(-1, keys, ranks)
 
 
 def _rescaled(begin: Callable[[], Trim], delta: Tensor, rescale: str, *, by_row: bool = False) -> Trim:

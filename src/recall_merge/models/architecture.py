@@ -42,8 +42,10 @@ def outline(folder: Path) -> list[ParameterInfo]:
     ]
 
 
-def empty_model(folder: Path, *, dtype: str = "float32", vocabulary_size: int | None = None) -> Any:
-    """The architecture of a folder in evaluation mode. Parameters are on the meta device; buffers have their numbers.
+def empty_model(
+    folder: Path, *, dtype: str = "float32", vocabulary_size: int | None = None, device: torch.device | None = None
+) -> Any:
+    """The architecture of a folder in evaluation mode. Parameters are on the meta device; buffers have their numbers, on `device`.
 
     Raises CheckpointError if transformers does not know the architecture.
     """
@@ -53,6 +55,9 @@ def empty_model(folder: Path, *, dtype: str = "float32", vocabulary_size: int | 
         with Bounded(folder, empty=True):
             model = from_config(architecture, config, getattr(torch, dtype)).eval()
     discard_parameters(model)
+    for part in model.modules() if device is not None else ():
+        for name, buffer in part._buffers.items():
+            part._buffers[name] = buffer if buffer is None else buffer.to(device)
     return model
 
 

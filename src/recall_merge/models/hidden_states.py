@@ -17,7 +17,7 @@ from recall_merge.runtime.parallel import in_order
 
 Pooling = Literal["mean", "last"]
 COMPARE_NOTHING = "merge with a method that compares no hidden states, such as `method: linear`"
-BATCH_TOKENS = 512  # padded tokens per batch: enough for fast matrix products; twice as many take twice the memory
+BATCH_TOKENS = 512  # padded tokens per batch: enough for a processor's fast matrix products; twice as many take twice the memory
 
 
 def pooled_hidden_states(
@@ -28,6 +28,7 @@ def pooled_hidden_states(
     at: Iterable[int] | None = None,
     pooling: Pooling = "mean",
     threads: int = 1,
+    batch_tokens: int | None = None,
 ) -> Tensor:
     """Pooled hidden states.    m token lists -> (len(at), m, d), float32
 
@@ -39,9 +40,11 @@ def pooled_hidden_states(
         at: the layers wanted, rising; all of 0..L by default. Nothing after the last of them is computed.
         pooling: 'mean' over the tokens that are not padding, or the 'last' of them.
         threads: batches at a time. A batch runs on one thread and is made from lengths alone, so the numbers do not depend on `threads`.
+        batch_tokens: padded tokens per batch, `BATCH_TOKENS` by default.
     """
     wanted = list(range(layers.blocks + 1) if at is None else at)
     blocks = find_blocks(model, layers)
+    device = next(model.parameters()).device
     current = threading.local()  # of the batch that runs on this thread
 
     def through(layer: int, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -70,7 +73,7 @@ def pooled_hidden_states(
         raise _Enough
 
     def run(batch: list[int]) -> Tensor:
-        ids, mask, current.lengths = padded([tokens[row] for row in batch])
+        ids, mask, current.lengths = padded([tokens[row] for row in batch], device)
         current.states, current.ended = {}, None
         with running(model), torch.inference_mode(), suppress(_Enough):
             model(input_ids=ids, attention_mask=mask, use_cache=False)
@@ -79,12 +82,12 @@ def pooled_hidden_states(
             if after_block(current.ended).ndim > 2:  # several streams
                 with torch.inference_mode(), suppress(_Enough):
                     model(input_ids=ids, attention_mask=mask, use_cache=False)
-        return torch.stack([current.states[layer] for layer in wanted])
+        return torch.stack([current.states[layer] for layer in wanted]).cpu()
 
     hook = model.get_output_embeddings().register_forward_pre_hook(head_input)  # type: ignore[operator]
     for layer, block in enumerate(blocks, 1):
         block.forward = through(layer, block.forward)
-    batches = make_batches([len(ids) for ids in tokens])
+    batches = make_batches([len(ids) for ids in tokens], batch_tokens)
     try:
         parts = list(in_order(run, batches, threads))
     finally:
@@ -107,12 +110,12 @@ def after_block(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple | list) else output
 
 
-def padded(tokens: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """One batch: ids (b, t) with padding on the right, the mask (b, t) that hides it, and lengths (b,)."""
+def padded(tokens: Sequence[Sequence[int]], device: torch.device | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """One batch, on a device: ids (b, t) with padding on the right, the mask (b, t) that hides it, and lengths (b,)."""
     lengths = torch.tensor([len(ids) for ids in tokens])
     width = int(lengths.max())
     ids = torch.tensor([list(ids) + [0] * (width - len(ids)) for ids in tokens])
-    return ids, (torch.arange(width) < lengths.unsqueeze(1)).long(), lengths
+    return ids.to(device), (torch.arange(width) < lengths.unsqueeze(1)).long().to(device), lengths.to(device)
 
 
 def pool(hidden: Tensor, lengths: Tensor, pooling: Pooling) -> Tensor:
@@ -125,18 +128,18 @@ def pool(hidden: Tensor, lengths: Tensor, pooling: Pooling) -> Tensor:
     """
     hidden = hidden.float()
     if pooling == "last":
-        return hidden[torch.arange(len(hidden)), lengths - 1]
-    mask = (torch.arange(hidden.shape[1]) < lengths.unsqueeze(1)).unsqueeze(-1)  # (b, t, 1)
+        return hidden[torch.arange(len(hidden), device=hidden.device), lengths - 1]
+    mask = (torch.arange(hidden.shape[1], device=hidden.device) < lengths.unsqueeze(1)).unsqueeze(-1)  # (b, t, 1)
     return (hidden * mask).sum(1) / lengths.unsqueeze(1)
 
 
-def make_batches(lengths: Sequence[int], limit: int = BATCH_TOKENS) -> list[list[int]]:
+def make_batches(lengths: Sequence[int], limit: int | None = None) -> list[list[int]]:
     """Group texts by length into batches of at most `limit` padded tokens (at least one text each); longest first.
 
     >>> make_batches([1, 5, 4], limit=10)
     [[1, 2], [0]]
     """
-    batches: list[list[int]] = []
+    batches, limit = list[list[int]](), limit or BATCH_TOKENS
     for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
         if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= limit:
             batches[-1].append(row)

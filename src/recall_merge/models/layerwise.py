@@ -36,8 +36,11 @@ class LayerwiseForward:
         tokens: m lists of token ids.
         dtype: of the parameters, 'float32' or 'bfloat16'.
         vocabulary_size: rows of the token tensors, where they are not those of the config.
-        threads: batches that run at a time. The numbers do not depend on it, and equal those of `pooled_hidden_states`.
+        threads: batches that run at a time. The numbers do not depend on it, and equal those of `pooled_hidden_states`. On an accelerator
+            one: it works while the next block is read, and holds one block at a time.
         one_by_one: run every text on its own, without padding.
+        device: where the blocks run and hidden states lie; the processor by default.
+        batch_tokens: padded tokens per batch, `BATCH_TOKENS` by default.
     """
 
     def __init__(
@@ -51,15 +54,18 @@ class LayerwiseForward:
         pooling: Pooling = "mean",
         threads: int = 1,
         one_by_one: bool = False,
+        device: torch.device | None = None,
+        batch_tokens: int | None = None,
     ) -> None:
         memory.one_heap()
+        device = device or torch.device("cpu")
         self.layer = 0
-        self._threads, self._rows = threads, len(tokens)
-        self._model = empty_model(folder, dtype=dtype, vocabulary_size=vocabulary_size)
+        self._threads, self._rows = threads if device.type == "cpu" else 1, len(tokens)
+        self._model = empty_model(folder, dtype=dtype, vocabulary_size=vocabulary_size, device=device)
         self._blocks = find_blocks(self._model, layers)
-        self._loader = TensorLoader(self._model, folder, getattr(torch, dtype))
-        batches = [[row] for row in range(len(tokens))] if one_by_one else make_batches([*map(len, tokens)])
-        self._batches = [_Batch(self._model, rows, [tokens[row] for row in rows], pooling) for rows in batches]
+        self._loader = TensorLoader(self._model, folder, getattr(torch, dtype), device)
+        batches = [[row] for row in range(len(tokens))] if one_by_one else make_batches([*map(len, tokens)], batch_tokens)
+        self._batches = [_Batch(self._model, rows, padded([tokens[row] for row in rows], device), pooling) for rows in batches]
         # a pass pauses where it enters the next block, not where it leaves one: there it no longer holds the input of the last block
         self._hooks = [self._blocks[0].register_forward_pre_hook(_before_first, with_kwargs=True)]
         self._hooks += [block.register_forward_hook(_after) for block in self._blocks]
@@ -69,6 +75,7 @@ class LayerwiseForward:
     def step(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Pooled hidden states at the next layer, from 0 on, given its parameters under the names of the files.    -> (m, d), float32
 
+        They lie on the device, which may still be at work on them.
         Raises CheckpointError if transformers does not take these parameters.
         """
         return step([self], [lambda: tensors])[0]
@@ -98,7 +105,7 @@ class LayerwiseForward:
     def _join(self, parts: Sequence[Tensor]) -> Tensor:
         """The states that the batches have reached, in the order of the texts."""
         self.layer += 1
-        states = torch.empty(self._rows, parts[0].shape[-1], dtype=torch.float32)
+        states = parts[0].new_empty(self._rows, parts[0].shape[-1])
         for batch, part in zip(self._batches, parts, strict=True):
             states[batch.rows] = part
         return states
@@ -138,12 +145,12 @@ def step(models: Sequence[LayerwiseForward], tensors: Sequence[Callable[[], Mapp
 class _Batch:
     """One batch and its thread, which runs only between `go_on` and the next stop."""
 
-    def __init__(self, model: nn.Module, rows: list[int], tokens: list[Sequence[int]], pooling: Pooling) -> None:
+    def __init__(self, model: nn.Module, rows: list[int], texts: tuple[Tensor, Tensor, Tensor], pooling: Pooling) -> None:
         self.rows = rows
         self.reduce: Callable[[Tensor, list[int]], Tensor] | None = None  # of the logits, where the pass goes on to them
         self._model = model
         self._pooling: Pooling = pooling
-        self._ids, self._mask, self._lengths = padded(tokens)
+        self._ids, self._mask, self._lengths = texts  # as `padded` gives them
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
         self._state: Tensor | None = None
         self._error: BaseException | None = None

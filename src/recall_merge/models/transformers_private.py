@@ -30,10 +30,11 @@ from recall_merge.runtime.quiet import quiet
 class TensorLoader:
     """Puts tensors of a model's files, a few at a time, into the model, as `from_pretrained` would put all of them."""
 
-    def __init__(self, model: Any, folder: Path, dtype: torch.dtype) -> None:
+    def __init__(self, model: Any, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
         self._model, self._folder = model, folder
         mapping: Any = get_model_conversion_mapping(model)
-        self._config = LoadStateDictConfig(dtype=dtype, dtype_plan=model._get_dtype_plan(dtype), weight_mapping=mapping)
+        plan = model._get_dtype_plan(dtype)
+        self._config = LoadStateDictConfig(dtype=dtype, dtype_plan=plan, weight_mapping=mapping, device_map={"": device})
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Put these tensors into the model. Raises CheckpointError if transformers does not expect them, or cannot convert them."""

@@ -54,7 +54,7 @@ def fisher(base: Dense, deltas: Deltas, weights: Weights, *, moments: Moments = 
     return base + total.div_(divisor.clamp_(min=torch.finfo(base.dtype).tiny)).mul_(scale * sum(weights))
 
 
-@method("regmean", source="Jin et al. 2023, Dataless knowledge fusion, arXiv:2212.09849", factors=True, matrices=True)
+@method("regmean", source="Jin et al. 2023, Dataless knowledge fusion, arXiv:2212.09849", factors=True, matrices=True, heavy=True)
 def regmean(
     base: Dense,
     deltas: Factored,
@@ -80,13 +80,13 @@ def regmean(
     if base.ndim != 2 or all(moment is None for moment in moments) or not any(weights):
         return linear(base, [dense(delta) for delta in deltas], weights, scale=scale)
     total, shares = sum(weights), _shares(weights)
-    shrunk = [identity(base.shape[1]) if moment is None else moment.shrunk(offdiagonal, unit=False) for moment in moments]
+    shrunk = [identity(base.shape[1], base.device) if moment is None else moment.shrunk(offdiagonal, unit=False) for moment in moments]
     rho = ridge * sum(share * float(moment.diagonal.mean()) for moment, share in zip(shrunk, shares, strict=True))
     raised = [Moment(moment.factor, moment.rest + (rho or 1.0)) for moment in shrunk]  # without any input: the weighted mean
     return base + least_squares(deltas, raised, shares).mul_(scale * total).to(base.dtype)
 
 
-@method("aligned", source="this project, after RegMean, Jin et al. 2023, arXiv:2212.09849", factors=True, matrices=True)
+@method("aligned", source="this project, after RegMean, Jin et al. 2023, arXiv:2212.09849", factors=True, matrices=True, heavy=True)
 def aligned(
     base: Dense,
     deltas: Factored,
@@ -118,8 +118,8 @@ def condition(moments: Moments, weights: Weights, *, offdiagonal: float = 0.9, r
 
 def _units(moments: Moments, offdiagonal: float) -> list[Moment]:
     """Moments with a mean diagonal of 1; the identity for an expert without input statistics."""
-    size = next(len(moment.rest) for moment in moments if moment is not None)
-    return [identity(size) if moment is None else moment.shrunk(offdiagonal) for moment in moments]
+    rest = next(moment.rest for moment in moments if moment is not None)
+    return [identity(len(rest), rest.device) if moment is None else moment.shrunk(offdiagonal) for moment in moments]
 
 
 def _shares(weights: Weights) -> list[float]:

@@ -33,8 +33,8 @@ def model_stock(base: Dense, deltas: Deltas, weights: Weights, *, vectors: Filte
     norms = products.diagonal(dim1=1, dim2=2).sqrt()
     scales = norms[:, :, None] * norms[:, None, :]
     cosines = torch.where(scales > 0, products / scales.clamp(min=torch.finfo(scales.dtype).tiny), 0.0)
-    first, second = torch.triu_indices(k, k, 1)
-    c = cosines[:, first, second].mean(1).clamp(0, 1) if k > 1 else torch.ones(len(products), dtype=torch.float64)
+    first, second = torch.triu_indices(k, k, 1, device=products.device)
+    c = cosines[:, first, second].mean(1).clamp(0, 1) if k > 1 else products.new_ones(len(products))
     t = k * c / (1 + (k - 1) * c)
     if vectors == "whole":
         return in_pieces(lambda piece, *parts: torch.add(piece, weighted_sum(parts, weights), alpha=float(t)), [base, *deltas])
@@ -61,7 +61,7 @@ def magmax(base: Dense, deltas: Deltas, weights: Weights, *, scale: Scale = 1.0)
     return in_pieces(largest, [base, *deltas])
 
 
-@method("sce", source="Wan et al. 2024, FuseChat, arXiv:2408.07990")
+@method("sce", source="Wan et al. 2024, FuseChat, arXiv:2408.07990", heavy=True)
 def sce(base: Dense, deltas: Deltas, weights: Weights, *, density: Selected = 0.1, scale: Scale = 1.0) -> Dense:
     """Select the entries where experts differ, calculate each expert's weight from them, erase minority signs.
 
@@ -96,7 +96,7 @@ def sce(base: Dense, deltas: Deltas, weights: Weights, *, density: Selected = 0.
     )
 
 
-@method("pcb", source="Du et al. 2024, Parameter competition balancing, arXiv:2410.02396, and its code, github.com/duguodong7/pcb-merging")
+@method("pcb", source="Du et al. 2024, Parameter competition balancing, arXiv:2410.02396, and its code, github.com/duguodong7/pcb-merging", heavy=True)
 def pcb(base: Dense, deltas: Deltas, weights: Weights, *, density: Competing = 0.1, scale: Scale = 1.0) -> Dense:
     """Let the entries of each delta compete: within it by size, between experts by agreement; keep the winners, weighted by score.
 

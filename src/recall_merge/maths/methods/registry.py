@@ -41,6 +41,8 @@ class Method:
     """It takes deltas as `LowRank` factors where an expert has them; other methods get dense deltas."""
     matrices: bool = False
     """It is made for the matrices of linear maps: give embedding tables to `linear` instead, as it does itself with other shapes."""
+    heavy: bool = False
+    """Its work on one tensor takes longer than reading it: an accelerator that computes in float64 is worth the way there and back."""
     ordered: bool = False
     """The order of the experts matters; the newest is the last."""
     options: dict[str, inspect.Parameter] = field(default_factory=dict, compare=False)

@@ -30,7 +30,7 @@ Growth = Annotated[
 ]
 
 
-@method("tsv", source="Gargiulo et al. 2025, Task Singular Vectors, arXiv:2412.00081", factors=True, matrices=True)
+@method("tsv", source="Gargiulo et al. 2025, Task Singular Vectors, arXiv:2412.00081", factors=True, matrices=True, heavy=True)
 def tsv(base: Dense, deltas: Factored, weights: Weights, *, rank: Rank = 0, scale: Scale = 1.0) -> Dense:
     """The top singular vectors of every delta, made orthogonal to each other, so that experts do not interfere.
 
@@ -50,7 +50,7 @@ def tsv(base: Dense, deltas: Factored, weights: Weights, *, rank: Rank = 0, scal
     return _added(base, parts, values, scale)
 
 
-@method("isotropic", source="Marczak et al. 2025, No task left behind, arXiv:2502.04959", factors=True, matrices=True)
+@method("isotropic", source="Marczak et al. 2025, No task left behind, arXiv:2502.04959", factors=True, matrices=True, heavy=True)
 def isotropic(base: Dense, deltas: Factored, weights: Weights, *, common: Common = 1.0, scale: Scale = 1.0) -> Dense:
     """The sum of the deltas with all its singular values made equal, so that no expert's few strong directions drown the others'.
 
@@ -76,7 +76,7 @@ def isotropic(base: Dense, deltas: Factored, weights: Weights, *, common: Common
     return _added(base, parts, values.mean().expand(len(values)), scale)
 
 
-@method("opcm", source="Tang et al. 2025, Merging models on the fly, arXiv:2501.09522", factors=True, matrices=True, ordered=True)
+@method("opcm", source="Tang et al. 2025, Merging models on the fly, arXiv:2501.09522", factors=True, matrices=True, ordered=True, heavy=True)
 def opcm(base: Dense, deltas: Factored, weights: Weights, *, alpha: Alpha = 0.5, growth: Growth = "norm", scale: Scale = 1.0) -> Dense:
     """One expert after another: each new delta is added outside the directions of the merged delta so far.
 

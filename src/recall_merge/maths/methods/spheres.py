@@ -36,7 +36,7 @@ def slerp(
     mergekit 0.1.5. Only the ratio of the weights matters; w = 0, 0 counts as equal.
     """
     products = _products(base, deltas, vectors, sphere)
-    return _combine(base, deltas, _arc(products, _shares(weights)[1], linear_above), vectors, sphere)
+    return _combine(base, deltas, _arc(products, _shares(weights, products)[1], linear_above), vectors, sphere)
 
 
 @method("nuslerp", source="Goddard 2024, mergekit's NuSLERP, github.com/arcee-ai/mergekit docs/merge_methods.md", experts=(2, 2))
@@ -61,20 +61,20 @@ def karcher(base: Dense, deltas: Deltas, weights: Weights, *, sphere: Sphere = "
     1e-5, equal weights). A vector of 0 only shortens the result; where opposite vectors have no mean direction, the plain mean is taken.
     """
     products = _products(base, deltas, "whole", sphere)[0]
-    return _combine(base, deltas, _karcher(products, _shares(weights))[None], "whole", sphere)
+    return _combine(base, deltas, _karcher(products, _shares(weights, products))[None], "whole", sphere)
 
 
 def _products(base: Tensor, deltas: Sequence[Tensor], vectors: Vectors, sphere: str) -> Float[Tensor, "r k k"]:
     """Inner products of the experts' vectors: their deltas, or their weights theta_q = theta_0 + delta_q."""
     if sphere == "deltas":
         return inner_products(deltas, vectors)
-    mixing = torch.cat([torch.ones(len(deltas), 1), torch.eye(len(deltas))], dim=1).double()
+    mixing = torch.cat([torch.ones(len(deltas), 1), torch.eye(len(deltas))], dim=1).to(base.device).double()
     return mixing @ inner_products([base, *deltas], vectors) @ mixing.T
 
 
-def _shares(weights: Weights) -> Float[Tensor, " k"]:
-    """Weights over their sum, float64; equal where all are 0."""
-    shares = torch.tensor(weights, dtype=torch.float64)
+def _shares(weights: Weights, products: Tensor) -> Float[Tensor, " k"]:
+    """Weights over their sum, float64, where the inner products are; equal where all are 0."""
+    shares = products.new_tensor(weights)
     return shares / shares.sum() if shares.sum() else torch.full_like(shares, 1 / len(weights))
 
 
@@ -122,7 +122,7 @@ def _norm(cosines: Tensor, a: Tensor) -> Tensor:
 
 def _combine(base: Tensor, deltas: Sequence[Tensor], coefficients: Float[Tensor, "r k"], vectors: Vectors, sphere: str) -> Tensor:
     """sum_q c_q theta_q, or theta_0 + sum_q c_q delta_q, with one set of coefficients per vector."""
-    of_base = coefficients.sum(1) if sphere == "weights" else torch.ones(len(coefficients), dtype=torch.float64)
+    of_base = coefficients.sum(1) if sphere == "weights" else coefficients.new_ones(len(coefficients))
     if vectors == "whole":
         numbers = [float(of_base), *coefficients[0].tolist()]
         return in_pieces(lambda *parts: weighted_sum(parts, numbers), [base, *deltas])
