@@ -78,15 +78,23 @@ def _run(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if name == "_copy_from":
         args[1].copy_(args[0])
         return given[1]
-    if name in ("view", "_unsafe_view"):  # these tensors claim to lie one number after another, whatever their numbers do
+    if op in (
+        torch.ops.aten.view.default,
+        torch.ops.aten._unsafe_view.default,
+    ):  # these tensors claim to lie one number after another, whatever their numbers do
         op = torch.ops.aten.reshape.default
     if name == "histc" and not args[0].is_floating_point():  # CUDA counts whole numbers, a processor does not
         return _pretend(torch.histc(args[0].float(), *args[1:], **kwargs).to(args[0].dtype))
     result = op(*args, **kwargs)
     own = {id(value.numbers): value for value in ours}  # an operation in place returns its argument
+    for value in ours:
+        if value.shape != value.numbers.shape:  # `squeeze_` and the like
+            value.data = _pretend(value.numbers)
     # a view in inference mode is no inference tensor unless what it shows is one
     with torch.inference_mode(torch.is_inference_mode_enabled() and all(value.is_inference() for value in ours)):
-        return tree_map(lambda value: own[id(value)] if id(value) in own else _new(value, here) if isinstance(value, Tensor) else value, result)
+        return tree_map(
+            lambda value: own[id(value)] if id(value) in own else _new(value, here) if isinstance(value, Tensor) else value, result
+        )
 
 
 def _new(value: Tensor, here: bool) -> Tensor:

@@ -70,7 +70,7 @@ def bench(
     Raises:
         RecallError: with every fault of the scenario, before any work starts; or with what went wrong in a job.
     """
-    check_executor(executor)
+    scenario = scenario.model_copy(update={"device": check_executor(executor, scenario.device)})
     design = make_design(scenario, allowed)
     store = store_of(scenario)
     with store.locked():

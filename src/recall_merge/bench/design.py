@@ -17,10 +17,11 @@ from recall_merge.files.hub import locate
 from recall_merge.files.rows import Row
 from recall_merge.merging.rules import make_rules, method_named
 from recall_merge.merging.run import ByLayer, FromHiddenStates, FromLosses, MergeRun, Samples
+from recall_merge.runtime.device import hardware
 from recall_merge.runtime.errors import DataError, Faults, RunError, did_you_mean
 from recall_merge.runtime.sections import parse
 from recall_merge.training.fine_tuning import check_rows
-from recall_merge.training.settings import check_arguments
+from recall_merge.training.settings import check_arguments, training_device
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def make_design(scenario: Scenario, allowed: Collection[str] = ()) -> Design:
     base: Base | None = None
     with faults.collect():
         folder = locate(scenario.model).folder
-        base = Base(folder, open_checkpoint(folder).fingerprint)
+        device = training_device(scenario.device)
+        base = Base(folder, open_checkpoint(folder).fingerprint, str(device), hardware(device))
     _check_methods(scenario, allowed, faults)
     if base is not None and not len(faults):
         _check_lengths(scenario, base, train, specs, faults)

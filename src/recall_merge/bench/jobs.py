@@ -37,14 +37,16 @@ def hash_rows(rows: Sequence[Row]) -> str:
 
 @dataclass(frozen=True)
 class Base:
-    """The base of all trials, which is there already."""
+    """The base of all trials, which is there already, and where they run."""
 
     folder: Path
     fingerprint: str
+    device: str = "cpu"  # where all jobs are done
+    hardware: str = "cpu"  # what that is: another one gives other numbers
 
     @property
     def key(self) -> str:
-        return hashed(["base", self.fingerprint])
+        return hashed(["base", self.fingerprint, *([] if self.hardware == "cpu" else [self.hardware])])
 
 
 @dataclass(frozen=True)

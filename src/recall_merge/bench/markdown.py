@@ -42,7 +42,8 @@ def _head(design: Design, notes: Sequence[dict[str, Any]], command: str) -> Iter
     yield f"- seeds: {', '.join(map(str, scenario.seeds))}"
     yield "- training: " + ", ".join(f"{key} {value}" for key, value in settings.items() if value is not None)
     yield (f"- scoring: {scenario.scoring.dtype}, chat template {'on' if scenario.template else 'off'}; {STAGES[scenario.scoring.stages]}")
-    yield f"- machine: {_processor()}, {os.cpu_count()} cores, {platform.system()}"
+    accelerator = "" if design.base.hardware == "cpu" else f"; {design.base.hardware}"
+    yield f"- machine: {_processor()}, {os.cpu_count()} cores, {platform.system()}{accelerator}"
     if notes:
         minutes = sum(note["seconds"] for note in notes) / 60
         yield f"- time: {minutes:.0f} minutes of work in {len(notes)} jobs, {scenario.workers} at a time, each on one thread"

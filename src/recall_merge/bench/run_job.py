@@ -14,8 +14,9 @@ from recall_merge.evaluation.tasks import TaskSpec
 from recall_merge.merging.merge import merge_in_memory
 from recall_merge.merging.plan import make_plan
 from recall_merge.merging.run import MergeRun
-from recall_merge.models.load import build_model, load_model, load_tokenizer, load_trainable
+from recall_merge.models.load import build_model, load_model, load_tokenizer, load_trainable, placed
 from recall_merge.models.tokens import encode_rows
+from recall_merge.runtime.device import find_device
 from recall_merge.runtime.progress import Progress
 from recall_merge.training.fine_tuning import train
 
@@ -33,7 +34,7 @@ def run_job(job: Job, store: Store, progress: Progress | None = None) -> float:
             samples = {**job.samples, "path": str(store.keep_rows(model.rows))}
             experts = [{"name": "expert", "path": str(store.path_of(model)), "same_base": True}]
             run = {"base": str(store.folder_of(model.base)), "experts": experts, "samples": samples}
-            run |= {"seed": model.settings.seed, "threads": 1}
+            run |= {"seed": model.settings.seed, "threads": 1, "device": base_of(job).device}
             take_statistics(MergeRun.model_validate(run), store.path_of(job), progress=progress)
         case Merged():
             run = make_run(job, store)
@@ -57,6 +58,7 @@ def make_run(merged: Merged, store: Store) -> MergeRun:
         for name, model in merged.experts
     ]
     run = {**merged.run, "base": str(store.folder_of(merged.base)), "experts": experts, "threads": 1}
+    run["device"] = base_of(merged).device
     if merged.samples:
         run["samples"] = {**run["samples"], "path": str(store.keep_rows(merged.samples))}
     return MergeRun.model_validate(run)
@@ -71,14 +73,14 @@ def _train(job: Trained, store: Store, progress: Progress | None) -> None:
     start = store.path_of(job.start) if job.start is not None else None
     base = store.folder_of(job.base)
     options: dict[str, Any] = {"init_from": start, "callbacks": callbacks, "progress": progress, "allowed": job.settings.arguments}
-    train(base, job.rows, store.path_of(job), job.settings, overwrite=True, **options)
+    train(base, job.rows, store.path_of(job), job.settings, device=base_of(job).device, overwrite=True, **options)
 
 
 def _anchor(job: Anchor, store: Store) -> None:
     from recall_merge.training.ewc import anchored, fisher, load_anchor, save_anchor, values_of
 
     base, settings = store.folder_of(job.model.base), job.model.settings
-    model = load_trainable(store.path_of(job.model), base, dtype=settings.dtype)
+    model = load_trainable(store.path_of(job.model), base, dtype=settings.dtype).to(base_of(job).device)
     rows = [(row.input_ids, row.labels) for row in encode_rows(job.rows, load_tokenizer(base), **settings.encoding)]
     before = load_anchor(store.path_of(job.before)) if job.before is not None else None
     save_anchor(anchored(fisher(model, rows), values_of(model), before), store.path_of(job))
@@ -98,15 +100,16 @@ def _score(job: Scores, missing: Sequence[Question], store: Store, progress: Pro
 
 
 def _load(model: Model, store: Store, dtype: str, progress: Progress | None) -> tuple[Any, Any]:
-    """A model as it is scored, and its tokenizer. Merges that are not written are made in memory, in float32."""
+    """A model as it is scored, on the bench's device, and its tokenizer. Merges that are not written are made in memory, in float32."""
+    device = base_of(model).device
     if not isinstance(model, Merged) or store.is_done(model):
         base = store.folder_of(model.base) if isinstance(model, Trained) else None
-        return load_model(store.folder_of(model), base, device="cpu", dtype=dtype)
+        return load_model(store.folder_of(model), base, device=device, dtype=dtype)
     plan = make_plan(make_run(model, store), writes=False)
     start = time.monotonic()
     tensors, _ = merge_in_memory(plan, progress)
     store.write("merges", model.key, {"seconds": round(time.monotonic() - start, 2)})
     base = store.folder_of(model.base)
-    merged = build_model(base, tensors, dtype=dtype)
+    merged = placed(partial(build_model, base, tensors, dtype=dtype), find_device(device))
     merged.name_or_path = str(store.path_of(model))
     return merged, load_tokenizer(base)

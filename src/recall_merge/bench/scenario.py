@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from recall_merge.files.row_sources import LearntRows, ScoredRows, Template
 from recall_merge.merging.run import LayerScale, Prune, Weights
+from recall_merge.runtime.device import DeviceName
 from recall_merge.runtime.paths import exists
 from recall_merge.runtime.sections import Section, assign, parse, read_mapping
 from recall_merge.training.settings import TrainSettings
@@ -137,6 +138,7 @@ class Scenario(Section):
         description="apply the base's chat template where it has one, in training, samples and scoring; or that of a Jinja file",
     )
     workers: int = Field(default=1, ge=1, description="processes, each of one thread")
+    device: DeviceName = Field(default="auto", description="where models are trained, compared and scored; as in a run")
     out: Path | None = Field(default=None, description="folder of the jobs and the results")
 
     @field_validator("methods")

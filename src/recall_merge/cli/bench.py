@@ -12,7 +12,7 @@ import typer
 from recall_merge.cli import terminal_charts
 from recall_merge.cli.console import err, print_json
 from recall_merge.cli.console import out as console
-from recall_merge.cli.options import Allowed, AsJson, Executor, Quiet, Sets, settings_of
+from recall_merge.cli.options import Allowed, AsJson, Device, Executor, Quiet, Sets, settings_of
 
 if TYPE_CHECKING:
     from recall_merge.bench.bench import JobDone
@@ -28,6 +28,7 @@ def bench(
     plan: Annotated[bool, typer.Option("--plan", help="Say what there is to do and about how long it takes; do nothing.")] = False,
     summary: Annotated[bool, typer.Option("--summary", help="Write the results of what is done so far; do nothing else.")] = False,
     executor: Executor = "local",
+    device: Device = None,
     sets: Sets = None,
     allow: Allowed = None,
     as_json: AsJson = False,
@@ -41,7 +42,7 @@ def bench(
     from recall_merge.bench.design import make_design
     from recall_merge.bench.scenario import load_scenario
 
-    overrides = settings_of(sets)
+    overrides = settings_of(sets) | ({"device": device} if device else {})
     loaded = load_scenario(scenario, overrides | ({"out": str(out)} if out is not None else {}))
     words = [f"--set {key}={PLACEHOLDERS.get(key, value)}" for key, value in overrides.items() if key != "out"]
     words += [f"--allow-argument {name}" for name in allow or ()]

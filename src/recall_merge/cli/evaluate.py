@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from recall_merge.cli.console import out, print_json, print_notes, progress, table
-from recall_merge.cli.options import AsJson, Executor, Quiet, pairs, words_of
+from recall_merge.cli.options import AsJson, Device, Executor, Quiet, pairs, words_of
 from recall_merge.evaluation.scoring import CHOICE_METRICS, METRICS
 
 if TYPE_CHECKING:
@@ -33,8 +33,10 @@ def evaluate(
     base: Annotated[str | None, typer.Option(help="Base of an adapter, if not the one that it names.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Score only the first rows of each task.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch; changes only the speed.")] = 8,
-    device: Annotated[str | None, typer.Option(help="Device; by default a GPU if there is one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Dtype of the model; float32 on a CPU by default.")] = None,
+    device: Device = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Dtype of the model; float32 on the processor by default, else the model's own.")
+    ] = None,
     template: Annotated[Path | None, typer.Option(metavar="FILE", help="Jinja file, for the model's own chat template.")] = None,
     no_template: Annotated[bool, typer.Option("--no-template", help="Apply no chat template.")] = False,
     executor: Executor = "local",

@@ -11,7 +11,21 @@ import typer
 from recall_merge.cli import terminal_charts
 from recall_merge.cli.console import out as console
 from recall_merge.cli.console import print_json, print_notes, progress, table
-from recall_merge.cli.options import AsJson, Base, Executor, Experts, Method, Overwrite, Quiet, RunFile, Samples, Sets, Target, read_run
+from recall_merge.cli.options import (
+    AsJson,
+    Base,
+    Device,
+    Executor,
+    Experts,
+    Method,
+    Overwrite,
+    Quiet,
+    RunFile,
+    Samples,
+    Sets,
+    Target,
+    read_run,
+)
 
 if TYPE_CHECKING:
     from recall_merge.merging.cost import Estimate
@@ -28,6 +42,7 @@ def merge(
     out: Target = None,
     overwrite: Overwrite = False,
     executor: Executor = "local",
+    device: Device = None,
     sets: Sets = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -38,7 +53,8 @@ def merge(
     """
     from recall_merge import merge
 
-    merge_run = read_run(run, base=base, experts=expert, method=method, samples=samples, out=out, overwrite=overwrite, sets=sets)
+    options: dict[str, Any] = {"out": out, "overwrite": overwrite, "device": device, "sets": sets}
+    merge_run = read_run(run, base=base, experts=expert, method=method, samples=samples, **options)
     result = merge(merge_run, executor=executor, progress=progress(quiet or as_json))
     if as_json:
         return print_json({"path": str(result.path), "record": result.record})
@@ -56,6 +72,7 @@ def plan(
     samples: Samples = None,
     out: Target = None,
     overwrite: Overwrite = False,
+    device: Device = None,
     sets: Sets = None,
     as_json: AsJson = False,
 ) -> None:
@@ -66,7 +83,8 @@ def plan(
     from recall_merge.merging.cost import estimate_time
     from recall_merge.merging.plan import make_plan
 
-    merge_run = read_run(run, base=base, experts=expert, method=method, samples=samples, out=out, overwrite=overwrite, sets=sets)
+    options: dict[str, Any] = {"out": out, "overwrite": overwrite, "device": device, "sets": sets}
+    merge_run = read_run(run, base=base, experts=expert, method=method, samples=samples, **options)
     merge_plan = make_plan(merge_run, download=False)
     facts = _plan_facts(merge_plan, estimate_time(merge_plan))
     if as_json:
@@ -86,6 +104,7 @@ def weights(
     expert: Experts = None,
     method: Method = None,
     samples: Samples = None,
+    device: Device = None,
     sets: Sets = None,
     picture: Annotated[Path | None, typer.Option(help="Also save a picture: .png, .svg or .html.")] = None,
     as_json: AsJson = False,
@@ -98,7 +117,7 @@ def weights(
     from recall_merge.merging.layerwise import compute_weights
     from recall_merge.merging.plan import make_plan
 
-    merge_run = read_run(run, base=base, experts=expert, method=method, samples=samples, sets=sets)
+    merge_run = read_run(run, base=base, experts=expert, method=method, samples=samples, device=device, sets=sets)
     result = compute_weights(make_plan(merge_run, writes=False), progress(quiet or as_json))
     tables = _tables(result)
     if picture is not None:
@@ -121,6 +140,7 @@ def stats(
     samples: Samples = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the statistics; the expert's own by default.")] = None,
     rank: Annotated[int, typer.Option(min=0, help="Directions to keep of each second moment.")] = 24,
+    device: Device = None,
     sets: Sets = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -133,7 +153,8 @@ def stats(
     """
     from recall_merge.merging.statistics import make_statistics
 
-    merge_run = read_run(run, base=base, experts=expert, method=None if run else "aligned", samples=samples, sets=sets)
+    method = None if run else "aligned"
+    merge_run = read_run(run, base=base, experts=expert, method=method, samples=samples, device=device, sets=sets)
     statistics = make_statistics(merge_run, rank=rank, folder=out, progress=progress(quiet or as_json))
     facts = {key: value for key, value in statistics.facts.items() if key != "tensors"}
     count = len(statistics.facts["tensors"])
@@ -184,6 +205,7 @@ LABELS = {"seconds": "time", "memory": "peak memory", "memory_of_weights": "peak
 
 def _plan_facts(plan: Plan, estimate: Estimate) -> dict[str, Any]:
     from recall_merge.merging.cost import passes, peak_memory, weights_memory
+    from recall_merge.merging.placement import work_on
     from recall_merge.merging.run import SampleWeights
 
     rule: Any = plan.weights
@@ -203,6 +225,7 @@ def _plan_facts(plan: Plan, estimate: Estimate) -> dict[str, Any]:
         "tensors": len(plan.specs),
         "shards": len(plan.shards),
         "passes": passes(plan),
+        "device": ": ".join(filter(None, [str(plan.device), " and ".join(work_on(plan.device, plan.method, rule))])),
         "bytes_to_download": plan.bytes_to_download,
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,

@@ -29,6 +29,10 @@ Allowed = Annotated[
     typer.Option("--allow-argument", metavar="NAME", help="Accept an argument of training that may do more than train; repeat."),
 ]
 Executor = Annotated[str, typer.Option(help="Where the work runs: local, ray, or ray://ADDRESS.")]
+Device = Annotated[
+    str | None,
+    typer.Option(help="Where models and heavy methods run: auto (the default), cpu, cuda, cuda:1, mps or xpu.", show_default=False),
+]
 ResultBase = Annotated[str | None, typer.Option(help="The result's base, if it is not where the record says.")]
 ResultExperts = Annotated[
     list[str] | None, typer.Option("--expert", "-e", metavar="NAME=PATH", help="An expert that is not where the record says; repeat.")
@@ -46,6 +50,7 @@ def read_run(
     samples: str | None = None,
     out: Path | None = None,
     overwrite: bool = False,
+    device: str | None = None,
     sets: list[str] | None = None,
 ) -> MergeRun:
     """The run that a command is given by a file, by options, or by both; options override the file.
@@ -57,7 +62,7 @@ def read_run(
     from recall_merge.merging.plan import all_faults
     from recall_merge.merging.run import MergeRun
 
-    flags = {"base": base, "method": method, "out.path": out, "out.overwrite": overwrite or None}
+    flags = {"base": base, "method": method, "device": device, "out.path": out, "out.overwrite": overwrite or None}
     keys: dict[str, Any] = {key: value for key, value in flags.items() if value is not None}
     faults = Faults()
     with faults.collect():

@@ -10,7 +10,7 @@ import typer
 
 from recall_merge.cli import terminal_charts
 from recall_merge.cli.console import out, print_json, print_notes, progress, table
-from recall_merge.cli.options import Allowed, AsJson, Method, Quiet, Sets, settings_of, words_of
+from recall_merge.cli.options import Allowed, AsJson, Device, Method, Quiet, Sets, settings_of, words_of
 from recall_merge.runtime.errors import RunError
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def learn(
         str | None, typer.Option(metavar="A,B,..", help="Tasks to score but not to learn: FILE, NAME=FILE, or of lm-eval.")
     ] = None,
     method: Method = None,
+    device: Device = None,
     sets: Sets = None,
     allow: Allowed = None,
     as_json: AsJson = False,
@@ -71,7 +72,7 @@ def learn(
 
     tasks = words_of(unseen)
     options = {"train": train, "metric": metric, "start": start, "expert": expert, "same_base": same_base}
-    options |= {"unseen": tasks, "method": method, "sets": settings_of(sets)}
+    options |= {"unseen": tasks, "method": method, "sets": settings_of(sets) | ({"device": device} if device else {})}
     learned = learn(workspace, _request(task, test, options), allowed=allow or (), progress=progress(quiet or as_json))
     stage, line = learned.stage, branch(learned.state, learned.stage.id)
     model = workspace / stage.merged.path

@@ -14,6 +14,7 @@ from recall_merge.files.companions import chat_template
 from recall_merge.files.row_sources import RowSource, Template
 from recall_merge.merging.rules import Rules, make_rules, method_named
 from recall_merge.merging.run import ByLayer, MergeRun, Ramp
+from recall_merge.runtime.device import DeviceName
 from recall_merge.runtime.errors import Faults, RunError
 from recall_merge.runtime.sections import Section, assign, parse
 from recall_merge.training.settings import TrainSettings
@@ -38,9 +39,9 @@ class Scoring(Section):
 
     batch_size: int = Field(default=8, ge=1, description="prompts at a time; changes the time only")
     limit: int | None = Field(default=None, ge=1, description="only the first rows of each task")
-    device: str | None = Field(default=None, description="a GPU if there is one, by default")
+    device: DeviceName | None = Field(default=None, description="by default the `device` of all other work")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
-        default=None, description="of the models; float32 on a CPU, and on a GPU their own, by default"
+        default=None, description="of the models; float32 on the processor, and on an accelerator their own, by default"
     )
     words: bool = Field(default=False, description="keep the models' answers too; by default only whether they are right")
 
@@ -89,6 +90,10 @@ class Settings(MergeRun):
         if experts > 1 or method is None or method.experts[0] <= experts:
             return self
         return self.model_copy(update={"method": "linear", "options": {}, "weights": "uniform", "prune": None, "scale_by_layer": None})
+
+    @property
+    def scoring_device(self) -> str:
+        return self.scoring.device or self.device
 
     def training_settings(self) -> TrainSettings:
         return self.training.model_copy(update={"template": self.template})

@@ -31,7 +31,16 @@ from recall_merge.continual.state import (
     stored_path,
     write_state,
 )
-from recall_merge.continual.steps import KeyedFile, fingerprint, is_same, merge_models, score_model, scores_key, take_statistics
+from recall_merge.continual.steps import (
+    KeyedFile,
+    accelerator_facts,
+    fingerprint,
+    is_same,
+    merge_models,
+    score_model,
+    scores_key,
+    take_statistics,
+)
 from recall_merge.continual.validation import Request, StageValidation, ValidatedStage, draft
 from recall_merge.files.adapter import is_adapter
 from recall_merge.files.model_card import MODEL_CARD, add_scores
@@ -139,7 +148,7 @@ class StageRunner:
         if given is None:
             settings = self._settings.training_settings()
             options: dict[str, Any] = {"overwrite": True, "progress": self._progress, "allowed": settings.arguments}  # validation has asked
-            train(self._start(self._spec), self._stage.rows, target, settings, **options)
+            train(self._start(self._spec), self._stage.rows, target, settings, device=self._settings.device, **options)
         else:
             source = locate_model(self._folder, given)
             if not is_adapter(source):
@@ -179,6 +188,7 @@ class StageRunner:
         scored = (self._spec.task, *self._spec.unseen, *(stage.task for stage in self._lineage))
         hashes = {task.name: [task.test and task.test.identity, task.metric] for task in scored}
         asked = scoring.model_dump(mode="json", exclude={"batch_size"}) | {"template": settings.template}
+        asked |= accelerator_facts(settings.scoring_device)
         key = scores_key({role: [target.fingerprint, target.tasks] for role, target in targets.items()}, hashes, asked)
         kept = KeyedFile(self._scores_file, key)
         scores: StageScores = kept.content.setdefault("scores", {})
@@ -194,7 +204,7 @@ class StageRunner:
         for role, target in targets.items():
             done = scores.setdefault(role, {})
             missing = [tasks[name] for name in target.tasks if name not in done]
-            load = partial(load_model, target.folder, target.base, device=scoring.device, dtype=scoring.dtype)
+            load = partial(load_model, target.folder, target.base, device=settings.scoring_device, dtype=scoring.dtype)
             score_model(load, missing, partial(keep, role), **options, progress=self._progress)
         return scores
 

@@ -25,6 +25,7 @@ from recall_merge.merging.merge import MergeResult, merge, reuse
 from recall_merge.merging.run import MergeRun
 from recall_merge.merging.statistics import RANK, make_statistics
 from recall_merge.report.merge_charts import draw_weights
+from recall_merge.runtime.device import find_device, hardware
 from recall_merge.runtime.durable import write_whole
 from recall_merge.runtime.errors import CheckpointError
 from recall_merge.runtime.progress import Progress
@@ -37,6 +38,12 @@ SCORES_FORMAT = 3  # of the files that keep scores; part of their key
 def key_of(facts: Mapping[str, Any]) -> str:
     """SHA-256 of facts: two pieces of work with the same key give the same result."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def accelerator_facts(device: str) -> dict[str, str]:
+    """What an accelerator adds to the facts of work: its name, as numbers from another one differ. Nothing for the processor."""
+    name = hardware(find_device(device))
+    return {} if name == "cpu" else {"hardware": name}
 
 
 def fingerprint(folder: Path) -> str:
@@ -88,7 +95,7 @@ def take_statistics(run: MergeRun, folder: Path, *, rank: int = RANK, progress: 
     assert run.samples is not None, "statistics are taken from rows"
     facts: dict[str, Any] = {"rank": rank, "seed": run.seed, "samples": run.samples.model_dump(mode="json", exclude={"path"})}
     facts |= {"rows": run.samples.digest(), "versions": versions()}
-    facts |= {"base": fingerprint(Path(run.base)), "expert": fingerprint(Path(run.experts[-1].path))}
+    facts |= {"base": fingerprint(Path(run.base)), "expert": fingerprint(Path(run.experts[-1].path))} | accelerator_facts(run.device)
     made = KeyedFile(folder / KEY, key_of(facts))
     if not made.exists:
         (folder / KEY).unlink(missing_ok=True)  # subtle: statistics that a stop leaves half replaced belong to no key

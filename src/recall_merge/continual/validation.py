@@ -23,10 +23,11 @@ from recall_merge.files.statistics import STATS
 from recall_merge.merging.plan import make_plan
 from recall_merge.merging.rules import Rules
 from recall_merge.merging.run import MergeRun, SampleWeights
+from recall_merge.runtime.device import find_device
 from recall_merge.runtime.errors import CheckpointError, Faults, MissingExtra, WorkspaceError
 from recall_merge.runtime.paths import exists, path_of
 from recall_merge.training.fine_tuning import check_rows
-from recall_merge.training.settings import check_arguments
+from recall_merge.training.settings import check_arguments, training_device
 
 RESERVED = ("base", "merged")  # words that stand beside the names of tasks
 
@@ -214,7 +215,9 @@ class StageValidation:
             if self._state:
                 with faults.collect():
                     check_overrides(settings, self._state.settings)
+            faults.attempt(find_device, settings.scoring_device)
             if spec.given is None:
+                faults.attempt(training_device, settings.device)
                 with faults.collect():
                     check_arguments(settings.training, self._allowed)
                 if spec.train is None:

@@ -121,13 +121,15 @@ def demo(
 
 def _train(folder: Path, task: DemoTask, progress: Progress) -> bool:
     """Train a task's expert; returns whether an earlier run had done so."""
-    return train(folder / "base", read_rows(task.train), folder / "experts" / task.name, SETTINGS, overwrite=True, progress=progress).reused
+    return train(
+        folder / "base", read_rows(task.train), folder / "experts" / task.name, SETTINGS, device="cpu", overwrite=True, progress=progress
+    ).reused
 
 
 def _merge_run(folder: Path, tasks: Sequence[DemoTask], name: str) -> MergeRun:
     experts = [{"name": task.name, "path": str(folder / "experts" / task.name)} for task in tasks]
     samples = {"path": str(tasks[-1].train)} if name == "recall" else None
-    run = {"base": str(folder / "base"), "experts": experts, "samples": samples, "method": MERGES[name]}
+    run = {"base": str(folder / "base"), "experts": experts, "samples": samples, "method": MERGES[name], "device": "cpu"}
     return MergeRun.model_validate(run | {"out": {"path": folder / name, "overwrite": True}})
 
 

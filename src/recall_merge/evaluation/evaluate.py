@@ -18,6 +18,7 @@ from recall_merge.files.hub import locate
 from recall_merge.files.model_card import MODEL_CARD, add_scores, read_model_card
 from recall_merge.files.row_sources import RowSource, read_template
 from recall_merge.models.load import load_model
+from recall_merge.runtime.device import find_device
 from recall_merge.runtime.errors import (
     CheckpointError,
     DataError,
@@ -58,6 +59,7 @@ def evaluate(
             a file, a folder, or what `RowSource.of` reads: `{path: openai/gsm8k, config: main, columns: {prompt: question}}`.
         template: apply the model's chat template if it has one; or that of a Jinja file.
         base: the base of an adapter; by default the one that its config names.
+        device: as `find_device` takes it; a model that is too large for one accelerator is spread over all of them and the processor.
         executor: `local`, `ray` or `ray://ADDRESS`, where each task is scored by a worker of its own; all nodes must find the model.
         metrics: task -> metric, where it is not the default.
         card: add the scores to the model card in the model's folder.
@@ -67,8 +69,9 @@ def evaluate(
     """
     if find_spec("lm_eval") is None:
         raise MissingExtra("eval", "scoring")
-    check_executor(executor)
+    device = check_executor(executor, device)
     faults, folders = Faults(), (Path(), None)
+    faults.attempt(find_device, device, where="--device")
     with faults.collect():
         folders = _find_model(model, base)
         if card:

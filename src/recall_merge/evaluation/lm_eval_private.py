@@ -127,8 +127,8 @@ class LocalModel(HFLM):
         if longer:
             out.past_key_values.batch_repeat_interleave(len(longer))
             # padding is on the right, after all that is scored, so causal attention never sees it
-            tails, _, _ = padded([batch[0].tails[n] for n in longer])
-            logits = self._forward(tails.to(self.device), past_key_values=out.past_key_values).logits
+            tails, _, _ = padded([batch[0].tails[n] for n in longer], self.device)
+            logits = self._forward(tails, past_key_values=out.past_key_values).logits
             own = log_softmax(logits.float(), dim=-1)  # (R, t, V), from p on
         for row, group in enumerate(batch):
             for n in group.numbers:

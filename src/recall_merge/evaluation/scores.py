@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from recall_merge.evaluation.tasks import Definition, TaskSpec, build_task, chec
 from recall_merge.files.rows import numbered, unread_columns
 from recall_merge.models.load import load_tokenizer
 from recall_merge.models.tokens import token_ids
+from recall_merge.runtime.device import is_full
 from recall_merge.runtime.errors import CheckpointError, DataError, Faults, RunError, did_you_mean
 from recall_merge.runtime.progress import Progress, Silent
 
@@ -66,7 +68,8 @@ def score_tasks(
     """The score of a loaded model on each task, in the order of the tasks.
 
     The batch size changes the time, and no score. (For written answers this holds in float32. In bfloat16 the last bits depend on the
-    shapes that are multiplied, and are coarse enough to change a close word.)
+    shapes that are multiplied, and are coarse enough to change a close word.) Where the memory of an accelerator is too small for it,
+    prompts are asked one by one; where it is too small for that, the model moves to the processor, in float32, and a note says so.
 
     Args:
         limit: only the first rows of each task.
@@ -76,14 +79,40 @@ def score_tasks(
     Raises:
         RunError: if a task is not known, or a metric does not fit.
         DataError: if rows cannot be scored, or do not fit the model.
+        CheckpointError: if a model that is spread over several devices leaves too little memory for a prompt.
     """
     check_tasks(tasks).raise_any(RunError)
+    score = partial(_score_loaded, model, tokenizer, tasks, limit=limit, template=template, progress=progress or Silent())
+    for size in dict.fromkeys((batch_size, 1)):
+        try:
+            return score(batch_size=size)
+        except RuntimeError as error:
+            if model.device.type == "cpu" or not is_full(error):
+                raise
+    if hasattr(model, "hf_device_map"):
+        what = "the devices that the model is spread over have too little memory left for a prompt"
+        raise CheckpointError(what, where=model.name_or_path, fix="score it on the processor: --device cpu")
+    note = f"{model.device} has too little memory for a prompt at a time: the processor scored the model, in float32"
+    model.to("cpu").float()
+    return [replace(each, notes=(*each.notes, note)) for each in score(batch_size=batch_size)]
+
+
+def _score_loaded(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[TaskSpec],
+    *,
+    batch_size: int,
+    limit: int | None,
+    template: bool | str,
+    progress: Progress,
+) -> list[TaskScore]:
     from recall_merge.evaluation.lm_eval_private import LocalModel, silence
 
     from_rows, named = [task for task in tasks if task.rows is not None], [task for task in tasks if task.rows is None]
     with silence(), greedy(model, tokenizer) as ends:
         objects = load_named([task.name for task in named])
-        local = LocalModel(model, tokenizer, batch_size=batch_size, progress=progress or Silent())
+        local = LocalModel(model, tokenizer, batch_size=batch_size, progress=progress)
         window = local.max_length
         definitions = {task.name: define(task, tokenizer, template=template, ends=ends, window=window) for task in from_rows}
         _check_lengths(definitions, tokenizer, window).raise_any(DataError)

@@ -114,8 +114,11 @@ def hidden_states_of(plan: Plan, number: int, texts: Sequence[str], whole: bool)
 
 
 def plan_for_tasks(plan: Plan) -> Plan:
-    """The plan for one of several tasks at a time: as many threads as the run gives, or one. The result does not depend on that."""
-    return replace(plan, run=plan.run.model_copy(update={"threads": plan.run.threads or 1}))
+    """The plan for one of several tasks at a time: on a processor, with as many threads as the run gives, or one.
+
+    The result does not depend on the threads.
+    """
+    return replace(plan, run=plan.run.model_copy(update={"threads": plan.run.threads or 1}), device=torch.device("cpu"))
 
 
 def run_tasks(plan: Plan, executor: Executor, tasks: Sequence[Task], done: Callable[[int], None] = lambda _: None) -> list[Any]:

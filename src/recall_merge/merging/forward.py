@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from recall_merge.files.experts import Expert, own_rows, own_tensor, own_tensors
 from recall_merge.merging.inputs import embedding_rows, tokenizer_of
+from recall_merge.merging.placement import BATCHES
 from recall_merge.merging.plan import Plan
 from recall_merge.merging.run import RecallWeights
 from recall_merge.merging.unsound import refuse_nonfinite
 from recall_merge.models.tokens import token_ids
+from recall_merge.runtime.device import is_full
 from recall_merge.runtime.errors import CheckpointError
 
 if TYPE_CHECKING:
     from recall_merge.models.layerwise import LayerwiseForward
 
 Tokens = Sequence[Sequence[int]]
+T = TypeVar("T")
 
 
 def expert_tokenizer(plan: Plan, expert: Expert) -> Any:
@@ -45,6 +49,8 @@ def start_forward(plan: Plan, expert: Expert, rule: RecallWeights, tokens: Token
         pooling=rule.pooling,
         threads=plan.threads,
         one_by_one=one_by_one,
+        device=plan.device,
+        batch_tokens=plan.batch_tokens,
     )
 
 
@@ -74,7 +80,7 @@ def hidden_states_at(
             if layer in wanted:
                 states.append(reached)
             advance(1)
-    return check_finite(plan, expert, torch.stack(states))
+    return check_finite(plan, expert, torch.stack(states).cpu())
 
 
 def whole_hidden_states_at(plan: Plan, expert: Expert, rule: RecallWeights, tokens: Tokens, layers: Iterable[int]) -> Tensor:
@@ -82,16 +88,37 @@ def whole_hidden_states_at(plan: Plan, expert: Expert, rule: RecallWeights, toke
     from recall_merge.models.hidden_states import pooled_hidden_states
 
     model, at = load_expert(plan, expert, rule), list(layers)
-    states = pooled_hidden_states(model, tokens, plan.base.layers, at=at, pooling=rule.pooling, threads=plan.threads)
-    return check_finite(plan, expert, states)
+    threads = plan.threads if plan.device.type == "cpu" else 1
+    options: dict[str, Any] = {"pooling": rule.pooling, "threads": threads, "batch_tokens": plan.batch_tokens}
+    return check_finite(plan, expert, pooled_hidden_states(model, tokens, plan.base.layers, at=at, **options))
 
 
 def load_expert(plan: Plan, expert: Expert, rule: RecallWeights) -> Any:
-    """An expert as a whole transformers model."""
+    """An expert as a whole transformers model, on the plan's device."""
     from recall_merge.models.load import build_model
 
     tensors = own_tensors(expert, plan.base, plan.merges)
-    return build_model(plan.base.folder, tensors, dtype=rule.precision, vocabulary_size=len(tensors[plan.base.embedding]))
+    model = build_model(plan.base.folder, tensors, dtype=rule.precision, vocabulary_size=len(tensors[plan.base.embedding]))
+    return model.to(plan.device)
+
+
+def where_it_fits(plan: Plan, work: Callable[[Plan], T], notes: list[str], *, batches: Sequence[int] = BATCHES) -> T:
+    """What `work` gives for the plan on its device; where its memory is too small, in smaller batches, and at last on the processor.
+
+    `notes` learns what did not fit.
+    """
+    if plan.device.type == "cpu":
+        return work(plan)
+    for tokens in batches:
+        try:
+            return work(replace(plan, batch_tokens=tokens))
+        except RuntimeError as error:
+            if not is_full(error):
+                raise
+        torch.accelerator.empty_cache()  # subtle: by now the error is gone, and with it what its frames held
+        what = f"batches of {tokens:,} tokens: smaller ones were run" if tokens > 1 else "a text at a time: the processor ran the models"
+        notes.append(f"{plan.device} has too little memory for {what}")
+    return work(replace(plan, device=torch.device("cpu")))
 
 
 def check_finite(plan: Plan, expert: Expert, states: Tensor) -> Tensor:

@@ -18,7 +18,15 @@ from torch import Tensor
 from recall_merge.files.checkpoint import Checkpoint
 from recall_merge.files.experts import FullExpert
 from recall_merge.maths.similarity import similarity
-from recall_merge.merging.forward import Tokens, check_finite, layer_parameters, start_forward, tokens_of, whole_hidden_states_at
+from recall_merge.merging.forward import (
+    Tokens,
+    check_finite,
+    layer_parameters,
+    start_forward,
+    tokens_of,
+    where_it_fits,
+    whole_hidden_states_at,
+)
 from recall_merge.merging.plan import Plan
 from recall_merge.merging.run import DEFAULT_RECALL, LossWeights, RecallWeights
 from recall_merge.merging.samples import TypicalSamples, choose_samples
@@ -95,38 +103,48 @@ def run_pass(
 
 
 def hidden_states_here(plan: Plan, rule: RecallWeights, texts: Sequence[str], visit: Visit, *, hold: bool) -> list[str]:
-    """Block by block, or whole models from where an architecture does not allow that; `hold` keeps a layer's bytes while it is visited."""
+    """Block by block, or whole models from where an architecture does not allow that; `hold` keeps a layer's bytes while it is visited.
+
+    Where a device turns out to be too small, all models start again, and the layers that were visited stay as they are.
+    """
     tokens = [tokens_of(plan, expert, texts) for expert in plan.compared]
-    visited = 0
-    try:
-        with ExitStack() as stack:
-            pairs = zip(plan.compared, tokens, strict=True)
-            forwards = [stack.enter_context(start_forward(plan, expert, rule, ids)) for expert, ids in pairs]
-            for layer in range(plan.base.layers.blocks + 1):
-                _visit_layer(plan, rule, forwards, tokens, layer, visit, hold=hold)
+    visited, notes = 0, list[str]()
+
+    def run(placed: Plan) -> None:
+        nonlocal visited
+        try:
+            with ExitStack() as stack:
+                pairs = zip(placed.compared, tokens, strict=True)
+                forwards = [stack.enter_context(start_forward(placed, expert, rule, ids)) for expert, ids in pairs]
+                for layer in range(plan.base.layers.blocks + 1):
+                    held, states = _step(placed, rule, forwards, tokens, layer, hold=hold and layer == visited)
+                    if layer == visited:
+                        visit(layer, replace(held, device=plan.device), states)
+                        visited += 1
+                    del held  # nothing holds its blocks when the next ones are read
+        except NotLayerwise as error:
+            left = range(visited, plan.base.layers.blocks + 1)
+            pairs = zip(placed.compared, tokens, strict=True)
+            states = torch.stack([whole_hidden_states_at(placed, expert, rule, ids, left) for expert, ids in pairs], dim=1)
+            for layer, reached in zip(left, states, strict=True):
+                visit(layer, plan, reached)
                 visited += 1
-    except NotLayerwise as error:
-        left = range(visited, plan.base.layers.blocks + 1)
-        pairs = zip(plan.compared, tokens, strict=True)
-        states = torch.stack([whole_hidden_states_at(plan, expert, rule, ids, left) for expert, ids in pairs], dim=1)
-        for layer, reached in zip(left, states, strict=True):
-            visit(layer, plan, reached)
-        return [whole_note(error)]
-    return []
+            notes.append(whole_note(error))
+
+    where_it_fits(plan, run, notes)
+    return notes
 
 
-def _visit_layer(
-    plan: Plan, rule: RecallWeights, forwards: Sequence[LayerwiseForward], tokens: Sequence[Tokens], layer: int, visit: Visit, *, hold: bool
-) -> None:
-    """One layer of all models. A function of its own, so that nothing holds its blocks when the next ones are read."""
+def _step(
+    plan: Plan, rule: RecallWeights, forwards: Sequence[LayerwiseForward], tokens: Sequence[Tokens], layer: int, *, hold: bool
+) -> tuple[Plan, Tensor]:
+    """One layer of all models: the plan, with the bytes of that layer in memory if they are held, and the hidden states."""
     from recall_merge.models.layerwise import step
 
     held = _with_layer_in_memory(plan, layer) if hold else plan
     pairs = zip(held.compared, tokens, strict=True)
     states = step(forwards, [partial(layer_parameters, held, expert, rule, layer, ids) for expert, ids in pairs])
-    for expert, reached in zip(plan.compared, states, strict=True):
-        check_finite(plan, expert, reached)
-    visit(layer, held, torch.stack(states))
+    return held, torch.stack([check_finite(plan, expert, reached.cpu()) for expert, reached in zip(plan.compared, states, strict=True)])
 
 
 def _with_layer_in_memory(plan: Plan, layer: int) -> Plan:

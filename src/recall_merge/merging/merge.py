@@ -78,9 +78,9 @@ def merge(run: MergeRun, *, executor: str = LOCAL, progress: Progress | None = N
         RecallError: with every fault of the run and its files, before any work starts; or with what went wrong later. A merge that
             fails leaves nothing behind, and what stood in the output's place stays as it was.
     """
-    check_executor(executor)
+    device = check_executor(executor, run.device)
     memory.one_heap()
-    return apply(make_plan(run), executor=executor, progress=progress, draw=draw)
+    return apply(make_plan(run.model_copy(update={"device": device})), executor=executor, progress=progress, draw=draw)
 
 
 def apply(plan: Plan, *, executor: str = LOCAL, progress: Progress | None = None, draw: Draw | None = None) -> MergeResult:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recall_merge.files.checkpoint import Checkpoint
 from recall_merge.files.companions import chat_template, ends, write_settings
@@ -23,13 +23,18 @@ from recall_merge.files.safetensors import CODES, TensorSpec
 from recall_merge.files.statistics import InputStatistics, has_statistics
 from recall_merge.files.vocabulary import Vocabulary, plan_vocabulary, read_vocabulary
 from recall_merge.merging.inputs import check_distinct, embedding_rows, locate_models, open_base, open_expert, read_statistics, tokenizer_of
+from recall_merge.merging.placement import placement_notes, work_on
 from recall_merge.merging.rules import GivenWeights, Override, Rules, choose_method, make_rules, overrides_of_tensors, weights_per_layer
 from recall_merge.merging.run import MergeRun, RecallWeights, Samples, SampleWeights, skipped
 from recall_merge.models.tokens import DATE, render_rows, writes_date
+from recall_merge.runtime.device import find_device, hardware
 from recall_merge.runtime.errors import CheckpointError, Faults, OutputError, RunError, did_you_mean
 from recall_merge.runtime.parallel import cores
 from recall_merge.runtime.paths import path_of
 from recall_merge.runtime.sections import parse
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +49,8 @@ class Plan(Rules):
         texts: those rows as the newest expert reads them; empty where the run compares none.
         specs: the result's tensors in the order of writing: by layer, then as in the base.
         statistics: one entry per expert, where the method uses them.
+        device: where forward passes and heavy methods run.
+        batch_tokens: padded tokens per batch of the forward passes; None for the processor's.
         notes: what a reader of the result should know.
         inputs: the state of all input files before they were first read.
     """
@@ -60,6 +67,8 @@ class Plan(Rules):
     specs: Mapping[str, TensorSpec]
     shards: list[Shard]
     located: Mapping[str, Located]
+    device: torch.device
+    batch_tokens: int | None = None
     statistics: tuple[InputStatistics | None, ...] = ()
     notes: list[str] = field(default_factory=list)
     inputs: FileStates = field(default_factory=lambda: FileStates({}), repr=False)
@@ -78,6 +87,11 @@ class Plan(Rules):
     @property
     def threads(self) -> int:
         return self.run.threads or cores()
+
+    @property
+    def hardware(self) -> str:
+        """What decides the bytes: the kind of accelerator that the merge uses, or the processor."""
+        return hardware(self.device) if work_on(self.device, self.method, self.weights) else "cpu"
 
     @property
     def compared(self) -> list[Expert]:
@@ -114,6 +128,11 @@ class Plan(Rules):
     def merges(self, name: str) -> bool:
         """Whether a tensor is merged. `skip`, or a dtype other than floating point, keeps the base's."""
         return self.specs[name].is_float and not skipped(name, self.run.skip)
+
+    def note(self, words: str) -> None:
+        """Add a note that the work gives reason to, once."""
+        if words not in self.notes:
+            self.notes.append(words)
 
     def aligns(self, name: str) -> bool:
         """Whether the rows of a tensor are matched by token."""
@@ -171,6 +190,7 @@ def make_plan(run: MergeRun | Mapping[str, Any], *, writes: bool = True, downloa
     run, notes = _with_method(run, located)
     rules = faults.attempt(make_rules, run)
     rows = _read_rows(run, rules, faults)
+    device = faults.attempt(find_device, run.device)
     faults.attempt(not_located.raise_any)
     base = faults.attempt(open_base, located["base"]) if "base" in located else None
     experts: list[Expert] = []
@@ -181,9 +201,9 @@ def make_plan(run: MergeRun | Mapping[str, Any], *, writes: bool = True, downloa
         experts = [expert for expert in opened if expert is not None]
     if writes:
         faults.attempt(_check_output, run, located)
-    if base is None or rules is None or len(experts) < len(run.experts):
+    if base is None or rules is None or device is None or len(experts) < len(run.experts):
         faults.raise_any()
-    assert base is not None and rules is not None
+    assert base is not None and rules is not None and device is not None
 
     rule = rules.weights
     weights = rule if isinstance(rule, SampleWeights) else faults.attempt(weights_per_layer, rule, base.layers, "weights")
@@ -207,7 +227,7 @@ def make_plan(run: MergeRun | Mapping[str, Any], *, writes: bool = True, downloa
     statistics = read_statistics(run, experts, base, located, faults) if rules.method.informed else ()
     faults.raise_any()
     assert weights is not None
-    notes += [*vocabulary_notes, *unread_columns(rows), *_unheard(run, base, experts), *date]
+    notes += [*placement_notes(device, rules.method, rule), *vocabulary_notes, *unread_columns(rows), *_unheard(run, base, experts), *date]
     for expert in experts:
         if isinstance(expert, AdapterExpert) and base.is_tied and base.embedding in expert.source.edits:
             notes.append(f"expert '{expert.name}' trains the embedding, to which the head is tied: both change, as in PEFT's own merge")
@@ -230,6 +250,7 @@ def make_plan(run: MergeRun | Mapping[str, Any], *, writes: bool = True, downloa
         specs=specs,
         shards=plan_shards(specs, run.out.shard_size),
         located=located,
+        device=device,
         statistics=statistics,
         notes=notes,
         inputs=inputs,

@@ -31,8 +31,8 @@ from recall_merge.runtime.errors import Fault, Faults, ResultError
 
 
 def inputs_for_record(plan: Plan) -> dict[str, Any]:
-    """The resolved run, its method, hashes of rows and texts, and versions: known before any work, and equal for equal work."""
-    run = plan.run.model_dump(mode="json", exclude={"threads"})  # threads do not change the result
+    """The resolved run, its method, hashes of rows and texts, device and versions: known before any work, and equal for equal work."""
+    run = plan.run.model_dump(mode="json", exclude={"threads", "device"})  # neither threads nor the number of a device change the result
     run["base"] = public_name(plan, "base")
     for entry in run["experts"]:
         entry["path"] = public_name(plan, entry["name"])
@@ -45,7 +45,7 @@ def inputs_for_record(plan: Plan) -> dict[str, Any]:
         rows = plan.run.samples.digest(plan.rows)
     method = {"name": plan.name, "source": plan.source, "options": dict(plan.options)}
     texts = {"base": hash_texts(plan.base.folder), **{expert.name: hash_texts(expert.folder) for expert in plan.experts}}
-    return {"run": run, "method": method, "rows_sha256": rows, "texts": texts, "versions": versions()}
+    return {"run": run, "method": method, "rows_sha256": rows, "texts": texts, "device": plan.hardware, "versions": versions()}
 
 
 def record_of(plan: Plan, weights: MergeWeights, digest: ModelDigest) -> dict[str, Any]:

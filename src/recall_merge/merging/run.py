@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag,
 from pydantic_core import PydanticCustomError
 
 from recall_merge.files.row_sources import RowSource, Template
+from recall_merge.runtime.device import DeviceName
 from recall_merge.runtime.errors import did_you_mean
 from recall_merge.runtime.paths import exists, path_of
 from recall_merge.runtime.sections import NonNegative, Positive, Section, assign, parse, read_mapping
@@ -234,6 +235,10 @@ class MergeRun(Section):
     out: Out = Field(default_factory=lambda: Out.model_validate({}))
     seed: int = 0
     threads: int | None = Field(None, ge=1, description="default: one per core; does not change the result")
+    device: DeviceName = Field(
+        "auto",
+        description="for forward passes and heavy methods: cpu, cuda, cuda:1, mps, xpu; auto: the first accelerator, or the processor",
+    )
 
     @field_validator("experts")
     @classmethod

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from recall_merge.maths.samples import typical_samples
-from recall_merge.merging.forward import expert_tokenizer, hidden_states_at, whole_hidden_states_at
+from recall_merge.merging.forward import expert_tokenizer, hidden_states_at, where_it_fits, whole_hidden_states_at
 from recall_merge.merging.plan import Plan
 from recall_merge.merging.run import RecallWeights
 from recall_merge.models.tokens import EncodedRow, encode_rows, render_rows, token_ids
@@ -56,10 +58,14 @@ def choose_samples(plan: Plan, rule: RecallWeights, progress: Progress) -> Typic
         spaces = {"last": [blocks], "middle": [(blocks + 1) // 2], "several": sorted({(blocks + 3) // 4, (blocks + 1) // 2, blocks})}
         layers = spaces[wanted.space]
         with progress.stage(f"choosing typical samples with {newest.name}", layers[-1] + 1, "blocks") as advance:
-            try:
-                states = hidden_states_at(plan, newest, rule, tokens, layers, advance)
-            except NotLayerwise:
-                states = whole_hidden_states_at(plan, newest, rule, tokens, layers)
+
+            def embed(plan: Plan) -> Tensor:
+                try:
+                    return hidden_states_at(plan, newest, rule, tokens, layers, advance)
+                except NotLayerwise:
+                    return whole_hidden_states_at(plan, newest, rule, tokens, layers)
+
+            states = where_it_fits(plan, embed, notes)
         typical = typical_samples(states.transpose(0, 1).flatten(1).numpy(), wanted.count, seed=plan.run.seed)
         chosen, sizes = list(typical.rows), list(typical.sizes)
     rows = tuple(TypicalSample(first_row[texts[i]], len(tokens[i]), size) for i, size in zip(chosen, sizes, strict=True))

@@ -18,18 +18,22 @@ from torch import Tensor
 from recall_merge.files.experts import FullExpert, widen
 from recall_merge.files.hashing import ModelDigest
 from recall_merge.maths.deltas import Delta, LowRank, dense
-from recall_merge.maths.methods import METHODS, Draws
+from recall_merge.maths.methods import METHODS, Draws, Method
 from recall_merge.maths.methods.informed import condition
 from recall_merge.maths.methods.registry import merge_present
 from recall_merge.maths.trimming import prune_by_saliency
 from recall_merge.maths.weights import lines_scales
+from recall_merge.merging.placement import takes
 from recall_merge.merging.plan import Plan
 from recall_merge.merging.spans import Piece, ThresholdSearch, Unit, units
 from recall_merge.merging.unsound import DeltaSizes, is_finite, keeps_numbers, refuse_nonfinite
 from recall_merge.merging.weights import MergeWeights
 from recall_merge.runtime import memory
+from recall_merge.runtime.device import is_full
 from recall_merge.runtime.errors import CheckpointError, ResultError
 from recall_merge.runtime.parallel import in_order
+
+ON_DEVICE = Lock()  # of the thread whose tensor is in an accelerator's memory
 
 
 class Writer(Protocol):
@@ -189,13 +193,30 @@ def _apply_method(
     if thresholds is not None:
         options["thresholds"] = thresholds
     if not method.informed:
-        return method.function(base, ready, weights, **options)
+        return _call(plan, method, base, ready, weights, options)
     moments = _moments(plan, name)
     options["moments"] = [moment and moment[0] for moment in moments]
     if any(moment is not None and moment[1] == 0 for moment in moments):  # stored as (i, o): the mathematics wants (o, i)
         turned = [LowRank(delta.down.mT, delta.up.mT) if isinstance(delta, LowRank) else delta.mT.contiguous() for delta in ready]
-        return method.function(base.mT.contiguous(), turned, weights, **options).mT.contiguous()
-    return method.function(base, ready, weights, **options)
+        return _call(plan, method, base.mT.contiguous(), turned, weights, options).mT.contiguous()
+    return _call(plan, method, base, ready, weights, options)
+
+
+def _call(plan: Plan, method: Method, base: Tensor, deltas: Sequence[Delta], weights: list[float], options: dict[str, Any]) -> Tensor:
+    """What the method gives: from the plan's device, if its work is worth the way there, where one tensor is at a time; else from here."""
+    device = plan.device
+    if not takes(device, method) or (method.matrices and base.ndim != 2):
+        return method.function(base, deltas, weights, **options)
+    try:
+        with ON_DEVICE:
+            moments = {name: [each and each.to(device) for each in options[name]] for name in ("moments",) if name in options}
+            there = [delta.to(device) for delta in deltas]
+            return method.function(base.to(device), there, weights, **{**options, **moments}).cpu()
+    except RuntimeError as error:
+        if not is_full(error):
+            raise
+    plan.note(f"{device} has too little memory for `{method.name}` of the largest tensors: the processor merged them")
+    return method.function(base, deltas, weights, **options)
 
 
 def _moments(plan: Plan, name: str) -> list[Any]:

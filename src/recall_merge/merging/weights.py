@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch.nn.functional import cross_entropy
 
 from recall_merge.files.experts import Expert, own_tensor
 from recall_merge.maths.weights import ablate, outside_blocks, softmax_weights
-from recall_merge.merging.forward import expert_tokenizer, layer_parameters, load_expert, start_forward
+from recall_merge.merging.forward import expert_tokenizer, layer_parameters, load_expert, start_forward, where_it_fits
+from recall_merge.merging.placement import BATCHES
 from recall_merge.merging.plan import Plan
 from recall_merge.merging.run import DEFAULT_RECALL, LossWeights, RecallWeights
 from recall_merge.merging.samples import TypicalSample, TypicalSamples, encode_samples
@@ -69,19 +71,24 @@ def weights_from_similarity(plan: Plan, rule: RecallWeights, similarity: Tensor,
 
 def weights_from_losses(plan: Plan, rule: LossWeights, samples: TypicalSamples, progress: Progress) -> MergeWeights:
     """Weights that are the same at every layer. CheckpointError if a model cannot be run, or its loss is not finite."""
-    losses: dict[str, float] = {}
+    losses, notes = dict[str, float](), list[str]()
     for expert in plan.experts:
         rows = encode_samples(plan, samples.rows, expert_tokenizer(plan, expert))
         with progress.stage(f"loss of {expert.name}", plan.base.layers.last + 1, "layers") as advance:
-            try:
-                losses[expert.name] = _layerwise_loss(plan, expert, rows, advance)
-            except NotLayerwise:
-                losses[expert.name] = mean_loss(load_expert(plan, expert, DEFAULT_RECALL), rows)
+            losses[expert.name] = where_it_fits(plan, partial(_loss, expert, rows, advance), notes, batches=BATCHES[-1:])
         if not math.isfinite(losses[expert.name]):
             raise CheckpointError(f"the loss of expert '{expert.name}' is not finite", where=expert.folder, fix="look at its training")
     row = softmax_weights(-torch.tensor([[*losses.values()]], dtype=torch.float64), temperature=rule.temperature)
     weights = row.repeat(plan.base.layers.last + 1, 1)
-    return MergeWeights(tuple(losses), weights, samples=samples.rows, notes=samples.notes, losses=losses)
+    return MergeWeights(tuple(losses), weights, samples=samples.rows, notes=(*samples.notes, *dict.fromkeys(notes)), losses=losses)
+
+
+def _loss(expert: Expert, rows: Sequence[EncodedRow], advance: Callable[[int], None], plan: Plan) -> float:
+    """`mean_loss` of an expert: layer by layer, or of the whole model."""
+    try:
+        return _layerwise_loss(plan, expert, rows, advance)
+    except NotLayerwise:
+        return mean_loss(load_expert(plan, expert, DEFAULT_RECALL), rows)
 
 
 def _layerwise_loss(plan: Plan, expert: Expert, rows: Sequence[EncodedRow], advance: Callable[[int], None]) -> float:
@@ -109,10 +116,12 @@ def _layerwise_loss(plan: Plan, expert: Expert, rows: Sequence[EncodedRow], adva
 @torch.inference_mode()
 def mean_loss(model: Any, rows: Sequence[EncodedRow]) -> float:
     """Mean over rows of the mean negative log-likelihood, in nats, of a row's labelled tokens. Each row runs on its own: none is padded."""
+    ids = (torch.tensor([row.input_ids], device=model.device) for row in rows)
     with running(model):
-        losses = [_row_loss(model(input_ids=torch.tensor([row.input_ids]), use_cache=False).logits[0], row) for row in rows]
+        losses = [_row_loss(model(input_ids=read, use_cache=False).logits[0], row) for read, row in zip(ids, rows, strict=True)]
     return sum(losses) / len(losses)
 
 
 def _row_loss(logits: Tensor, row: EncodedRow) -> float:
-    return float(cross_entropy(logits[:-1].float(), torch.tensor(row.labels[1:]), ignore_index=-100))
+    labels = torch.tensor(row.labels[1:], device=logits.device)
+    return float(cross_entropy(logits[:-1].float(), labels, ignore_index=-100))

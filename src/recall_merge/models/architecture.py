@@ -42,9 +42,7 @@ def outline(folder: Path) -> list[ParameterInfo]:
     ]
 
 
-def empty_model(
-    folder: Path, *, dtype: str = "float32", vocabulary_size: int | None = None, device: torch.device | None = None
-) -> Any:
+def empty_model(folder: Path, *, dtype: str = "float32", vocabulary_size: int | None = None, device: torch.device | None = None) -> Any:
     """The architecture of a folder in evaluation mode. Parameters are on the meta device; buffers have their numbers, on `device`.
 
     Raises CheckpointError if transformers does not know the architecture.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,13 @@ from recall_merge.files.experts import AdapterExpert, own_tensors
 from recall_merge.files.inert_folder import inert, open_tokenizer
 from recall_merge.files.resolved_config import BUILD_LOCK
 from recall_merge.files.vocabulary import read_vocabulary
+from recall_merge.runtime.device import find_device, is_full
 from recall_merge.runtime.errors import CheckpointError, RecallError, is_out_of_memory
 from recall_merge.runtime.parallel import process_wide
 from recall_merge.runtime.quiet import quiet
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 ONLY_KNOWN = "only architectures that transformers itself knows can be run; recall never runs code from a checkpoint"
@@ -30,24 +33,35 @@ def load_model(folder: Path, base: Path | None = None, *, device: str | None = N
 
     Args:
         base: the model that an adapter is on. Its tokenizer is used where `folder` has none.
-        device: by default a GPU if there is one.
-        dtype: by default float32 on a CPU, and on a GPU the dtype of the folder.
+        device: as `find_device` takes it. A model that is too large for one accelerator is spread over all of them and the processor.
+        dtype: by default float32 on the processor, and on an accelerator the dtype of the folder.
 
     Raises CheckpointError if the files cannot be used, or transformers does not know the architecture.
     """
-    import torch
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or ("float32" if device == "cpu" else "auto")
+    place = find_device(device)
+    dtype = dtype or ("float32" if place.type == "cpu" else "auto")
     tokenizer = load_tokenizer(folder, base)
     if not is_adapter(folder):
-        return build_model(folder, dtype=dtype).to(device), tokenizer
+        return placed(partial(build_model, folder, dtype=dtype), place), tokenizer
     assert base is not None, "an adapter is loaded on its base"
     checkpoint = open_checkpoint(base)
     tensors = own_tensors(AdapterExpert(folder.name, open_adapter(folder, checkpoint)), checkpoint, lambda _: True)
-    model = build_model(base, tensors, dtype=dtype, vocabulary_size=len(tensors[checkpoint.embedding]))
+    model = placed(partial(build_model, base, tensors, dtype=dtype, vocabulary_size=len(tensors[checkpoint.embedding])), place)
     model.name_or_path = str(folder)  # not the base's
-    return model.to(device), tokenizer
+    return model, tokenizer
+
+
+def placed(build: Callable[..., Any], device: torch.device) -> Any:
+    """A model on a device, from what builds it; spread over all accelerators, then the processor, where it is too large for that one."""
+    import torch
+
+    try:
+        return build().to(device)
+    except RuntimeError as error:
+        if device.type == "cpu" or not is_full(error):
+            raise
+    torch.accelerator.empty_cache()
+    return build(device_map="auto")
 
 
 def load_trainable(folder: Path, base: Path, *, dtype: str = "float32") -> Any:
@@ -62,7 +76,12 @@ def load_trainable(folder: Path, base: Path, *, dtype: str = "float32") -> Any:
 
 
 def build_model(
-    folder: Path, tensors: Mapping[str, Tensor] | None = None, *, dtype: str = "float32", vocabulary_size: int | None = None
+    folder: Path,
+    tensors: Mapping[str, Tensor] | None = None,
+    *,
+    dtype: str = "float32",
+    vocabulary_size: int | None = None,
+    device_map: str | None = None,
 ) -> Any:
     """A causal language model in evaluation mode.
 
@@ -71,6 +90,7 @@ def build_model(
         tensors: a whole model under the names of its files; what transformers renames or fuses on loading, it does here as well.
         dtype: 'float32', 'bfloat16', ... or 'auto' for the dtype of the config.
         vocabulary_size: rows of the token tensors, where they are not those of the config.
+        device_map: `auto` spreads the model over all devices, as accelerate does; by default it is on the processor.
 
     Raises CheckpointError if transformers does not know the architecture, or finds tensors missing or unexpected.
     """
@@ -83,8 +103,9 @@ def build_model(
         architecture, config = model_class(config)
         source = folder if tensors is None else None
         state = None if tensors is None else dict(tensors)
+        options = {"config": config, "state_dict": state, "dtype": dtype, "device_map": device_map}
         with Bounded(folder):
-            model, info = architecture.from_pretrained(source, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
+            model, info = architecture.from_pretrained(source, **options, output_loading_info=True)
         if tensors is not None and (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     from recall_merge.models.transformers_private import unread_names
@@ -158,7 +179,7 @@ def running(model: Any) -> Iterator[None]:
     except (RecallError, NotImplementedError):  # the latter from parameters that are not there yet
         raise
     except Exception as error:
-        if is_out_of_memory(error) or "meta" in str(error).lower():
+        if is_out_of_memory(error) or is_full(error) or "meta" in str(error).lower():
             raise
         what, fix = f"the model cannot be run: {_first_line(error)}", "check its config.json against that of the model it was made from"
         raise CheckpointError(what, where=getattr(model, "name_or_path", ""), fix=fix) from error

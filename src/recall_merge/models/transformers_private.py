@@ -23,6 +23,7 @@ from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from recall_merge.files.checkpoint import EXTRA_BLOCKS
+from recall_merge.runtime.device import is_full
 from recall_merge.runtime.errors import CheckpointError
 from recall_merge.runtime.quiet import quiet
 
@@ -40,6 +41,8 @@ class TensorLoader:
         """Put these tensors into the model. Raises CheckpointError if transformers does not expect them, or cannot convert them."""
         with quiet():
             report, _ = convert_and_load_state_dict_in_model(self._model, dict(tensors), self._config)
+        if any(is_full(RuntimeError(text)) for text in report.conversion_errors.values()):
+            raise torch.OutOfMemoryError(f"out of memory while the parameters of {self._folder} were moved to their device")
         unread = unread_names(self._model)
         report.unexpected_keys = {key for key in report.unexpected_keys if not unread.search(key)}
         for kind in ("unexpected_keys", "mismatched_keys", "conversion_errors", "error_msgs"):

@@ -13,8 +13,8 @@ from recall_merge.runtime.errors import RunError
 if TYPE_CHECKING:
     import torch
 
-AUTO = "auto"
-WORDS = (AUTO, "cpu", "cuda", "mps", "xpu")
+AUTO, CPU = "auto", "cpu"
+WORDS = (AUTO, CPU, "cuda", "mps", "xpu")
 BRANDS = {"cuda": "CUDA", "mps": "MPS", "xpu": "XPU"}
 
 
@@ -82,4 +82,6 @@ def is_full(error: BaseException) -> bool:
     import torch
 
     words = ("out of memory", "alloc_failed")
-    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words))
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
+    )

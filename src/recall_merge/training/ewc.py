@@ -44,17 +44,18 @@ def fisher(model: nn.Module, rows: Iterable[tuple[Sequence[int], Sequence[int]]]
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     total = {name: torch.zeros_like(parameter) for name, parameter in trained.items()}
-    count = 0
+    count, device = 0, next(model.parameters()).device
     for ids, labels in rows:
         model.zero_grad()
-        model(input_ids=torch.tensor([list(ids)]), labels=torch.tensor([list(labels)]), use_cache=False).loss.backward()
+        read, wanted = (torch.tensor([list(numbers)], device=device) for numbers in (ids, labels))
+        model(input_ids=read, labels=wanted, use_cache=False).loss.backward()
         for name, parameter in trained.items():
             if parameter.grad is not None:
                 total[name] += parameter.grad**2
         count += 1
         advance(1)
     model.zero_grad()
-    return {name: squares / count for name, squares in total.items()}
+    return {name: (squares / count).cpu() for name, squares in total.items()}
 
 
 def anchored(importance: dict[str, Tensor], values: dict[str, Tensor], before: Anchor | None = None) -> Anchor:
@@ -85,13 +86,13 @@ class Consolidation(TrainerCallback):
         # subtle: gradients are empty here, and the backward pass adds the loss's: clipping and optimiser see the sum
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                pull = self._anchor[name]
+                pull = self._anchor[name] = Pull(*(part.to(parameter.device) for part in self._anchor[name]))
                 parameter.grad = (self._strength * pull.importance * (parameter.detach() - pull.centre)).to(parameter.dtype)
 
 
 def values_of(model: nn.Module) -> dict[str, Tensor]:
     """The trained parameters, by name."""
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: parameter.detach().clone().cpu() for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def save_anchor(anchor: Anchor, path: Path) -> None:

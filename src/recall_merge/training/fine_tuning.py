@@ -20,12 +20,15 @@ from recall_merge.files.record import verify_files, versions, write_record
 from recall_merge.files.rows import Row
 from recall_merge.models.load import build_model, hushed, load_tokenizer, load_trainable
 from recall_merge.models.tokens import EncodedRow, encode_rows
+from recall_merge.runtime.device import hardware
 from recall_merge.runtime.errors import Faults, OutputError, ResultError, RunError
 from recall_merge.runtime.progress import Progress
 from recall_merge.training import checkpoints
-from recall_merge.training.settings import TrainSettings, check_arguments
+from recall_merge.training.settings import TrainSettings, arguments_on, check_arguments, training_device
 
 if TYPE_CHECKING:
+    import torch
+
     from recall_merge.training.trl_private import Trainer
 
 TRAIN_LOCK = threading.Lock()  # trainings of one process take turns: they draw from one random generator
@@ -57,6 +60,7 @@ def train(
     settings: TrainSettings | None = None,
     *,
     init_from: Path | None = None,
+    device: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
     callbacks: Sequence[Any] = (),
@@ -65,12 +69,13 @@ def train(
     """Train an expert and write it to `out`, whole or not at all.
 
     The same call again continues a training that was stopped, from its last checkpoint. An expert at `out` is used again if base, rows,
-    settings and every byte of it are unchanged. On one machine, with one number of threads, the same call gives the same expert, whether
-    it was stopped in between or not.
+    settings, device and every byte of it are unchanged. On one machine's processor, with one number of threads, the same call gives the
+    same expert, whether it was stopped in between or not.
 
     Args:
         base: a model folder; recorded in an adapter's `base_model_name_or_path` as given.
         init_from: an expert of the same kind to continue from: fine-tuning one task after another.
+        device: as `training_device` takes it.
         overwrite: replace another expert at `out`.
         callbacks: transformers' TrainerCallbacks.
         allowed: names of the settings' `arguments` that may do more than train.
@@ -79,11 +84,12 @@ def train(
         RecallError: if settings, rows, base or `init_from` cannot be used, or something else lies at `out`.
     """
     settings = settings or TrainSettings()
-    arguments = check_arguments(settings, allowed)
+    on = training_device(device)
+    arguments = check_arguments(settings, allowed) | arguments_on(on) | settings.arguments
     tokenizer = load_tokenizer(base)
     encoded = encode_rows(rows, tokenizer, **settings.encoding)
     models = FileStates.of([base, *([init_from] if init_from else [])])
-    key = _key(base, encoded, settings, init_from)
+    key = _key(base, encoded, settings, init_from, on)
     work = out.with_name(out.name + checkpoints.SUFFIX)
     if (trained := _find_trained(out, key)) is not None:
         checkpoints.remove_folder(work)  # the training was stopped between writing the expert and removing the checkpoints
@@ -108,7 +114,7 @@ def train(
                 seconds=time.monotonic() - start,
                 resumed_at=checkpoints.step_of(checkpoint) if checkpoint else 0,
             )
-            _write_expert(place, trainer.model, tokenizer, result, key, settings)
+            _write_expert(place, trainer.model, tokenizer, result, key, settings, on)
     checkpoints.remove_folder(work)
     return result
 
@@ -121,7 +127,7 @@ def check_rows(base: Path, rows: Sequence[Row], settings: TrainSettings) -> None
     encode_rows(rows, tokenizer, window=window_of(base, tokenizer), **settings.encoding)
 
 
-def _key(base: Path, encoded: Sequence[EncodedRow], settings: TrainSettings, init_from: Path | None) -> str:
+def _key(base: Path, encoded: Sequence[EncodedRow], settings: TrainSettings, init_from: Path | None, device: torch.device) -> str:
     """SHA-256 of everything that an expert depends on: contents, never names of files."""
 
     def weights(folder: Path) -> list[str]:
@@ -134,6 +140,7 @@ def _key(base: Path, encoded: Sequence[EncodedRow], settings: TrainSettings, ini
         "rows": hashlib.sha256(json.dumps([[row.input_ids, row.labels] for row in encoded]).encode()).hexdigest(),
         "settings": settings.model_dump(mode="json"),
         "init_from": weights(init_from) if init_from else None,
+        **({} if device.type == "cpu" else {"device": hardware(device)}),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -226,7 +233,9 @@ def _explain_full_disk(work: Path) -> Iterator[None]:
         raise OutputError("what was trained cannot be written", where=work, fix=fix) from error
 
 
-def _write_expert(place: OutputFolder, model: Any, tokenizer: Any, result: TrainResult, key: str, settings: TrainSettings) -> None:
+def _write_expert(
+    place: OutputFolder, model: Any, tokenizer: Any, result: TrainResult, key: str, settings: TrainSettings, device: torch.device
+) -> None:
     with place as folder:
         model.save_pretrained(folder.path)
         if isinstance(settings.template, str):
@@ -241,6 +250,7 @@ def _write_expert(place: OutputFolder, model: Any, tokenizer: Any, result: Train
             # PEFT keeps these as sets, and writes them in an order that differs between processes
             config.write_text(json.dumps(read_json(config) | lists, indent=2, sort_keys=True), "utf-8")
         training = {"steps": result.steps, "tokens": result.tokens, "losses": result.losses, "seconds": round(result.seconds, 1)}
-        record = {"key": key, "settings": settings.model_dump(mode="json"), "training": training, "versions": versions()}
+        record = {"key": key, "settings": settings.model_dump(mode="json"), "training": training}
+        record |= {"device": hardware(device), "versions": versions()}
         write_record(folder.path, record)
         folder.commit()

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import fields
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from recall_merge.files.row_sources import Template
 from recall_merge.models.load import hushed
 from recall_merge.models.tokens import Turns
+from recall_merge.runtime.device import find_device, prefers_bfloat16
 from recall_merge.runtime.errors import Faults, MissingExtra, RunError, did_you_mean
 from recall_merge.runtime.sections import Positive, Section
+
+if TYPE_CHECKING:
+    import torch
 
 ADAPTER_RATE, FULL_RATE = 8e-4, 2e-5
 ADAPTER_ONLY = ("rank", "alpha", "dropout", "targets")
@@ -105,6 +109,27 @@ class TrainSettings(Section):
         if self.kind == "full" and changed:
             raise ValueError(f"{', '.join(changed)}: of adapters only, and all weights are to be trained")
         return self
+
+
+def training_device(name: str | None = None) -> torch.device:
+    """The device that a name stands for, as `find_device`. Raises RunError for another accelerator than the first: trl takes that one."""
+    device = find_device(name)
+    if device.index:
+        fix = f"show it that one alone, `CUDA_VISIBLE_DEVICES={device.index}` where it is of CUDA, and leave out the number"
+        raise RunError(f"training runs on the first accelerator, not on {device}", where="device", fix=fix)
+    return device
+
+
+def arguments_on(device: torch.device) -> dict[str, Any]:
+    """What trl is told of a device. The `arguments` of the settings win over these too.
+
+    An accelerator that is fast in bfloat16 multiplies in it, with weights and sums in float32.
+    """
+    import torch
+
+    if device.type != "cpu":
+        return {"bf16": prefers_bfloat16(device)}
+    return {"use_cpu": True} if torch.accelerator.is_available() else {}
 
 
 def check_arguments(settings: TrainSettings, allowed: Collection[str] = ()) -> dict[str, Any]:

@@ -96,7 +96,11 @@ def sce(base: Dense, deltas: Deltas, weights: Weights, *, density: Selected = 0.
     )
 
 
-@method("pcb", source="Du et al. 2024, Parameter competition balancing, arXiv:2410.02396, and its code, github.com/duguodong7/pcb-merging", heavy=True)
+@method(
+    "pcb",
+    source="Du et al. 2024, Parameter competition balancing, arXiv:2410.02396, and its code, github.com/duguodong7/pcb-merging",
+    heavy=True,
+)
 def pcb(base: Dense, deltas: Deltas, weights: Weights, *, density: Competing = 0.1, scale: Scale = 1.0) -> Dense:
     """Let the entries of each delta compete: within it by size, between experts by agreement; keep the winners, weighted by score.
 

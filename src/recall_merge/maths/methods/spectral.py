@@ -76,7 +76,9 @@ def isotropic(base: Dense, deltas: Factored, weights: Weights, *, common: Common
     return _added(base, parts, values.mean().expand(len(values)), scale)
 
 
-@method("opcm", source="Tang et al. 2025, Merging models on the fly, arXiv:2501.09522", factors=True, matrices=True, ordered=True, heavy=True)
+@method(
+    "opcm", source="Tang et al. 2025, Merging models on the fly, arXiv:2501.09522", factors=True, matrices=True, ordered=True, heavy=True
+)
 def opcm(base: Dense, deltas: Factored, weights: Weights, *, alpha: Alpha = 0.5, growth: Growth = "norm", scale: Scale = 1.0) -> Dense:
     """One expert after another: each new delta is added outside the directions of the merged delta so far.
 
