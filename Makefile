@@ -15,7 +15,7 @@ CASES   ?= 2000
 ROUNDS  ?= 5
 JOBS    ?= 2
 
-.PHONY: demo test test-slow torture fuzz highest check lint types format docs bench audit clean
+.PHONY: demo test test-slow test-gpu torture fuzz highest check lint types format docs bench audit clean
 
 demo: $(READY)
 	$(BIN)/recall demo
@@ -25,6 +25,9 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu -rs
 
 torture: $(READY)
 	$(BIN)/python tests/torture.py --minutes $(MINUTES)

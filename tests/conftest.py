@@ -26,6 +26,12 @@ collect_ignore = ["mergekit_oracle.py", "fuzz_atheris.py"]  # run by other Pytho
 Bases = Callable[[str], Path]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests compare the processor's bytes, so they see no GPU, unless it is them that are asked for."""
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_unconfigure() -> None:
     _HOME.cleanup()
 

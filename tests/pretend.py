@@ -9,7 +9,8 @@ it and of the processor together (but for numbers without an axis, and positions
 the processor, so the same work gives the same bytes as there. Fake tensors (`FakeTensorMode`) refuse mixed devices as well, but have no
 numbers, which most methods ask for: the rank of a matrix, whether an entry is 0. And of CUDA a build for processors knows too little.
 
-`torch._C._acc` and `_setup_privateuseone_for_python_backend` are torch's own, made for this, and may change; checked with torch 2.13.
+Passes back are beyond it. What it is made of (`torch._C._acc`, `_setup_privateuseone_for_python_backend`) is torch's own, for this very
+purpose, and may change; checked with torch 2.13.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 NAME = "pretend"
 ACROSS = {"_to_copy", "copy_", "_copy_from", "index", "index_put", "index_put_", "_index_put_impl_"}  # take tensors of two devices
@@ -31,9 +32,16 @@ calls: Counter[str] = Counter()  # by the name of the operation
 limits: list[int] = []  # at most this many numbers in a tensor that an operation makes; none where the list is empty
 
 
+class Module(_DummyBackendModule):
+    """What torch asks of a device beside its tensors."""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16]
+
+
 def install() -> None:
     """Make the device known to torch, for good."""
-    _setup_privateuseone_for_python_backend(NAME)
+    _setup_privateuseone_for_python_backend(NAME, backend_module=Module())
     rest, aten = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
     libraries.extend([rest, aten])
     rest.fallback(lambda op, *args, **kwargs: _run(op, args, kwargs), "PrivateUse1")

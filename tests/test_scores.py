@@ -151,10 +151,11 @@ def test_rows_of_megabytes_are_refused_from_their_beginnings(folder, monkeypatch
     assert max(lengths) < 20_000
 
 
-def test_rows_that_cannot_be_rendered_are_refused_before_the_model_is_loaded(folder, tmp_path):
+def test_rows_that_cannot_be_rendered_are_refused_before_the_model_is_loaded(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("recall_merge.evaluation.evaluate.load_model", None)
     turns = [{"role": "user", "content": "is it?"}, {"role": "assistant", "content": "yes"}]
     rows = write_rows(tmp_path / "chat.jsonl", [{"messages": turns}])
     adapter = lora(folder, tmp_path / "adapter", target_modules=["q_proj"])
     for model, base in ((folder, None), (adapter, str(folder))):
         with pytest.raises(DataError, match=r"needs a chat template.*\n  where: task 'chat', row 1"):
-            evaluate(str(model), [str(rows)], base=base, device="nowhere")
+            evaluate(str(model), [str(rows)], base=base)

@@ -19,7 +19,7 @@ from recall_merge.bench.scenario import Scenario
 from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.runtime.durable import LEFT, write_whole
 from recall_merge.runtime.errors import MissingExtra, OutputError
-from recall_merge.runtime.executor import PATIENCE, Executor, check_executor, open_executor
+from recall_merge.runtime.executor import PATIENCE, Executor, check_executor, device_of_tasks, open_executor
 from recall_merge.runtime.paths import path_of
 
 COPIES = 4  # of the base in float32: a job trains it with its gradients, or scores it beside the tensors that it is merged from
@@ -70,8 +70,8 @@ def bench(
     Raises:
         RecallError: with every fault of the scenario, before any work starts; or with what went wrong in a job.
     """
-    scenario = scenario.model_copy(update={"device": check_executor(executor, scenario.device)})
-    design = make_design(scenario, allowed)
+    check_executor(executor)
+    design = make_design(scenario.model_copy(update={"device": device_of_tasks(executor, scenario.device)}), allowed)
     store = store_of(scenario)
     with store.locked():
         for left in (*store.folder.parent.glob(LEFT), *store.folder.rglob(LEFT)):  # which follow no link

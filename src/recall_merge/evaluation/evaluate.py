@@ -29,7 +29,7 @@ from recall_merge.runtime.errors import (
     RunError,
     did_you_mean,
 )
-from recall_merge.runtime.executor import check_executor, open_executor
+from recall_merge.runtime.executor import check_executor, device_of_tasks, open_executor
 from recall_merge.runtime.parallel import cores
 from recall_merge.runtime.progress import Progress
 
@@ -69,9 +69,11 @@ def evaluate(
     """
     if find_spec("lm_eval") is None:
         raise MissingExtra("eval", "scoring")
-    device = check_executor(executor, device)
+    check_executor(executor)
     faults, folders = Faults(), (Path(), None)
-    faults.attempt(find_device, device, where="--device")
+    with faults.collect():
+        device = device_of_tasks(executor, device)
+        find_device(device)
     with faults.collect():
         folders = _find_model(model, base)
         if card:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -87,38 +88,41 @@ def whole_hidden_states_at(plan: Plan, expert: Expert, rule: RecallWeights, toke
     """The same from a whole model, for architectures that cannot be run block by block."""
     from recall_merge.models.hidden_states import pooled_hidden_states
 
-    model, at = load_expert(plan, expert, rule), list(layers)
+    model, at = load_expert(plan, expert, rule).to(plan.device), list(layers)
     threads = plan.threads if plan.device.type == "cpu" else 1
     options: dict[str, Any] = {"pooling": rule.pooling, "threads": threads, "batch_tokens": plan.batch_tokens}
     return check_finite(plan, expert, pooled_hidden_states(model, tokens, plan.base.layers, at=at, **options))
 
 
 def load_expert(plan: Plan, expert: Expert, rule: RecallWeights) -> Any:
-    """An expert as a whole transformers model, on the plan's device."""
+    """An expert as a whole transformers model, on the processor."""
     from recall_merge.models.load import build_model
 
     tensors = own_tensors(expert, plan.base, plan.merges)
-    model = build_model(plan.base.folder, tensors, dtype=rule.precision, vocabulary_size=len(tensors[plan.base.embedding]))
-    return model.to(plan.device)
+    return build_model(plan.base.folder, tensors, dtype=rule.precision, vocabulary_size=len(tensors[plan.base.embedding]))
 
 
 def where_it_fits(plan: Plan, work: Callable[[Plan], T], notes: list[str], *, batches: Sequence[int] = BATCHES) -> T:
     """What `work` gives for the plan on its device; where its memory is too small, in smaller batches, and at last on the processor.
 
-    `notes` learns what did not fit.
+    `notes` learns of that.
     """
     if plan.device.type == "cpu":
         return work(plan)
-    for tokens in batches:
+    attempts = [(f"in batches of {tokens:,} tokens" if tokens > 1 else "text by text", {"batch_tokens": tokens}) for tokens in batches]
+    attempts.append(("on the processor", {"device": torch.device("cpu")}))
+    for words, changes in attempts:
         try:
-            return work(replace(plan, batch_tokens=tokens))
+            result = work(replace(plan, **changes))
         except RuntimeError as error:
-            if not is_full(error):
+            if not is_full(error) or "device" in changes:
                 raise
-        torch.accelerator.empty_cache()  # subtle: by now the error is gone, and with it what its frames held
-        what = f"batches of {tokens:,} tokens: smaller ones were run" if tokens > 1 else "a text at a time: the processor ran the models"
-        notes.append(f"{plan.device} has too little memory for {what}")
-    return work(replace(plan, device=torch.device("cpu")))
+        else:
+            if words != attempts[0][0]:
+                notes.append(f"{plan.device} has too little memory to run models {attempts[0][0]}: they ran {words}")
+            return result
+        gc.collect()  # subtle: the error and the batch that raised it hold each other, and with them what lies in the device's memory
+    raise AssertionError("the processor returns or raises")
 
 
 def check_finite(plan: Plan, expert: Expert, states: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ def run_pass(
         notes = (source or hidden_states_here)(plan, rule, samples.texts, visit, hold=merge is not None)
     if merge is not None:
         merge(plan, weights(), plan.names_of_layer[layers.last])
-    return replace(weights(), notes=(*samples.notes, *notes))
+    return replace(weights(), notes=tuple(dict.fromkeys((*samples.notes, *notes))))
 
 
 def hidden_states_here(plan: Plan, rule: RecallWeights, texts: Sequence[str], visit: Visit, *, hold: bool) -> list[str]:

@@ -29,7 +29,7 @@ from recall_merge.merging.verify import validate_output
 from recall_merge.merging.weights import MergeWeights
 from recall_merge.runtime import memory
 from recall_merge.runtime.errors import MissingExtra, ResultError
-from recall_merge.runtime.executor import LOCAL, check_executor, open_executor
+from recall_merge.runtime.executor import LOCAL, check_executor, device_of_tasks, open_executor
 from recall_merge.runtime.progress import Progress, Silent
 
 Draw = Callable[[Mapping[str, Any] | None, Mapping[str, Any], Path], object]
@@ -78,7 +78,8 @@ def merge(run: MergeRun, *, executor: str = LOCAL, progress: Progress | None = N
         RecallError: with every fault of the run and its files, before any work starts; or with what went wrong later. A merge that
             fails leaves nothing behind, and what stood in the output's place stays as it was.
     """
-    device = check_executor(executor, run.device)
+    check_executor(executor)
+    device = device_of_tasks(executor, run.device)
     memory.one_heap()
     return apply(make_plan(run.model_copy(update={"device": device})), executor=executor, progress=progress, draw=draw)
 

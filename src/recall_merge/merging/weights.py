@@ -88,7 +88,7 @@ def _loss(expert: Expert, rows: Sequence[EncodedRow], advance: Callable[[int], N
     try:
         return _layerwise_loss(plan, expert, rows, advance)
     except NotLayerwise:
-        return mean_loss(load_expert(plan, expert, DEFAULT_RECALL), rows)
+        return mean_loss(load_expert(plan, expert, DEFAULT_RECALL).to(plan.device), rows)
 
 
 def _layerwise_loss(plan: Plan, expert: Expert, rows: Sequence[EncodedRow], advance: Callable[[int], None]) -> float:

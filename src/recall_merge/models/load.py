@@ -53,14 +53,11 @@ def load_model(folder: Path, base: Path | None = None, *, device: str | None = N
 
 def placed(build: Callable[..., Any], device: torch.device) -> Any:
     """A model on a device, from what builds it; spread over all accelerators, then the processor, where it is too large for that one."""
-    import torch
-
     try:
         return build().to(device)
     except RuntimeError as error:
         if device.type == "cpu" or not is_full(error):
             raise
-    torch.accelerator.empty_cache()
     return build(device_map="auto")
 
 

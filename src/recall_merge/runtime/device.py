@@ -30,7 +30,7 @@ DeviceName = Annotated[str, AfterValidator(_check_word)]
 """`auto`, `cpu`, or the name of an accelerator with its number, as in `cuda:1`. Whether this machine has it is for `find_device` to say."""
 
 
-def find_device(name: str | None = None, *, where: str = "device") -> torch.device:
+def find_device(name: str | None = None) -> torch.device:
     """A device of this machine. `auto` is its first accelerator, or the processor where there is none.
 
     Raises RunError, which names the devices that there are.
@@ -38,9 +38,9 @@ def find_device(name: str | None = None, *, where: str = "device") -> torch.devi
     import torch
 
     try:
-        word, _, index = _check_word(name or AUTO).partition(":")
+        word, _, index = _check_word(AUTO if name is None else name).partition(":")
     except PydanticCustomError as error:
-        raise RunError(error.message(), where=where, fix=(error.context or {})["fix"]) from None
+        raise RunError(error.message(), where="device", fix=(error.context or {})["fix"]) from None
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     others = [torch.device(accelerator.type, number) for number in range(torch.accelerator.device_count())] if accelerator else []
     known = [torch.device("cpu"), *others]
@@ -49,7 +49,7 @@ def find_device(name: str | None = None, *, where: str = "device") -> torch.devi
     wanted = torch.device(word, int(index or 0)) if word in BRANDS else known[0]
     if wanted not in known:
         what = f"there is no device '{name}'" if accelerator and accelerator.type == word else f"there is no {BRANDS[word]} device"
-        raise RunError(what, where=where, fix=f"known here: {', '.join(map(str, known))}")
+        raise RunError(what, where="device", fix=f"known here: {', '.join(map(str, known))}")
     return wanted
 
 

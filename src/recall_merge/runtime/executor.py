@@ -38,21 +38,23 @@ class Executor(Protocol):
         ...
 
 
-def check_executor(name: str, device: str | None = None) -> str | None:
-    """The device for tasks of an executor: what was asked for, and on a cluster the processor.
-
-    Raises RunError if the name is not `local`, `ray` or `ray://ADDRESS`, or an accelerator is asked for on a cluster; MissingExtra if it is
-    Ray, which is not installed.
-    """
+def check_executor(name: str) -> None:
+    """Raises RunError if a name is not `local`, `ray` or `ray://ADDRESS`; MissingExtra if it is Ray, which is not installed."""
     if name == RAY or name.startswith(f"{RAY}://"):
         if importlib.util.find_spec("ray") is None:
             raise MissingExtra("cluster", "`--executor ray`")
     elif name != LOCAL:
         raise RunError(f"there is no executor '{name}'", where="--executor", fix="give local, ray, or ray://ADDRESS")
-    if name != LOCAL and device not in (None, AUTO, CPU):
-        what = f"tasks of `--executor {name}` run on processors, not on '{device}'"
+
+
+def device_of_tasks(executor: str, device: str | None) -> str | None:
+    """The device that was asked for, and on a cluster the processor. Raises RunError if an accelerator is asked for there."""
+    if executor == LOCAL:
+        return device
+    if device not in (None, AUTO, CPU):
+        what = f"tasks of `--executor {executor}` run on processors, not on '{device}'"
         raise RunError(what, where="device", fix="leave out `device`, or `--executor`")
-    return device if name == LOCAL else CPU
+    return CPU
 
 
 @contextmanager
