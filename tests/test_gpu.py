@@ -1,4 +1,4 @@
-"""The real thing: `make test-gpu` on a machine with an accelerator. Elsewhere all of it is skipped; `on_device.py` proves placement there."""
+"""The real thing: `make test-gpu` on a machine with an accelerator. Elsewhere all of it is skipped; `on_device.py` proves placement."""
 
 import pytest
 import torch
