@@ -109,7 +109,9 @@ def where_it_fits(plan: Plan, work: Callable[[Plan], T], notes: list[str], *, ba
     """
     if plan.device.type == "cpu":
         return work(plan)
-    attempts = [(f"in batches of {tokens:,} tokens" if tokens > 1 else "text by text", {"batch_tokens": tokens}) for tokens in batches]
+    attempts: list[tuple[str, dict[str, Any]]] = [
+        (f"in batches of {tokens:,} tokens" if tokens > 1 else "text by text", {"batch_tokens": tokens}) for tokens in batches
+    ]
     attempts.append(("on the processor", {"device": torch.device("cpu")}))
     for words, changes in attempts:
         try:

@@ -221,8 +221,7 @@ def make_plan(run: MergeRun | Mapping[str, Any], *, writes: bool = True, downloa
     if isinstance(rule, SampleWeights):
         faults.attempt(_check_blocks, base)
     if writes:
-        faults.attempt(_check_settings, run, base, experts, vocabulary, speaker, specs)
-        faults.attempt(_check_space, run.out.path, specs)
+        _check_result(run, base, experts, vocabulary, speaker, specs, faults)
     faults.raise_any()
     statistics = read_statistics(run, experts, base, located, faults) if rules.method.informed else ()
     faults.raise_any()
@@ -339,6 +338,20 @@ def _check_blocks(base: Checkpoint) -> None:
     from recall_merge.models.architecture import check_blocks
 
     check_blocks(base.folder, base.layers)
+
+
+def _check_result(
+    run: MergeRun,
+    base: Checkpoint,
+    experts: Sequence[Expert],
+    vocabulary: Vocabulary | None,
+    speaker: Path,
+    specs: Mapping[str, TensorSpec],
+    faults: Faults,
+) -> None:
+    """What is written can be loaded, and there is room for it."""
+    faults.attempt(_check_settings, run, base, experts, vocabulary, speaker, specs)
+    faults.attempt(_check_space, run.out.path, specs)
 
 
 def _check_settings(
