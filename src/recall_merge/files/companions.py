@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from recall_merge.files.checkpoint import AGAIN, NO_WEIGHTS, OTHER_FORMATS, PICKLES, read_json, text_part
 from recall_merge.files.hashing import hash_file
-from recall_merge.files.inert_folder import open_tokenizer
+from recall_merge.files.inert_folder import GENERATION, OF_TOKENIZERS, open_tokenizer
 from recall_merge.files.links import TEMPLATES
 from recall_merge.files.vocabulary import Vocabulary, read_vocabulary
 from recall_merge.runtime.errors import CheckpointError
@@ -20,13 +19,10 @@ from recall_merge.runtime.inert import inert_config
 from recall_merge.runtime.safe_json import read_small
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-GENERATION, TOKENIZER = "generation_config.json", "tokenizer_config.json"
+TOKENIZER = "tokenizer_config.json"
 OURS = ("README.md", "config.json", "record.json", "stats.json", "weights.png")  # what every result has of its own
 WEIGHTS = (".safetensors", ".index.json", *PICKLES, *OTHER_FORMATS)
 LEFT_BY_TRAINERS = (*NO_WEIGHTS, "trainer_state", "all_results", "train_results", "eval_results", "events.out", "zero_to_fp32")
-_OF_TOKENIZERS = re.compile(
-    r"(tokeniz|vocab|merges|special_tokens_map|added_tokens|chat_template|spiece|sentencepiece|tekken|tiktoken|bpe\.codes)|.*\.(model|tiktoken)$"
-)
 
 
 def write_companions(
@@ -88,7 +84,7 @@ def chat_template(folder: Path) -> Any:
 
 def hash_texts(folder: Path) -> str:
     """SHA-256 of what decides how a model reads and writes text: tokenizer, chat templates and generation config."""
-    files = [file for file in folder.iterdir() if _OF_TOKENIZERS.match(file.name) or file.name == GENERATION]
+    files = [file for file in folder.iterdir() if OF_TOKENIZERS.match(file.name) or file.name == GENERATION]
     files += (folder / TEMPLATES).glob("[!.]*.jinja")
     hashes = {file.relative_to(folder).as_posix(): hash_file(file) for file in files if file.is_file()}
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
@@ -161,7 +157,7 @@ def _copy(source: Path, target: Path, *, tokenizer: bool) -> None:
     """Copy the files of a tokenizer, or all others, but weights, what trainers leave, and what a result has of its own."""
     for file in sorted(source.iterdir()):
         left = file.name in OURS or file.name.endswith(WEIGHTS) or file.name.startswith((".", *LEFT_BY_TRAINERS))
-        if file.is_file() and not left and bool(_OF_TOKENIZERS.match(file.name)) is tokenizer:
+        if file.is_file() and not left and bool(OF_TOKENIZERS.match(file.name)) is tokenizer:
             shutil.copyfile(file, target / file.name)
     if tokenizer and (source / TEMPLATES).is_dir():
         (target / TEMPLATES).mkdir(exist_ok=True)

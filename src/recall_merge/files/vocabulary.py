@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from recall_merge.files.checkpoint import AGAIN, read_json
-from recall_merge.files.inert_folder import open_tokenizer
+from recall_merge.files.inert_folder import check_lengths, open_tokenizer
 from recall_merge.runtime.errors import CheckpointError, Fault
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class Vocabulary:
 
 def read_vocabulary(folder: Path) -> dict[str, int] | None:
     """Token -> id of a folder's tokenizer; None if the folder has no tokenizer. Raises CheckpointError if it cannot be read."""
+    check_lengths(folder)
     try:
         if (folder / "tokenizer.json").exists():
             from tokenizers import Tokenizer
@@ -83,6 +84,8 @@ def plan_vocabulary(
     Raises CheckpointError if they differ without a choice, or rows cannot be matched because a tokenizer is missing.
     """
     folder, size = base
+    for path in (folder, *(path for path, _ in experts.values())):
+        check_lengths(path)
     same = {name for name, (path, _) in experts.items() if _same_tokenizer(path, folder)}
     if len(same) == len(experts) and all(rows == size for _, rows in experts.values()):
         read_json(folder / "tokenizer.json")  # to refuse a damaged file

@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from recall_merge.files.bounded import Bounded
-from recall_merge.files.companions import GENERATION
+from recall_merge.files.inert_folder import GENERATION
 from recall_merge.files.resolved_config import BUILD_LOCK
 from recall_merge.maths.layers import Layers
 from recall_merge.models.hidden_states import COMPARE_NOTHING, before_first, find_blocks
