@@ -213,15 +213,17 @@ def make_plan(run: MergeRun | Mapping[str, Any], *, writes: bool = True, downloa
     vocabulary, vocabulary_notes = planned or (None, [])
     speaker = faults.attempt(_speaker, run, base, experts, vocabulary) or base.folder
     compares = isinstance(rule, SampleWeights) and bool(rows)
-    load = partial(tokenizer_of, experts[-1], base, vocabulary, speaker)
-    texts, date = (faults.attempt(_render, run, load, rows) if compares else None) or ([], [])
+    texts, date = (
+        faults.attempt(_render, run, partial(tokenizer_of, experts[-1], base, vocabulary, speaker), rows) if compares else None
+    ) or ([], [])
     _check_skip(run, [base, *(expert.source for expert in experts if isinstance(expert, FullExpert))], faults)
     _check_dtypes(run, base, experts, faults)
     specs = _result_specs(run, base, vocabulary, _kept_in_float32(run, base, experts))
     if isinstance(rule, SampleWeights):
         faults.attempt(_check_blocks, base)
     if writes:
-        _check_result(run, base, experts, vocabulary, speaker, specs, faults)
+        faults.attempt(_check_settings, run, base, experts, vocabulary, speaker, specs)
+        faults.attempt(_check_space, run.out.path, specs)
     faults.raise_any()
     statistics = read_statistics(run, experts, base, located, faults) if rules.method.informed else ()
     faults.raise_any()
@@ -338,20 +340,6 @@ def _check_blocks(base: Checkpoint) -> None:
     from recall_merge.models.architecture import check_blocks
 
     check_blocks(base.folder, base.layers)
-
-
-def _check_result(
-    run: MergeRun,
-    base: Checkpoint,
-    experts: Sequence[Expert],
-    vocabulary: Vocabulary | None,
-    speaker: Path,
-    specs: Mapping[str, TensorSpec],
-    faults: Faults,
-) -> None:
-    """What is written can be loaded, and there is room for it."""
-    faults.attempt(_check_settings, run, base, experts, vocabulary, speaker, specs)
-    faults.attempt(_check_space, run.out.path, specs)
 
 
 def _check_settings(
