@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.models.hidden_states import pooled_hidden_states
 from recall_merge.models.layerwise import LayerwiseForward, _Batch, step
 from recall_merge.models.load import build_model
-from recall_merge.runtime.errors import CheckpointError
+from recall_merge.runtime.errors import CheckpointError, NotLayerwise
 from recall_merge.runtime.memory import zeros
-from tiny import FAMILIES
+from tiny import FAMILIES, save_model, seeded
 
 TOKENS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31], [40]]
 
@@ -46,6 +47,19 @@ def test_the_numbers_of_the_whole_model(family, dtype, bases, monkeypatch):
     with LayerwiseForward(base.folder, TOKENS, base.layers, dtype=dtype, pooling="last") as forward:
         states = steps(forward, base, 1)[1:]
     assert torch.equal(torch.stack(states), pooled_hidden_states(model, TOKENS, base.layers, at=[1], pooling="last"))
+
+
+def test_a_map_whose_numbers_are_missing_is_told_and_does_not_compute_with_whatever_is_in_memory(tmp_path):
+    """OPT's map before its blocks counts as one behind them, by its name. It has no bias: torch multiplies by empty weights then."""
+    settings = {"hidden_size": 32, "word_embed_proj_dim": 16, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    with seeded(0):
+        model = transformers.OPTForCausalLM(transformers.OPTConfig(vocab_size=96, max_position_embeddings=130, **settings))
+    base = open_checkpoint(save_model(model, tmp_path / "opt"))
+    with (
+        LayerwiseForward(base.folder, TOKENS, base.layers) as forward,
+        pytest.raises(NotLayerwise, match="does not have at that layer: the weights of Linear"),
+    ):
+        forward.step(parameters(base)(0))
 
 
 def test_no_parameters_of_blocks_stay_in_memory(llama):

@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from dense import cut_moment
 from recall_merge.maths import order_statistics
 from recall_merge.maths.consensus import agreeing
 from recall_merge.maths.deltas import LowRank
 from recall_merge.maths.low_rank import combined, norm, orthonormal, singular
 from recall_merge.maths.methods import METHODS, Draws
 from recall_merge.maths.methods.informed import fisher, regmean
-from recall_merge.maths.moments import Moment, compress
+from recall_merge.maths.moments import Moment
 from recall_merge.maths.order_statistics import below, kth_largest, kth_largest_size
 from recall_merge.maths.pieces import PIECE, in_pieces, rows
 from recall_merge.maths.trimming import drop_by_rank, drop_random, keep_sizes, largest, middle, prune_by_saliency
@@ -474,17 +475,17 @@ def test_regmean_answers_each_experts_inputs():
     generator = torch.Generator().manual_seed(0)
     base, deltas = torch.randn(3, 4, generator=generator), [torch.randn(3, 4, generator=generator) for _ in range(2)]
     inputs = [torch.randn(2, 4, generator=generator) for _ in range(2)]  # 2 + 2 inputs of width 4: all can be answered at once
-    merged = regmean(base, deltas, [0.5, 0.5], moments=[compress(x.T @ x, 4) for x in inputs], offdiagonal=1.0, ridge=1e-9)
+    merged = regmean(base, deltas, [0.5, 0.5], moments=[cut_moment(x.T @ x, 4) for x in inputs], offdiagonal=1.0, ridge=1e-9)
     for x, delta in zip(inputs, deltas, strict=True):
         torch.testing.assert_close(merged @ x.T, (base + delta) @ x.T, rtol=1e-3, atol=1e-3)
 
 
 def test_regmean_without_inputs_is_the_mean_and_with_factors_the_same():
     low = LowRank(torch.tensor([[1.0], [2.0]]), torch.tensor([[1.0, 0.0, 3.0]]))
-    zero = compress(torch.zeros(3, 3), 3)
+    zero = cut_moment(torch.zeros(3, 3), 3)
     close(regmean(torch.zeros(2, 3), [low, torch.ones(2, 3)], [0.5, 0.5], moments=[zero, zero]), ((low.dense() + 1) / 2).tolist())
     moment = torch.diag(torch.tensor([1.0, 2.0, 3.0])) + 0.1
-    moments = [compress(moment, 3), compress(2 * moment, 3)]
+    moments = [cut_moment(moment, 3), cut_moment(2 * moment, 3)]
     merged = [regmean(torch.zeros(2, 3), [delta, torch.ones(2, 3)], [0.7, 0.3], moments=moments) for delta in (low, low.dense())]
     torch.testing.assert_close(*merged)
     assert regmean(torch.zeros(2, 3), [low], [0.0], moments=[zero]).isfinite().all()

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dense import cut_moment
 from recall_merge.maths.methods import METHODS, Draws
 from recall_merge.maths.methods.informed import fisher, regmean
-from recall_merge.maths.moments import Moment, compress
+from recall_merge.maths.moments import Moment
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("a", "b", "c")
@@ -266,7 +267,7 @@ def test_numpy_agrees_on_fisher_and_regmean():
     g = g * (0.9 + 0.1 * np.eye(40))
     full = base.double().numpy() + d  # the paper's form: (sum G)^-1 sum G W for W from the left
     expected = np.linalg.solve((w * g).sum(0), (w * g @ full.transpose(0, 2, 1)).sum(0)).T
-    merged = regmean(base, deltas, [0.5, 0.3, 0.2], moments=[compress(one, 40) for one in moments])
+    merged = regmean(base, deltas, [0.5, 0.3, 0.2], moments=[cut_moment(one, 40) for one in moments])
     np.testing.assert_allclose(merged.numpy(), expected, rtol=1e-3, atol=1e-4)
 
 

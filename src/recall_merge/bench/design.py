@@ -6,6 +6,7 @@ import itertools
 import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from recall_merge.bench.jobs import Anchor, Base, Merged, Model, Question, Scores, StatisticsJob, Trained
@@ -256,13 +257,19 @@ class _Jobs:
         run = {**_run_of(entry), "seed": seed, "out": {"dtype": "float32"}}
         samples = {**self.scenario.samples, "template": self.scenario.template}
         statistics = tuple(
-            (name, StatisticsJob(f"the input statistics of {name}, seed {seed}", model, samples))
+            (name, StatisticsJob(f"the input statistics of {name}, seed {seed}", model, samples, self._gradients))
             for name, model in experts
             if method.informed and isinstance(model, Trained)
         )
         if not _has_samples(entry):
             return Merged(label, self.base, tuple(experts), run, statistics=statistics)
         return Merged(label, self.base, tuple(experts), {**run, "samples": samples}, self.train[experts[-1][0]], statistics)
+
+    @cached_property
+    def _gradients(self) -> bool:
+        """Whether any method takes gradients: all statistics have them then, so that they are taken once."""
+        methods = [method_named(entry.method) for entry in self.scenario.methods]
+        return any(method is not None and method.gradients for method in methods)
 
     def _order_matters(self, entry: MethodEntry) -> bool:
         """Whether a merge depends on the order of its experts: by the method, by its weights, or by the newest one's samples."""

@@ -92,10 +92,11 @@ class StatisticsJob:
     label: str = field(compare=False)
     model: Trained
     samples: Mapping[str, Any] = field(hash=False)  # how typical samples are chosen: as in a run, without a path
+    gradients: bool = False
 
     @cached_property
     def key(self) -> str:
-        return hashed(["statistics", self.model.key, self.samples])
+        return hashed(["statistics", self.model.key, self.samples, *(["gradients"] if self.gradients else [])])
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def run_job(job: Job, store: Store, progress: Progress | None = None) -> float:
             experts = [{"name": "expert", "path": str(store.path_of(model)), "same_base": True}]
             run = {"base": str(store.folder_of(model.base)), "experts": experts, "samples": samples}
             run |= {"seed": model.settings.seed, "threads": 1, "device": base_of(job).device}
-            take_statistics(MergeRun.model_validate(run), store.path_of(job), progress=progress)
+            take_statistics(MergeRun.model_validate(run), store.path_of(job), gradients=job.gradients, progress=progress)
         case Merged():
             run = make_run(job, store)
             out = run.out.model_copy(update={"path": store.path_of(job), "overwrite": True})

@@ -141,11 +141,15 @@ def stats(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the statistics; the expert's own by default.")] = None,
     rank: Annotated[int, typer.Option(min=0, help="Directions to keep of each second moment.")] = 24,
     device: Device = None,
+    gradients: Annotated[
+        bool,
+        typer.Option("--gradients", help="Add gradients, which `fisher` takes, by passes back through the whole expert."),
+    ] = False,
     sets: Sets = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compute the newest expert's input statistics.
+    """Compute the newest expert's input statistics, with one of its layers in memory at a time.
 
     They are the second moments of its layers' inputs on its own typical samples, and contain no text. `aligned` and `regmean` use them.
 
@@ -155,14 +159,15 @@ def stats(
 
     method = None if run else "aligned"
     merge_run = read_run(run, base=base, experts=expert, method=method, samples=samples, device=device, sets=sets)
-    statistics = make_statistics(merge_run, rank=rank, folder=out, progress=progress(quiet or as_json))
+    statistics = make_statistics(merge_run, rank=rank, gradients=gradients, folder=out, progress=progress(quiet or as_json))
     facts = {key: value for key, value in statistics.facts.items() if key != "tensors"}
     count = len(statistics.facts["tensors"])
     if as_json:
         return print_json({"path": str(statistics.folder), "bytes": statistics.nbytes, "tensors": count, **facts})
     size = f"{statistics.nbytes / 1e6:.1f} MB for {count} linear layers"
     source = f"{facts['samples']} typical samples, {facts['tokens']} tokens"
-    return console().print(f"wrote input statistics into {statistics.folder}: {size}, from {source}; they contain no text")
+    console().print(f"wrote input statistics into {statistics.folder}: {size}, from {source}; they contain no text")
+    return None if quiet else print_notes(facts["notes"])
 
 
 def _tables(merge_weights: MergeWeights) -> dict[str, Any]:

@@ -49,6 +49,7 @@ from recall_merge.files.record import RECORD
 from recall_merge.files.rows import unread_columns
 from recall_merge.files.statistics import open_statistics
 from recall_merge.merging.merge import MergeResult
+from recall_merge.merging.rules import method_named
 from recall_merge.merging.run import MergeRun
 from recall_merge.models.load import load_model
 from recall_merge.runtime.durable import write_whole
@@ -164,7 +165,9 @@ class StageRunner:
         target = self._folder / "statistics" / self._name
         plain = self._settings.model_copy(update={"method": "linear", "options": {}, "weights": "uniform"})
         run = plain.run(base=str(self._stage.base), experts=[self._entry(self._spec, expert)], rows=self._rows, out=str(target))
-        take_statistics(run, target, rank=self._settings.stats_rank, progress=self._progress)
+        method = method_named(self._settings.method)
+        gradients = method is not None and method.gradients
+        take_statistics(run, target, rank=self._settings.stats_rank, gradients=gradients, progress=self._progress)
         return stored_path(self._folder, target)
 
     def _merge(self, expert: Model, stats: str | None) -> MergeResult:

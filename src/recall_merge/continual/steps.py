@@ -90,16 +90,16 @@ class KeyedFile:
         write_whole(self._path, sealed({"key": self._key, **self.content}))
 
 
-def take_statistics(run: MergeRun, folder: Path, *, rank: int = RANK, progress: Progress | None = None) -> None:
+def take_statistics(run: MergeRun, folder: Path, *, rank: int = RANK, gradients: bool = False, progress: Progress | None = None) -> None:
     """Write the input statistics of the run's newest expert, on the run's samples, into `folder`. Raises RecallError with every fault."""
     assert run.samples is not None, "statistics are taken from rows"
     facts: dict[str, Any] = {"rank": rank, "seed": run.seed, "samples": run.samples.model_dump(mode="json", exclude={"path"})}
-    facts |= {"rows": run.samples.digest(), "versions": versions()}
+    facts |= {"rows": run.samples.digest(), "versions": versions(), "gradients": gradients}
     facts |= {"base": fingerprint(Path(run.base)), "expert": fingerprint(Path(run.experts[-1].path))} | accelerator_facts(run.device)
     made = KeyedFile(folder / KEY, key_of(facts))
     if not made.exists:
         (folder / KEY).unlink(missing_ok=True)  # subtle: statistics that a stop leaves half replaced belong to no key
-        make_statistics(run, rank=rank, folder=folder, progress=progress)
+        make_statistics(run, rank=rank, gradients=gradients, folder=folder, progress=progress)
         made.write()
 
 

@@ -19,7 +19,8 @@ from recall_merge.files.hashing import FileStates
 from recall_merge.files.hub import Located, locate
 from recall_merge.files.row_sources import RowSource
 from recall_merge.files.rows import FORMATS, Row, is_local
-from recall_merge.files.statistics import STATS
+from recall_merge.files.statistics import STATS, open_statistics
+from recall_merge.maths.methods import Method
 from recall_merge.merging.plan import make_plan
 from recall_merge.merging.rules import Rules
 from recall_merge.merging.run import MergeRun, SampleWeights
@@ -251,7 +252,7 @@ class StageValidation:
                 folder = locate_model(self._folder, stage.expert)
                 self._check_same(folder, stage.expert, f"the expert of '{stage.task.name}'", f"stage {stage.id}")
         if one_shot and self._rules is not None and self._rules.method.informed:
-            self._check_statistics()
+            self._check_statistics(self._rules.method)
         if self._lineage:
             last, started = self._lineage[-1], {stage.parent for stage in (*self._lineage, self._spec) if stage.start == "last"}
             self._has_before = found_path(self._folder, last.merged.path).is_dir()
@@ -265,12 +266,19 @@ class StageValidation:
             with self._faults.collect():
                 self._given = self._check_given(self._base, self._spec.given)
 
-    def _check_statistics(self) -> None:
-        """Whether the statistics that the method will read are there."""
+    def _check_statistics(self, method: Method) -> None:
+        """Whether the statistics that the method will read are there, with what it takes of them."""
         for stage in self._lineage:
             self._inputs.append(FileStates.of([found_path(self._folder, stage.stats)] if stage.stats else []))
             if stage.stats is not None and not (file := found_path(self._folder, stage.stats) / STATS).is_file():
                 self._faults.add(f"the input statistics of '{stage.task.name}' are missing", where=file, fix="put them back")
+                continue
+            with self._faults.collect():
+                stats = None if stage.stats is None else open_statistics(found_path(self._folder, stage.stats))
+                if stats is not None and method.gradients and not stats.has_gradients:
+                    what = f"the input statistics of '{stage.task.name}' hold no gradients, which `{method.name}` takes"
+                    fix = "give another method; a workspace takes gradients only in stages that are merged by such a method"
+                    raise CheckpointError(what, where=stats.folder, fix=fix)
 
     def _check_given(self, base: Path, given: Model) -> Model:
         """A given expert, with its fingerprint; it must fit the base."""

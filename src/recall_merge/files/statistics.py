@@ -1,8 +1,8 @@
 """An expert's input statistics: for every linear layer, the second moment of its inputs on the expert's typical samples. They hold no text.
 
-`stats.safetensors` holds, in bfloat16, for each group of layers with the same inputs a factor (i, r) and a diagonal (i,), and for each
-layer the squared gradients of its outputs (o,). `stats.json` says which tensors of the base belong to which group, what the statistics
-were made from, the hash of their expert, and those of both files.
+`stats.safetensors` holds, in bfloat16, for each group of layers with the same inputs a factor (i, r) and a diagonal (i,); and for each
+layer, where they were asked for, the squared gradients of its outputs (o,). `stats.json` says which tensors of the base belong to which
+group, what the statistics were made from, the hash of their expert, and those of both files.
 """
 
 from __future__ import annotations
@@ -41,14 +41,19 @@ class InputStatistics:
     def nbytes(self) -> int:
         return sum(stored.spec.nbytes for stored in self.stored.values())
 
+    @property
+    def has_gradients(self) -> bool:
+        return all(gradient_of(name) in self.stored for name in self.facts["tensors"])
+
     def misfits(self, specs: Mapping[str, TensorSpec]) -> list[str]:
-        """The base's tensors whose shape does not fit the inputs and outputs here."""
+        """The base's tensors whose shape does not fit the inputs here, or the gradients of the outputs."""
 
-        def shape(name: str, group: str, axis: int) -> tuple[int, ...]:
-            sizes = self.stored[f"{group}.rest"].spec.shape, self.stored[f"{name}.gradient"].spec.shape
-            return sizes[axis == 1] + sizes[axis == 0]
+        def fits(name: str, group: str, axis: int) -> bool:
+            shape, gradient = specs[name].shape, self.stored.get(gradient_of(name))
+            inputs, outputs = self.stored[parts_of(group)[1]].spec.shape, shape[1 - axis :][:1] if gradient is None else gradient.spec.shape
+            return (outputs + inputs if axis == 1 else inputs + outputs) == shape
 
-        return [name for name, entry in self.facts["tensors"].items() if name in specs and shape(name, *entry) != specs[name].shape]
+        return [name for name, entry in self.facts["tensors"].items() if name in specs and not fits(name, *entry)]
 
     def moment(self, name: str) -> tuple[Moment, int] | None:
         """The moment of a tensor's inputs, and the axis of the inputs; None if there are no statistics of it."""
@@ -58,8 +63,9 @@ class InputStatistics:
         if entry is None:
             return None
         group, axis = entry
-        factor, rest, gradient = (self.stored[part].read().float() for part in (*parts_of(group), f"{name}.gradient"))
-        return Moment(factor, rest, gradient), axis
+        factor, rest = (self.stored[part].read().float() for part in parts_of(group))
+        gradient = self.stored.get(gradient_of(name))
+        return Moment(factor, rest, gradient and gradient.read().float()), axis
 
 
 def parts_of(group: str) -> tuple[str, str]:
@@ -67,11 +73,16 @@ def parts_of(group: str) -> tuple[str, str]:
     return f"{group}.factor", f"{group}.rest"
 
 
+def gradient_of(name: str) -> str:
+    """Name of the squared gradients of a layer's outputs, by that of its tensor in the base."""
+    return f"{name}.gradient"
+
+
 def write_statistics(folder: Path, parts: Mapping[str, Tensor], tensors: Mapping[str, tuple[str, int]], facts: Mapping[str, Any]) -> Path:
     """Write input statistics into a folder: the tensors first, then, in one step, the facts that make them valid.
 
-    `parts` are the stored tensors, named as by `parts_of`; `tensors` gives the group and the axis of the inputs of each tensor of the base;
-    `facts` say what the statistics were made from, `expert` among them: the hash of the expert that they belong to.
+    `parts` are the stored tensors, named as by `parts_of` and `gradient_of`; `tensors` gives the group and the axis of the inputs of each
+    tensor of the base; `facts` say what the statistics were made from, `expert` among them: the hash of the expert that they belong to.
     """
     import torch
 
@@ -105,7 +116,7 @@ def open_statistics(folder: Path) -> InputStatistics | None:
     stored = read_header(folder / WEIGHTS)
     if facts["format"] == FORMAT and hash_result(folder / WEIGHTS) != facts.get(WEIGHTS):
         raise CheckpointError(f"{WEIGHTS} has changed since it was written, or is of other statistics", where=folder / WEIGHTS, fix=fix)
-    wanted = {part for name, (group, _) in facts["tensors"].items() for part in (*parts_of(group), f"{name}.gradient")}
+    wanted = {part for group, _ in facts["tensors"].values() for part in parts_of(group)}
     if missing := sorted(wanted - set(stored)):
         raise CheckpointError(f"the input statistics lack '{missing[0]}'", where=folder / WEIGHTS, fix=fix)
     for group in sorted({group for group, _ in facts["tensors"].values()}):

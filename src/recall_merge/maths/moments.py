@@ -1,4 +1,4 @@
-"""Second moments of a linear layer's inputs, stored as a few directions and a diagonal; and the least-squares problem that they pose."""
+"""Second moments of a linear layer's inputs, sketched as a few directions and a diagonal; and the least-squares problem that they pose."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from recall_merge.maths.deltas import Dense, Factored, LowRank, Weights
+from recall_merge.maths.trimming import Start
+
+HELD = 2048  # rows of inputs that a sketch holds
+OVERSAMPLED, ROUNDS = 8, 4  # columns beside those that are wanted, and products with x^T x, of the search for the leading directions
 
 
 @dataclass(frozen=True)
@@ -51,23 +55,57 @@ def identity(size: int, device: torch.device | None = None) -> Moment:
     return Moment(ones.new_zeros(size, 0), ones)
 
 
-def compress(moment: Float[Tensor, "i i"], rank: int) -> Moment:
-    """The leading `rank` eigenvectors of a moment, and a diagonal that keeps diag(G) as it is.
+class Sketch:
+    """The second moment of inputs that arrive in blocks, in memory that does not grow with their number.
 
-    >>> compress(torch.diag(torch.tensor([4.0, 1.0])), rank=1).dense()
-    tensor([[4., 0.],
-            [0., 1.]])
+    At most `held` rows wait. Before there are more, their leading rows take their place (`leading_rows`), and the least of them is lost: an
+    incremental SVD, truncated far beyond the `rank` directions that are wanted (Ross et al. 2008, doi:10.1007/s11263-007-0075-7). The
+    diagonal is summed exactly, in float64.
     """
-    from scipy.linalg import eigh  # subtle: torch's own (divide and conquer) fails on some moments of low rank
 
-    size, diagonal = len(moment), moment.diagonal().double()
-    kept = min(rank, size)
-    if not kept:
-        return Moment(moment.new_zeros(size, 0, dtype=torch.float32), diagonal.float())
-    values, vectors = map(torch.from_numpy, eigh(moment.double().numpy(), subset_by_index=[size - kept, size - 1]))
-    factor = vectors * values.clamp(min=0).sqrt()
-    rest = (diagonal - factor.square().sum(1)).clamp(min=0)
-    return Moment(factor.float(), rest.float())
+    def __init__(self, rank: int, draw: Start, *, held: int = HELD) -> None:
+        self.count = 0
+        self._rank, self._draw, self._held = rank, draw, max(held, 2 * ROUNDS * (rank + OVERSAMPLED))
+        self._rows: list[Tensor] = []
+        self._squares: Tensor | float = 0.0  # (i,)
+
+    def add(self, x: Float[Tensor, "n i"]) -> None:
+        """Take in more inputs. They are kept as they are until there are too many: do not change them."""
+        if self._rows and sum(map(len, self._rows)) + len(x) > self._held:
+            self._rows = [leading_rows(torch.cat(self._rows), self._rank, self._draw)]
+        self._rows.append(x.float())
+        self._squares += x.double().square().sum(0)
+        self.count += len(x)
+
+    def moment(self) -> Moment:
+        """The leading directions of the inputs' mean x x^T, and a diagonal that keeps its own as it is. At least one input has come."""
+        assert isinstance(self._squares, Tensor), "a sketch of no inputs"
+        factor = leading_rows(torch.cat(self._rows), self._rank, self._draw)[: self._rank].mT.double() / self.count**0.5
+        rest = (self._squares / self.count - factor.square().sum(1)).clamp(min=0)
+        return Moment(factor.float(), rest.float())
+
+
+def leading_rows(x: Float[Tensor, "n i"], rank: int, draw: Start) -> Float[Tensor, "m i"]:
+    """Few rows S for many, with S^T S near x^T x: the largest singular values of x times their right singular vectors, largest first.
+
+    m <= 4 (rank + 8), of which the first `rank` are good to about 1e-3 of x^T x in the spectral norm, and the others less so. A randomised
+    block Krylov method (Musco and Musco 2015, arXiv:1504.05477): x is projected onto the span of (x^T x)^j W, j = 1..4, W random. Where
+    that would be as wide as x is, nothing is lost. In float32, apart from the eigenvectors of the projection.
+    """
+    from scipy.linalg import eigh  # subtle: torch's own (divide and conquer) fails on some matrices of low rank
+
+    columns = rank + OVERSAMPLED
+    if min(x.shape) <= ROUNDS * columns:
+        basis = torch.linalg.qr(x.mT).Q  # (i, min(n, i)): all that the rows span
+    else:
+        block, blocks = draw()((x.shape[1], columns)).to(x.device) - 0.5, []
+        for _ in range(ROUNDS):
+            block = torch.linalg.qr(x.mT @ (x @ block)).Q
+            blocks.append(block)
+        basis = torch.linalg.qr(torch.cat(blocks, dim=1)).Q
+    seen = (x @ basis).double()
+    values, vectors = (torch.from_numpy(part).to(x.device) for part in eigh((seen.mT @ seen).cpu().numpy()))
+    return (basis @ vectors.float() * values.clamp(min=0).sqrt().float()).mT.flip(0)
 
 
 def least_squares(deltas: Factored, moments: Sequence[Moment], weights: Weights, *, ridge: float = 0.0) -> Dense:

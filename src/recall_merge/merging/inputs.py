@@ -15,6 +15,7 @@ from recall_merge.files.hub import Located, Reference, cached_folder, locate, me
 from recall_merge.files.same_architecture import check_checkpoint, named_like
 from recall_merge.files.statistics import InputStatistics, open_statistics
 from recall_merge.files.vocabulary import Vocabulary
+from recall_merge.maths.methods import Method
 from recall_merge.merging.run import ExpertEntry, MergeRun, skipped
 from recall_merge.runtime.errors import CheckpointError, Faults
 
@@ -96,11 +97,12 @@ def check_distinct(run: MergeRun, located: Mapping[str, Located], faults: Faults
 
 
 def read_statistics(
-    run: MergeRun, experts: Sequence[Expert], base: Checkpoint, located: Mapping[str, Located], faults: Faults
+    run: MergeRun, experts: Sequence[Expert], base: Checkpoint, located: Mapping[str, Located], method: Method, faults: Faults
 ) -> tuple[InputStatistics | None, ...]:
     """The input statistics of each expert; None where it has none.
 
-    Those of another state of an expert would mislead, and are refused; of weights that are still on the hub that cannot be told yet.
+    Those of another state of an expert would mislead, and are refused; of weights that are still on the hub that cannot be told yet. So are
+    those without the gradients that the method takes.
     """
     fix = "make them again with `recall stats`"
     statistics: list[InputStatistics | None] = []
@@ -116,5 +118,8 @@ def read_statistics(
             if stats is not None and (misfits := stats.misfits(base.specs)):
                 what = f"the input statistics of expert '{expert.name}' do not fit the inputs of '{misfits[0]}'"
                 raise CheckpointError(what, where=stats.folder, fix=fix)
+            if stats is not None and method.gradients and not stats.has_gradients:
+                what = f"the input statistics of expert '{expert.name}' hold no gradients, which `{method.name}` takes"
+                raise CheckpointError(what, where=stats.folder, fix="make them again with `recall stats --gradients`")
         statistics.append(stats)
     return tuple(statistics)

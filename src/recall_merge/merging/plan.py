@@ -225,7 +225,7 @@ def make_plan(run: MergeRun | Mapping[str, Any], *, writes: bool = True, downloa
         faults.attempt(_check_settings, run, base, experts, vocabulary, speaker, specs)
         faults.attempt(_check_space, run.out.path, specs)
     faults.raise_any()
-    statistics = read_statistics(run, experts, base, located, faults) if rules.method.informed else ()
+    statistics = read_statistics(run, experts, base, located, rules.method, faults) if rules.method.informed else ()
     faults.raise_any()
     assert weights is not None
     notes += [*placement_notes(device, rules.method, rule), *vocabulary_notes, *unread_columns(rows), *_unheard(run, base, experts), *date]

@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from recall_merge.files.experts import Expert, hash_expert
 from recall_merge.files.names import Names
-from recall_merge.files.statistics import InputStatistics, open_statistics, parts_of, write_statistics
-from recall_merge.maths.moments import compress
-from recall_merge.merging.forward import expert_tokenizer, load_expert
+from recall_merge.files.statistics import InputStatistics, gradient_of, open_statistics, parts_of, write_statistics
+from recall_merge.maths.trimming import Draws, Start
+from recall_merge.merging.forward import check_finite, expert_tokenizer, layer_parameters, load_expert, start_forward
+from recall_merge.merging.layerwise import whole_note
 from recall_merge.merging.plan import Plan, make_plan
 from recall_merge.merging.run import DEFAULT_RECALL, MergeRun
-from recall_merge.merging.samples import TypicalSample, choose_samples, encode_samples
+from recall_merge.merging.samples import choose_samples, encode_samples
 from recall_merge.merging.unsound import is_finite
-from recall_merge.runtime.errors import CheckpointError
+from recall_merge.models.tokens import EncodedRow
+from recall_merge.runtime.errors import CheckpointError, NotLayerwise
 from recall_merge.runtime.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from recall_merge.models.input_moments import Inputs
 
 RANK = 24
 TRAINING = "look at its training"
 
 
-def make_statistics(run: MergeRun, *, rank: int = RANK, folder: Path | None = None, progress: Progress | None = None) -> InputStatistics:
+def make_statistics(
+    run: MergeRun, *, rank: int = RANK, gradients: bool = False, folder: Path | None = None, progress: Progress | None = None
+) -> InputStatistics:
     """Make the input statistics of a run's newest expert from the run's samples, and write them into the expert's folder.
+
+    Memory holds one layer of the expert, and of the samples their hidden states.
 
     Args:
         rank: directions to keep of each second moment.
+        gradients: add the squared gradients of the layers' outputs, which `fisher` needs, by passes back through the whole expert.
         folder: another folder to write to.
 
     Raises:
@@ -35,15 +47,19 @@ def make_statistics(run: MergeRun, *, rank: int = RANK, folder: Path | None = No
     """
     plan, progress = make_plan(run, writes=False), progress or Silent()
     expert = plan.experts[-1]
-    samples = choose_samples(plan, DEFAULT_RECALL, progress).rows
-    parts, tensors = _moments(plan, expert, samples, rank, progress)
+    precision, said = _precision()
+    samples = choose_samples(plan, DEFAULT_RECALL.model_copy(update={"precision": precision}), progress)
+    rows = encode_samples(plan, samples.rows, expert_tokenizer(plan, expert))
+    inputs, notes = _inputs(plan, expert, rows, rank, gradients, progress)
+    parts, tensors = _stored(plan, expert, inputs)
     facts = {
         "expert": hash_expert(expert),
         "base": plan.base.fingerprint,
-        "samples": len(samples),
-        "rows": [sample.row for sample in samples],
-        "tokens": sum(sample.tokens for sample in samples),
+        "samples": len(rows),
+        "rows": [sample.row for sample in samples.rows],
+        "tokens": sum(len(row.input_ids) for row in rows),
         "rank": rank,
+        "notes": [*samples.notes, *said, *notes],
     }
     target = folder or expert.folder
     plan.inputs.check()
@@ -58,34 +74,88 @@ def make_statistics(run: MergeRun, *, rank: int = RANK, folder: Path | None = No
     return statistics
 
 
-def _moments(
-    plan: Plan, expert: Expert, samples: Sequence[TypicalSample], rank: int, progress: Progress
-) -> tuple[dict[str, Tensor], dict[str, tuple[str, int]]]:
-    """The numbers by name, and for each tensor of the base its group of inputs and the axis along which they run."""
-    from recall_merge.models.input_moments import input_moments
+def _precision() -> tuple[str, list[str]]:
+    """The dtype in which samples are chosen, and a note on it: bfloat16 where the processor multiplies it, which takes half the time.
 
-    rows = encode_samples(plan, samples, expert_tokenizer(plan, expert))
-    with progress.stage(f"input statistics of {expert.name}", sum(len(row.input_ids) for row in rows), "tokens") as advance:
+    What is chosen differs, since centroids have several rows near to them; how near does not (docs/statistics.md).
+    """
+    known = torch.cpu.get_capabilities()
+    if any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
+        return "bfloat16", ["typical samples were chosen in bfloat16, which this processor multiplies"]
+    return "float32", []
+
+
+def _inputs(
+    plan: Plan, expert: Expert, rows: Sequence[EncodedRow], rank: int, gradients: bool, progress: Progress
+) -> tuple[list[Inputs], list[str]]:
+    """What the expert's linear maps read of the rows: block by block where its architecture allows that and no pass back is wanted."""
+    notes: list[str] = []
+
+    def draw(module: str) -> Start:
+        return Draws(plan.run.seed, module, (expert.name,)).streams[0]
+
+    what = f"input statistics of {expert.name}"
+    if not gradients:
         try:
-            groups = input_moments(load_expert(plan, expert, DEFAULT_RECALL), rows, seed=plan.run.seed, progress=advance)
+            with progress.stage(what, plan.base.layers.blocks + 1, "layers") as advance:
+                return _inputs_by_layer(plan, expert, [row.input_ids for row in rows], rank, draw, advance), notes
+        except NotLayerwise as error:
+            notes.append(whole_note(error))
+    from recall_merge.models.input_moments import HELD_OF_MANY, InputSketches, inputs_of_whole
+
+    model = load_expert(plan, expert, DEFAULT_RECALL)
+    maps = {name: module for name, module, _ in _maps(plan, model)}
+    sketches = InputSketches(maps, rank, draw, held=HELD_OF_MANY)
+    with progress.stage(what, sum(len(row.input_ids) for row in rows), "tokens") as advance:
+        try:
+            return inputs_of_whole(model, rows, sketches, gradients=gradients, seed=plan.run.seed, progress=advance), notes
         except FloatingPointError as error:
-            what = f"the logits of expert '{expert.name}' are NaN or infinite"
-            raise CheckpointError(what, where=expert.folder, fix=TRAINING) from error
+            raise CheckpointError(f"the logits of expert '{expert.name}' are NaN or infinite", where=expert.folder, fix=TRAINING) from error
+
+
+def _inputs_by_layer(
+    plan: Plan, expert: Expert, tokens: Sequence[Sequence[int]], rank: int, draw: Callable[[str], Start], advance: Callable[[int], None]
+) -> list[Inputs]:
+    from recall_merge.models.input_moments import InputSketches
+
+    layers = plan.base.layers
+    inputs: list[Inputs] = []
+    with start_forward(plan, expert, DEFAULT_RECALL, tokens) as forward:
+        maps = list(_maps(plan, forward.model))
+        if after := [name for name, _, stored in maps if layers.of(stored) == layers.last]:
+            raise NotLayerwise(f"its linear map '{after[0]}' follows the blocks")
+        sketches = InputSketches({name: module for name, module, _ in maps}, rank, draw)
+        forward.watch(sketches.maps, sketches.fold)
+        for layer in range(layers.blocks + 1):
+            check_finite(plan, expert, forward.step(layer_parameters(plan, expert, DEFAULT_RECALL, layer, tokens)))
+            inputs += sketches.finish(plan.threads)
+            advance(1)
+    return inputs
+
+
+def _maps(plan: Plan, model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """The linear maps that can be aligned: their names in memory, and those of their tensors in the files. A head is none of them."""
+    from recall_merge.models.input_moments import linear_maps
+
+    names = Names(plan.base)
+    for name, module in linear_maps(model).items():
+        if (stored := names.find(f"{name}.weight")) is not None and stored not in plan.base.token_tensors:
+            yield name, module, stored
+
+
+def _stored(plan: Plan, expert: Expert, inputs: Iterable[Inputs]) -> tuple[dict[str, Tensor], dict[str, tuple[str, int]]]:
+    """The numbers by name, and for each tensor of the base its group of inputs and the axis along which they run."""
     names = Names(plan.base)
     parts: dict[str, Tensor] = {}
     tensors: dict[str, tuple[str, int]] = {}
-    for number, inputs in enumerate(groups):
-        stored = {module: names.find(f"{module}.weight") for module in inputs.modules}
-        maps = {name: module for module, name in stored.items() if name is not None and name not in plan.base.token_tensors}
-        if not maps or not inputs.tokens:  # a head is no map to align, and a map that no token reached has no inputs
-            continue
-        if not all(is_finite(numbers.bfloat16()) for numbers in (inputs.moment, *inputs.gradients)):  # as they are stored
-            what = f"the input statistics of expert '{expert.name}' overflow in '{next(iter(maps))}'"
+    for number, group in enumerate(inputs):
+        stored = [str(names.find(f"{module}.weight")) for module in group.modules]
+        key = f"{number:04d}"
+        own = dict(zip(parts_of(key), (group.moment.factor, group.moment.rest), strict=True))
+        own |= dict(zip(map(gradient_of, stored), group.gradients, strict=False))
+        if not all(is_finite(numbers.bfloat16()) for numbers in own.values()):  # as they are stored
+            what = f"the input statistics of expert '{expert.name}' overflow in '{stored[0]}'"
             raise CheckpointError(what, where=expert.folder, fix=TRAINING)
-        group = f"{number:04d}"
-        compressed = compress(inputs.moment, rank)
-        parts |= dict(zip(parts_of(group), (compressed.factor, compressed.rest), strict=True))
-        for name, module in maps.items():
-            parts[f"{name}.gradient"] = inputs.gradients[inputs.modules.index(module)]
-        tensors |= dict.fromkeys(maps, (group, inputs.axis))
+        parts |= own
+        tensors |= dict.fromkeys(stored, (key, group.axis))
     return parts, tensors

@@ -9,8 +9,9 @@ its next stop, and discards the parameters of the block.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ from recall_merge.models.transformers_private import TensorLoader
 from recall_merge.runtime import memory
 from recall_merge.runtime.errors import NotLayerwise
 from recall_merge.runtime.parallel import in_order
+
+Reads = list[tuple[str, Tensor]]
+"""What modules read, in the order of their calls: a module's name, and its first argument."""
 
 
 class LayerwiseForward:
@@ -71,6 +75,21 @@ class LayerwiseForward:
         self._hooks += [block.register_forward_hook(_after) for block in self._blocks]
         self._hooks += [block.register_forward_pre_hook(_pause) for block in self._blocks[1:]]
         self._hooks += [self._blocks[-1].register_forward_hook(_pause)]
+        self._hooks += [module.register_forward_pre_hook(_has_numbers) for module in self._model.modules() if module._parameters]
+        self._visit: Callable[[Reads, Tensor], None] | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The architecture, of which at most one block has its numbers."""
+        return self._model
+
+    def watch(self, modules: Mapping[str, nn.Module], visit: Callable[[Reads, Tensor], None]) -> None:
+        """From now on, each step calls `visit` with what these modules have read in one batch after another, in their order.
+
+        `visit` also gets where in the batch there are tokens, (b, t): the rest is padding. What was read is gone after the call.
+        """
+        self._visit = visit
+        self._hooks += [module.register_forward_hook(partial(_read, name)) for name, module in modules.items()]
 
     def step(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Pooled hidden states at the next layer, from 0 on, given its parameters under the names of the files.    -> (m, d), float32
@@ -102,11 +121,17 @@ class LayerwiseForward:
         for hook in self._hooks:
             hook.remove()
 
-    def _join(self, parts: Sequence[Tensor]) -> Tensor:
+    def _join(self, parts: Iterator[Tensor]) -> Tensor:
         """The states that the batches have reached, in the order of the texts."""
-        self.layer += 1
-        states = parts[0].new_empty(self._rows, parts[0].shape[-1])
+        reached: list[Tensor] = []
         for batch, part in zip(self._batches, parts, strict=True):
+            reached.append(part)
+            if self._visit is not None:
+                self._visit(batch.reads, batch.present)
+                batch.reads.clear()
+        self.layer += 1
+        states = reached[0].new_empty(self._rows, reached[0].shape[-1])
+        for batch, part in zip(self._batches, reached, strict=True):
             states[batch.rows] = part
         return states
 
@@ -135,9 +160,8 @@ def step(models: Sequence[LayerwiseForward], tensors: Sequence[Callable[[], Mapp
         return part
 
     batches = ((number, batch) for number, model in enumerate(models) for batch in model._batches)
-    parts = in_order(lambda numbered: go_on(*numbered), batches, models[0]._threads)
-    states = [model._join(list(islice(parts, len(model._batches)))) for model in models]
-    assert next(parts, None) is None  # subtle: only an exhausted `in_order` puts torch's number of threads back
+    with closing(in_order(lambda numbered: go_on(*numbered), batches, models[0]._threads)) as parts:  # puts torch's threads back
+        states = [model._join(islice(parts, len(model._batches))) for model in models]
     memory.give_back()
     return states
 
@@ -151,11 +175,17 @@ class _Batch:
         self._model = model
         self._pooling: Pooling = pooling
         self._ids, self._mask, self._lengths = texts  # as `padded` gives them
+        self.reads: Reads = []
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
         self._state: Tensor | None = None
         self._error: BaseException | None = None
         self._ending = False
         self._thread = threading.Thread(target=self._run, daemon=True)
+
+    @property
+    def present(self) -> Tensor:
+        """(b, t), True where there is a token."""
+        return self._mask.bool()
 
     def go_on(self) -> Tensor:
         """Run to the next stop.    -> (b, d), the pooled hidden states there"""
@@ -213,6 +243,12 @@ class _Ended(Exception):
     """Raised inside a forward pass that is not needed any further."""
 
 
+def _has_numbers(module: nn.Module, _: Any) -> None:
+    """Subtle: a linear map without a bias does not raise on empty weights, but gives whatever is in memory."""
+    if any(parameter is not None and parameter.is_meta for parameter in module._parameters.values()):
+        raise _lacking(f"the weights of {type(module).__name__}")
+
+
 def _before_first(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     _current.batch.keep(before_first(args, kwargs))
     _current.batch.pause()
@@ -226,9 +262,17 @@ def _pause(*_: Any) -> None:
     _current.batch.pause()
 
 
+def _read(name: str, _module: nn.Module, args: tuple[Any, ...], _output: Any) -> None:
+    _current.batch.reads.append((name, args[0]))
+
+
 def _explain(error: Exception) -> Exception:
     """What a forward pass raises when it meets empty parameters, in our words."""
     if "meta" not in str(error).lower():
         return error
-    what = f"its forward pass needs numbers that it does not have at that layer: {str(error).splitlines()[0]}"
+    return _lacking(str(error).splitlines()[0])
+
+
+def _lacking(what: str) -> NotLayerwise:
+    what = f"its forward pass needs numbers that it does not have at that layer: {what}"
     return NotLayerwise(what, fix="report the architecture: its blocks are not run one after another")

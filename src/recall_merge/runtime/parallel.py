@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from typing import TypeVar
@@ -61,7 +61,7 @@ def _number_kept() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def in_order(function: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
+def in_order(function: Callable[[T], R], items: Iterable[T], threads: int) -> Generator[R, None, None]:
     """Like `map`, with up to `threads` items in work and as many finished and waiting, which bounds the memory.
 
     Each item's arithmetic runs on a single thread (no parallel sums inside an operation), so the bytes of the results

@@ -24,7 +24,7 @@ OffDiagonal = Annotated[
 Ridge = Annotated[float, Interval(gt=0), "added to the diagonal of the moments' weighted mean, as a share of that diagonal's mean"]
 
 
-@method("fisher", source="Matena and Raffel 2022, Fisher-weighted averaging, arXiv:2111.09832", matrices=True)
+@method("fisher", source="Matena and Raffel 2022, Fisher-weighted averaging, arXiv:2111.09832", matrices=True, gradients=True)
 def fisher(base: Dense, deltas: Deltas, weights: Weights, *, moments: Moments = (), floor: Floor = 1e-6, scale: Scale = 1.0) -> Dense:
     """Average of the experts, each entry weighted by how much each expert's predictions depend on it.
 

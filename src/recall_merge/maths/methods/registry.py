@@ -43,6 +43,8 @@ class Method:
     """It is made for the matrices of linear maps: give embedding tables to `linear` instead, as it does itself with other shapes."""
     heavy: bool = False
     """Its work on one tensor takes longer than reading it: an accelerator that computes in float64 is worth the way there and back."""
+    gradients: bool = False
+    """It takes the `gradient` of every moment: statistics without are of no use to it."""
     ordered: bool = False
     """The order of the experts matters; the newest is the last."""
     options: dict[str, inspect.Parameter] = field(default_factory=dict, compare=False)
