@@ -22,7 +22,7 @@ import torch
 from benchmarks.bars import line
 from benchmarks.measure import ROOT, Bench, run
 
-NAMES = ("machine", "startup", "linear", "tensors", "recall", "ties", "large", "cluster", "methods")
+NAMES = ("machine", "startup", "linear", "tensors", "recall", "ties", "large", "input_statistics", "cluster", "methods")
 
 
 def main() -> None:

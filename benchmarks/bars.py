@@ -48,6 +48,15 @@ BARS = {
     "large.memory": Bar("recall, peak anonymous memory of the first 4 blocks", "at most", 16.0, "GB"),
     "large.weights.plan": Bar("`recall weights`: the memory that the plan predicts", "at most", 6.0, "GB"),
     "large.weights.memory": Bar("`recall weights`, peak anonymous memory of the first 4 blocks", "at most", 6.0, "GB"),
+    "stats.time": Bar("`recall stats`, whole process", "at most", 15.0, "s"),
+    "stats.memory": Bar("`recall stats`, peak anonymous memory", "at most", 0.9, "GB"),
+    "stats.directions": Bar("recall stats, from the inputs of all 210 maps to their directions", "at most", 3.0, "s"),
+    "stats.error": Bar("recall stats, spectral error against dense float64 moments", "at most", 0.01, "of the largest eigenvalue"),
+    "stats.growth": Bar("`recall stats`, peak anonymous memory with ten times as many typical samples", "at most", 1.2, "x"),
+    "stats.merge": Bar("aligned, after imports", "at most", 4.0, "s"),
+    "stats.merge.memory": Bar("aligned, peak anonymous memory, against linear", "at most", 1.2, "x"),
+    "stats.large.time": Bar("recall stats, a block", "at most", 60.0, "s"),
+    "stats.large.memory": Bar("recall stats, peak anonymous memory of the first 4 blocks", "at most", 6.0, "GB"),
     "startup.help": Bar("`recall --help`, whole process", "at most", 0.4, "s"),
 }
 

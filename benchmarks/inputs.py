@@ -104,6 +104,23 @@ def llamas(
     return _make([bench.work / f"{name}-{number}" for number in range(count)], fill)
 
 
+def adapters(bench: Bench, base: Path, count: int) -> list[Path]:
+    """LoRAs of rank 16 on all linear maps of a model, whose changes are a twentieth of its weights or so."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    def fill(number: int, folder: Path) -> None:
+        torch.manual_seed(number)
+        config = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype="float32"), config)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.01)
+        model.save_pretrained(str(folder))
+
+    return _make([base.with_name(f"{base.name}-lora-{number}") for number in range(count)], fill)
+
+
 def sparse_llamas(bench: Bench, name: str, shape: Shape, count: int) -> list[Path]:
     """bfloat16 Llamas that take no disk space: zeros, except for one number of each tensor that differs between the models."""
     from recall_merge.files.safetensors import TensorSpec, encode_header

@@ -19,7 +19,7 @@ from torch import nn
 from recall_merge.bench import run_job
 from recall_merge.bench.bench import bench, make_agenda, seconds_left, store_of, write_results
 from recall_merge.bench.design import make_design
-from recall_merge.bench.jobs import Scores, Store, Trained, hash_rows
+from recall_merge.bench.jobs import Merged, Scores, Store, Trained, hash_rows
 from recall_merge.bench.results import NUMBERS, SCORES, MethodResults, Results, Spread, read_results
 from recall_merge.bench.scenario import Scenario, load_scenario
 from recall_merge.files.rows import parse_rows, read_rows
@@ -96,6 +96,18 @@ def test_arguments_that_a_scenario_brings_need_a_word_from_the_keyboard(llama, d
         bench(scenario)
     assert not (tmp_path / "out").exists()
     assert make_design(scenario, ["report_to"]).trials
+
+
+def test_statistics_are_taken_once_with_gradients_where_any_method_takes_them(llama: Path, data: Path, tmp_path: Path) -> None:
+    def statistics(*methods: str) -> set[Any]:
+        scenario = Scenario.model_validate(two_tasks(llama, data, tmp_path / "out", methods=list(methods)))
+        merges = [scores.model for trial in make_design(scenario).trials for scores in trial.scores.values()]
+        return {(job.key, job.gradients) for merge in merges if isinstance(merge, Merged) for _, job in merge.statistics}
+
+    plain, both = statistics("aligned"), statistics("aligned", "fisher")
+    assert {gradients for _, gradients in plain} == {False}
+    assert {gradients for _, gradients in both} == {True}
+    assert len(plain) == len(both) == len(plain | both) / 2 == 2
 
 
 def test_every_method_has_its_trials_and_numbers(finished: tuple[Scenario, Results]) -> None:

@@ -28,6 +28,7 @@ from recall_merge.evaluation.scores import score_tasks
 from recall_merge.evaluation.tasks import TaskSpec
 from recall_merge.files.ownership import MARKER
 from recall_merge.files.rows import read_rows
+from recall_merge.files.statistics import open_statistics
 from recall_merge.merging.statistics import RANK
 from recall_merge.models.load import load_model
 from recall_merge.runtime.errors import RecallError
@@ -45,6 +46,7 @@ def data(tmp_path_factory) -> Path:
 def made(llama, data, tmp_path_factory):
     """`made("recall")`: a workspace with settings of that name, that has learnt `a`. Copy it."""
     kinds = {"recall": {}, "linear": {"method": "linear"}, "sequential": {"method": "linear", "strategy": "sequential"}}
+    kinds["fisher"] = {"method": "fisher"}
     done: dict[str, Path] = {}
 
     def of(kind: str) -> Path:
@@ -234,6 +236,17 @@ def test_every_expert_leaves_statistics_so_a_later_stage_may_merge_by_them(ws, d
     shutil.rmtree(folder / "statistics" / "2-b")
     refused(folder, lambda: teach(folder, data, "c", method="aligned"), "the input statistics of 'b' are missing")
     assert teach(folder, data, "c", sets={"stats_rank": 0}).stage.stats is None
+
+
+def test_a_method_that_takes_gradients_gets_them_and_is_refused_before_the_training_where_there_are_none(ws, data):
+    folder = ws("linear")
+    refused(
+        folder, lambda: teach(folder, data, "b", method="fisher"), "the input statistics of 'a' hold no gradients, which `fisher` takes"
+    )
+    folder = ws("fisher")
+    assert open_statistics(folder / "statistics" / "1-a").has_gradients
+    notes = teach(folder, data, "b").merge.record["notes"]
+    assert not [note for note in notes if "has no input statistics" in note]
 
 
 def test_an_old_merge_may_be_deleted_to_make_room(ws, data):
