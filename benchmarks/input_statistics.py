@@ -116,7 +116,8 @@ def large(bench: Bench) -> Iterator[Figure]:
     done = bench.inside("input_statistics", {"run": run, "out": str(out)})
     remove(out)
     case, blocks = f"8B bfloat16, {BLOCKS} blocks, two threads", fewer["num_hidden_layers"]
-    note = f"{done.output['tokens']} tokens; {done.processor:.0f} processor s, {done.output['directions'] / blocks:.1f} s a block for directions"
+    directions = done.output["directions"] / blocks
+    note = f"{done.output['tokens']} tokens; {done.processor:.0f} processor s, {directions:.1f} s a block for directions"
     yield Figure("stats.large.time", case, [done.output["inputs"] / blocks], note=note)
     yield Figure("stats.large.memory", case, [done.anonymous / GB])
 
