@@ -137,6 +137,14 @@ def test_a_forward_pass_that_fails_is_told_in_words(bases, tmp_path, command):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_number_of_positions_that_is_none_is_told_in_words(bases, tmp_path):
+    base = shutil.copytree(bases("gpt2"), tmp_path / "base")
+    edit_json(base / "config.json", max_position_embeddings=[10**9])  # beside a sound n_positions
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "is it?", "completion": " yes"}])
+    with pytest.raises(CheckpointError, match="int\\(\\) argument"):
+        evaluate(str(base), [str(rows)])
+
+
 def test_a_window_that_texts_do_not_fit_is_told_in_words(llama, tmp_path):
     base = shutil.copytree(llama, tmp_path / "base")
     edit_json(base / "config.json", sliding_window=-1)

@@ -31,7 +31,7 @@ from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
 from recall_merge.models.hidden_states import padded
-from recall_merge.models.load import load_config, running
+from recall_merge.models.load import load_config, refused_by_transformers, running
 from recall_merge.models.transformers_private import is_stateful
 from recall_merge.runtime.parallel import process_wide
 from recall_merge.runtime.progress import Progress
@@ -174,7 +174,7 @@ def _batches(groups: Iterable[_Group], size: int) -> Iterator[list[_Group]]:
 
 def window_of(folder: Path, tokenizer: Any) -> int:
     """How many tokens the model of a folder reads at most, as lm-eval takes it from its config."""
-    with silence():
+    with silence(), refused_by_transformers(folder):
         return lm_eval.models.huggingface.resolve_max_length(load_config(folder), tokenizer, default=HFLM._DEFAULT_MAX_LENGTH)
 
 
