@@ -17,6 +17,7 @@ from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.maths.deltas import LowRank
 from recall_merge.maths.methods import METHODS
 from recall_merge.maths.similarity import KERNELS, similarity
+from recall_merge.merging.cost import estimate_time
 from recall_merge.merging.merge import reuse
 from recall_merge.merging.run import DEFAULT_RECALL
 from recall_merge.merging.samples import choose_samples
@@ -267,6 +268,11 @@ def test_the_plan_says_what_runs_where(world):
         a_run(world, "recall", "none").model_copy(update=dict(MergeRun.model_validate(a_run(world, "aligned", "none").model_dump() | both)))
     )
     assert plan.notes[0].startswith("hidden states and `aligned` on pretend:0")
+
+
+def test_the_plan_measures_the_device(world):
+    pretend.calls.clear()
+    assert estimate_time(make_plan(a_run(world, "recall", "none"))).pool > 0 and count("mm") == 2
 
 
 # --- too little memory ------------------------------------------------------------------------------------------------------------------

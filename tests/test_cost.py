@@ -1,10 +1,22 @@
 """What a plan says a merge will cost: memory from the tensors' sizes, and which parts of the work it counts."""
 
+from dataclasses import replace
+
 import pytest
+import torch
 
 from recall_merge import MergeRun
 from recall_merge.merging import spans
-from recall_merge.merging.cost import estimate_time, forward_memory, merge_memory, passes, peak_memory, weights_memory, whole_model_memory
+from recall_merge.merging.cost import (
+    device_memory,
+    estimate_time,
+    forward_memory,
+    merge_memory,
+    passes,
+    peak_memory,
+    weights_memory,
+    whole_model_memory,
+)
 from recall_merge.merging.plan import make_plan
 from tiny import fine_tuned, make_model, save_model, write_rows
 
@@ -56,6 +68,23 @@ def test_given_weights_cost_the_merge_alone(world):
     plan = a_plan(world, method="linear", samples=None)
     assert peak_memory(plan) == merge_memory(plan)
     assert estimate_time(plan).forward == 0 < estimate_time(plan).passes
+
+
+def test_the_pool_is_named(world, monkeypatch):
+    """Four rows, of which two are chosen: the newest of two models reads all of them, then each model reads the two."""
+    monkeypatch.setattr("recall_merge.merging.cost._operations_per_second", lambda plan: 1e3)  # so slow that reading does not count
+    estimate = estimate_time(a_plan(world))
+    assert estimate.rows == 4 and estimate.pool == pytest.approx(estimate.forward / 2, rel=0.01)
+    assert estimate_time(a_plan(world, samples={"path": str(world / "rows.jsonl"), "count": 2, "pool": 3})).rows == 3
+    every = estimate_time(a_plan(world, samples={"path": str(world / "rows.jsonl"), "count": 4}))
+    assert every.rows == every.pool == 0 < every.forward
+
+
+def test_a_device_holds_a_block_and_states_or_one_tensor_of_all_models(world):
+    plan = a_plan(world)
+    assert device_memory(plan) == weights_memory(plan) - block_of(plan, 0)
+    there = replace(a_plan(world, method="tsv", samples=None), device=torch.device("cuda:0"))
+    assert device_memory(there) == 3 * 4 * 4 * max(spec.numel for name, spec in plan.specs.items() if ".layers." in name)
 
 
 def test_spans_bound_the_merge(world, monkeypatch):

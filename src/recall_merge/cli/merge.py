@@ -209,11 +209,12 @@ LABELS = {"seconds": "time", "memory": "peak memory", "memory_of_weights": "peak
 
 
 def _plan_facts(plan: Plan, estimate: Estimate) -> dict[str, Any]:
-    from recall_merge.merging.cost import passes, peak_memory, weights_memory
+    from recall_merge.merging.cost import device_memory, passes, peak_memory, weights_memory
     from recall_merge.merging.placement import work_on
     from recall_merge.merging.run import SampleWeights
 
     rule: Any = plan.weights
+    work = work_on(plan.device, plan.method, rule)
     if isinstance(rule, SampleWeights):
         weights = rule.compares
     elif isinstance(rule[0], tuple):
@@ -230,13 +231,15 @@ def _plan_facts(plan: Plan, estimate: Estimate) -> dict[str, Any]:
         "tensors": len(plan.specs),
         "shards": len(plan.shards),
         "passes": passes(plan),
-        "device": ": ".join(filter(None, [str(plan.device), " and ".join(work_on(plan.device, plan.method, rule))])),
+        "device": ": ".join(filter(None, [str(plan.device), " and ".join(work)])),
         "bytes_to_download": plan.bytes_to_download,
         "bytes_read": plan.bytes_read,
         "bytes_written": plan.bytes_written,
         "memory": peak_memory(plan),
         **({"memory_of_weights": weights_memory(plan)} if isinstance(rule, SampleWeights) else {}),  # of `recall weights`
+        **({"memory_of_device": device_memory(plan)} if work else {}),
         "seconds": round(estimate.seconds, 1),
+        **({"pool": {"rows": estimate.rows, "seconds": round(estimate.pool, 1)}} if estimate.rows else {}),
         "notes": plan.notes,
     }
     return facts | ({"weights_options": rule.model_dump()} if isinstance(rule, SampleWeights) else {})
@@ -247,6 +250,10 @@ def _in_words(name: str, value: Any) -> str:
         return f"{value / 1e6:,.1f} MB"
     if name == "seconds":
         return f"about {value:,.1f} s"
+    if name == "pool":
+        rows, seconds = value["rows"], value["seconds"]
+        fewer = f"; with `samples.pool: {rows // 10}` about {seconds / 10:,.0f} s" if seconds > 600 else ""
+        return f"{rows:,} rows: about {seconds:,.1f} s of it{fewer}"
     if isinstance(value, dict):
         return "\n".join(f"{key}: {inner}" for key, inner in value.items()) or "defaults"
     return str(value)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from recall_merge.merging.placement import takes
 from recall_merge.merging.plan import Plan
 from recall_merge.merging.run import LossWeights, RecallWeights, SampleWeights
 from recall_merge.merging.spans import SPAN, TWICE, in_spans
@@ -60,12 +61,21 @@ def merge_memory(plan: Plan) -> int:
     return 4 * (tensors + 1) * sum(sorted(sizes)[-plan.threads :])
 
 
+def device_memory(plan: Plan) -> int:
+    """Maximum bytes on an accelerator: a block and the hidden states, or one tensor of all models in float32 with twice that at work."""
+    passes = _block(plan) + _states(plan, len(plan.compared)) if isinstance(plan.weights, SampleWeights) else 0
+    largest = max((spec.numel for name, spec in plan.specs.items() if name not in plan.base.token_tensors), default=0)
+    return max(passes, 12 * (len(plan.experts) + 2) * largest if takes(plan.device, plan.method) else 0)
+
+
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds for the pass over the parameters, and for the forward passes."""
+    """Seconds for the pass over the parameters, and for the forward passes; of these, what the pool of rows takes, and how many it has."""
 
     passes: float
-    forward: float
+    forward: float = 0.0
+    pool: float = 0.0
+    rows: int = 0
 
     @property
     def seconds(self) -> float:
@@ -85,13 +95,15 @@ def estimate_time(plan: Plan) -> Estimate:
     per_byte = (time.perf_counter() - start) / len(buffer) / plan.threads
     merging = per_byte * (plan.bytes_read + plan.bytes_written)
     if not isinstance(plan.weights, SampleWeights):
-        return Estimate(merging, 0.0)
+        return Estimate(merging)
     lengths = [len(row.plain) + len(row.completion) for row in plan.rows]
     mean = sum(lengths) / len(lengths) / CHARACTERS_PER_TOKEN
-    tokens = mean * (min(len(lengths), plan.samples.pool) + plan.samples.count * len(plan.experts))
-    operations = 2 * tokens * sum(spec.numel for spec in plan.specs.values())
-    reading = per_byte * (plan.experts[-1].nbytes + (0 if plan.single_pass else plan.bytes_read))
-    return Estimate(merging, reading + operations / (_operations_per_second() * plan.threads))
+    rows = min(len(lengths), plan.samples.pool) if len(lengths) > plan.samples.count else 0
+    per_row = 2 * mean * sum(spec.numel for spec in plan.specs.values()) / _operations_per_second(plan)
+    pool = per_byte * plan.experts[-1].nbytes + per_row * rows if rows else 0.0
+    reading = 0 if plan.single_pass else per_byte * plan.bytes_read
+    samples = per_row * min(len(lengths), plan.samples.count) * len(plan.compared)
+    return Estimate(merging, pool + reading + samples, pool, rows)
 
 
 def _width(plan: Plan) -> int:
@@ -117,10 +129,12 @@ def _states(plan: Plan, models: int) -> int:
     return 4 * _width(plan) * tokens * plan.base.tensors[plan.base.embedding].spec.shape[-1]
 
 
-def _operations_per_second() -> float:
-    n = 1024
-    matrix = torch.ones(n, n)
-    _ = matrix @ matrix  # the first product also pays for setting up
+def _operations_per_second(plan: Plan) -> float:
+    """Of the plan's device, or of the processors that it may use."""
+    here = plan.device.type == "cpu"
+    n = 1024 if here else 4096
+    matrix = torch.ones(n, n, device=plan.device)
+    _ = float((matrix @ matrix)[0, 0])  # the first product also pays for setting up
     start = time.perf_counter()
-    _ = matrix @ matrix
-    return 2 * n**3 / (time.perf_counter() - start) / torch.get_num_threads() / 2  # models reach about half of the peak
+    _ = float((matrix @ matrix)[0, 0])  # an accelerator is waited for where its number is read
+    return 2 * n**3 / (time.perf_counter() - start) / 2 * (plan.threads / torch.get_num_threads() if here else 1)  # about half of the peak
