@@ -9,6 +9,7 @@ import threading
 
 import pytest
 
+from recall_merge.runtime.errors import is_out_of_memory
 from tiny import fine_tuned, make_model, save_model
 from workspaces import write_tasks
 
@@ -100,3 +101,8 @@ def test_too_little_memory_is_told_in_words(bytes_of_addresses, llama, tmp_path)
         assert "memory" in done.stderr and not (tmp_path / "out").exists(), done.stderr
     else:
         assert (tmp_path / "out" / "record.json").is_file()
+
+
+@pytest.mark.parametrize("words", ["error return without exception set", "<function f at 0x7> returned NULL without setting an exception"])
+def test_what_the_interpreter_raises_where_memory_fails_it(words):
+    assert is_out_of_memory(SystemError(words)) and not is_out_of_memory(SystemError("bad argument to internal function"))

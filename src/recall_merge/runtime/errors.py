@@ -95,8 +95,9 @@ class MissingExtra(RecallError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this process could not have the memory that it asked for. Torch, the loader of libraries and threads say so in their ways."""
-    words = ("allocate memory", "bad_alloc", "start new thread", "failed to map segment")
+    """Whether this process could not have the memory that it asked for. Torch, the loader of libraries, threads and the interpreter say so
+    in their ways."""
+    words = ("allocate memory", "bad_alloc", "start new thread", "failed to map segment", "without exception set", "without setting an exc")
     return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM or any(word in str(error) for word in words)
 
 
