@@ -3,12 +3,14 @@
 `tests/test_device.py` runs this file in a process of its own, as the device stays for good once it is there.
 """
 
+import time
 import weakref
 
 import pytest
 import torch
 from torch import Tensor
 
+import architectures
 import pretend
 import test_contract as contract
 from recall_merge import MergeRun, make_plan, merge
@@ -177,6 +179,27 @@ def test_block_by_block_and_whole(family, pooling, bases):
     torch.testing.assert_close(whole, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("model_type", ["gpt_neo", "xglm", "falcon_h1"])
+def test_buffers_are_on_the_device_too(model_type, tmp_path):
+    """Masks, positions and scales that no file holds."""
+    base = open_checkpoint(save_model(architectures.build(model_type), tmp_path / "base"))
+    found = []
+    for device in ("cpu", pretend.NAME):
+        with LayerwiseForward(base.folder, TOKENS, base.layers, device=torch.device(device)) as forward:
+            found.append(torch.stack(steps(forward, base, base.layers.blocks)).cpu())
+    assert torch.equal(*found)
+
+
+def test_parameters_that_do_not_fit_once_they_are_fused(bases):
+    """transformers keeps what goes wrong there as a text. The experts of a block have 4,096 numbers together."""
+    base = open_checkpoint(bases("mixtral"))
+    with LayerwiseForward(base.folder, TOKENS, base.layers, device=torch.device(pretend.NAME)) as forward:
+        forward.step(parameters(base)(0))
+        pretend.limits[:] = [3500]
+        with pytest.raises(torch.OutOfMemoryError, match="moved to their device"):
+            forward.step(parameters(base)(1))
+
+
 def test_one_block_of_one_model_is_on_the_device(llama, monkeypatch):
     """Whatever the number of threads: six models of one batch each."""
     from contextlib import ExitStack
@@ -206,6 +229,7 @@ def test_one_block_of_one_model_is_on_the_device(llama, monkeypatch):
 def test_a_merge_on_the_device(method, world, tmp_path):
     there, here = on_both(world, method, tmp_path)
     assert_same_bytes((there, here))
+    assert there.merge_weights.weights.device.type == "cpu"
     assert (there.record["device"], here.record["device"]) == (pretend.NAME, "cpu")
     assert [note for note in there.notes if "pretend:0" in note] and not [note for note in here.notes if "pretend" in note]
     again = merge(a_run(world, method, tmp_path / "again", threads=1))
@@ -228,6 +252,7 @@ def test_one_tensor_at_a_time_is_on_the_device(world, tmp_path, monkeypatch):
         nonlocal inside, most
         inside += base.device.type == pretend.NAME
         most = max(most, inside)
+        time.sleep(0.01)  # others could come in
         merged = real(base, *args, **options)
         inside -= base.device.type == pretend.NAME
         return merged
