@@ -146,7 +146,7 @@ def test_every_command(command, llama, tmp_path, monkeypatch):
 def test_scores_are_refused_with_all_other_faults(llama, tmp_path):
     with pytest.raises(RecallError) as error:
         evaluate(str(llama), [str(tmp_path / "none.jsonl")], device="cuda")
-    assert [fault.what for fault in error.value.faults][0] == "there is no CUDA device" and len(error.value.faults) == 2
+    assert error.value.faults[0].what == "there is no CUDA device" and len(error.value.faults) == 2
 
 
 def test_a_cluster_works_on_processors(llama, tmp_path):
