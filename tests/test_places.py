@@ -13,7 +13,7 @@ from recall_merge.continual.state import opened, read_state, write_state
 from recall_merge.continual.workspace import init
 from recall_merge.files.ownership import MARKER, claim, names_in, owned
 from recall_merge.runtime.errors import RecallError, WorkspaceError
-from workspaces import make_workspace, teach, write_tasks
+from workspaces import make_taught, teach, write_tasks
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +24,7 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def taught(llama, data, tmp_path_factory) -> Path:
     """A workspace that has learnt `a`. Copy it."""
-    folder = make_workspace(tmp_path_factory.mktemp("taught") / "ws", llama, method="linear")
-    teach(folder, data, "a")
-    return folder
+    return make_taught(tmp_path_factory.mktemp("taught") / "ws", llama, data, "a")
 
 
 @pytest.fixture

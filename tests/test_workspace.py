@@ -37,7 +37,7 @@ from recall_merge.runtime.lock import holder
 from recall_merge.runtime.progress import Silent
 from recall_merge.runtime.sealed import read_sealed, sealed
 from tiny import fine_tuned
-from workspaces import essence, make_workspace, teach, tree, write_tasks
+from workspaces import essence, make_taught, make_workspace, teach, tree, write_tasks
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +48,7 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def taught(llama, data, tmp_path_factory) -> Path:
     """A workspace that has learnt `a`, then `b`. Read it, or copy it."""
-    folder = make_workspace(tmp_path_factory.mktemp("taught") / "ws", llama, method="linear")
-    teach(folder, data, "a")
-    teach(folder, data, "b")
-    return folder
+    return make_taught(tmp_path_factory.mktemp("taught") / "ws", llama, data, "ab")
 
 
 @pytest.fixture

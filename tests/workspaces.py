@@ -52,6 +52,14 @@ def teach(workspace: Path, data: Path, name: str, **more: Any) -> Learned:
     return learn(workspace, request(data, name, **more))
 
 
+def make_taught(folder: Path, base: Path, data: Path, names: str) -> Path:
+    """A workspace that has learnt tasks of these letters, in this order."""
+    make_workspace(folder, base, method="linear")
+    for name in names:
+        teach(folder, data, name)
+    return folder
+
+
 def markers(workspace: Path) -> list[Path]:
     return [workspace / kind / MARKER for kind in KINDS]
 

@@ -74,9 +74,10 @@ def bench(
     design = make_design(scenario.model_copy(update={"device": device_of_tasks(executor, scenario.device)}), allowed)
     store = store_of(scenario)
     with store.locked():
-        for left in (*store.folder.parent.glob(LEFT), *store.folder.rglob(LEFT)):  # which follow no link
-            if left.is_file() and not store.folder.is_symlink():
-                left.unlink()
+        if not store.folder.is_symlink():
+            for left in (*store.folder.parent.glob(LEFT), *store.folder.rglob(LEFT)):  # which follow no link
+                if left.is_file():
+                    left.unlink()
         store.keep_base(design.base)
         agenda = make_agenda(design, store)
         if agenda.left:

@@ -16,7 +16,7 @@ from recall_merge.evaluation.tasks import TaskSpec, check_tasks
 from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.files.hub import locate
 from recall_merge.files.rows import Row
-from recall_merge.merging.rules import make_rules, method_named
+from recall_merge.merging.rules import make_rules, method_named, takes_gradients
 from recall_merge.merging.run import ByLayer, FromHiddenStates, FromLosses, MergeRun, Samples
 from recall_merge.runtime.device import hardware
 from recall_merge.runtime.errors import DataError, Faults, RunError, did_you_mean
@@ -268,8 +268,7 @@ class _Jobs:
     @cached_property
     def _gradients(self) -> bool:
         """Whether any method takes gradients: all statistics have them then, so that they are taken once."""
-        methods = [method_named(entry.method) for entry in self.scenario.methods]
-        return any(method is not None and method.gradients for method in methods)
+        return any(takes_gradients(entry.method) for entry in self.scenario.methods)
 
     def _order_matters(self, entry: MethodEntry) -> bool:
         """Whether a merge depends on the order of its experts: by the method, by its weights, or by the newest one's samples."""

@@ -53,7 +53,7 @@ def tidy(folder: Path) -> None:
     """Remove what stops have left unfinished, and what was made for one merge only. The places are those that `check_places` has passed."""
     home = folder.absolute().resolve()
     clear_scratch(home)
-    for place in [path for kind in ("experts", "merges") for path in (home / kind).glob("*.partial")]:
+    for place in [path for kind in ("experts", "merges") for path in (home / kind).glob(f"*{PARTIAL}")]:
         if (left := leftover(place)) is not None:
             left.remove()
     files = [file for kind in ("statistics", "scores", "samples") for file in files_in((home / kind).resolve()) if file.suffix == PARTIAL]

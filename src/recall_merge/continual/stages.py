@@ -49,7 +49,7 @@ from recall_merge.files.record import RECORD
 from recall_merge.files.rows import unread_columns
 from recall_merge.files.statistics import open_statistics
 from recall_merge.merging.merge import MergeResult
-from recall_merge.merging.rules import method_named
+from recall_merge.merging.rules import takes_gradients
 from recall_merge.merging.run import MergeRun
 from recall_merge.models.load import load_model
 from recall_merge.runtime.durable import write_whole
@@ -116,7 +116,6 @@ class StageRunner:
         self._state, self._stage, self._spec, self._settings = stage.state, stage, stage.spec, stage.settings
         self._lineage = stage.state.lineage()
         self._progress = progress
-        self._name = self._spec.name
         self._rows = self._spec.train.under(self._folder) if self._spec.train else None
         self._scores_file = self._folder / "scores" / f"{self._spec.id}.json"
 
@@ -145,7 +144,7 @@ class StageRunner:
 
     def _train(self) -> Model:
         """The expert: trained here, or given. A given adapter is copied; a given checkpoint stays where it is."""
-        given, target = self._spec.given, self._folder / "experts" / self._name
+        given, target = self._spec.given, self._folder / "experts" / self._spec.name
         if given is None:
             settings = self._settings.training_settings()
             options: dict[str, Any] = {"overwrite": True, "progress": self._progress, "allowed": settings.arguments}  # validation has asked
@@ -162,11 +161,10 @@ class StageRunner:
         """What the expert leaves behind about its rows, which no later stage reads, for methods that merge by statistics."""
         if self._rows is None or not self._settings.stats_rank:
             return None
-        target = self._folder / "statistics" / self._name
+        target = self._folder / "statistics" / self._spec.name
         plain = self._settings.model_copy(update={"method": "linear", "options": {}, "weights": "uniform"})
         run = plain.run(base=str(self._stage.base), experts=[self._entry(self._spec, expert)], rows=self._rows, out=str(target))
-        method = method_named(self._settings.method)
-        gradients = method is not None and method.gradients
+        gradients = takes_gradients(self._settings.method)
         take_statistics(run, target, rank=self._settings.stats_rank, gradients=gradients, progress=self._progress)
         return stored_path(self._folder, target)
 
@@ -282,7 +280,7 @@ class StageRunner:
         return tuple(statistics.facts["rows"]) if statistics is not None else ()
 
     def _write_samples(self, samples: tuple[int, ...]) -> None:
-        file = self._folder / "samples" / f"{self._name}.jsonl"
+        file = self._folder / "samples" / f"{self._spec.name}.jsonl"
         chosen = [row for row in self._stage.rows if row.index in set(samples)]
         lines = (json.dumps({"row": row.index, "prompt": row.prompt, "completion": row.completion}, ensure_ascii=False) for row in chosen)
         write_whole(file, "".join(line + "\n" for line in lines))

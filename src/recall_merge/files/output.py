@@ -169,8 +169,8 @@ class OutputFolder:
             claim(self.target, old.kind, files=old.files)
             self.target.rename(self._old)
         try:
-            self.path.rename(self.target)  # subtle: a folder that is not empty is never replaced by this
-        except OSError:
+            self._put(self.path)
+        except (OSError, OutputError):
             self._finish_replacement()
             raise
         claim(self.target, self.kind, whole=True, files=files)
@@ -201,6 +201,16 @@ class OutputFolder:
             raise fault(f"the output folder also holds {names}, and is not replaced", fix=f"move that away, or {ELSEWHERE}")
         return ours
 
+    def _put(self, folder: Path) -> None:
+        """Rename a folder to the target. Subtle: the system never replaces a folder that is not empty."""
+        try:
+            folder.rename(self.target)
+        except OSError as error:
+            if error.errno not in {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}:
+                raise
+            what, fix = "something else came to stand where the result is to be", f"move it away, or {ELSEWHERE}"
+            raise OutputError(what, where=self.target, fix=fix) from error
+
     def _finish_replacement(self) -> None:
         """After a replacement that was stopped: the old folder goes back if there is no new one, and is removed if there is."""
         if not os.path.lexists(self._old):
@@ -210,7 +220,7 @@ class OutputFolder:
         if owned(self.target) is not None or old.files is None:
             old.remove()
         else:
-            self._old.rename(self.target)  # fails if something else stands there by now: then both stay
+            self._put(self._old)  # fails if something else stands there by now: then both stay
             claim(self.target, old.kind, whole=True, files=old.files)
 
 
@@ -282,8 +292,6 @@ def free_bytes(target: Path) -> int:
 
 
 def _refused(error: OSError, target: Path) -> OutputError:
-    if error.errno in {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}:
-        return OutputError("something else came to stand where the result is to be", where=target, fix="move it away, or " + ELSEWHERE)
     full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
     fix = "make room, or choose another disk; nothing is left of this attempt" if full else ELSEWHERE
     return OutputError(f"the result cannot be written: {error.strerror or error}", where=error.filename or target, fix=fix)

@@ -102,6 +102,12 @@ def method_named(name: str) -> Method | None:
     return METHODS.get(ALIASES[name].method if name in ALIASES else name)
 
 
+def takes_gradients(name: str) -> bool:
+    """Whether a method takes the gradients of input statistics; no unknown one does."""
+    method = method_named(name)
+    return method is not None and method.gradients
+
+
 def make_rules(run: MergeRun) -> Rules:
     """The rules of a run, or RunError with every fault. An alias is expanded: into a method and a rule for weights."""
     name = str(run.method)

@@ -209,9 +209,9 @@ def _call(plan: Plan, method: Method, base: Tensor, deltas: Sequence[Delta], wei
         return method.function(base, deltas, weights, **options)
     try:
         with ON_DEVICE:
-            moments = {name: [each and each.to(device) for each in options[name]] for name in ("moments",) if name in options}
+            moments = {"moments": [each and each.to(device) for each in options["moments"]]} if method.informed else {}
             there = [delta.to(device) for delta in deltas]
-            return method.function(base.to(device), there, weights, **{**options, **moments}).cpu()
+            return method.function(base.to(device), there, weights, **options | moments).cpu()
     except RuntimeError as error:
         if not is_full(error):
             raise

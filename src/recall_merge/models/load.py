@@ -13,7 +13,7 @@ from recall_merge.files.adapter import is_adapter, open_adapter
 from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.files.companions import chat_template
 from recall_merge.files.experts import AdapterExpert, own_tensors
-from recall_merge.files.inert_folder import inert, open_tokenizer
+from recall_merge.files.inert_folder import GENERATION, inert, open_tokenizer
 from recall_merge.files.resolved_config import BUILD_LOCK
 from recall_merge.files.vocabulary import read_vocabulary
 from recall_merge.runtime.device import find_device, is_full
@@ -103,7 +103,7 @@ def build_model(
         options = {"config": config, "state_dict": state, "dtype": dtype, "device_map": device_map}
         with Bounded(folder):
             model, info = architecture.from_pretrained(source, **options, output_loading_info=True)
-        if tensors is not None and (folder / "generation_config.json").is_file():
+        if tensors is not None and (folder / GENERATION).is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     from recall_merge.models.transformers_private import unread_names
 
