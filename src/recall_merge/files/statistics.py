@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 STATS, WEIGHTS = "stats.json", "stats.safetensors"
 FORMAT = 4
 OLDER = 3  # without hashes
+GRADIENTS = "gradients"  # the fact that they were asked for; statistics that do not say so have them
 KINDS = {"expert": str, "samples": int, "tokens": int, "rank": int, "rows": list}  # types of the facts that a merge reports
 
 
@@ -43,14 +44,15 @@ class InputStatistics:
 
     @property
     def has_gradients(self) -> bool:
-        return all(gradient_of(name) in self.stored for name in self.facts["tensors"])
+        return self.facts.get(GRADIENTS, True)
 
     def misfits(self, specs: Mapping[str, TensorSpec]) -> list[str]:
         """The base's tensors whose shape does not fit the inputs here, or the gradients of the outputs."""
 
         def fits(name: str, group: str, axis: int) -> bool:
             shape, gradient = specs[name].shape, self.stored.get(gradient_of(name))
-            inputs, outputs = self.stored[parts_of(group)[1]].spec.shape, shape[1 - axis :][:1] if gradient is None else gradient.spec.shape
+            inputs = self.stored[parts_of(group)[1]].spec.shape
+            outputs = gradient.spec.shape if gradient is not None else shape[:1] if axis == 1 else shape[1:2]
             return (outputs + inputs if axis == 1 else inputs + outputs) == shape
 
         return [name for name, entry in self.facts["tensors"].items() if name in specs and not fits(name, *entry)]
@@ -111,12 +113,14 @@ def open_statistics(folder: Path) -> InputStatistics | None:
         raise CheckpointError("the input statistics are in a format that this version does not know", where=folder / STATS, fix=fix)
     entries = facts["tensors"].values()
     sound = all(isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) and entry[1] in (0, 1) for entry in entries)
+    sound = sound and isinstance(facts.get(GRADIENTS, True), bool)
     if not sound or not all(isinstance(facts.get(key), kind) for key, kind in KINDS.items()):
         raise CheckpointError("the input statistics are damaged", where=folder / STATS, fix=fix)
     stored = read_header(folder / WEIGHTS)
     if facts["format"] == FORMAT and hash_result(folder / WEIGHTS) != facts.get(WEIGHTS):
         raise CheckpointError(f"{WEIGHTS} has changed since it was written, or is of other statistics", where=folder / WEIGHTS, fix=fix)
     wanted = {part for group, _ in facts["tensors"].values() for part in parts_of(group)}
+    wanted |= {gradient_of(name) for name in facts["tensors"] if facts.get(GRADIENTS, True)}
     if missing := sorted(wanted - set(stored)):
         raise CheckpointError(f"the input statistics lack '{missing[0]}'", where=folder / WEIGHTS, fix=fix)
     for group in sorted({group for group, _ in facts["tensors"].values()}):

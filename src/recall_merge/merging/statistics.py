@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from recall_merge.files.experts import Expert, hash_expert
 from recall_merge.files.names import Names
-from recall_merge.files.statistics import InputStatistics, gradient_of, open_statistics, parts_of, write_statistics
+from recall_merge.files.statistics import GRADIENTS, InputStatistics, gradient_of, open_statistics, parts_of, write_statistics
 from recall_merge.maths.trimming import Draws, Start
 from recall_merge.merging.forward import check_finite, expert_tokenizer, layer_parameters, load_expert, start_forward
 from recall_merge.merging.layerwise import whole_note
@@ -59,6 +59,7 @@ def make_statistics(
         "rows": [sample.row for sample in samples.rows],
         "tokens": sum(len(row.input_ids) for row in rows),
         "rank": rank,
+        GRADIENTS: gradients,
         "notes": [*samples.notes, *said, *notes],
     }
     target = folder or expert.folder
