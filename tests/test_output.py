@@ -78,6 +78,47 @@ class TestCommitted:
         assert owned(folder.target) == Owned(folder.target, "model", whole=True, files=frozenset({"config.json", "weights"}))
         assert names(tmp_path / "a" / "b") == ["merged"] and names(folder.target) == [MARKER, "config.json", "weights"]
 
+    @pytest.mark.parametrize("step", ["mkdir", "open"])
+    def test_another_process_that_finishes_while_it_begins_is_no_fault(self, tmp_path, monkeypatch, step):
+        """The other one renames its finished folder between two steps of this one."""
+        target, finished = tmp_path / "merged", []
+        partial = target.with_name("merged.partial")
+        real_open, real_mkdir = os.open, os.mkdir
+
+        def finish():
+            if not finished:
+                finished.append(True)
+                partial.rename(tmp_path / "elsewhere")
+
+        def mkdir(path, *args, **options):
+            try:
+                real_mkdir(path, *args, **options)
+            except FileExistsError:
+                finish() if step == "mkdir" and Path(path) == partial else None
+                raise
+
+        def opened(path, *args, **options):
+            finish() if step == "open" and Path(path) == partial else None
+            return real_open(path, *args, **options)
+
+        partial.mkdir()
+        monkeypatch.setattr(os, "mkdir", mkdir)
+        monkeypatch.setattr(os, "open", opened)
+        with folder_of(target) as folder:
+            write_model(folder.path)
+            folder.commit()
+        assert finished and contents(target)["weights"] == b"new"
+
+    def test_a_place_where_no_folder_can_be_made_is_refused(self):
+        with pytest.raises(OutputError, match="cannot be written: No such file"), folder_of(Path("/proc/self/merged")):
+            pass
+
+    def test_a_file_in_the_place_of_the_unfinished_folder_is_refused(self, tmp_path):
+        (tmp_path / "merged.partial").write_text("mine")
+        with pytest.raises(OutputError, match="cannot be written: File exists"), folder_of(tmp_path / "merged"):
+            pass
+        assert (tmp_path / "merged.partial").read_text() == "mine"
+
     def test_takes_the_place_of_an_empty_folder(self, tmp_path):
         (tmp_path / "merged").mkdir()
         with folder_of(tmp_path / "merged") as folder:

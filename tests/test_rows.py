@@ -121,6 +121,15 @@ def test_a_set_on_the_hub_has_a_config_a_split_and_columns(monkeypatch):
     assert asked == [(("openai/gsm8k", "main"), {"split": "test"})]
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])
+def test_a_file_that_cannot_be_read_is_told_as_such(name, tmp_path):
+    """As from a broken disk: opening it works, reading does not."""
+    (tmp_path / name).symlink_to("/proc/self/mem")
+    with pytest.raises(DataError, match="the file cannot be read: Input/output error") as caught:
+        read_rows(tmp_path / name)
+    assert name in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.csv.gz", "rows.json.gz"])
 def test_a_damaged_gzip_file_is_refused(name, tmp_path):
     whole = gzip.compress(b"prompt,answer\na,b\n" * 1000)

@@ -138,8 +138,16 @@ class OutputFolder:
         while True:
             if self.path.is_symlink():
                 raise _not_ours(self.path)
-            self.path.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except FileExistsError:
+                if os.path.lexists(self.path):
+                    raise
+                continue  # another process has just renamed it
+            try:
+                descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+            except FileNotFoundError:
+                continue
             try:
                 if not take_lock(descriptor):
                     fix = "wait until it has ended, or choose another folder for `out`"

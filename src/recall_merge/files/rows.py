@@ -163,6 +163,9 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
             yield cast(IO[bytes], file)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"this is not a readable gzip file: {error}", where=path, fix="pack it again") from error
+    except OSError as error:
+        fix = "check the file's permissions, and its disk"
+        raise DataError(f"the file cannot be read: {error.strerror or error}", where=path, fix=fix) from error
 
 
 def _lines(path: Path) -> Iterator[str]:
