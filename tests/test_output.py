@@ -109,6 +109,44 @@ class TestCommitted:
             folder.commit()
         assert finished and contents(target)["weights"] == b"new"
 
+    def test_another_process_that_still_deletes_the_old_folder_is_waited_for(self, tmp_path, monkeypatch):
+        """Its new folder is in its place already, and is locked until the old one is gone."""
+        target = tmp_path / "merged"
+        write_ours(target, "old")
+        said, real = [], Owned.remove
+
+        def remove(self):
+            if not said and self.folder.name == "merged.replaced.partial":
+                said.append("nothing")
+                with pytest.raises(OutputError, match="another process is writing this result"), folder_of(target, overwrite=True):
+                    pass
+                said.append("refused")
+            real(self)
+
+        monkeypatch.setattr(Owned, "remove", remove)
+        with folder_of(target, overwrite=True) as folder:
+            write_model(folder.path)
+            assert folder.commit() == ()
+        assert said == ["nothing", "refused"] and contents(target)["weights"] == b"new"
+        assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+    @pytest.mark.parametrize("step", ["is_dir", "iterdir"])
+    def test_a_check_while_another_process_finishes_finds_nothing(self, tmp_path, monkeypatch, step):
+        """The other one renames its finished folder while it is looked at."""
+        target = tmp_path / "merged"
+        partial = target.with_name("merged.partial")
+        write_ours(partial, whole=False)
+        real = getattr(Path, step)
+
+        def look(self):
+            if self == partial and partial.exists():
+                partial.rename(tmp_path / "elsewhere")
+            return real(self)
+
+        monkeypatch.setattr(Path, step, look)
+        folder_of(target).check({})
+        assert (tmp_path / "elsewhere").exists()
+
     def test_a_place_where_no_folder_can_be_made_is_refused(self):
         with pytest.raises(OutputError, match="cannot be written: No such file"), folder_of(Path("/proc/self/merged")):
             pass

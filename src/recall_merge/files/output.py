@@ -105,7 +105,7 @@ class OutputFolder:
             raise OutputError(what, where=target, fix=f"give a folder in it, such as {target / 'merged'}")
         self._find_old()
         for folder in (self.path, self._old):
-            if os.path.lexists(folder) and leftover(folder) is None:
+            if _is_foreign(folder):
                 raise _not_ours(folder)
         parent = _existing(target.parent)
         if not os.access(parent, os.W_OK):
@@ -117,6 +117,7 @@ class OutputFolder:
         except OSError as error:
             raise _refused(error, self.target) from error
         try:
+            self._refuse_unfinished()
             claim(self.path, self.kind)
             self._finish_replacement()
             self._find_old()  # again, now that no other process can finish here
@@ -150,8 +151,7 @@ class OutputFolder:
                 continue
             try:
                 if not take_lock(descriptor):
-                    fix = "wait until it has ended, or choose another folder for `out`"
-                    raise OutputError("another process is writing this result", where=self.target, fix=fix)
+                    raise _in_use(self.target)
                 if _same(self.path, descriptor):  # else another process has renamed it meanwhile
                     if (left := leftover(self.path)) is None:
                         raise _not_ours(self.path)
@@ -160,6 +160,18 @@ class OutputFolder:
             except BaseException:
                 os.close(descriptor)
                 raise
+            os.close(descriptor)
+
+    def _refuse_unfinished(self) -> None:
+        """Raises OutputError while another process, whose folder is at the target by now, still has an old one to delete."""
+        try:
+            descriptor = os.open(self.target, os.O_RDONLY | os.O_DIRECTORY)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        try:
+            if not take_lock(descriptor):
+                raise _in_use(self.target)
+        finally:
             os.close(descriptor)
 
     def commit(self) -> tuple[str, ...]:
@@ -311,6 +323,19 @@ def _same(path: Path, descriptor: int) -> bool:
         return os.path.samestat(path.lstat(), os.fstat(descriptor))
     except FileNotFoundError:
         return False
+
+
+def _is_foreign(folder: Path) -> bool:
+    """Whether something lies there that is not ours. What another process takes away meanwhile is not there."""
+    with suppress(FileNotFoundError):
+        if leftover(folder) is not None:
+            return False
+    return os.path.lexists(folder)
+
+
+def _in_use(target: Path) -> OutputError:
+    fix = "wait until it has ended, or choose another folder for `out`"
+    return OutputError("another process is writing this result", where=target, fix=fix)
 
 
 def _not_ours(folder: Path) -> OutputError:
