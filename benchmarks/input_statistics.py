@@ -22,7 +22,8 @@ from benchmarks.expected import WrongError
 from benchmarks.inputs import L8B, QUICK, TINY, adapters, llamas, recall_run, small_models, write_rows
 from benchmarks.measure import GB, Bench, Run, Side, remove
 
-EXPERTS, SAMPLES, ROWS, CHARACTERS, BLOCKS = 5, 20, 100, 300, 4
+EXPERTS, SAMPLES, ROWS, CHARACTERS, BLOCKS = 5, 20, 100, 240, 4
+METHODS = {"aligned": "aligned", "uniform": "linear"}
 TIMES = {"samples": "choose_samples", "inputs": "_inputs"}  # what is timed, by the name of its function
 
 
@@ -35,19 +36,9 @@ def measure(bench: Bench) -> Iterator[Figure]:
     case = f"LoRA on SmolLM2-135M, {SAMPLES} typical samples out of {ROWS} rows, one thread"
 
     def command(rows: Path, count: int) -> Run:
-        words = [
-            "--base",
-            base,
-            "-e",
-            f"expert={experts[0]}",
-            "-s",
-            rows,
-            "--set",
-            f"samples.count={count}",
-            "--set",
-            "samples.template=false",
-        ]
-        return bench.recall("stats", *words, "--set", "threads=1", "--out", out, "--json", "--quiet")
+        words = ["--base", base, "-e", f"expert={experts[0]}", "-s", rows, "--out", out, "--json", "--quiet"]
+        sets = (f"samples.count={count}", "samples.template=false", "threads=1")
+        return bench.recall("stats", *words, *(word for each in sets for word in ("--set", each)))
 
     def parts() -> Run:
         entry = {"name": "expert", "path": str(experts[0])}
@@ -99,25 +90,19 @@ def merge_by_them(bench: Bench, base: Path, experts: Sequence[Path], rows: Path)
         remove(folder)
 
 
-METHODS = {"aligned": "aligned", "uniform": "linear"}
-
-
 def large(bench: Bench) -> Iterator[Figure]:
     """The first blocks of an 8B-shaped Llama on two threads."""
     shape = QUICK if bench.quick else L8B
     fewer = shape | {"num_hidden_layers": min(BLOCKS, shape["num_hidden_layers"])}
     base, expert = llamas(bench, "8b-blocks", fewer, 2, zeros=["lm_head.weight"])
-    rows, out = (
-        write_rows(bench.work / "runs" / "statistics-8b.jsonl", SAMPLES, 70),
-        bench.work / "out" / "statistics-8b",
-    )  # one byte a token
-    samples = {"path": str(rows), "count": SAMPLES, "template": False}
+    rows, out = write_rows(bench.work / "runs" / "statistics-8b.jsonl", SAMPLES, 100), bench.work / "out" / "statistics-8b"
+    samples = {"path": str(rows), "count": SAMPLES, "max_tokens": 70, "template": False}
     run = {"base": str(base), "experts": [{"name": "expert", "path": str(expert)}], "samples": samples, "threads": 2}
     done = bench.inside("input_statistics", {"run": run, "out": str(out)})
     remove(out)
     case, blocks = f"8B bfloat16, {BLOCKS} blocks, two threads", fewer["num_hidden_layers"]
     directions = done.output["directions"] / blocks
-    note = f"{done.output['tokens']} tokens; {done.processor:.0f} processor s, {directions:.1f} s a block for directions"
+    note = f"{done.output['tokens']} tokens; {done.processor:.0f} processor s in all; {directions:.1f} s a block are for directions"
     yield Figure("stats.large.time", case, [done.output["inputs"] / blocks], note=note)
     yield Figure("stats.large.memory", case, [done.anonymous / GB])
 
