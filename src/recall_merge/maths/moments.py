@@ -66,21 +66,29 @@ class Sketch:
     def __init__(self, rank: int, draw: Start, *, held: int = HELD) -> None:
         self.count = 0
         self._rank, self._draw, self._held = rank, draw, max(held, 2 * ROUNDS * (rank + OVERSAMPLED))
-        self._rows: list[Tensor] = []
+        self._rows = torch.empty(0)  # (held, i), of which the first `_filled` wait
+        self._filled = 0
         self._squares: Tensor | float = 0.0  # (i,)
 
     def add(self, x: Float[Tensor, "n i"]) -> None:
-        """Take in more inputs. They are kept as they are until there are too many: do not change them."""
-        if self._rows and sum(map(len, self._rows)) + len(x) > self._held:
-            self._rows = [leading_rows(torch.cat(self._rows), self._rank, self._draw)]
-        self._rows.append(x.float())
+        """Take in more inputs."""
+        if not self.count:
+            self._rows = x.new_empty(self._held, x.shape[1], dtype=torch.float32)
+        for rows in x.split(self._held // 2):
+            if self._filled + len(rows) > self._held:
+                leading = leading_rows(self._rows[: self._filled], self._rank, self._draw)
+                self._filled = len(leading)
+                self._rows[: self._filled] = leading
+            self._rows[self._filled : self._filled + len(rows)] = rows
+            self._filled += len(rows)
         self._squares += x.double().square().sum(0)
         self.count += len(x)
 
     def moment(self) -> Moment:
         """The leading directions of the inputs' mean x x^T, and a diagonal that keeps its own as it is. At least one input has come."""
         assert isinstance(self._squares, Tensor), "a sketch of no inputs"
-        factor = leading_rows(torch.cat(self._rows), self._rank, self._draw)[: self._rank].mT.double() / self.count**0.5
+        rows = leading_rows(self._rows[: self._filled], self._rank, self._draw)[: self._rank]
+        factor = rows.mT.double() / self.count**0.5
         rest = (self._squares / self.count - factor.square().sum(1)).clamp(min=0)
         return Moment(factor.float(), rest.float())
 
