@@ -19,6 +19,7 @@ from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.maths.deltas import LowRank
 from recall_merge.maths.methods import METHODS
 from recall_merge.maths.similarity import KERNELS, similarity
+from recall_merge.merging import statistics
 from recall_merge.merging.cost import estimate_time
 from recall_merge.merging.merge import reuse
 from recall_merge.merging.run import DEFAULT_RECALL
@@ -298,6 +299,30 @@ def test_the_plan_says_what_runs_where(world):
 def test_the_plan_measures_the_device(world):
     pretend.calls.clear()
     assert estimate_time(make_plan(a_run(world, "recall", "none"))).pool > 0 and count("mm") == 2
+
+
+@pytest.mark.parametrize("precise", [True, False])
+def test_statistics(precise, world, tmp_path, monkeypatch):
+    """On the device, or where it has no float64 half on the processor: the same numbers."""
+    monkeypatch.setattr(statistics, "has_float64", lambda device: precise)
+    found = []
+    for device in ("cpu", "auto"):
+        run = a_run(world, "recall", "none", experts="b", device=device, samples={"path": str(world / "rows.jsonl"), "count": 20})
+        pretend.calls.clear()
+        found.append(make_statistics(run, rank=4, folder=tmp_path / device))
+        assert bool(count("linear") + count("mm") + count("addmm")) == (device == "auto")
+        assert bool(count("linalg_qr")) == (device == "auto" and precise)
+    here, there = found
+    assert there.stored.keys() == here.stored.keys() and there.facts["tensors"] == here.facts["tensors"]
+    assert all(torch.equal(there.stored[name].read(), here.stored[name].read()) for name in here.stored)
+    assert (there.facts["device"], here.facts["device"]) == (pretend.NAME, "cpu")
+
+
+def test_statistics_of_too_little_memory(world, tmp_path):
+    run = a_run(world, "recall", "none", experts="b", samples={"path": str(world / "rows.jsonl"), "count": 20})
+    pretend.limits[:] = [1000]
+    notes = make_statistics(run, rank=4, folder=tmp_path).facts["notes"]
+    assert "pretend:0 has too little memory to run models in batches of 4,096 tokens: they ran on the processor" in notes
 
 
 # --- too little memory ------------------------------------------------------------------------------------------------------------------

@@ -55,7 +55,11 @@ def install() -> None:
 
 
 class Pretended(Tensor):
+    __torch_function__ = torch._C._disabled_torch_function_impl  # what comes to the processor is a plain tensor
     numbers: Tensor
+
+    def data_ptr(self) -> int:
+        return self.numbers.data_ptr()
 
     def __repr__(self) -> str:
         return f"pretended {self.numbers}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,13 +14,14 @@ from recall_merge.files.experts import Expert, hash_expert
 from recall_merge.files.names import Names
 from recall_merge.files.statistics import GRADIENTS, InputStatistics, gradient_of, open_statistics, parts_of, write_statistics
 from recall_merge.maths.trimming import Draws, Start
-from recall_merge.merging.forward import check_finite, expert_tokenizer, layer_parameters, load_expert, start_forward
+from recall_merge.merging.forward import check_finite, expert_tokenizer, layer_parameters, load_expert, start_forward, where_it_fits
 from recall_merge.merging.layerwise import whole_note
 from recall_merge.merging.plan import Plan, make_plan
 from recall_merge.merging.run import DEFAULT_RECALL, MergeRun
 from recall_merge.merging.samples import choose_samples, encode_samples
 from recall_merge.merging.unsound import is_finite
 from recall_merge.models.tokens import EncodedRow
+from recall_merge.runtime.device import hardware, has_float64, prefers_bfloat16
 from recall_merge.runtime.errors import CheckpointError, NotLayerwise
 from recall_merge.runtime.progress import Progress, Silent
 
@@ -47,7 +49,7 @@ def make_statistics(
     """
     plan, progress = make_plan(run, writes=False), progress or Silent()
     expert = plan.experts[-1]
-    precision, said = _precision()
+    precision, said = _precision(plan.device)
     samples = choose_samples(plan, DEFAULT_RECALL.model_copy(update={"precision": precision}), progress)
     rows = encode_samples(plan, samples.rows, expert_tokenizer(plan, expert))
     inputs, notes = _inputs(plan, expert, rows, rank, gradients, progress)
@@ -60,6 +62,7 @@ def make_statistics(
         "tokens": sum(len(row.input_ids) for row in rows),
         "rank": rank,
         GRADIENTS: gradients,
+        "device": hardware(plan.device),
         "notes": [*samples.notes, *said, *notes],
     }
     target = folder or expert.folder
@@ -75,11 +78,13 @@ def make_statistics(
     return statistics
 
 
-def _precision() -> tuple[str, list[str]]:
-    """The dtype in which samples are chosen, and a note on it: bfloat16 where the processor multiplies it, which takes half the time.
+def _precision(device: torch.device) -> tuple[str, list[str]]:
+    """The dtype in which samples are chosen, and a note on it: bfloat16 where the device multiplies it, which takes half the time.
 
     What is chosen differs, since centroids have several rows near to them; how near does not (docs/statistics.md).
     """
+    if prefers_bfloat16(device):
+        return "bfloat16", [f"typical samples were chosen in bfloat16, on {hardware(device)}"]
     known = torch.cpu.get_capabilities()
     if any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
         return "bfloat16", ["typical samples were chosen in bfloat16, which this processor multiplies"]
@@ -89,7 +94,10 @@ def _precision() -> tuple[str, list[str]]:
 def _inputs(
     plan: Plan, expert: Expert, rows: Sequence[EncodedRow], rank: int, gradients: bool, progress: Progress
 ) -> tuple[list[Inputs], list[str]]:
-    """What the expert's linear maps read of the rows: block by block where its architecture allows that and no pass back is wanted."""
+    """What the expert's linear maps read of the rows: block by block where its architecture allows that and no pass back is wanted.
+
+    The whole model is run on the processor.
+    """
     notes: list[str] = []
 
     def draw(module: str) -> Start:
@@ -99,7 +107,8 @@ def _inputs(
     if not gradients:
         try:
             with progress.stage(what, plan.base.layers.blocks + 1, "layers") as advance:
-                return _inputs_by_layer(plan, expert, [row.input_ids for row in rows], rank, draw, advance), notes
+                tokens = [row.input_ids for row in rows]
+                return where_it_fits(plan, lambda plan: _inputs_by_layer(plan, expert, tokens, rank, draw, advance), notes), notes
         except NotLayerwise as error:
             notes.append(whole_note(error))
     from recall_merge.models.input_moments import HELD_OF_MANY, InputSketches, inputs_of_whole
@@ -119,17 +128,17 @@ def _inputs_by_layer(
 ) -> list[Inputs]:
     from recall_merge.models.input_moments import InputSketches
 
-    layers = plan.base.layers
+    layers, cpu = plan.base.layers, torch.device("cpu")
     inputs: list[Inputs] = []
     with start_forward(plan, expert, DEFAULT_RECALL, tokens) as forward:
         maps = list(_maps(plan, forward.model))
         if after := [name for name, _, stored in maps if layers.of(stored) == layers.last]:
             raise NotLayerwise(f"its linear map '{after[0]}' follows the blocks")
         sketches = InputSketches({name: module for name, module, _ in maps}, rank, draw)
-        forward.watch(sketches.maps, sketches.fold)
+        forward.watch(sketches.maps, sketches.fold if has_float64(plan.device) else sketches.fold_here)
         for layer in range(layers.blocks + 1):
             check_finite(plan, expert, forward.step(layer_parameters(plan, expert, DEFAULT_RECALL, layer, tokens)))
-            inputs += sketches.finish(plan.threads)
+            inputs += [replace(found, moment=found.moment.to(cpu)) for found in sketches.finish(plan.threads)]
             advance(1)
     return inputs
 

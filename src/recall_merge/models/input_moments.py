@@ -77,6 +77,11 @@ class InputSketches:
                     self._sketches[name] = Sketch(self._rank, self._draw(name), held=self._held)
                 self._sketches[name].add(rows)
 
+    def fold_here(self, reads: Reads, present: Tensor) -> None:
+        """`fold` on the processor, for devices that do not sum in float64. What several maps share is copied once."""
+        copies = {id(x): x.cpu() for _, x in reads}
+        self.fold([(name, copies[id(x)]) for name, x in reads], present.cpu())
+
     def finish(self, threads: int = 1) -> list[Inputs]:
         """The inputs of all maps that were reached, which are forgotten. `threads` does not change them."""
         reached = list(self._sketches.items())
