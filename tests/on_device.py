@@ -245,8 +245,9 @@ def test_what_the_disk_bounds_stays_on_the_processor(method, world, tmp_path):
 
 
 def test_one_tensor_at_a_time_is_on_the_device(world, tmp_path, monkeypatch):
-    from recall_merge.merging import tensors
+    from recall_merge.merging import spans, tensors
 
+    monkeypatch.setattr(spans, "SPAN", 500)  # else all these small tensors are one thread's
     inside, most, entry = 0, 0, METHODS["tsv"]
 
     def watched(base, *args, real=entry.function, **options):

@@ -162,10 +162,21 @@ def test_training_takes_the_first_accelerator(accelerators, llama, tmp_path):
     assert training_device("cuda") == torch.device("cuda:0")
     data = write_tasks(tmp_path, "a")
     workspace = make_workspace(tmp_path / "ws", llama, device="cuda:1")
+    before = tree(workspace)
     for work in (lambda: training_device("cuda:1"), lambda: learn(workspace, request(data, "a"))):
         with pytest.raises(RecallError, match="training runs on the first accelerator, not on cuda:1") as error:
             work()
         assert "`CUDA_VISIBLE_DEVICES=1`" in str(error.value)
+    assert tree(workspace) == before
+
+
+def test_a_device_for_scoring_alone_is_checked_too(llama, tmp_path):
+    data = write_tasks(tmp_path, "a")
+    workspace = make_workspace(tmp_path / "ws", llama, scoring__device="cuda")
+    before = tree(workspace)
+    with pytest.raises(RecallError, match="there is no CUDA device"):
+        learn(workspace, request(data, "a"))
+    assert tree(workspace) == before
 
 
 # --- what they can do -------------------------------------------------------------------------------------------------------------------
