@@ -18,6 +18,7 @@ from recall_merge.evaluation.evaluate import evaluate
 from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.maths.deltas import LowRank
 from recall_merge.maths.methods import METHODS
+from recall_merge.maths.moments import Moment
 from recall_merge.maths.similarity import KERNELS, similarity
 from recall_merge.merging import statistics
 from recall_merge.merging.cost import estimate_time
@@ -134,13 +135,15 @@ def test_every_method_stays_on_the_device(entry, options, shape, monkeypatch):
 
 
 @pytest.mark.parametrize("name", [name for name, entry in METHODS.items() if entry.factors])
-@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("known", ["all", "one", "nothing arrived"])
 def test_factors_stay_on_the_device(name, known):
-    """Also where some of the experts have no statistics."""
+    """Also where some of the experts have no statistics, or inputs that are all 0."""
     base, _ = contract.random_deltas((5, 8), 0)
     generator = torch.Generator().manual_seed(0)
     deltas = [LowRank(torch.randn(5, r, generator=generator), torch.randn(r, 8, generator=generator)) for r in (2, 1, 3)]
-    moments = [contract.moment(expert, 5, 8) if known or expert == "law" else None for expert in contract.NAMES]
+    moments = [contract.moment(expert, 5, 8) if known != "one" or expert == "law" else None for expert in contract.NAMES]
+    if known == "nothing arrived":
+        moments[0] = Moment(torch.zeros(8, 2), torch.zeros(8))
     given = {"moments": moments} if METHODS[name].informed else {}
     there = {key: [each and each.to(torch.device(pretend.NAME)) for each in value] for key, value in given.items()}
     expected = METHODS[name].function(base, deltas, [0.5, 0.3, 0.2], **given)

@@ -80,6 +80,19 @@ def test_hidden_states_repeat_their_bytes(world, tmp_path):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_statistics_are_those_of_the_processor(world, tmp_path):
+    found = []
+    for device in ("auto", "cpu"):
+        run = a_run(world, "aligned", "none", experts="b", device=device, samples=samples(world))
+        found.append(make_statistics(run, rank=8, folder=tmp_path / device))
+    there, here = found
+    assert there.facts["device"] != here.facts["device"] == "cpu"
+    for name in here.facts["tensors"]:
+        (one, _), (other, _) = there.moment(name), here.moment(name)
+        scale = other.dense().abs().max()
+        torch.testing.assert_close(one.dense() / scale, other.dense() / scale, rtol=0, atol=1e-2)  # they are stored in bfloat16
+
+
 def test_scores_are_those_of_the_processor(world):
     there, here = (evaluate(str(world / "a"), [str(world / "rows.jsonl")], device=device, dtype="float32") for device in ("auto", "cpu"))
     assert [score.score for score in there] == [score.score for score in here]
