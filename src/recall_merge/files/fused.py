@@ -1,8 +1,9 @@
-"""PEFT's `target_parameters`: factors of one parameter that holds all experts of a block, taken apart for the tensors of the files.
+"""One parameter that holds all experts of a block: the tensors of the files that make it, and PEFT's factors of it taken apart for them.
 
-PEFT keeps the factors of E experts side by side, A (E r, in) and B (out, r E), without saying of which parameter they are: it wraps the
-targeted parameters of a module in their order, each around the one before. The files may hold the parameter whole, turned, in parts, or
-expert by expert. Source: `ParamWrapper` of peft 0.21, and transformers' conversion mapping, of whose operations three are known here.
+The files may hold the parameter whole, turned, in parts, or expert by expert, as transformers' conversion mapping tells, of whose
+operations three are known here. With `target_parameters`, PEFT keeps the factors of E experts side by side, A (E r, in) and B (out, r E),
+without saying of which parameter they are: it wraps the targeted parameters of a module in their order, each around the one before
+(`ParamWrapper` of peft 0.21).
 """
 
 from __future__ import annotations
@@ -26,13 +27,48 @@ Scale = Callable[[str, int], float]
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """A tensor of the files that is a part of a parameter in memory."""
 
     name: str
-    expert: int | None = None
-    rows: range | None = None
-    turned: bool = False
+    expert: int | None = None  # whose matrix it is; None if it is a part of all of them
+    rows: range | None = None  # of each matrix, if these are not all
+    turned: bool = False  # it holds the transposes
+
+
+class Places:
+    """Where the parameters of a model come from in the files."""
+
+    def __init__(self, model: InMemory, base: Checkpoint) -> None:
+        self._model, self._base = model, base
+        self._stored: defaultdict[str, list[str]] = defaultdict(list)
+        for name in base.tensors:
+            self._stored[model.place(name)[0]].append(name)
+
+    def of(self, parameter: str) -> list[Place]:
+        """The tensors of the files that make a parameter. `MadeOtherwise` if it is made in a way that is not known here."""
+        model = self._model
+        groups, converter = model.made_of(self._stored[parameter])
+        listed = converter.operations if converter else []
+        operations: dict[str, Any] = {type(operation).__name__: operation for operation in listed}
+        stacked, joined, turned = (operations.get(kind) for kind in ("MergeModulelist", "Concatenate", "Transpose"))
+        known = operations.keys() <= {"MergeModulelist", "Concatenate", "Transpose"} and len(operations) == len(listed)
+        known &= (not stacked or stacked.dim == 0) and (not joined or (joined.dim == 1 and not model.is_transposed(parameter)))
+        known &= not turned or (len(operations) == 1 and {turned.dim0, turned.dim1} == {1, 2})
+        places, height = [], 0
+        for group in groups:
+            shapes = [self._base.tensors[part].spec.shape for part in group]
+            rows = range(height, height := height + shapes[0][-2]) if joined else None
+            for number, part in enumerate(group):
+                turn = turned is not None and not (turned.check_dims and shapes[number] == model.parameters[parameter])
+                places.append(Place(part, number if stacked else None, rows, turn))
+        if not known or sum(self._base.tensors[place.name].spec.numel for place in places) != math.prod(model.parameters[parameter]):
+            raise MadeOtherwise(" and ".join(operations) or "renaming")
+        return places
+
+
+class MadeOtherwise(Exception):
+    """A parameter is made of the files' tensors by these operations of transformers, which are not known here."""
 
 
 class TargetParameters:
@@ -65,14 +101,12 @@ class TargetParameters:
             faults.add(what, where=self._where, fix=MERGE_FIRST)
             return edits
         model, owners = fitting[0]
-        stored: defaultdict[str, list[str]] = defaultdict(list)
-        for name in self._base.tensors:
-            stored[model.place(name)[0]].append(name)
+        places = Places(model, self._base)
         for owner, parameters in owners.items():
             depths = self._factors.get(owner, {})
             for depth, name in enumerate(reversed(parameters)):
                 with faults.collect():
-                    edits |= self._edits_of(model, name, stored[name], depths.get(depth, {}), scale)
+                    edits |= self._edits_of(model, name, places, depths.get(depth, {}), scale)
             if max(depths, default=0) >= len(parameters):
                 what = f"the adapter has factors of more than the {len(parameters)} parameters of '{owner}' that its config targets"
                 faults.add(what, where=self._where, fix=COPY_AGAIN)
@@ -90,9 +124,7 @@ class TargetParameters:
             found.append((model, owners))
         return found
 
-    def _edits_of(
-        self, model: InMemory, name: str, stored: list[str], factors: Mapping[str, StoredTensor], scale: Scale
-    ) -> dict[str, Edit]:
+    def _edits_of(self, model: InMemory, name: str, places: Places, factors: Mapping[str, StoredTensor], scale: Scale) -> dict[str, Edit]:
         if missing := {"lora_A", "lora_B"} - factors.keys():
             what = f"the adapter lacks '{min(missing)}' of '{name}', which its config says it changes"
             raise CheckpointError(what, where=self._where, fix=COPY_AGAIN)
@@ -104,31 +136,15 @@ class TargetParameters:
             what = f"the adapter changes '{name}', {shape} in the base, by factors of shapes {up.spec.shape} and {down.spec.shape}"
             raise CheckpointError(what, where=self._where, fix=OTHER_BASE)
         edits, factor = {}, scale(name, rank // experts)
-        for place in self._places(model, name, stored):
+        try:
+            found = places.of(name)
+        except MadeOtherwise as error:
+            what = f"the adapter changes '{name}', which transformers makes of other tensors by {error}"
+            raise CheckpointError(what, where=self._where, fix=MERGE_FIRST) from None
+        for place in found:
             expert = place.expert if len(shape) == 3 else 0
             b, a = FactorOfExperts(up, experts, True, expert, place.rows), FactorOfExperts(down, experts, False, expert)
             if transposed != place.turned:
                 b, a = replace(a, turned=True), replace(b, turned=True)
             edits[place.name] = Edit(up=b, down=a, scale=factor)
         return edits
-
-    def _places(self, model: InMemory, name: str, stored: list[str]) -> list[_Place]:
-        """The tensors of the files that make a parameter. CheckpointError if it is made in a way that is not known here."""
-        groups, converter = model.made_of(stored)
-        listed = converter.operations if converter else []
-        operations: dict[str, Any] = {type(operation).__name__: operation for operation in listed}
-        stacked, joined, turned = (operations.get(kind) for kind in ("MergeModulelist", "Concatenate", "Transpose"))
-        known = operations.keys() <= {"MergeModulelist", "Concatenate", "Transpose"} and len(operations) == len(listed)
-        known &= (not stacked or stacked.dim == 0) and (not joined or (joined.dim == 1 and not model.is_transposed(name)))
-        known &= not turned or (len(operations) == 1 and {turned.dim0, turned.dim1} == {1, 2})
-        places, height = [], 0
-        for group in groups:
-            shapes = [self._base.tensors[part].spec.shape for part in group]
-            rows = range(height, height := height + shapes[0][-2]) if joined else None
-            for number, part in enumerate(group):
-                turn = turned is not None and not (turned.check_dims and shapes[number] == model.parameters[name])
-                places.append(_Place(part, number if stacked else None, rows, turn))
-        if not known or sum(self._base.tensors[place.name].spec.numel for place in places) != math.prod(model.parameters[name]):
-            what = f"the adapter changes '{name}', which transformers makes of other tensors by {' and '.join(operations) or 'renaming'}"
-            raise CheckpointError(what, where=self._where, fix=MERGE_FIRST)
-        return places

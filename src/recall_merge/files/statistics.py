@@ -2,7 +2,8 @@
 
 `stats.safetensors` holds, in bfloat16, for each group of layers with the same inputs a factor (i, r) and a diagonal (i,); and for each
 layer, where they were asked for, the squared gradients of its outputs (o,). `stats.json` says which tensors of the base belong to which
-group, what the statistics were made from, the hash of their expert, and those of both files.
+group, what the statistics were made from, the hash of their expert, and those of both files. A tensor (E, .., ..) that holds a matrix for
+each expert of a mixture belongs to E groups, and its gradients are (E, o).
 """
 
 from __future__ import annotations
@@ -26,8 +27,12 @@ if TYPE_CHECKING:
 STATS, WEIGHTS = "stats.json", "stats.safetensors"
 FORMAT = 4
 OLDER = 3  # without hashes
+MIXTURES = "mixtures"  # the fact how many experts of mixtures share the mean of their block, and how many there are
 GRADIENTS = "gradients"  # the fact that they were asked for; statistics that do not say so have them
 KINDS = {"expert": str, "samples": int, "tokens": int, "rank": int, "rows": list}  # types of the facts that a merge reports
+
+Owner = str | list[str]
+"""The group of a tensor's inputs; or one for each expert of a mixture, whose matrices the tensor holds."""
 
 
 @dataclass(frozen=True)
@@ -46,28 +51,45 @@ class InputStatistics:
     def has_gradients(self) -> bool:
         return self.facts.get(GRADIENTS, True)
 
+    @property
+    def mixtures(self) -> tuple[int, int]:
+        """How many experts of mixtures share the mean of their block, since they read fewer tokens than there are directions; and all."""
+        thin, experts = self.facts.get(MIXTURES, (0, 0))
+        return thin, experts
+
     def misfits(self, specs: Mapping[str, TensorSpec]) -> list[str]:
         """The base's tensors whose shape does not fit the inputs here, or the gradients of the outputs."""
 
-        def fits(name: str, group: str, axis: int) -> bool:
-            shape, gradient = specs[name].shape, self.stored.get(gradient_of(name))
-            inputs = self.stored[parts_of(group)[1]].spec.shape
-            outputs = gradient.spec.shape if gradient is not None else shape[:1] if axis == 1 else shape[1:2]
-            return (outputs + inputs if axis == 1 else inputs + outputs) == shape
+        def fits(name: str, owner: Owner, axis: int) -> bool:
+            gradient, experts = self.stored.get(gradient_of(name)), () if isinstance(owner, str) else (len(owner),)
+            if len(specs[name].shape) != len(experts) + 2:
+                return False
+            *lead, height, width = specs[name].shape
+            outputs, inputs = (height, width) if axis == 1 else (width, height)
+            fitting = all(self.stored[parts_of(group)[1]].spec.shape == (inputs,) for group in groups_of(owner))
+            return fitting and tuple(lead) == experts and (gradient is None or gradient.spec.shape == (*experts, outputs))
 
         return [name for name, entry in self.facts["tensors"].items() if name in specs and not fits(name, *entry)]
 
-    def moment(self, name: str) -> tuple[Moment, int] | None:
-        """The moment of a tensor's inputs, and the axis of the inputs; None if there are no statistics of it."""
+    def moment(self, name: str, expert: int | None = None) -> tuple[Moment, int] | None:
+        """The moment of a tensor's inputs, or of those of one expert of a mixture; and the axis of the inputs.
+
+        None if there are no statistics of the tensor.
+        """
         from recall_merge.maths.moments import Moment
 
         entry = self.facts["tensors"].get(name)
         if entry is None:
             return None
-        group, axis = entry
-        factor, rest = (self.stored[part].read().float() for part in parts_of(group))
-        gradient = self.stored.get(gradient_of(name))
-        return Moment(factor, rest, gradient and gradient.read().float()), axis
+        owner, axis = entry
+        factor, rest = (self.stored[part].read().float() for part in parts_of(owner if expert is None else owner[expert]))
+        gradient = self.stored[gradient_of(name)].read().float() if gradient_of(name) in self.stored else None
+        return Moment(factor, rest, gradient if gradient is None or expert is None else gradient[expert]), axis
+
+
+def groups_of(owner: Owner) -> list[str]:
+    """The groups of a tensor: one, or one for each expert of a mixture."""
+    return [owner] if isinstance(owner, str) else owner
 
 
 def parts_of(group: str) -> tuple[str, str]:
@@ -80,11 +102,12 @@ def gradient_of(name: str) -> str:
     return f"{name}.gradient"
 
 
-def write_statistics(folder: Path, parts: Mapping[str, Tensor], tensors: Mapping[str, tuple[str, int]], facts: Mapping[str, Any]) -> Path:
+def write_statistics(folder: Path, parts: Mapping[str, Tensor], tensors: Mapping[str, tuple[Owner, int]], facts: Mapping[str, Any]) -> Path:
     """Write input statistics into a folder: the tensors first, then, in one step, the facts that make them valid.
 
-    `parts` are the stored tensors, named as by `parts_of` and `gradient_of`; `tensors` gives the group and the axis of the inputs of each
-    tensor of the base; `facts` say what the statistics were made from, `expert` among them: the hash of the expert that they belong to.
+    `parts` are the stored tensors, named as by `parts_of` and `gradient_of`. `tensors` gives for each tensor of the base its group, or one
+    for each expert of a mixture, and the axis of the inputs. `facts` say what the statistics were made from, `expert` among them: the hash
+    of the expert that they belong to.
     """
     import torch
 
@@ -112,20 +135,29 @@ def open_statistics(folder: Path) -> InputStatistics | None:
     if facts.get("format") not in (OLDER, FORMAT) or not isinstance(facts.get("tensors"), dict):
         raise CheckpointError("the input statistics are in a format that this version does not know", where=folder / STATS, fix=fix)
     entries = facts["tensors"].values()
-    sound = all(isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) and entry[1] in (0, 1) for entry in entries)
-    sound = sound and isinstance(facts.get(GRADIENTS, True), bool)
+    sound = all(isinstance(entry, list) and len(entry) == 2 and _is_owner(entry[0]) and entry[1] in (0, 1) for entry in entries)
+    sound = sound and isinstance(facts.get(GRADIENTS, True), bool) and _are_counts(facts.get(MIXTURES, [0, 0]))
     if not sound or not all(isinstance(facts.get(key), kind) for key, kind in KINDS.items()):
         raise CheckpointError("the input statistics are damaged", where=folder / STATS, fix=fix)
     stored = read_header(folder / WEIGHTS)
     if facts["format"] == FORMAT and hash_result(folder / WEIGHTS) != facts.get(WEIGHTS):
         raise CheckpointError(f"{WEIGHTS} has changed since it was written, or is of other statistics", where=folder / WEIGHTS, fix=fix)
-    wanted = {part for group, _ in facts["tensors"].values() for part in parts_of(group)}
+    groups = sorted({group for owner, _ in facts["tensors"].values() for group in groups_of(owner)})
+    wanted = {part for group in groups for part in parts_of(group)}
     wanted |= {gradient_of(name) for name in facts["tensors"] if facts.get(GRADIENTS, True)}
     if missing := sorted(wanted - set(stored)):
         raise CheckpointError(f"the input statistics lack '{missing[0]}'", where=folder / WEIGHTS, fix=fix)
-    for group in sorted({group for group, _ in facts["tensors"].values()}):
+    for group in groups:
         factor, rest = (stored[part].spec for part in parts_of(group))
         if not (factor.is_float and rest.is_float and len(factor.shape) == 2 and factor.shape[:1] == rest.shape):
             what = f"the input statistics of group '{group}' are not a factor and a rest: {factor}, {rest}"
             raise CheckpointError(what, where=folder / WEIGHTS, fix=fix)
     return InputStatistics(folder, facts, stored)
+
+
+def _is_owner(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and bool(value) and all(isinstance(group, str) for group in value))
+
+
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(count) is int for count in value)

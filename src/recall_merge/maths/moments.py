@@ -66,21 +66,24 @@ class Sketch:
     def __init__(self, rank: int, draw: Start, *, held: int = HELD) -> None:
         self.count = 0
         self._rank, self._draw, self._held = rank, draw, max(held, 2 * ROUNDS * (rank + OVERSAMPLED))
-        self._rows = torch.empty(0)  # (held, i), of which the first `_filled` wait
+        self._rows = torch.empty(0)  # (at most held, i), of which the first `_filled` wait
         self._filled = 0
         self._squares: Tensor | float = 0.0  # (i,)
 
     def add(self, x: Float[Tensor, "n i"]) -> None:
         """Take in more inputs."""
-        if not self.count:
-            self._rows = x.new_empty(self._held, x.shape[1], dtype=torch.float32)
         for rows in x.split(self._held // 2):
             if self._filled + len(rows) > self._held:
                 leading = leading_rows(self._rows[: self._filled], self._rank, self._draw)
                 self._filled = len(leading)
                 self._rows[: self._filled] = leading
-            self._rows[self._filled : self._filled + len(rows)] = rows
-            self._filled += len(rows)
+            if (needed := self._filled + len(rows)) > len(self._rows):
+                larger = x.new_empty(min(self._held, max(needed, 2 * len(self._rows))), x.shape[1], dtype=torch.float32)
+                if self._filled:
+                    larger[: self._filled] = self._rows[: self._filled]
+                self._rows = larger
+            self._rows[self._filled : needed] = rows
+            self._filled = needed
         self._squares += x.double().square().sum(0)
         self.count += len(x)
 
@@ -91,6 +94,20 @@ class Sketch:
         factor = rows.mT.double() / self.count**0.5
         rest = (self._squares / self.count - factor.square().sum(1)).clamp(min=0)
         return Moment(factor.float(), rest.float())
+
+
+def mean_moment(moments: Sequence[Moment], counts: Sequence[int], rank: int, draw: Start) -> Moment:
+    """The moment of all inputs that several moments are of, by the number of inputs of each; cut to `rank` directions.
+
+    >>> one, three = Moment(torch.zeros(2, 0), torch.tensor([4.0, 0.0])), Moment(torch.zeros(2, 0), torch.tensor([0.0, 4.0]))
+    >>> mean_moment([one, three], [1, 3], 1, lambda: lambda shape: torch.ones(shape)).diagonal
+    tensor([1., 3.])
+    """
+    shares = [count / sum(counts) for count in counts]
+    rows = torch.cat([share**0.5 * moment.factor.mT for moment, share in zip(moments, shares, strict=True)])
+    factor = leading_rows(rows, rank, draw)[:rank].mT
+    diagonal = sum((share * moment.diagonal for moment, share in zip(moments, shares, strict=True)), torch.zeros_like(moments[0].rest))
+    return Moment(factor, (diagonal - factor.square().sum(1)).clamp(min=0))
 
 
 def leading_rows(x: Float[Tensor, "n i"], rank: int, draw: Start) -> Float[Tensor, "m i"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,9 @@ def read_statistics(
             if stats is not None and not located[entry.name].remote and stats.facts["expert"] != hash_expert(expert):
                 what = f"the input statistics of expert '{expert.name}' were made for another state of it"
                 raise CheckpointError(what, where=stats.folder, fix=fix)
+            if stats is not None and not located["base"].remote and stats.facts.get("base", base.fingerprint) != base.fingerprint:
+                what = f"the input statistics of expert '{expert.name}' were made on another base"
+                raise CheckpointError(what, where=stats.folder, fix=fix)
             if stats is not None and (misfits := stats.misfits(base.specs)):
                 what = f"the input statistics of expert '{expert.name}' do not fit the inputs of '{misfits[0]}'"
                 raise CheckpointError(what, where=stats.folder, fix=fix)
@@ -123,3 +126,17 @@ def read_statistics(
                 raise CheckpointError(what, where=stats.folder, fix="make them again with `recall stats --gradients`")
         statistics.append(stats)
     return tuple(statistics)
+
+
+def statistics_notes(experts: Sequence[Expert], statistics: Sequence[InputStatistics | None]) -> Iterator[str]:
+    """What a reader should know of the statistics that were read: those that there are not, and those that tell little."""
+    for expert, stats in zip(experts, statistics, strict=False):
+        if stats is None:
+            yield f"expert '{expert.name}' has no input statistics: all its inputs count alike"
+            continue
+        tokens, rank, (thin, mixed) = stats.facts["tokens"], stats.facts["rank"], stats.mixtures
+        if tokens < rank:
+            yield f"the input statistics of expert '{expert.name}' are of {tokens} tokens, fewer than their {rank} directions"
+        if thin:
+            what = f"{thin} of the {mixed} experts in the mixtures of '{expert.name}' read fewer than {rank} tokens in its input statistics"
+            yield f"{what}: they share the mean of their block"

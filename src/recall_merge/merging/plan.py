@@ -22,7 +22,16 @@ from recall_merge.files.rows import Row, unread_columns
 from recall_merge.files.safetensors import CODES, TensorSpec
 from recall_merge.files.statistics import InputStatistics, has_statistics
 from recall_merge.files.vocabulary import Vocabulary, plan_vocabulary, read_vocabulary
-from recall_merge.merging.inputs import check_distinct, embedding_rows, locate_models, open_base, open_expert, read_statistics, tokenizer_of
+from recall_merge.merging.inputs import (
+    check_distinct,
+    embedding_rows,
+    locate_models,
+    open_base,
+    open_expert,
+    read_statistics,
+    statistics_notes,
+    tokenizer_of,
+)
 from recall_merge.merging.placement import placement_notes, work_on
 from recall_merge.merging.rules import GivenWeights, Override, Rules, choose_method, make_rules, overrides_of_tensors, weights_per_layer
 from recall_merge.merging.run import MergeRun, RecallWeights, Samples, SampleWeights, skipped
@@ -236,8 +245,7 @@ def make_plan(run: MergeRun | Mapping[str, Any], *, writes: bool = True, downloa
         root = base.layers.prefix.rpartition(".")[0]
         outside = [name for name in base.tensors if base.layers.of(name) == 0 and not name.startswith(f"{root}.")]
         notes += [f"{len(outside)} tensors outside the text model count as layer 0, its input: '{outside[0]}', ..."] if outside else []
-    without = [expert.name for expert, stats in zip(experts, statistics, strict=False) if stats is None]
-    notes += [f"expert '{name}' has no input statistics: all its inputs count alike" for name in without]
+    notes += statistics_notes(experts, statistics)
     return Plan(
         **{**vars(rules), "weights": weights},
         run=run,

@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from recall_merge.files.experts import Expert, hash_expert
 from recall_merge.files.names import Names
-from recall_merge.files.statistics import GRADIENTS, InputStatistics, gradient_of, open_statistics, parts_of, write_statistics
+from recall_merge.files.statistics import GRADIENTS, MIXTURES, InputStatistics, open_statistics, write_statistics
 from recall_merge.maths.trimming import Draws, Start
 from recall_merge.merging.forward import check_finite, expert_tokenizer, layer_parameters, load_expert, start_forward, where_it_fits
 from recall_merge.merging.layerwise import whole_note
 from recall_merge.merging.plan import Plan, make_plan
 from recall_merge.merging.run import DEFAULT_RECALL, MergeRun
 from recall_merge.merging.samples import choose_samples, encode_samples
-from recall_merge.merging.unsound import is_finite
+from recall_merge.merging.stored_moments import TRAINING, Found, StoredMoments, maps_in_files
+from recall_merge.models.input_moments import HELD_OF_MANY, Inputs, InputSketches, inputs_of_whole
 from recall_merge.models.tokens import EncodedRow
 from recall_merge.runtime.device import hardware, has_float64, prefers_bfloat16
 from recall_merge.runtime.errors import CheckpointError, NotLayerwise
 from recall_merge.runtime.progress import Progress, Silent
 
-if TYPE_CHECKING:
-    from recall_merge.models.input_moments import Inputs
-
 RANK = 24
-TRAINING = "look at its training"
 
 
 def make_statistics(
@@ -52,8 +48,12 @@ def make_statistics(
     precision, said = _precision(plan.device)
     samples = choose_samples(plan, DEFAULT_RECALL.model_copy(update={"precision": precision}), progress)
     rows = encode_samples(plan, samples.rows, expert_tokenizer(plan, expert))
-    inputs, notes = _inputs(plan, expert, rows, rank, gradients, progress)
-    parts, tensors = _stored(plan, expert, inputs)
+
+    def draw(name: str) -> Start:
+        return Draws(plan.run.seed, name, (expert.name,)).streams[0]
+
+    found, notes = _find_inputs(plan, expert, rows, rank, draw, gradients, progress)
+    stored = StoredMoments(found, expert, rank, draw)
     facts = {
         "expert": hash_expert(expert),
         "base": plan.base.fingerprint,
@@ -62,6 +62,7 @@ def make_statistics(
         "tokens": sum(len(row.input_ids) for row in rows),
         "rank": rank,
         GRADIENTS: gradients,
+        MIXTURES: stored.mixtures,
         "device": hardware(plan.device),
         "notes": [*samples.notes, *said, *notes],
     }
@@ -69,7 +70,7 @@ def make_statistics(
     plan.inputs.check()
     try:
         target.mkdir(parents=True, exist_ok=True)
-        write_statistics(target, parts, tensors, facts)
+        write_statistics(target, stored.parts, stored.tensors, facts)
     except OSError as error:
         fix = "give another folder with --out, and name it under `stats:` of the expert"
         raise CheckpointError(f"the input statistics cannot be written: {error.strerror}", where=target, fix=fix) from error
@@ -91,81 +92,54 @@ def _precision(device: torch.device) -> tuple[str, list[str]]:
     return "float32", []
 
 
-def _inputs(
-    plan: Plan, expert: Expert, rows: Sequence[EncodedRow], rank: int, gradients: bool, progress: Progress
-) -> tuple[list[Inputs], list[str]]:
+def _find_inputs(
+    plan: Plan, expert: Expert, rows: Sequence[EncodedRow], rank: int, draw: Callable[[str], Start], gradients: bool, progress: Progress
+) -> tuple[Found, list[str]]:
     """What the expert's linear maps read of the rows: block by block where its architecture allows that and no pass back is wanted.
 
     The whole model is run on the processor.
     """
     notes: list[str] = []
-
-    def draw(module: str) -> Start:
-        return Draws(plan.run.seed, module, (expert.name,)).streams[0]
-
     what = f"input statistics of {expert.name}"
     if not gradients:
         try:
             with progress.stage(what, plan.base.layers.blocks + 1, "layers") as advance:
                 tokens = [row.input_ids for row in rows]
-                return where_it_fits(plan, lambda plan: _inputs_by_layer(plan, expert, tokens, rank, draw, advance), notes), notes
+                return where_it_fits(plan, lambda plan: _inputs_by_layer(plan, expert, tokens, rank, draw, notes, advance), notes), notes
         except NotLayerwise as error:
             notes.append(whole_note(error))
-    from recall_merge.models.input_moments import HELD_OF_MANY, InputSketches, inputs_of_whole
-
     model = load_expert(plan, expert, DEFAULT_RECALL)
-    maps = {name: module for name, module, _ in _maps(plan, model)}
-    sketches = InputSketches(maps, rank, draw, held=HELD_OF_MANY)
+    maps = maps_in_files(plan.base, model, notes)
+    squares: dict[str, Tensor] | None = {} if gradients else None
+    sketches = InputSketches({name: map_.shape for name, map_ in maps.items()}, rank, draw, held=HELD_OF_MANY)
     with progress.stage(what, sum(len(row.input_ids) for row in rows), "tokens") as advance:
         try:
-            return inputs_of_whole(model, rows, sketches, gradients=gradients, seed=plan.run.seed, progress=advance), notes
+            inputs = inputs_of_whole(model, rows, sketches, gradients=squares, seed=plan.run.seed, progress=advance)
         except FloatingPointError as error:
             raise CheckpointError(f"the logits of expert '{expert.name}' are NaN or infinite", where=expert.folder, fix=TRAINING) from error
+    return Found(maps, inputs, squares or {}), notes
 
 
 def _inputs_by_layer(
-    plan: Plan, expert: Expert, tokens: Sequence[Sequence[int]], rank: int, draw: Callable[[str], Start], advance: Callable[[int], None]
-) -> list[Inputs]:
-    from recall_merge.models.input_moments import InputSketches
-
+    plan: Plan,
+    expert: Expert,
+    tokens: Sequence[Sequence[int]],
+    rank: int,
+    draw: Callable[[str], Start],
+    notes: list[str],
+    advance: Callable[[int], None],
+) -> Found:
     layers, cpu = plan.base.layers, torch.device("cpu")
     inputs: list[Inputs] = []
-    with start_forward(plan, expert, DEFAULT_RECALL, tokens) as forward:
-        maps = list(_maps(plan, forward.model))
-        if after := [name for name, _, stored in maps if layers.of(stored) == layers.last]:
+    has_mixtures = any(len(shape) == 3 for model in Names(plan.base).models for shape in model.parameters.values())
+    with start_forward(plan, expert, DEFAULT_RECALL, tokens, one_by_one=has_mixtures) as forward:  # an expert's tokens come without places
+        maps = maps_in_files(plan.base, forward.model, notes)
+        if after := [place.name for map_ in maps.values() for place in map_.places if layers.of(place.name) == layers.last]:
             raise NotLayerwise(f"its linear map '{after[0]}' follows the blocks")
-        sketches = InputSketches({name: module for name, module, _ in maps}, rank, draw)
-        forward.watch(sketches.maps, sketches.fold if has_float64(plan.device) else sketches.fold_here)
+        sketches = InputSketches({name: map_.shape for name, map_ in maps.items()}, rank, draw)
+        forward.watch(maps.keys(), sketches.fold if has_float64(plan.device) else sketches.fold_here)
         for layer in range(layers.blocks + 1):
             check_finite(plan, expert, forward.step(layer_parameters(plan, expert, DEFAULT_RECALL, layer, tokens)))
             inputs += [replace(found, moment=found.moment.to(cpu)) for found in sketches.finish(plan.threads)]
             advance(1)
-    return inputs
-
-
-def _maps(plan: Plan, model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """The linear maps that can be aligned: their names in memory, and those of their tensors in the files. A head is none of them."""
-    from recall_merge.models.input_moments import linear_maps
-
-    names = Names(plan.base)
-    for name, module in linear_maps(model).items():
-        if (stored := names.find(f"{name}.weight")) is not None and stored not in plan.base.token_tensors:
-            yield name, module, stored
-
-
-def _stored(plan: Plan, expert: Expert, inputs: Iterable[Inputs]) -> tuple[dict[str, Tensor], dict[str, tuple[str, int]]]:
-    """The numbers by name, and for each tensor of the base its group of inputs and the axis along which they run."""
-    names = Names(plan.base)
-    parts: dict[str, Tensor] = {}
-    tensors: dict[str, tuple[str, int]] = {}
-    for number, group in enumerate(inputs):
-        stored = [str(names.find(f"{module}.weight")) for module in group.modules]
-        key = f"{number:04d}"
-        own = dict(zip(parts_of(key), (group.moment.factor, group.moment.rest), strict=True))
-        own |= dict(zip(map(gradient_of, stored), group.gradients, strict=False))
-        if not all(is_finite(numbers.bfloat16()) for numbers in own.values()):  # as they are stored
-            what = f"the input statistics of expert '{expert.name}' overflow in '{stored[0]}'"
-            raise CheckpointError(what, where=expert.folder, fix=TRAINING)
-        parts |= own
-        tensors |= dict.fromkeys(stored, (key, group.axis))
-    return parts, tensors
+    return Found(maps, inputs)

@@ -111,13 +111,15 @@ def weights_of(plan: Plan, weights: MergeWeights, name: str) -> list[float]:
 
 
 def condition_numbers(plan: Plan, weights: MergeWeights) -> dict[str, float]:
-    """A bound of the condition number of the system that the merge solves, for each tensor with input statistics."""
+    """A bound of the condition number of the systems that the merge solves, for each tensor with input statistics."""
     numbers: dict[str, float] = {}
-    for name in plan.specs:
-        moments = [moment and moment[0] for moment in _moments(plan, name)]
-        if any(moment is not None for moment in moments):
-            options = {key: value for key, value in plan.options_of(name).items() if key in ("offdiagonal", "ridge")}
-            numbers[name] = condition(moments, weights_of(plan, weights, name), **options)
+    for name, spec in plan.specs.items():
+        options = {key: value for key, value in plan.options_of(name).items() if key in ("offdiagonal", "ridge")}
+        for matrix in range(spec.shape[0]) if len(spec.shape) == 3 else (None,):
+            moments = [moment and moment[0] for moment in _moments(plan, name, matrix)]
+            if any(moment is not None for moment in moments):
+                bound = condition(moments, weights_of(plan, weights, name), **options)
+                numbers[name] = max(bound, numbers.get(name, bound))
     return numbers
 
 
@@ -194,12 +196,23 @@ def _apply_method(
         options["thresholds"] = thresholds
     if not method.informed:
         return _call(plan, method, base, ready, weights, options)
-    moments = _moments(plan, name)
-    options["moments"] = [moment and moment[0] for moment in moments]
+    if base.ndim == 3 and any(_moments(plan, name, 0)):  # the matrices of a mixture's experts, each with inputs of its own
+        matrices = [[dense(delta)[number] for delta in ready] for number in range(len(base))]
+        merged = [_informed(plan, name, number, base[number], each, weights, options) for number, each in enumerate(matrices)]
+        return torch.stack(merged)
+    return _informed(plan, name, None, base, ready, weights, options)
+
+
+def _informed(
+    plan: Plan, name: str, expert: int | None, base: Tensor, deltas: Sequence[Delta], weights: list[float], options: dict[str, Any]
+) -> Tensor:
+    """What a method gives that takes the moments of a tensor's inputs, or of those of a mixture's expert."""
+    moments = _moments(plan, name, expert)
+    options = {**options, "moments": [moment and moment[0] for moment in moments]}
     if any(moment is not None and moment[1] == 0 for moment in moments):  # stored as (i, o): the mathematics wants (o, i)
-        turned = [LowRank(delta.down.mT, delta.up.mT) if isinstance(delta, LowRank) else delta.mT.contiguous() for delta in ready]
-        return _call(plan, method, base.mT.contiguous(), turned, weights, options).mT.contiguous()
-    return _call(plan, method, base, ready, weights, options)
+        turned = [LowRank(delta.down.mT, delta.up.mT) if isinstance(delta, LowRank) else delta.mT.contiguous() for delta in deltas]
+        return _call(plan, plan.method, base.mT.contiguous(), turned, weights, options).mT.contiguous()
+    return _call(plan, plan.method, base, deltas, weights, options)
 
 
 def _call(plan: Plan, method: Method, base: Tensor, deltas: Sequence[Delta], weights: list[float], options: dict[str, Any]) -> Tensor:
@@ -219,9 +232,9 @@ def _call(plan: Plan, method: Method, base: Tensor, deltas: Sequence[Delta], wei
     return method.function(base, deltas, weights, **options)
 
 
-def _moments(plan: Plan, name: str) -> list[Any]:
+def _moments(plan: Plan, name: str, expert: int | None) -> list[Any]:
     """Per expert, the second moment of a tensor's inputs and the axis along which they run; None where it has no statistics of it."""
-    return [None if stats is None else stats.moment(name) for stats in plan.statistics]
+    return [None if stats is None else stats.moment(name, expert) for stats in plan.statistics]
 
 
 @contextmanager

@@ -9,9 +9,8 @@ its next stop, and discards the parameters of the block.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,11 @@ from recall_merge.maths.layers import Layers
 from recall_merge.models.architecture import discard_parameters, empty_model
 from recall_merge.models.hidden_states import Pooling, after_block, before_first, find_blocks, make_batches, padded, pool
 from recall_merge.models.load import running
+from recall_merge.models.reads import Read, record_reads
 from recall_merge.models.transformers_private import TensorLoader
 from recall_merge.runtime import memory
 from recall_merge.runtime.errors import NotLayerwise
 from recall_merge.runtime.parallel import in_order
-
-Reads = list[tuple[str, Tensor]]
-"""What modules read, in the order of their calls: a module's name, and its first argument."""
 
 
 class LayerwiseForward:
@@ -76,20 +73,20 @@ class LayerwiseForward:
         self._hooks += [block.register_forward_pre_hook(_pause) for block in self._blocks[1:]]
         self._hooks += [self._blocks[-1].register_forward_hook(_pause)]
         self._hooks += [module.register_forward_pre_hook(_has_numbers) for module in self._model.modules() if module._parameters]
-        self._visit: Callable[[Reads, Tensor], None] | None = None
+        self._visit: Callable[[list[Read], Tensor], None] | None = None
 
     @property
     def model(self) -> nn.Module:
         """The architecture, of which at most one block has its numbers."""
         return self._model
 
-    def watch(self, modules: Mapping[str, nn.Module], visit: Callable[[Reads, Tensor], None]) -> None:
-        """From now on, each step calls `visit` with what these modules have read in one batch after another, in their order.
+    def watch(self, parameters: Collection[str], visit: Callable[[list[Read], Tensor], None]) -> None:
+        """From now on, each step calls `visit` with what these linear maps have read in one batch after another, in their order.
 
         `visit` also gets where in the batch there are tokens, (b, t): the rest is padding. What was read is gone after the call.
         """
         self._visit = visit
-        self._hooks += [module.register_forward_hook(partial(_read, name)) for name, module in modules.items()]
+        self._hooks += record_reads(self._model, parameters, lambda read, _: _current.batch.reads.append(read))
 
     def step(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Pooled hidden states at the next layer, from 0 on, given its parameters under the names of the files.    -> (m, d), float32
@@ -175,7 +172,7 @@ class _Batch:
         self._model = model
         self._pooling: Pooling = pooling
         self._ids, self._mask, self._lengths = texts  # as `padded` gives them
-        self.reads: Reads = []
+        self.reads: list[Read] = []
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
         self._state: Tensor | None = None
         self._error: BaseException | None = None
@@ -260,10 +257,6 @@ def _after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
 
 def _pause(*_: Any) -> None:
     _current.batch.pause()
-
-
-def _read(name: str, _module: nn.Module, args: tuple[Any, ...], _output: Any) -> None:
-    _current.batch.reads.append((name, args[0]))
 
 
 def _explain(error: Exception) -> Exception:

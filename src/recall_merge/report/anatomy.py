@@ -102,14 +102,18 @@ class LayerSums:
         self._base[layer] += base.double().square().sum()
         self._products[layer] += (flat @ flat.mT).double()
         for number, (expert, delta) in enumerate(zip(experts, deltas, strict=True)):
-            if expert.name not in statistics or (found := statistics[expert.name].moment(name)) is None:
+            if (known := statistics.get(expert.name)) is None:
                 continue
-            self._measured.add(expert.name)
-            moment, axis = found
-            for part, difference in enumerate((merged - delta, delta)):
-                change = difference if axis == 1 else difference.mT
-                answer = (change @ moment.factor).square().sum() + (change.square() @ moment.rest).sum()
-                self._missed[layer, number, part] += answer.double()
+            for matrix in range(len(base)) if base.ndim == 3 else (None,):  # of a mixture's experts
+                if (found := known.moment(name, matrix)) is None:
+                    continue
+                self._measured.add(expert.name)
+                moment, axis = found
+                for part, difference in enumerate((merged - delta, delta)):
+                    change = difference if matrix is None else difference[matrix]
+                    change = change if axis == 1 else change.mT
+                    answer = (change @ moment.factor).square().sum() + (change.square() @ moment.rest).sum()
+                    self._missed[layer, number, part] += answer.double()
 
     def tables(self) -> dict[str, Any]:
         norms = self._products.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()  # (layers, k + 1)
