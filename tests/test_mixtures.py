@@ -185,7 +185,8 @@ def test_each_experts_matrix_is_the_least_squares_solution_over_its_own_inputs(w
             moments.add(tuple(float(moment.rest.sum()) for moment, _ in known))
             axis = known[0][1]
             start, theirs, ours = (
-                tensor if number is None else tensor[number] for tensor in (base[name], torch.stack([e[name] for e in experts], -1), found[name])
+                tensor if number is None else tensor[number]
+                for tensor in (base[name], torch.stack([e[name] for e in experts], -1), found[name])
             )
             deltas = [(theirs[..., q] - start).double() for q in range(2)]
             deltas = deltas if axis == 1 else [delta.mT for delta in deltas]

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -149,12 +148,13 @@ def _recorded(model: nn.Module, parameters: Mapping[str, tuple[int, ...]], squar
         if squares is not None:
             name, expert = read.map
             sums = squares.setdefault(name, torch.zeros(*parameters[name][:-2], output.shape[-1], dtype=torch.float64))
-            if output.requires_grad:
-                output.register_hook(partial(add_squares, sums if expert is None else sums[expert]))
+            sums = sums if expert is None else sums[expert]
+            if output.requires_grad:  # of all experts at once, each one's answers count where a token is routed to it
+                counts = 1 if sums.ndim == 1 else (read.inputs != 0).any(-1, keepdim=True)
+                output.register_hook(lambda gradient: add_squares(sums, gradient.detach() * counts))
 
     def add_squares(sums: Tensor, gradient: Tensor) -> None:
-        rows = gradient.detach().reshape(*sums.shape[:-1], -1, sums.shape[-1])
-        sums += rows.double().square().sum(-2)
+        sums += gradient.reshape(*sums.shape[:-1], -1, sums.shape[-1]).double().square().sum(-2)
 
     handles = record_reads(model, parameters, see)
     if squares is not None:
