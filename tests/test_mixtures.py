@@ -1,21 +1,26 @@
 """Mixtures of experts: each expert's inputs are those of the tokens that are routed to it, and each expert's matrix is aligned by them."""
 
+import json
 from functools import partial
 
 import pytest
 import torch
 
 import architectures
-from recall_merge import MergeRun, make_plan, merge
+from dense import cut_moment
+from recall_merge import MergeRun, RecallError, make_plan, merge
 from recall_merge.files.checkpoint import open_checkpoint
-from recall_merge.maths.methods.informed import aligned, regmean
+from recall_merge.maths.moments import mean_moment
 from recall_merge.maths.trimming import Draws
 from recall_merge.merging.statistics import make_statistics
 from recall_merge.models.input_moments import InputSketches, inputs_of_whole
 from recall_merge.models.layerwise import LayerwiseForward
 from recall_merge.models.reads import linear_maps
 from recall_merge.models.tokens import EncodedRow
+from recall_merge.report.anatomy import Models, anatomy
 from recall_merge.runtime.errors import NotLayerwise
+from recall_merge.runtime.progress import Silent
+from recall_merge.runtime.sealed import sealed
 from tiny import fine_tuned, load_model, load_tensors, save_model, write_rows
 
 APART = ("mixtral", "qwen3_moe")  # one tensor an expert in the files
@@ -121,7 +126,7 @@ def test_an_expert_reads_the_tokens_that_are_routed_to_it(base_of, kind, see):
     found = {map_: group for group in see(base_of(kind)) for map_ in group.maps}
     assert len(wanted) >= 2
     for name, experts in wanted.items():
-        assert 2 <= sum(bool(len(rows)) for rows in experts.values())
+        assert sum(bool(len(rows)) for rows in experts.values()) >= 2
         for expert, rows in experts.items():
             if not len(rows):
                 assert (name, expert) not in found
@@ -166,6 +171,19 @@ def test_gradients_of_a_mixture_are_those_of_its_experts_answers(base_of, kind):
 # --- a merge by them --------------------------------------------------------------------------------------------------------------------
 
 
+def least_squares(base, deltas, moments, method):
+    """The matrix (o, i) that the method's formula gives for dense moments, in float64."""
+    shrunk = [0.9 * g + 0.1 * g.diagonal().diag() for g in (moment.dense().double() for moment in moments)]
+    eye = torch.eye(len(shrunk[0]), dtype=torch.float64)
+    if method == "aligned":
+        shrunk = [g / g.diagonal().mean() for g in shrunk]
+        answered, seen = sum(delta @ g for delta, g in zip(deltas, shrunk, strict=True)) / 2, sum(shrunk) / 2 + 1e-6 * eye
+    else:
+        shrunk = [g + 1e-6 * eye * sum(shrunk).diagonal().mean() / 2 for g in shrunk]
+        answered, seen = sum(delta @ g for delta, g in zip(deltas, shrunk, strict=True)), sum(shrunk)
+    return base.double() + answered @ torch.linalg.inv(seen)
+
+
 @pytest.mark.parametrize("method", ["aligned", "regmean"])
 @pytest.mark.parametrize("world", [*APART, *WHOLE], indirect=True)
 def test_each_experts_matrix_is_the_least_squares_solution_over_its_own_inputs(world, method):
@@ -173,34 +191,77 @@ def test_each_experts_matrix_is_the_least_squares_solution_over_its_own_inputs(w
     result = merge(world(method=method))
     base, found = load_tensors(world.base), load_tensors(world.folder / "out")
     experts = [load_tensors(world.folder / name) for name in "ab"]
-    seen = 0
-    for name in base:
-        if not all(name in stats.facts["tensors"] for stats in made) or not (base[name].ndim == 3 or ".experts." in name):
-            continue
+    names = [name for name in made[0].facts["tensors"] if base[name].ndim == 3 or ".experts." in name]
+    assert len(names) >= 4
+    for name in names:
         assert 1 <= result.record["statistics"]["condition"][name] < 1e9
-        matrices = range(len(base[name])) if base[name].ndim == 3 else [None]
-        moments = set()
-        for number in matrices:
+        every = []
+        for number in range(len(base[name])) if base[name].ndim == 3 else [None]:
+            start, merged, *theirs = ((t if number is None else t[number]) for t in (base[name], found[name], *(e[name] for e in experts)))
             known = [stats.moment(name, number) for stats in made]
-            moments.add(tuple(float(moment.rest.sum()) for moment, _ in known))
-            axis = known[0][1]
-            start, theirs, ours = (
-                tensor if number is None else tensor[number]
-                for tensor in (base[name], torch.stack([e[name] for e in experts], -1), found[name])
-            )
-            deltas = [(theirs[..., q] - start).double() for q in range(2)]
-            deltas = deltas if axis == 1 else [delta.mT for delta in deltas]
-            dense = [moment.dense().double() for moment, _ in known]
-            shrunk = [0.9 * g + 0.1 * g.diagonal().diag() for g in dense]
-            if method == "aligned":
-                shrunk = [g / g.diagonal().mean() for g in shrunk]
-            ridge = 1e-6 if method == "aligned" else 1e-6 * sum(float(g.diagonal().mean()) for g in shrunk) / 2
-            eye = ridge * torch.eye(len(shrunk[0]), dtype=torch.float64)
-            kept = eye if method == "regmean" else 0 * eye
-            answered = sum(delta @ (g + kept) for delta, g in zip(deltas, shrunk, strict=True)) / 2
-            change = torch.linalg.solve(sum(shrunk) / 2 + eye, answered, left=False)
-            wanted = start.double() + (change if axis == 1 else change.mT)
-            assert float((ours.double() - wanted).abs().max() / wanted.abs().max()) < 1e-5, (name, number)
-            seen += 1
-        assert len(moments) > 1 or matrices == [None]
-    assert seen >= 4
+            every.append(known[0][0].rest)
+            turn = (lambda tensor: tensor) if known[0][1] == 1 else (lambda tensor: tensor.mT)
+            deltas = [turn(own - start).double() for own in theirs]
+            wanted = turn(least_squares(turn(start), deltas, [moment for moment, _ in known], method))
+            assert float((merged.double() - wanted).abs().max() / wanted.abs().max()) < 1e-5, (name, number)
+        assert base[name].ndim == 2 or not torch.equal(every[0], every[1])
+
+
+@pytest.mark.parametrize("world", ["mixtral", "gpt_oss"], indirect=True)
+def test_experts_that_read_little_share_the_mean_of_their_block(world):
+    """With more directions than tokens, every expert of every mixture."""
+    assert world.statistics(rank=1)[0].mixtures == (0, 8)
+    few = world.statistics(rank=1000)[0]
+    assert few.mixtures == (8, 8)
+    owners = {str(owner) for name, (owner, _) in few.facts["tensors"].items() if "experts" in name}
+    assert len(owners) == 4  # in two blocks, of what goes into the experts and of what is between their maps
+    notes = make_plan(world()).notes
+    what = "of the 8 experts in the mixtures of 'a' read fewer than 1000 tokens in its input statistics: they share the mean of their block"
+    assert f"8 {what}" in notes
+    assert any(
+        note.startswith("the input statistics of expert 'b' are of ") and "fewer than their 1000 directions" in note for note in notes
+    )
+    merge(world())
+
+
+def test_the_mean_of_moments_is_the_moment_of_all_inputs():
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(n, 6, generator=generator) for n in (5, 9, 1)]
+    moments = [cut_moment(x.mT @ x / len(x), 6) for x in parts]
+    x = torch.cat(parts)
+    mean = mean_moment(moments, [len(part) for part in parts], 6, Draws(0, "", ("a",)).streams[0])
+    torch.testing.assert_close(mean.dense(), x.mT @ x / len(x), rtol=1e-4, atol=1e-5)
+    cut = mean_moment(moments, [len(part) for part in parts], 2, Draws(0, "", ("a",)).streams[0])
+    assert cut.factor.shape == (6, 2)
+    torch.testing.assert_close(cut.diagonal, mean.diagonal)
+
+
+@pytest.mark.parametrize("world", ["mixtral", "gpt_oss"], indirect=True)
+def test_fisher_and_the_report_know_mixtures(world):
+    world.statistics(rank=3, gradients=True)
+    merge(world(method="fisher"))
+    alone = merge(world("a", out={"path": world.folder / "alone"}))
+    models = Models(base=world.base, experts={"a": world.folder / "a"}, statistics={"a": world.folder / "a"})
+    tables = anatomy(alone.path, models, identities=["it"], cache=world.folder / "anatomy.json", progress=Silent())
+    missed = [value for row in tables["missed"]["rows"] for value in row if value is not None]
+    assert len(missed) == 2 and max(missed) < 1e-6  # in both blocks, nothing of the only expert
+
+
+@pytest.mark.parametrize("world", ["gpt_oss"], indirect=True)
+def test_groups_that_do_not_fit_a_mixture_are_refused(world):
+    world.statistics(rank=3)
+    facts = json.loads((world.folder / "a" / "stats.json").read_text())
+    name = next(name for name, (owner, _) in facts["tensors"].items() if isinstance(owner, list))
+    for owner, what in [
+        (facts["tensors"][name][0][:3], f"the input statistics of expert 'a' do not fit the inputs of '{name}'"),
+        (facts["tensors"][name][0][0], f"the input statistics of expert 'a' do not fit the inputs of '{name}'"),
+        ([], "the input statistics are damaged"),
+        ([1, 2, 3, 4], "the input statistics are damaged"),
+        (["9"] * 4, "the input statistics lack '9.factor'"),
+    ]:
+        tensors = facts["tensors"] | {name: [owner, facts["tensors"][name][1]]}
+        del (kept := dict(facts))["blake3"]
+        (world.folder / "a" / "stats.json").write_text(sealed(kept | {"tensors": tensors}))
+        with pytest.raises(RecallError) as caught:
+            make_plan(world())
+        assert caught.value.faults[0].what == what
