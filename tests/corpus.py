@@ -121,7 +121,6 @@ GROUP = {
 STATS_FACTS: dict[str, Any] = {
     "format": 3,
     "expert": hashlib.sha256(repr(sorted(_HASHES.items())).encode()).hexdigest(),
-    "base": "",
     "samples": 1,
     "rows": [0],
     "tokens": 3,
@@ -436,11 +435,17 @@ def of_statistics() -> Iterator[tuple[str, dict[str, bytes | None]]]:
         "no tensors": {"tensors": None},
         "tensors as a list": {"tensors": ["mlp"]},
         "of another expert": {"expert": "0" * 64},
+        "of another base": {"base": "0" * 64},
         "an entry that is text": {"tensors": {"model.layers.0.mlp.weight": "0000"}},
         "an entry of three": {"tensors": {"model.layers.0.mlp.weight": ["0000", 1, 2]}},
         "an axis that is none": {"tensors": {"model.layers.0.mlp.weight": ["0000", 7]}},
         "a group that is missing": {"tensors": {"model.layers.0.mlp.weight": ["0001", 1]}},
         "a group that is a number": {"tensors": {"model.layers.0.mlp.weight": [0, 1]}},
+        "groups of a mixture": {"tensors": {"model.layers.0.mlp.weight": [["0000", "0000"], 1]}},
+        "no groups": {"tensors": {"model.layers.0.mlp.weight": [[], 1]}},
+        "groups that are numbers": {"tensors": {"model.layers.0.mlp.weight": [[0, 0], 1]}},
+        "counts of mixtures that are text": {"mixtures": ["1", "2"]},
+        "one count of mixtures": {"mixtures": [1]},
         "no hash of its expert": {"expert": None},
     }.items():
         yield what, {facts: encoded({key: value for key, value in (STATS_FACTS | change).items() if value is not None})}

@@ -306,12 +306,17 @@ def test_the_plan_measures_the_device(world):
 
 
 @pytest.mark.parametrize("precise", [True, False])
-def test_statistics(precise, world, tmp_path, monkeypatch):
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_statistics(family, precise, world, tmp_path, monkeypatch):
     """On the device, or where it has no float64 half on the processor: the same numbers."""
     monkeypatch.setattr(statistics, "has_float64", lambda device: precise)
-    found = []
+    folder, found = world, []
+    if family != "llama":
+        folder = tmp_path / family
+        lora(save_model(make_model(family), folder / "base"), folder / "b", r=4, target_modules=["q_proj"])
+        write_rows(folder / "rows.jsonl", ROWS)
     for device in ("cpu", "auto"):
-        run = a_run(world, "recall", "none", experts="b", device=device, samples={"path": str(world / "rows.jsonl"), "count": 20})
+        run = a_run(folder, "recall", "none", experts="b", device=device, samples={"path": str(folder / "rows.jsonl"), "count": 20})
         pretend.calls.clear()
         found.append(make_statistics(run, rank=4, folder=tmp_path / device))
         assert bool(count("linear") + count("mm") + count("addmm")) == (device == "auto")

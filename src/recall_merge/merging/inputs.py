@@ -98,8 +98,8 @@ def check_distinct(run: MergeRun, located: Mapping[str, Located], faults: Faults
 
 def read_statistics(
     run: MergeRun, experts: Sequence[Expert], base: Checkpoint, located: Mapping[str, Located], method: Method, faults: Faults
-) -> tuple[InputStatistics | None, ...]:
-    """The input statistics of each expert; None where it has none.
+) -> tuple[tuple[InputStatistics | None, ...], list[str]]:
+    """The input statistics of each expert, None where it has none; and notes on what they do not tell.
 
     Those of another state of an expert would mislead, and are refused; of weights that are still on the hub that cannot be told yet. So are
     those without the gradients that the method takes.
@@ -125,12 +125,11 @@ def read_statistics(
                 what = f"the input statistics of expert '{expert.name}' hold no gradients, which `{method.name}` takes"
                 raise CheckpointError(what, where=stats.folder, fix="make them again with `recall stats --gradients`")
         statistics.append(stats)
-    return tuple(statistics)
+    return tuple(statistics), list(_thin(experts, statistics))
 
 
-def statistics_notes(experts: Sequence[Expert], statistics: Sequence[InputStatistics | None]) -> Iterator[str]:
-    """What a reader should know of the statistics that were read: those that there are not, and those that tell little."""
-    for expert, stats in zip(experts, statistics, strict=False):
+def _thin(experts: Sequence[Expert], statistics: Sequence[InputStatistics | None]) -> Iterator[str]:
+    for expert, stats in zip(experts, statistics, strict=True):
         if stats is None:
             yield f"expert '{expert.name}' has no input statistics: all its inputs count alike"
             continue

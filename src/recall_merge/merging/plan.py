@@ -22,16 +22,7 @@ from recall_merge.files.rows import Row, unread_columns
 from recall_merge.files.safetensors import CODES, TensorSpec
 from recall_merge.files.statistics import InputStatistics, has_statistics
 from recall_merge.files.vocabulary import Vocabulary, plan_vocabulary, read_vocabulary
-from recall_merge.merging.inputs import (
-    check_distinct,
-    embedding_rows,
-    locate_models,
-    open_base,
-    open_expert,
-    read_statistics,
-    statistics_notes,
-    tokenizer_of,
-)
+from recall_merge.merging.inputs import check_distinct, embedding_rows, locate_models, open_base, open_expert, read_statistics, tokenizer_of
 from recall_merge.merging.placement import placement_notes, work_on
 from recall_merge.merging.rules import GivenWeights, Override, Rules, choose_method, make_rules, overrides_of_tensors, weights_per_layer
 from recall_merge.merging.run import MergeRun, RecallWeights, Samples, SampleWeights, skipped
@@ -234,7 +225,7 @@ def make_plan(run: MergeRun | Mapping[str, Any], *, writes: bool = True, downloa
         faults.attempt(_check_settings, run, base, experts, vocabulary, speaker, specs)
         faults.attempt(_check_space, run.out.path, specs)
     faults.raise_any()
-    statistics = read_statistics(run, experts, base, located, rules.method, faults) if rules.method.informed else ()
+    statistics, thin = read_statistics(run, experts, base, located, rules.method, faults) if rules.method.informed else ((), [])
     faults.raise_any()
     assert weights is not None
     notes += [*placement_notes(device, rules.method, rule), *vocabulary_notes, *unread_columns(rows), *_unheard(run, base, experts), *date]
@@ -245,7 +236,7 @@ def make_plan(run: MergeRun | Mapping[str, Any], *, writes: bool = True, downloa
         root = base.layers.prefix.rpartition(".")[0]
         outside = [name for name in base.tensors if base.layers.of(name) == 0 and not name.startswith(f"{root}.")]
         notes += [f"{len(outside)} tensors outside the text model count as layer 0, its input: '{outside[0]}', ..."] if outside else []
-    notes += statistics_notes(experts, statistics)
+    notes += thin
     return Plan(
         **{**vars(rules), "weights": weights},
         run=run,

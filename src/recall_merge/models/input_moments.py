@@ -61,7 +61,7 @@ class InputSketches:
         parts = [part for read in reads for part in self._by_map(read)]
         for number, (map_, axis, x) in enumerate(parts):
             if map_ not in self._leaders:
-                leader = next((other for other, _, y in parts[:number] if other in self._groups and _is_same(y, x)), map_)
+                leader = next((other for other, _, y in parts[:number] if other in self._groups and _in_memory(y) == _in_memory(x)), map_)
                 self._leaders[map_], self._axes[map_] = leader, axis
                 self._groups.setdefault(leader, []).append(map_)
             if self._leaders[map_] == map_ and len(rows := _rows(x, present)):
@@ -72,8 +72,9 @@ class InputSketches:
 
     def fold_here(self, reads: Sequence[Read], present: Tensor) -> None:
         """`fold` on the processor, for devices that do not sum in float64. What several maps share is copied once."""
-        copies = {id(read.inputs): read.inputs.cpu() for read in reads}
-        self.fold([replace(read, inputs=copies[id(read.inputs)]) for read in reads], present.cpu())
+        different = {_in_memory(read.inputs): read.inputs for read in reads}
+        copies = {place: x.cpu() for place, x in different.items()}
+        self.fold([replace(read, inputs=copies[_in_memory(read.inputs)]) for read in reads], present.cpu())
 
     def _by_map(self, read: Read) -> Iterator[tuple[Map, int, Tensor]]:
         """What was read, by map: of all experts at once, each one's, without the zeros that stand for the tokens of others."""
@@ -184,6 +185,6 @@ def _rows(x: Tensor, present: Tensor | None) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _is_same(x: Tensor, y: Tensor) -> bool:
-    """The very same tensor in memory, not an equal one."""
-    return x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()
+def _in_memory(x: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    """What two tensors have in common that are one in memory, not only equal."""
+    return x.data_ptr(), x.shape, x.stride()
