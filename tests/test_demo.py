@@ -35,15 +35,16 @@ def small(tmp_path, monkeypatch):
 def test_it_runs_and_then_keeps_what_it_has(small):
     folder, tasks = small
     first = demo(folder, tasks=tasks)
-    assert list(first.scores) == ["base", "opinion", "french", "uniform", "recall"]
+    assert list(first.scores) == ["base", "opinion", "french", "uniform", "recall", "aligned"]
     assert all(set(row) == {"opinion", "french"} and row["opinion"].n == 6 for row in first.scores.values())
     assert first.reused == ("the base",)
     assert first.picture.read_bytes().startswith(b"\x89PNG")
     assert (first.merged.path / "model.safetensors").exists()
-    assert [set(answer.said) for answer in first.answers] == [{"base", f"expert {task.name}", "merged"} for task in tasks]
+    assert set(first.merged.record["statistics"]["experts"]) == {"opinion", "french"}
+    assert [set(answer.said) for answer in first.answers] == [{"base", f"expert {task.name}", "aligned"} for task in tasks]
 
     second = demo(folder, tasks=tasks)
-    assert len(second.reused) == 1 + 2 + 2 + 5  # base, experts, merges, scores
+    assert len(second.reused) == 1 + 2 + 3 + 6  # base, experts, merges, scores
     assert {m: {t: s.score for t, s in row.items()} for m, row in second.scores.items()} == {
         m: {t: s.score for t, s in row.items()} for m, row in first.scores.items()
     }
@@ -76,4 +77,5 @@ def test_the_real_demo(tmp_path):
     for task in module.TASKS:
         assert scores[task][task] > scores["base"][task] + 0.2
         assert scores["recall"][task] > scores["base"][task]
+        assert scores["aligned"][task] > scores["base"][task]
     shutil.rmtree(tmp_path / "demo")

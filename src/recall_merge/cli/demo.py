@@ -67,4 +67,4 @@ def _show(result: DemoResult) -> None:
     console.print()
     if result.reused:
         console.print("kept from an earlier run, unchanged: " + ", ".join(result.reused))
-    console.print(f"picture of similarity and weights: {result.picture}\nthe merged model: {result.merged.path}")
+    console.print(f"picture of RECALL's similarity and weights: {result.picture}\nthe merged model: {result.merged.path}")

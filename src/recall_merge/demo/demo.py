@@ -1,4 +1,4 @@
-"""The whole loop on a real small model: train one expert per task, compare, merge, score.
+"""The whole loop on a real small model: train one expert per task, take its statistics, compare, merge, score.
 
 What an earlier run left is used again if it is what it would be again, judged by content and never by name.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from recall_merge.continual.steps import KeyedFile, fingerprint, merge_models, score_model, scores_key
+from recall_merge.continual.steps import KeyedFile, fingerprint, merge_models, score_model, scores_key, take_statistics
 from recall_merge.demo import smollm
 from recall_merge.evaluation.scores import TaskScore, greedy
 from recall_merge.evaluation.tasks import TaskSpec
@@ -57,10 +57,10 @@ class DemoResult:
     """What the demo made."""
 
     tasks: tuple[DemoTask, ...]
-    scores: dict[str, dict[str, TaskScore]]  # model -> task -> score; the models are base, each expert, uniform and recall
+    scores: dict[str, dict[str, TaskScore]]  # model -> task -> score; the models are base, each expert, uniform, recall and aligned
     answers: tuple[Answer, ...]  # one question per task, with the answers of base, expert and merged model
-    merged: MergeResult  # by RECALL
-    picture: Path  # similarity and weights by layer
+    merged: MergeResult  # by the recommended method, aligned
+    picture: Path  # RECALL's similarity and weights by layer
     reused: tuple[str, ...]  # what an earlier run had made
 
 
@@ -78,7 +78,8 @@ TASKS = {  # name: kind and metric
     "desk": ("which of five desks a message goes to", "acc"),
     "french": ("dates, measures and names into French", "chrf"),
 }
-MERGES = {"uniform": "linear", "recall": "recall"}  # name of the folder, and method
+MERGES = {"uniform": "linear", "recall": "recall", "aligned": "aligned"}  # name of the folder, and method
+SHOWN = "aligned"  # the merge whose answers are shown
 SETTINGS = TrainSettings(rank=16, alpha=32, learning_rate=8e-4, epochs=2, batch_size=8, dtype="bfloat16")  # minutes on two cores
 
 
@@ -99,11 +100,11 @@ def demo(
         reused.append("the base")
     smollm.unpack(folder / "base")
 
-    say("2. An expert for each task: LoRA, trained from the base")
-    trained = side_by_side(_train, [(folder, task) for task in tasks], workers, progress)
+    say("2. An expert for each task: LoRA, trained from the base; and what its layers read, as input statistics")
+    trained = side_by_side(_train, [(folder, task, max(1, workers // len(tasks))) for task in tasks], workers, progress)
     reused += [f"the expert for {task.name}" for task, kept in zip(tasks, trained, strict=True) if kept]
 
-    say("3. Typical samples, hidden states, similarity, weights; then the merge, by RECALL and as a plain average")
+    say("3. Merges: a plain average; RECALL, by typical samples, hidden states and similarity; aligned, by input statistics")
     merges = {name: merge_models(_merge_run(folder, tasks, name), progress=progress) for name in MERGES}
     reused += [f"the merge '{name}'" for name, merge in merges.items() if merge.reused]
     record = merges["recall"].record
@@ -116,18 +117,27 @@ def demo(
     for name in MERGES:
         add_scores(folder / name, name, [asdict(score) for score in scored[name].scores.values()])
     scores = {name: model.scores for name, model in scored.items()}
-    return DemoResult(tasks, scores, tuple(_answer(task, scored) for task in tasks), merges["recall"], picture, tuple(reused))
+    return DemoResult(tasks, scores, tuple(_answer(task, scored) for task in tasks), merges[SHOWN], picture, tuple(reused))
 
 
-def _train(folder: Path, task: DemoTask, progress: Progress) -> bool:
-    """Train a task's expert; returns whether an earlier run had done so."""
-    return train(
-        folder / "base", read_rows(task.train), folder / "experts" / task.name, SETTINGS, device="cpu", overwrite=True, progress=progress
-    ).reused
+def _train(folder: Path, task: DemoTask, threads: int, progress: Progress) -> bool:
+    """Train a task's expert, and take its input statistics; returns whether an earlier run had trained it."""
+    path = folder / "experts" / task.name
+    trained = train(folder / "base", read_rows(task.train), path, SETTINGS, device="cpu", overwrite=True, progress=progress)
+    run = {"base": str(folder / "base"), "experts": [{"name": task.name, "path": str(path)}], "samples": {"path": str(task.train)}}
+    run |= {"method": "aligned", "device": "cpu", "threads": threads}
+    take_statistics(MergeRun.model_validate(run), _statistics(folder, task), progress=progress)
+    return trained.reused
+
+
+def _statistics(folder: Path, task: DemoTask) -> Path:
+    return folder / "statistics" / task.name
 
 
 def _merge_run(folder: Path, tasks: Sequence[DemoTask], name: str) -> MergeRun:
     experts = [{"name": task.name, "path": str(folder / "experts" / task.name)} for task in tasks]
+    if name == "aligned":
+        experts = [expert | {"stats": str(_statistics(folder, task))} for expert, task in zip(experts, tasks, strict=True)]
     samples = {"path": str(tasks[-1].train)} if name == "recall" else None
     run = {"base": str(folder / "base"), "experts": experts, "samples": samples, "method": MERGES[name], "device": "cpu"}
     return MergeRun.model_validate(run | {"out": {"path": folder / name, "overwrite": True}})
@@ -161,5 +171,5 @@ def _generate(model: Any, tokenizer: Any, row: Row) -> str:
 
 def _answer(task: DemoTask, scored: Mapping[str, ModelScores]) -> Answer:
     row = read_rows(task.test)[0]
-    said = {"base": "base", f"expert {task.name}": task.name, "merged": "recall"}
+    said = {"base": "base", f"expert {task.name}": task.name, SHOWN: SHOWN}
     return Answer(row.plain, row.completion.strip(), {label: scored[name].answers[task.name] for label, name in said.items()})
