@@ -24,7 +24,7 @@ from benchmarks.measure import GB, Bench, Run, Side, remove
 
 EXPERTS, SAMPLES, ROWS, CHARACTERS, BLOCKS = 5, 20, 100, 240, 4
 METHODS = {"aligned": "aligned", "uniform": "linear"}
-TIMES = {"samples": "choose_samples", "inputs": "_inputs"}  # what is timed, by the name of its function
+TIMES = {"samples": "choose_samples", "inputs": "_find_inputs"}  # what is timed, by the name of its function
 
 
 def measure(bench: Bench) -> Iterator[Figure]:

@@ -14,6 +14,8 @@ from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.files.statistics import open_statistics
 from recall_merge.maths.methods.informed import aligned, condition, regmean
 from recall_merge.maths.trimming import Draws
+from recall_merge.merging import spans
+from recall_merge.merging.spans import in_spans
 from recall_merge.merging.statistics import make_statistics
 from recall_merge.models.input_moments import InputSketches, inputs_of_whole
 from recall_merge.models.layerwise import LayerwiseForward
@@ -228,6 +230,17 @@ def test_merge_by_statistics_equals_least_squares_over_the_inputs(world):
             wanted = start + turn(change).float()
         torch.testing.assert_close(found[name], wanted, rtol=1e-3, atol=2e-4, msg=name)
     assert told >= 2
+
+
+def test_tables_of_tokens_are_merged_in_spans(world, monkeypatch):
+    """They are averaged, as they are no linear maps: `aligned` needs no more memory for them than `linear`."""
+    statistics(world)
+    whole = load_tensors(merge(a_run(world)).path)
+    monkeypatch.setattr(spans, "SPAN", 1000)
+    plan = make_plan(a_run(world, out={"path": world / "again"}))
+    assert in_spans(plan, plan.base.embedding) and not in_spans(plan, "model.layers.0.self_attn.q_proj.weight")
+    again = load_tensors(merge(a_run(world, out={"path": world / "again"})).path)
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
 
 
 def test_statistics_are_small_and_hold_no_text(world):

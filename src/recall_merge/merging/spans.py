@@ -34,7 +34,8 @@ def in_spans(plan: Plan, name: str) -> bool:
     """Whether a tensor is merged span by span: it is large, and method and experts allow it."""
     if plan.specs[name].numel <= (TWICE if needs_threshold(plan, name) else SPAN):
         return False
-    allowed = plan.method.in_spans(plan.options_of(name)) and plan.run.prune is None and not plan.aligns(name)
+    averaged = plan.method.matrices and name in plan.base.token_tensors  # it is no matrix, so `linear` merges it
+    allowed = (averaged or plan.method.in_spans(plan.options_of(name))) and plan.run.prune is None and not plan.aligns(name)
     return (allowed or not plan.merges(name)) and all(expert.comes_in_pieces(name) for expert in plan.experts)
 
 
