@@ -6,14 +6,16 @@ import pytest
 import torch
 
 from recall_merge import MergeRun
-from recall_merge.merging import spans
+from recall_merge.merging import cost, spans
 from recall_merge.merging.cost import (
     device_memory,
+    estimate_statistics,
     estimate_time,
     forward_memory,
     merge_memory,
     passes,
     peak_memory,
+    statistics_memory,
     weights_memory,
     whole_model_memory,
 )
@@ -106,3 +108,21 @@ def test_spans_bound_the_merge(world, monkeypatch):
 )
 def test_passes_are_told(world, settings, words):
     assert words in passes(a_plan(world, **settings))
+
+
+def test_statistics_cost_the_pool_and_the_samples(world, monkeypatch):
+    """On rows of one length: n rows of the pool, and `count` samples whose directions cost something too."""
+    monkeypatch.setattr(cost, "_operations_per_second", lambda plan: 1e9)
+    monkeypatch.setattr(cost, "_seconds_per_byte", lambda plan: 0.0)
+    estimate = estimate_statistics(a_plan(world), 24)
+    assert estimate.rows == 4 and estimate.seconds == estimate.forward > 1.5 * estimate.pool > 0  # two of four rows are samples
+    assert estimate_statistics(a_plan(world), 100).seconds > estimate.seconds
+    back = estimate_statistics(a_plan(world), 24, gradients=True)
+    assert back.seconds - estimate.seconds == pytest.approx(estimate.pool)  # twice the forward pass of half the rows
+    every = estimate_statistics(a_plan(world, samples={"path": str(world / "rows.jsonl"), "count": 4}), 24)
+    assert every.rows == every.pool == 0 < every.seconds
+
+
+def test_statistics_hold_what_a_block_has_read_and_no_model(world):
+    plan = a_plan(world)
+    assert forward_memory(plan) < statistics_memory(plan) < whole_model_memory(plan) < statistics_memory(plan, gradients=True)

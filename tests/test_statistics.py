@@ -1,15 +1,18 @@
 """Statistics: the moments are those of the inputs, input statistics fits its expert and nothing else, and `aligned` merges by them."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 from dense import cut_moment
 from recall_merge import MergeRun, RecallError, make_plan, merge
+from recall_merge.cli.app import app
 from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.files.statistics import open_statistics
 from recall_merge.maths.methods.informed import aligned, condition, regmean
@@ -249,6 +252,15 @@ def test_statistics_are_small_and_hold_no_text(world):
     assert not any(word in text for row in ROWS for word in row["prompt"].split() if len(word) > 3)
     assert stats.nbytes < load_tensors(world / "base")["model.embed_tokens.weight"].nbytes * 2
     assert json.loads(text)["samples"] == 5
+
+
+def test_the_command_says_what_it_will_take(world):
+    words = ["stats", "--base", world / "base", "-e", f"a={world / 'a'}", "-s", world / "a.jsonl", "--set", "samples.count=2"]
+    said = CliRunner().invoke(app, [*map(str, words)]).stdout
+    assert re.match(
+        r"about [\d.]+ s \(to choose among 5 rows: about [\d.]+ s of it\), and [\d.]+ MB of memory\nwrote input statistics", said
+    )
+    assert CliRunner().invoke(app, [*map(str, words), "--quiet"]).stdout.startswith("wrote input statistics")
 
 
 # --- what can be wrong ----------------------------------------------------------------------------------------------------------------

@@ -155,11 +155,20 @@ def stats(
 
     Example: recall stats --base base -e french=out/french -s french.jsonl
     """
-    from recall_merge.merging.statistics import make_statistics
+    from recall_merge.merging.cost import estimate_statistics, statistics_memory
+    from recall_merge.merging.plan import make_plan
+    from recall_merge.merging.statistics import apply
 
     method = None if run else "aligned"
     merge_run = read_run(run, base=base, experts=expert, method=method, samples=samples, device=device, sets=sets)
-    statistics = make_statistics(merge_run, rank=rank, gradients=gradients, folder=out, progress=progress(quiet or as_json))
+    statistics_plan = make_plan(merge_run, writes=False)
+    if not (quiet or as_json):
+        estimate = estimate_statistics(statistics_plan, rank, gradients=gradients)
+        pool = {"rows": estimate.rows, "seconds": estimate.pool}
+        choosing = f" (to choose among {_in_words('pool', pool)})" if estimate.rows else ""
+        memory = _in_words("memory", statistics_memory(statistics_plan, gradients=gradients))
+        console().print(f"{_in_words('seconds', estimate.seconds)}{choosing}, and {memory} of memory")
+    statistics = apply(statistics_plan, rank=rank, gradients=gradients, folder=out, progress=progress(quiet or as_json))
     facts = {key: value for key, value in statistics.facts.items() if key != "tensors"}
     count = len(statistics.facts["tensors"])
     if as_json:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from recall_merge.maths.moments import HELD, OVERSAMPLED, ROUNDS
 from recall_merge.merging.placement import takes
 from recall_merge.merging.plan import Plan
 from recall_merge.merging.run import LossWeights, RecallWeights, SampleWeights
@@ -87,23 +88,66 @@ def estimate_time(plan: Plan) -> Estimate:
 
     A forward pass takes 2 operations per parameter and token (Kaplan et al. 2020, arXiv:2001.08361, section 2.1).
     """
+    per_byte = _seconds_per_byte(plan)
+    merging = per_byte * (plan.bytes_read + plan.bytes_written)
+    if not isinstance(plan.weights, SampleWeights):
+        return Estimate(merging)
+    rows, per_row = _pool(plan), 1 / _rows_per_second(plan)
+    pool = per_byte * plan.experts[-1].nbytes + per_row * rows if rows else 0.0
+    reading = 0 if plan.single_pass else per_byte * plan.bytes_read
+    samples = per_row * min(len(plan.rows), plan.samples.count) * len(plan.compared)
+    return Estimate(merging, pool + reading + samples, pool, rows)
+
+
+def estimate_statistics(plan: Plan, rank: int, *, gradients: bool = False) -> Estimate:
+    """Time of the newest expert's input statistics, from the same probes: the pool of rows, and what linear maps read of the samples.
+
+    The search for directions multiplies a map's inputs by rank + 8 columns, back and forth in 4 rounds, and by all of these once more. A
+    pass back takes twice the time of a forward pass (Kaplan et al. 2020, as above).
+    """
+    per_byte, per_second, rows = _seconds_per_byte(plan), _rows_per_second(plan), _pool(plan)
+    widths = sum(spec.shape[-1] for name, spec in plan.specs.items() if len(spec.shape) > 1 and name not in plan.base.token_tensors)
+    directions = 3 * ROUNDS * (rank + OVERSAMPLED) * widths / _multiplied(plan)  # as a share of a forward pass
+    reading = per_byte * (plan.base.nbytes + plan.experts[-1].nbytes)
+    pool = reading + rows / per_second if rows else 0.0
+    samples = min(len(plan.rows), plan.samples.count) / per_second * (1 + directions + 2 * gradients)
+    return Estimate(0.0, pool + reading + samples, pool, rows)
+
+
+def statistics_memory(plan: Plan, *, gradients: bool = False) -> int:
+    """Maximum bytes of input statistics: a forward pass, and what the maps of a block have read of at most `HELD` tokens."""
+    widths = [0] * (plan.base.layers.last + 1)
+    for name, spec in plan.specs.items():
+        if len(spec.shape) == 2 and name not in plan.base.token_tensors:
+            widths[plan.base.layers.of(name)] += spec.shape[1]
+    tokens = min(HELD, _states(plan, 1) // (4 * _width(plan) * plan.base.tensors[plan.base.embedding].spec.shape[-1]))
+    return (whole_model_memory(plan) if gradients else forward_memory(plan)) + 4 * tokens * max(widths)
+
+
+def _pool(plan: Plan) -> int:
+    """Rows that the typical samples are chosen from; 0 where all rows are samples."""
+    return min(len(plan.rows), plan.samples.pool) if len(plan.rows) > plan.samples.count else 0
+
+
+def _seconds_per_byte(plan: Plan) -> float:
+    """To read and hash, on the plan's threads."""
     largest = max(plan.base.tensors.values(), key=lambda stored: stored.spec.nbytes)
     buffer = bytearray(min(PROBE, largest.spec.nbytes))
     start = time.perf_counter()
     largest.fill(memoryview(buffer))
     hashlib.sha256(buffer).digest()
-    per_byte = (time.perf_counter() - start) / len(buffer) / plan.threads
-    merging = per_byte * (plan.bytes_read + plan.bytes_written)
-    if not isinstance(plan.weights, SampleWeights):
-        return Estimate(merging)
-    lengths = [len(row.plain) + len(row.completion) for row in plan.rows]
-    mean = sum(lengths) / len(lengths) / CHARACTERS_PER_TOKEN
-    rows = min(len(lengths), plan.samples.pool) if len(lengths) > plan.samples.count else 0
-    per_row = 2 * mean * sum(spec.numel for spec in plan.specs.values()) / _operations_per_second(plan)
-    pool = per_byte * plan.experts[-1].nbytes + per_row * rows if rows else 0.0
-    reading = 0 if plan.single_pass else per_byte * plan.bytes_read
-    samples = per_row * min(len(lengths), plan.samples.count) * len(plan.compared)
-    return Estimate(merging, pool + reading + samples, pool, rows)
+    return (time.perf_counter() - start) / len(buffer) / plan.threads
+
+
+def _rows_per_second(plan: Plan) -> float:
+    """Of a forward pass of one model over the plan's rows, each of their mean length."""
+    mean = sum(len(row.plain) + len(row.completion) for row in plan.rows) / len(plan.rows) / CHARACTERS_PER_TOKEN
+    return _operations_per_second(plan) / (2 * mean * _multiplied(plan))
+
+
+def _multiplied(plan: Plan) -> int:
+    """Parameters that a token is multiplied by; it is looked up in the tables of tokens."""
+    return sum(spec.numel for name, spec in plan.specs.items() if name not in plan.base.token_tensors)
 
 
 def _width(plan: Plan) -> int:

@@ -43,8 +43,14 @@ def make_statistics(
     Raises:
         RecallError: with every fault of the run; or if the folder cannot be written to.
     """
-    plan, progress = make_plan(run, writes=False), progress or Silent()
-    expert = plan.experts[-1]
+    return apply(make_plan(run, writes=False), rank=rank, gradients=gradients, folder=folder, progress=progress)
+
+
+def apply(
+    plan: Plan, *, rank: int = RANK, gradients: bool = False, folder: Path | None = None, progress: Progress | None = None
+) -> InputStatistics:
+    """What `make_statistics` does, for a plan."""
+    progress, expert = progress or Silent(), plan.experts[-1]
     precision, said = _precision(plan.device)
     samples = choose_samples(plan, DEFAULT_RECALL.model_copy(update={"precision": precision}), progress)
     rows = encode_samples(plan, samples.rows, expert_tokenizer(plan, expert))
