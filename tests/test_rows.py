@@ -1,13 +1,17 @@
 """Rows of data: every file format and form of record; and a new one, which is one entry in a table."""
 
 import csv
+import errno
 import gzip
 import json
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from recall_merge.evaluation.tasks import task_word
+from recall_merge.files import rows as rows_module
 from recall_merge.files.rows import FORMATS, FORMS, Row, parse_rows, read_rows
 from recall_merge.runtime.errors import DataError
 
@@ -119,6 +123,33 @@ def test_a_set_on_the_hub_has_a_config_a_split_and_columns(monkeypatch):
     rows = read_rows("openai/gsm8k", split="test", config="main", columns={"prompt": "question", "completion": "answer"})
     assert [(row.plain, row.completion) for row in rows] == [("the fox", " jumps")]
     assert asked == [(("openai/gsm8k", "main"), {"split": "test"})]
+
+
+def test_a_folder_with_too_much_below_it_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows_module, "MAX_FILES", 3)
+    (tmp_path / "train").mkdir()
+    for name in "ab":
+        (tmp_path / "train" / f"{name}.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    assert len(read_rows(tmp_path)) == 2
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(DataError, match="there are more than 3 files and folders below this folder"):
+        read_rows(tmp_path)
+
+
+def test_a_folder_in_which_something_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    """As where a folder below it goes away meanwhile."""
+    (tmp_path / "train").mkdir()
+    real = os.scandir
+
+    def scandir(path):
+        if Path(path).name == "train":
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match="the folder cannot be read: No such file or directory") as caught:
+        read_rows(tmp_path)
+    assert str(tmp_path / "train") in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
 import re
 import zlib
 from codecs import BOM_UTF8
@@ -25,6 +26,7 @@ from recall_merge.runtime.paths import path_of
 
 MAX_FAULTS = 20  # of one file; further ones are counted
 MAX_LINE, MAX_LIST = 64_000_000, 1_000_000_000  # bytes of a line, and of a .json file, which is read at once
+MAX_FILES = 100_000  # and folders, that a folder of rows is searched for them: a stranger's workspace may name the root of the disk
 MAX_ROWS = 2_000_000  # of one source: a few megabytes of Parquet or gzip may mean any number
 PIECE = 1 << 20
 SPLITS = {"train", "test", "validation", "valid", "val", "dev", "eval"}  # words for splits in names of files
@@ -141,11 +143,8 @@ def _folder(folder: Path, split: str) -> Iterator[Any]:
         except Exception as error:  # as above
             raise DataError(f"`datasets` cannot read this folder: {error}", where=folder, fix="check the folder and `split`") from error
         return
-    splits = {
-        file: SPLITS.intersection(re.findall("[a-z]+", str(file.relative_to(folder)).lower()))
-        for file in sorted(folder.rglob("*"))
-        if is_file_of_rows(file) and file.is_file()
-    }
+    files = _files_below(folder)
+    splits = {file: SPLITS.intersection(re.findall("[a-z]+", str(file.relative_to(folder)).lower())) for file in files}
     named = [file for file, words in splits.items() if split in words] or [file for file, words in splits.items() if not words]
     if not named:
         what = f"the folder has no file of rows of the split '{split}'"
@@ -153,6 +152,26 @@ def _folder(folder: Path, split: str) -> Iterator[Any]:
     for file in named:
         yield file
         yield from read_records(file)
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """The files of rows in a folder and below it."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    seen, found = 0, list[Path]()
+    try:
+        for place, folders, names in os.walk(folder, onerror=fail):
+            found += [file for name in names if is_file_of_rows(file := Path(place, name)) and file.is_file()]
+            seen += len(folders) + len(names)
+            if seen > MAX_FILES:
+                what = f"there are more than {MAX_FILES:,} files and folders below this folder"
+                raise DataError(what, where=folder, fix="give the folder of the rows alone, or one of its files")
+    except OSError as error:
+        fix = "check the permissions of all that is below it"
+        raise DataError(f"the folder cannot be read: {error.strerror or error}", where=error.filename or folder, fix=fix) from error
+    return sorted(found)
 
 
 @contextmanager
