@@ -62,6 +62,22 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
 
 
 @pytest.fixture(scope="session")
+def base_of(tmp_path_factory: pytest.TempPathFactory) -> Bases:
+    """`base_of("gpt_oss")`: the same for any model type of transformers that can be built tiny."""
+    import architectures
+    from tiny import save_model
+
+    built: dict[str, Path] = {}
+
+    def base(kind: str) -> Path:
+        if kind not in built:
+            built[kind] = save_model(architectures.build(kind), tmp_path_factory.mktemp(kind))
+        return built[kind]
+
+    return base
+
+
+@pytest.fixture(scope="session")
 def llama(bases: Bases) -> Path:
     """The folder of a tiny Llama with a head of its own."""
     return bases("llama")

@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import architectures
 from recall_merge import MergeRun, make_plan, merge
 from recall_merge.files.adapter import open_adapter
 from recall_merge.files.checkpoint import open_checkpoint
@@ -26,18 +25,6 @@ KINDS: dict[str, dict[str, Any]] = {
 HELD_APART = ("qwen3_next", "deepseek_v3", "glm4_moe", "mixtral", "minimax_m2")  # one tensor an expert in the files
 HELD_WHOLE = ("gpt_oss", "llama4_text", "granitemoe")
 CASES = [(kind, case) for kind in (*HELD_APART, *HELD_WHOLE) for case in KINDS if kind in HELD_APART or "router" not in case]
-
-
-@pytest.fixture(scope="module")
-def base_of(tmp_path_factory):
-    made = {}
-
-    def make(kind):
-        if kind not in made:
-            made[kind] = save_model(architectures.build(kind), tmp_path_factory.mktemp(kind))
-        return made[kind]
-
-    return make
 
 
 def assert_is_pefts(base, adapter, merged):

@@ -6,7 +6,6 @@ from functools import partial
 import pytest
 import torch
 
-import architectures
 from dense import cut_moment
 from recall_merge import MergeRun, RecallError, make_plan, merge
 from recall_merge.files.checkpoint import open_checkpoint
@@ -21,24 +20,12 @@ from recall_merge.report.anatomy import Models, anatomy
 from recall_merge.runtime.errors import NotLayerwise
 from recall_merge.runtime.progress import Silent
 from recall_merge.runtime.sealed import sealed
-from tiny import fine_tuned, load_model, load_tensors, save_model, write_rows
+from tiny import fine_tuned, load_model, load_tensors, write_rows
 
 APART = ("mixtral", "qwen3_moe")  # one tensor an expert in the files
 WHOLE = ("gpt_oss", "llama4_text", "granitemoe")  # one tensor for all; of the first two (E, i, o)
 TOKENS = [[3, 4, 5, 6, 7], [8, 9], [10, 11, 12], [13, 14, 15, 16, 17, 18, 19, 20], [21] * 3]
 ROWS = [{"prompt": f"is the {word} {verb}?", "completion": " yes"} for word in ("fox", "dog", "film") for verb in ("quick", "lazy", "good")]
-
-
-@pytest.fixture(scope="module")
-def base_of(tmp_path_factory):
-    made = {}
-
-    def make(kind):
-        if kind not in made:
-            made[kind] = save_model(architectures.build(kind), tmp_path_factory.mktemp(kind))
-        return made[kind]
-
-    return make
 
 
 @pytest.fixture

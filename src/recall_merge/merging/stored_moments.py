@@ -103,9 +103,8 @@ class StoredMoments:
         keys = {expert: key for expert, (key, group) in read.items() if group.tokens >= self._rank}
         for expert in experts:
             self._reads_enough[name.rpartition(".")[0], expert] = expert in keys
-        for key, group in read.values():
-            if key in keys.values():
-                self._keep_moment(key, group.moment, name)
+        for expert, key in keys.items():
+            self._keep_moment(key, read[expert][1].moment, name)
         if len(keys) < len(experts):
             mean = mean_moment([group.moment for group in groups], [group.tokens for group in groups], self._rank, self._draw(name))
             self._keep_moment(name, mean, name)

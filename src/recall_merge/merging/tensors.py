@@ -197,9 +197,9 @@ def _apply_method(
     if not method.informed:
         return _call(plan, method, base, ready, weights, options)
     if base.ndim == 3 and any(_moments(plan, name, 0)):  # the matrices of a mixture's experts, each with inputs of its own
-        matrices = [[dense(delta)[number] for delta in ready] for number in range(len(base))]
-        merged = [_informed(plan, name, number, base[number], each, weights, options) for number, each in enumerate(matrices)]
-        return torch.stack(merged)
+        whole = [dense(delta) for delta in ready]
+        matrices = (_informed(plan, name, n, base[n], [delta[n] for delta in whole], weights, options) for n in range(len(base)))
+        return torch.stack(list(matrices))
     return _informed(plan, name, None, base, ready, weights, options)
 
 
