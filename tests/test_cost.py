@@ -114,11 +114,17 @@ def test_statistics_cost_the_pool_and_the_samples(world, monkeypatch):
     """On rows of one length: n rows of the pool, and `count` samples whose directions cost something too."""
     monkeypatch.setattr(cost, "_operations_per_second", lambda plan: 1e9)
     monkeypatch.setattr(cost, "_seconds_per_byte", lambda plan: 0.0)
-    estimate = estimate_statistics(a_plan(world), 24)
+
+    def estimated(rank: int = 24, **more):
+        return estimate_statistics(a_plan(world, samples={"path": str(world / "rows.jsonl"), "count": 2, "space": "last"}), rank, **more)
+
+    estimate = estimated()
     assert estimate.rows == 4 and estimate.seconds == estimate.forward > 1.5 * estimate.pool > 0  # two of four rows are samples
-    assert estimate_statistics(a_plan(world), 100).seconds > estimate.seconds
-    back = estimate_statistics(a_plan(world), 24, gradients=True)
+    assert estimated(100).seconds > estimate.seconds
+    back = estimated(gradients=True)
     assert back.seconds - estimate.seconds == pytest.approx(estimate.pool)  # twice the forward pass of half the rows
+    free = estimate_statistics(a_plan(world), 24)  # embeddings are read, and no block runs
+    assert free.pool == 0 and free.seconds == pytest.approx(estimate.seconds - estimate.pool)
     every = estimate_statistics(a_plan(world, samples={"path": str(world / "rows.jsonl"), "count": 4}), 24)
     assert every.rows == every.pool == 0 < every.seconds
 

@@ -60,7 +60,7 @@ class Sketch:
 
     At most `held` rows wait. Before there are more, their leading rows take their place (`leading_rows`), and the least of them is lost: an
     incremental SVD, truncated far beyond the `rank` directions that are wanted (Ross et al. 2008, doi:10.1007/s11263-007-0075-7). The
-    diagonal is summed in float64.
+    diagonal is summed in float64, that of one block in float32.
     """
 
     def __init__(self, rank: int, draw: Start, *, held: int = HELD) -> None:
@@ -84,7 +84,7 @@ class Sketch:
                 self._rows = larger
             self._rows[self._filled : needed] = rows
             self._filled = needed
-        self._squares += x.square().sum(0, dtype=torch.float64)
+        self._squares += x.float().square().sum(0).double()  # of few rows: ten times as fast as in float64, and as good
         self.count += len(x)
 
     def moment(self) -> Moment:

@@ -44,12 +44,18 @@ class ExpertEntry(Section):
     is_base: bool = Field(False, description="the expert is the base itself, listed on purpose as one of the models to merge")
 
 
+Space = Literal["embedding", "middle", "last", "several"]
+
+
 class Samples(RowSource):
     """The newest expert's own data, and how its typical samples are chosen."""
 
     count: int = Field(20, ge=1, description="number of typical samples, the paper's m")
     pool: int = Field(2000, ge=1, description="maximum rows to embed, drawn by the seed")
-    space: Literal["last", "middle", "several"] = Field("last", description="layers whose hidden states are clustered")
+    space: Space | None = Field(
+        None,
+        description="hidden states that are clustered; by default those of the last layer for weights, embeddings for statistics",
+    )
     max_tokens: int = Field(512, ge=1, description="longer rows are cut")
     template: Template = Field(True, description="apply the model's chat template where it has one; or that of a Jinja file")
 

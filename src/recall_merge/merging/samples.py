@@ -12,7 +12,7 @@ from torch import Tensor
 from recall_merge.maths.samples import typical_samples
 from recall_merge.merging.forward import expert_tokenizer, hidden_states_at, where_it_fits, whole_hidden_states_at
 from recall_merge.merging.plan import Plan
-from recall_merge.merging.run import RecallWeights
+from recall_merge.merging.run import RecallWeights, Space
 from recall_merge.models.tokens import EncodedRow, encode_rows, render_rows, token_ids
 from recall_merge.runtime.errors import DataError, NotLayerwise
 from recall_merge.runtime.progress import Progress
@@ -36,8 +36,12 @@ class TypicalSamples:
     notes: tuple[str, ...]
 
 
-def choose_samples(plan: Plan, rule: RecallWeights, progress: Progress) -> TypicalSamples:
-    """Cluster the newest expert's hidden states of its own rows, and take the row nearest to each centroid."""
+def choose_samples(plan: Plan, rule: RecallWeights, progress: Progress, *, space: Space = "last") -> TypicalSamples:
+    """Cluster the newest expert's hidden states of its own rows, and take the row nearest to each centroid.
+
+    Args:
+        space: which hidden states, where the run does not say.
+    """
     newest, wanted = plan.experts[-1], plan.samples
     tokenizer = expert_tokenizer(plan, newest)
     first_row = _distinct_texts(plan, tokenizer)
@@ -54,9 +58,7 @@ def choose_samples(plan: Plan, rule: RecallWeights, progress: Progress) -> Typic
         notes.append(f"there are {len(texts)} different rows, no more than the {wanted.count} samples asked for: all of them are typical")
         chosen, sizes = list(range(len(texts))), [1] * len(texts)
     else:
-        blocks = plan.base.layers.blocks
-        spaces = {"last": [blocks], "middle": [(blocks + 1) // 2], "several": sorted({(blocks + 3) // 4, (blocks + 1) // 2, blocks})}
-        layers = spaces[wanted.space]
+        layers = clustered_layers(wanted.space or space, plan.base.layers.blocks)
         with progress.stage(f"choosing typical samples with {newest.name}", layers[-1] + 1, "blocks") as advance:
 
             def embed(plan: Plan) -> Tensor:
@@ -70,6 +72,16 @@ def choose_samples(plan: Plan, rule: RecallWeights, progress: Progress) -> Typic
         chosen, sizes = list(typical.rows), list(typical.sizes)
     rows = tuple(TypicalSample(first_row[texts[i]], len(tokens[i]), size) for i, size in zip(chosen, sizes, strict=True))
     return TypicalSamples([texts[i] for i in chosen], rows, tuple(notes))
+
+
+def clustered_layers(space: Space, blocks: int) -> list[int]:
+    """The layers whose hidden states are clustered, of 0..L, L = `blocks`.
+
+    >>> [clustered_layers(space, 30) for space in ("embedding", "middle", "last", "several")]
+    [[0], [15], [30], [8, 15, 30]]
+    """
+    middle = (blocks + 1) // 2
+    return {"embedding": [0], "middle": [middle], "last": [blocks], "several": sorted({(blocks + 3) // 4, middle, blocks})}[space]
 
 
 def encode_samples(plan: Plan, samples: Sequence[TypicalSample], tokenizer: Any) -> list[EncodedRow]:

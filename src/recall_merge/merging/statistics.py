@@ -16,16 +16,17 @@ from recall_merge.maths.trimming import Draws, Start
 from recall_merge.merging.forward import check_finite, expert_tokenizer, layer_parameters, load_expert, start_forward, where_it_fits
 from recall_merge.merging.layerwise import whole_note
 from recall_merge.merging.plan import Plan, make_plan
-from recall_merge.merging.run import DEFAULT_RECALL, MergeRun
+from recall_merge.merging.run import DEFAULT_RECALL, MergeRun, Space
 from recall_merge.merging.samples import choose_samples, encode_samples
 from recall_merge.merging.stored_moments import TRAINING, Found, StoredMoments, maps_in_files
 from recall_merge.models.input_moments import HELD_OF_MANY, Inputs, InputSketches, inputs_of_whole
 from recall_merge.models.tokens import EncodedRow
-from recall_merge.runtime.device import hardware, has_float64, prefers_bfloat16
+from recall_merge.runtime.device import hardware, has_float64
 from recall_merge.runtime.errors import CheckpointError, NotLayerwise
 from recall_merge.runtime.progress import Progress, Silent
 
 RANK = 24
+SPACE: Space = "embedding"  # in which typical samples are chosen: no block has to run for it, and they stand for the rest as well or better
 
 
 def make_statistics(
@@ -51,8 +52,7 @@ def apply(
 ) -> InputStatistics:
     """What `make_statistics` does, for a plan."""
     progress, expert = progress or Silent(), plan.experts[-1]
-    precision, said = _precision(plan.device)
-    samples = choose_samples(plan, DEFAULT_RECALL.model_copy(update={"precision": precision}), progress)
+    samples = choose_samples(plan, DEFAULT_RECALL, progress, space=SPACE)
     rows = encode_samples(plan, samples.rows, expert_tokenizer(plan, expert))
 
     def draw(name: str) -> Start:
@@ -70,7 +70,7 @@ def apply(
         GRADIENTS: gradients,
         MIXTURES: stored.mixtures,
         "device": hardware(plan.device),
-        "notes": [*samples.notes, *said, *notes],
+        "notes": [*samples.notes, *notes],
     }
     target = folder or expert.folder
     plan.inputs.check()
@@ -83,19 +83,6 @@ def apply(
     statistics = open_statistics(target)
     assert statistics is not None
     return statistics
-
-
-def _precision(device: torch.device) -> tuple[str, list[str]]:
-    """The dtype in which samples are chosen, and a note on it: bfloat16 where the device multiplies it, which takes half the time.
-
-    What is chosen differs, since centroids have several rows near to them; how near does not (docs/statistics.md).
-    """
-    if prefers_bfloat16(device):
-        return "bfloat16", [f"typical samples were chosen in bfloat16, on {hardware(device)}"]
-    known = torch.cpu.get_capabilities()
-    if any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")):
-        return "bfloat16", ["typical samples were chosen in bfloat16, which this processor multiplies"]
-    return "float32", []
 
 
 def _find_inputs(

@@ -28,6 +28,8 @@ from recall_merge.runtime import memory
 from recall_merge.runtime.errors import NotLayerwise
 from recall_merge.runtime.parallel import in_order
 
+BATCHES_A_TRIM = 4  # batches after which free memory is returned: after each, a pass takes a fifth longer
+
 
 class LayerwiseForward:
     """One model on its way through given texts. Use it as a context, which ends its threads.
@@ -121,8 +123,10 @@ class LayerwiseForward:
     def _join(self, parts: Iterator[Tensor]) -> Tensor:
         """The states that the batches have reached, in the order of the texts."""
         reached: list[Tensor] = []
-        for batch, part in zip(self._batches, parts, strict=True):
+        for number, (batch, part) in enumerate(zip(self._batches, parts, strict=True), start=1):
             reached.append(part)
+            if number % BATCHES_A_TRIM == 0:
+                memory.give_back()  # else what batches free lies scattered between what they keep: a third of the memory of many texts
             if self._visit is not None:
                 self._visit(batch.reads, batch.present)
                 batch.reads.clear()
