@@ -160,7 +160,7 @@ def test_statistics_and_training_are_not_made_of_a_model_that_changed_meanwhile(
     path = str(write_rows(tmp_path / "rows.jsonl", [{"text": row.completion} for row in rows]))
     run = {"base": str(folder), "experts": [{"name": "a", "path": str(expert)}], "method": "linear", "samples": {"path": path, "count": 2}}
     real = statistics.choose_samples
-    monkeypatch.setattr(statistics, "choose_samples", lambda *given: (rewritten(tmp_path / "rows.jsonl"), real(*given))[1])
+    monkeypatch.setattr(statistics, "choose_samples", lambda *given, **more: (rewritten(tmp_path / "rows.jsonl"), real(*given, **more))[1])
     with pytest.raises(CheckpointError, match="the file changed while it was read"):
         statistics.make_statistics(MergeRun.model_validate(run))
     assert not (expert / "stats.json").exists()

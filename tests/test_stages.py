@@ -145,9 +145,9 @@ def test_the_samples_are_rows_of_the_newest_experts_training_rows(ws, data):
     assert len(learned.stage.samples) == SETTINGS["samples.count"]
     assert record["run"]["samples"]["path"] == "b-train.jsonl"
     assert learned.merge.merge_weights.models == ("a", "b")
-    text = read_rows(data / "b-train.jsonl")[learned.stage.samples[0]].plain
 
     def holding_text() -> list[Path]:
+        text = read_rows(data / "b-train.jsonl")[learned.stage.samples[0]].plain
         return [path.relative_to(folder) for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
 
     assert holding_text() == []  # positions, never text

@@ -11,10 +11,9 @@ import torch
 from recall_merge.maths.moments import HELD, OVERSAMPLED, ROUNDS
 from recall_merge.merging.placement import takes
 from recall_merge.merging.plan import Plan
-from recall_merge.merging.run import LossWeights, RecallWeights, SampleWeights
+from recall_merge.merging.run import STATISTICS_SPACE, LossWeights, RecallWeights, SampleWeights
 from recall_merge.merging.samples import clustered_layers
 from recall_merge.merging.spans import SPAN, TWICE, in_spans
-from recall_merge.merging.statistics import SPACE
 
 CHARACTERS_PER_TOKEN = 4  # of English prose under byte-level tokenizers
 PROBE = 1 << 24  # bytes that are read and hashed; enough to get past the first page faults
@@ -111,7 +110,7 @@ def estimate_statistics(plan: Plan, rank: int, *, gradients: bool = False) -> Es
     widths = sum(spec.shape[-1] for name, spec in plan.specs.items() if len(spec.shape) > 1 and name not in plan.base.token_tensors)
     directions = 3 * ROUNDS * (rank + OVERSAMPLED) * widths / _multiplied(plan)  # as a share of a forward pass
     reading = per_byte * (plan.base.nbytes + plan.experts[-1].nbytes)
-    share = clustered_layers(plan.samples.space or SPACE, plan.base.layers.blocks)[-1] / plan.base.layers.blocks
+    share = clustered_layers(plan.samples.space or STATISTICS_SPACE, plan.base.layers.blocks)[-1] / plan.base.layers.blocks
     pool = share * (reading + rows / per_second) if rows else 0.0
     samples = min(len(plan.rows), plan.samples.count) / per_second * (1 + directions + 2 * gradients)
     return Estimate(0.0, pool + reading + samples, pool, rows)

@@ -45,6 +45,7 @@ class ExpertEntry(Section):
 
 
 Space = Literal["embedding", "middle", "last", "several"]
+STATISTICS_SPACE: Space = "embedding"  # of input statistics: no block runs for it, and the samples stand for the rest as well (docs/log.md)
 
 
 class Samples(RowSource):

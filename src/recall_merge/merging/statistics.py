@@ -16,7 +16,7 @@ from recall_merge.maths.trimming import Draws, Start
 from recall_merge.merging.forward import check_finite, expert_tokenizer, layer_parameters, load_expert, start_forward, where_it_fits
 from recall_merge.merging.layerwise import whole_note
 from recall_merge.merging.plan import Plan, make_plan
-from recall_merge.merging.run import DEFAULT_RECALL, MergeRun, Space
+from recall_merge.merging.run import DEFAULT_RECALL, STATISTICS_SPACE, MergeRun
 from recall_merge.merging.samples import choose_samples, encode_samples
 from recall_merge.merging.stored_moments import TRAINING, Found, StoredMoments, maps_in_files
 from recall_merge.models.input_moments import HELD_OF_MANY, Inputs, InputSketches, inputs_of_whole
@@ -26,7 +26,6 @@ from recall_merge.runtime.errors import CheckpointError, NotLayerwise
 from recall_merge.runtime.progress import Progress, Silent
 
 RANK = 24
-SPACE: Space = "embedding"  # in which typical samples are chosen: no block has to run for it, and they stand for the rest as well or better
 
 
 def make_statistics(
@@ -52,7 +51,7 @@ def apply(
 ) -> InputStatistics:
     """What `make_statistics` does, for a plan."""
     progress, expert = progress or Silent(), plan.experts[-1]
-    samples = choose_samples(plan, DEFAULT_RECALL, progress, space=SPACE)
+    samples = choose_samples(plan, DEFAULT_RECALL, progress, space=STATISTICS_SPACE)
     rows = encode_samples(plan, samples.rows, expert_tokenizer(plan, expert))
 
     def draw(name: str) -> Start:
