@@ -19,7 +19,7 @@ from torch import nn
 from recall_merge.bench import run_job
 from recall_merge.bench.bench import bench, make_agenda, seconds_left, store_of, write_results
 from recall_merge.bench.design import make_design
-from recall_merge.bench.jobs import Merged, Scores, Store, Trained, hash_rows
+from recall_merge.bench.jobs import Base, Merged, Scores, Store, Trained, hash_rows
 from recall_merge.bench.results import NUMBERS, SCORES, MethodResults, Results, Spread, read_results
 from recall_merge.bench.scenario import Scenario, load_scenario
 from recall_merge.files.rows import parse_rows, read_rows
@@ -353,6 +353,23 @@ def test_a_strong_penalty_holds_the_weights(llama: Path, data: Path, tmp_path: P
 
     ewc: Any = next(trial for trial in design.trials if trial.method == "ewc").jobs[-1].model
     assert moved("ewc") < moved("sequential") / 2
+
+
+@pytest.mark.parametrize("start", ["adapter", "last", "base"])
+def test_a_protected_task_is_trained_with_the_statistics_of_all_before_it(llama: Path, data: Path, tmp_path: Path, start: str) -> None:
+    protected = {"method": "protected", "options": {"start": start}, "training": {"protect": {"strength": 1e3}}}
+    changes = {"methods": [protected, "aligned"], "orders": [["films", "dogs"]], "scoring": {"stages": "last"}, "unseen": []}
+    scenario = Scenario.model_validate(two_tasks(llama, data, tmp_path / "out", **changes))
+    bench(scenario)
+    design, store = make_design(scenario), store_of(scenario)
+    model: Any = next(trial for trial in design.trials if trial.method == "protected").jobs[-1].model
+    newest = model.experts[-1][1] if start == "base" else model
+    assert [task for task, _ in newest.earlier] == ["films"]
+    assert [type(newest.base), newest.start is None] == [Merged if start == "last" else Base, start != "adapter"]
+    record = json.loads((store.path_of(newest) / "record.json").read_text())
+    assert [*record["protection"]["answers"]] == ["films"] and record["protection"]["strength"] == 1e3
+    if start == "base":
+        assert [name for name, _ in model.experts] == ["films", "dogs"] and model.run["method"] == "aligned"
 
 
 def test_all_faults_of_a_scenario_file_are_reported_at_once(tmp_path: Path) -> None:

@@ -10,7 +10,17 @@ from functools import cached_property
 from typing import Any
 
 from recall_merge.bench.jobs import Anchor, Base, Merged, Model, Question, Scores, StatisticsJob, Trained
-from recall_merge.bench.scenario import BASELINE_OPTIONS, BASELINES, EwcOptions, Kind, MethodEntry, ReplayOptions, Scenario
+from recall_merge.bench.scenario import (
+    BASELINE_OPTIONS,
+    BASELINES,
+    BaselineOptions,
+    EwcOptions,
+    Kind,
+    MethodEntry,
+    ProtectedOptions,
+    ReplayOptions,
+    Scenario,
+)
 from recall_merge.evaluation.scores import check_lengths
 from recall_merge.evaluation.tasks import TaskSpec, check_tasks
 from recall_merge.files.checkpoint import open_checkpoint
@@ -22,7 +32,7 @@ from recall_merge.runtime.device import hardware
 from recall_merge.runtime.errors import DataError, Faults, RunError, did_you_mean
 from recall_merge.runtime.sections import parse
 from recall_merge.training.fine_tuning import check_rows
-from recall_merge.training.settings import check_arguments, training_device
+from recall_merge.training.settings import Protect, check_arguments, training_device
 
 
 @dataclass(frozen=True)
@@ -134,7 +144,7 @@ def _run_of(entry: MethodEntry) -> dict[str, Any]:
     return {"method": entry.method, "options": entry.options, **{key: value for key, value in keys.items() if value is not None}}
 
 
-def _baseline_options(entry: MethodEntry) -> EwcOptions | ReplayOptions | None:
+def _baseline_options(entry: MethodEntry) -> BaselineOptions | None:
     where = f"options of {entry.name}"
     if entry.is_baseline and (entry.weights != "uniform" or entry.scale_by_layer or entry.prune):
         raise RunError(f"'{entry.method}' has no weights", where=where, fix="leave them out")
@@ -200,7 +210,9 @@ class _Jobs:
 
     def _models(self, entry: MethodEntry, kind: Kind, order: tuple[str, ...], seed: int) -> Iterator[Model]:
         """The model after each stage."""
-        if entry.is_baseline and entry.method != "experts":
+        if isinstance(options := _baseline_options(entry), ProtectedOptions):
+            yield from self._protected(entry, options, order, seed)
+        elif entry.is_baseline and entry.method != "experts":
             yield from self._fine_tuned(entry, order, seed)
         elif kind == "single-model":
             expert = self.expert(order[0], seed)
@@ -230,6 +242,27 @@ class _Jobs:
             model = Trained(f"{entry.name} after {' > '.join(order[: number + 1])}", self.base, rows, settings, model, anchor, strength)
             yield model
 
+    def _protected(self, entry: MethodEntry, options: ProtectedOptions, order: tuple[str, ...], seed: int) -> Iterator[Model]:
+        """One task after another, each trained with the statistics of those before."""
+        settings = self.scenario.settings(entry, seed)
+        if settings.protect is None:
+            settings = settings.model_copy(update={"protect": Protect()})
+        learnt: list[tuple[str, Trained]] = []
+        for number, task in enumerate(order):
+            label = f"{entry.name} after {' > '.join(order[: number + 1])}"
+            if not learnt:
+                newest = self.expert(task, seed)
+            else:
+                base = _whole(learnt[-1][1]) if options.start == "last" else self.base
+                start = learnt[-1][1] if options.start == "adapter" else None
+                earlier = tuple((old, self._statistics(old, model, seed)) for old, model in learnt)
+                newest = Trained(label, base, self.train[task], settings, start, earlier=earlier)
+            learnt.append((task, newest))
+            if options.start == "base" and number:
+                yield self._merge(MethodEntry.model_validate(options.merge), learnt, seed, label)
+            else:
+                yield newest
+
     def _one_shot(self, entry: MethodEntry, learnt: tuple[str, ...], seed: int) -> Model:
         """All experts so far, merged at once. A single one is the model itself: there is nothing to merge."""
         if len(learnt) == 1:
@@ -257,13 +290,15 @@ class _Jobs:
         run = {**_run_of(entry), "seed": seed, "out": {"dtype": "float32"}}
         samples = {**self.scenario.samples, "template": self.scenario.template}
         statistics = tuple(
-            (name, StatisticsJob(f"the input statistics of {name}, seed {seed}", model, samples, self._gradients))
-            for name, model in experts
-            if method.informed and isinstance(model, Trained)
+            (name, self._statistics(name, model, seed)) for name, model in experts if method.informed and isinstance(model, Trained)
         )
         if not _has_samples(entry):
             return Merged(label, self.base, tuple(experts), run, statistics=statistics)
         return Merged(label, self.base, tuple(experts), {**run, "samples": samples}, self.train[experts[-1][0]], statistics)
+
+    def _statistics(self, task: str, model: Trained, seed: int) -> StatisticsJob:
+        samples = {**self.scenario.samples, "template": self.scenario.template}
+        return StatisticsJob(f"the input statistics of {task}, seed {seed}", model, samples, self._gradients)
 
     @cached_property
     def _gradients(self) -> bool:

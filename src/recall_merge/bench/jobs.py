@@ -61,12 +61,14 @@ class Trained:
     start: Trained | None = None  # the trained model that training goes on from
     anchor: Anchor | None = None  # what earlier tasks need, for elastic weight consolidation
     strength: float = 0.0  # lambda of that
+    earlier: tuple[tuple[str, StatisticsJob], ...] = ()  # of earlier tasks, which are protected
 
     @cached_property
     def key(self) -> str:
         settings = self.settings.model_dump(mode="json", exclude_defaults=True)  # so that a setting of a later version keeps the key
         held = [self.anchor.key, self.strength] if self.anchor else []
-        return hashed(["trained", self.base.key, hash_rows(self.rows), settings, self.start and self.start.key, *held])
+        protected = [[task, statistics.key] for task, statistics in self.earlier]
+        return hashed(["trained", self.base.key, hash_rows(self.rows), settings, self.start and self.start.key, *held, *protected])
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ def needs_of(job: Job) -> list[Job]:
     """The jobs that must be done before this one."""
     match job:
         case Trained():
-            parts = (job.base, job.start, job.anchor)
+            parts = (job.base, job.start, job.anchor, *(statistics for _, statistics in job.earlier))
         case Anchor():
             parts = (job.model, job.before)
         case StatisticsJob():

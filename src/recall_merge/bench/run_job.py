@@ -11,6 +11,7 @@ from typing import Any
 from recall_merge.bench.jobs import Anchor, Job, Merged, Model, Question, Scores, StatisticsJob, Store, Trained, base_of, cost_of
 from recall_merge.continual.steps import merge_models, score_model, take_statistics
 from recall_merge.evaluation.tasks import TaskSpec
+from recall_merge.files.statistics import open_statistics
 from recall_merge.merging.merge import merge_in_memory
 from recall_merge.merging.plan import make_plan
 from recall_merge.merging.run import MergeRun
@@ -73,6 +74,7 @@ def _train(job: Trained, store: Store, progress: Progress | None) -> None:
     start = store.path_of(job.start) if job.start is not None else None
     base = store.folder_of(job.base)
     options: dict[str, Any] = {"init_from": start, "callbacks": callbacks, "progress": progress, "allowed": job.settings.arguments}
+    options["earlier"] = {task: open_statistics(store.path_of(statistics)) for task, statistics in job.earlier}
     train(base, job.rows, store.path_of(job), job.settings, device=base_of(job).device, overwrite=True, **options)
 
 

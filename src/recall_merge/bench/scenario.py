@@ -28,6 +28,7 @@ BASELINES = {
     "experts": "each task by the expert trained on it alone: as many models as tasks, an upper reference",
     "sequential": "fine-tuning one task after another, no merging",
     "ewc": "the same, with a penalty that holds what earlier tasks need: elastic weight consolidation",
+    "protected": "the same, but how far a new task moves the answers of earlier ones is held down, by their input statistics",
     "replay": "the same, with a share of the earlier tasks' rows mixed in: not data-free, an upper reference",
     "joint": "one training on the rows of all tasks together: not data-free, an upper bound",
 }
@@ -95,7 +96,16 @@ class ReplayOptions(Section):
     share: float = Field(default=0.05, gt=0, le=1, description="of each earlier task's rows, drawn once by the seed")
 
 
-BASELINE_OPTIONS: dict[str, type[EwcOptions] | type[ReplayOptions]] = {"ewc": EwcOptions, "replay": ReplayOptions}
+class ProtectedOptions(Section):
+    start: Literal["adapter", "last", "base"] = Field(
+        default="last",
+        description="what a task is trained from: the adapter so far; a new one on the model so far; or one on the base, merged by `merge`",
+    )
+    merge: str = Field(default="aligned", description="how experts that all start from the base are merged")
+
+
+BaselineOptions = EwcOptions | ReplayOptions | ProtectedOptions
+BASELINE_OPTIONS: dict[str, type[BaselineOptions]] = {"ewc": EwcOptions, "protected": ProtectedOptions, "replay": ReplayOptions}
 
 
 class Chain(Section):

@@ -78,8 +78,11 @@ def learn(
     model = workspace / stage.merged.path
     if as_json:
         facts = {"path": str(workspace), "model": str(model), "stage": stage.model_dump(mode="json")}
-        return print_json({**facts, **_branch_json(line), "notes": list(learned.notes)})
+        return print_json({**facts, **_branch_json(line), "moved": learned.moved, "notes": list(learned.notes)})
     _print_changes(line)
+    if learned.moved:
+        moved = ", ".join(f"{task} {share:.2%}" for task, share in learned.moved.items())
+        out().print(f"training moved the answers of earlier tasks by: {moved}")
     if not quiet:
         _print_metrics(line)
         print_notes(learned.notes)

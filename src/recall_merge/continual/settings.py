@@ -50,8 +50,9 @@ class Settings(MergeRun):
     """How a stage is done: the keys of a run, and these."""
 
     method: str = Field(default="recall", description="one of `recall methods`")  # pyright: ignore[reportIncompatibleVariableOverride]
-    strategy: Literal["one_shot", "sequential"] = Field(
-        default="one_shot", description="merge all experts anew each time, or the merge before with the newest"
+    strategy: Literal["one_shot", "sequential", "newest"] = Field(
+        default="one_shot",
+        description="merge all experts anew each time; or the merge before and the newest; or keep the newest alone, with --from last",
     )
     keep_samples: bool = Field(default=False, description="keep the typical samples themselves too; by default only their row numbers")
     stats_rank: int = Field(default=24, ge=0, description="directions that an expert's statistics keep of each input; 0 for no statistics")
@@ -89,6 +90,12 @@ class Settings(MergeRun):
         method = method_named(self.method)
         if experts > 1 or method is None or method.experts[0] <= experts:
             return self
+        return self.model_copy(update={"method": "linear", "options": {}, "weights": "uniform", "prune": None, "scale_by_layer": None})
+
+    def for_stage(self, experts: int) -> Settings:
+        """The settings of a stage's merge of this many experts."""
+        if self.strategy != "newest":
+            return self.for_experts(experts)
         return self.model_copy(update={"method": "linear", "options": {}, "weights": "uniform", "prune": None, "scale_by_layer": None})
 
     @property

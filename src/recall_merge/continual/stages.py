@@ -43,6 +43,7 @@ from recall_merge.continual.steps import (
 )
 from recall_merge.continual.validation import Request, StageValidation, ValidatedStage, draft
 from recall_merge.files.adapter import is_adapter
+from recall_merge.files.checkpoint import read_json
 from recall_merge.files.model_card import MODEL_CARD, add_scores
 from recall_merge.files.output import OutputFolder
 from recall_merge.files.record import RECORD
@@ -70,6 +71,7 @@ class Learned:
     merge: MergeResult
     scores: StageScores
     notes: tuple[str, ...]  # what a reader should know
+    moved: dict[str, float]  # how far training moved the answers of the tasks that it protected, as a share of their size
 
 
 def learn(folder: Path, request: Request | None = None, *, allowed: Collection[str] = (), progress: Progress | None = None) -> Learned:
@@ -148,6 +150,7 @@ class StageRunner:
         if given is None:
             settings = self._settings.training_settings()
             options: dict[str, Any] = {"overwrite": True, "progress": self._progress, "allowed": settings.arguments}  # validation has asked
+            options["earlier"] = self._stage.earlier
             train(self._start(self._spec), self._stage.rows, target, settings, device=self._settings.device, **options)
         else:
             source = locate_model(self._folder, given)
@@ -172,11 +175,13 @@ class StageRunner:
         """All experts, or the merge before and the newest, in one model. The newest expert's training rows are the samples."""
         if self._settings.strategy == "sequential":
             before = [{"name": "merged", "path": str(self._before)}] if self._lineage else []
+        elif self._settings.strategy == "newest":
+            before = []
         else:
             before = [self._entry(stage, stage.expert, stage.stats) for stage in self._lineage]
         experts = [*before, self._entry(self._spec, expert, stats)]
         out = str(self._folder / "merges" / str(self._spec.id))
-        run = self._settings.for_experts(len(experts)).run(base=str(self._stage.base), experts=experts, rows=self._rows, out=out)
+        run = self._settings.for_stage(len(experts)).run(base=str(self._stage.base), experts=experts, rows=self._rows, out=out)
         return merge_models(run, progress=self._progress)
 
     def _score(self, expert: Model, merged: Model) -> StageScores:
@@ -242,7 +247,7 @@ class StageRunner:
             )
             state = self._state.model_copy(update={"stages": (*self._state.stages, stage), "head": stage.id, "unfinished": None})
             write_state(self._folder, state, was=self._state)
-        return Learned(stage, state, result, scores, (*self._notes(), *result.notes))
+        return Learned(stage, state, result, scores, (*self._notes(), *result.notes), self._moved(expert))
 
     def _entry(self, spec: StageSpec, expert: Model, stats: str | None = None) -> dict[str, Any]:
         """An expert as a run lists it. It was checked when it came, so its base is the run's."""
@@ -285,9 +290,15 @@ class StageRunner:
         lines = (json.dumps({"row": row.index, "prompt": row.prompt, "completion": row.completion}, ensure_ascii=False) for row in chosen)
         write_whole(file, "".join(line + "\n" for line in lines))
 
+    def _moved(self, expert: Model) -> dict[str, float]:
+        record = locate_model(self._folder, expert) / RECORD
+        return read_json(record).get("protection", {}).get("answers", {}) if record.is_file() else {}
+
     def _notes(self) -> Iterator[str]:
         method = self._settings.method
-        if not self._lineage and self._settings.for_experts(1).method != method:
+        if self._settings.training.protect is not None and self._spec.given is None and self._lineage and not self._stage.earlier:
+            yield "nothing was protected: no earlier stage has input statistics"
+        if self._settings.strategy != "newest" and not self._lineage and self._settings.for_experts(1).method != method:
             yield f"`{method}` merges two experts or more: the first stage's model is its expert, as it is"
         if self._lineage and not self._stage.has_before:
             yield f"the merge of stage {self._lineage[-1].id} is missing, so it was not scored on the new tasks"

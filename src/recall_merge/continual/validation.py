@@ -14,6 +14,7 @@ from recall_merge.continual.state import NAME, DataFile, Model, StageSpec, Start
 from recall_merge.continual.steps import fingerprint, is_same
 from recall_merge.evaluation.scores import check_lengths
 from recall_merge.evaluation.tasks import TaskSpec, check_tasks, task_word
+from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.files.forms import composed
 from recall_merge.files.hashing import FileStates
 from recall_merge.files.hub import Located, locate
@@ -27,8 +28,9 @@ from recall_merge.merging.run import MergeRun, SampleWeights
 from recall_merge.runtime.device import find_device
 from recall_merge.runtime.errors import CheckpointError, Faults, MissingExtra, WorkspaceError
 from recall_merge.runtime.paths import exists, path_of
+from recall_merge.training.earlier import Earlier, open_earlier
 from recall_merge.training.fine_tuning import check_rows
-from recall_merge.training.settings import check_arguments, training_device
+from recall_merge.training.settings import Protect, check_arguments, training_device
 
 RESERVED = ("base", "merged")  # words that stand beside the names of tasks
 
@@ -99,6 +101,7 @@ class ValidatedStage:
     tasks: dict[str, TaskSpec]  # all that are scored, by name: those learnt, in order, then the unseen ones
     inputs: FileStates  # of all these files, before they were first read
     has_before: bool  # whether the merge before is there
+    earlier: Earlier  # the input statistics of what is protected
 
 
 class StageValidation:
@@ -118,6 +121,7 @@ class StageValidation:
         self._base: Path | None = None
         self._given = spec.given
         self._has_before = spec.parent != 0
+        self._earlier: Earlier = {}
         self._inputs: list[FileStates] = []
 
     def run(self) -> ValidatedStage:
@@ -139,7 +143,8 @@ class StageValidation:
         spec = self._spec.model_copy(update=filled)
         self._refuse_other(self._state, spec)
         inputs = FileStates({file: state for seen in reversed(self._inputs) for file, state in seen.files.items()})
-        return ValidatedStage(self._state, spec, self._settings, self._base, self._train_rows, self._task_specs(), inputs, self._has_before)
+        read = (self._train_rows, self._task_specs(), inputs, self._has_before, self._earlier)
+        return ValidatedStage(self._state, spec, self._settings, self._base, *read)
 
     def _check_names(self) -> None:
         add, names = self._faults.add, [task.name for task in self._asked]
@@ -210,9 +215,9 @@ class StageValidation:
         spec, faults = self._spec, self._faults
         with faults.collect():
             settings = make_settings(self._state.settings if self._state else {}, spec.overrides)
-            experts = min(len(self._lineage), 1) + 1 if settings.strategy == "sequential" else len(self._lineage) + 1
+            experts = {"one_shot": len(self._lineage), "sequential": min(len(self._lineage), 1), "newest": 0}[settings.strategy] + 1
             with faults.collect():
-                self._rules = check_method(settings, experts if settings.for_experts(experts) is settings else None)
+                self._rules = check_method(settings, experts if settings.for_stage(experts) is settings else None)
             if self._state:
                 with faults.collect():
                     check_overrides(settings, self._state.settings)
@@ -223,6 +228,12 @@ class StageValidation:
                     check_arguments(settings.training, self._allowed)
                 if spec.train is None:
                     faults.add("there is nothing to train on", fix="give --train FILE, or a trained expert by --expert")
+                if settings.strategy == "newest" and self._lineage and spec.start == "base":
+                    what = "the newest expert alone is kept, and it is to be trained from the base: all earlier stages would be forgotten"
+                    faults.add(what, where="strategy", fix="give --from last; or `--set strategy=one_shot`")
+            elif settings.strategy == "newest" and self._lineage:
+                what = "the newest expert alone is kept, and this one was not trained from the last merge"
+                faults.add(what, where="strategy", fix="give `--set strategy=one_shot`")
             elif spec.start == "last":
                 faults.add("an expert that is given is not fine-tuned from anything", fix="leave out --from, or --expert")
             elif spec.train is None and self._rules is not None and isinstance(self._rules.weights, SampleWeights):
@@ -253,6 +264,8 @@ class StageValidation:
                 self._check_same(folder, stage.expert, f"the expert of '{stage.task.name}'", f"stage {stage.id}")
         if one_shot and self._rules is not None and self._rules.method.informed:
             self._check_statistics(self._rules.method)
+        if self._settings is not None and self._settings.training.protect is not None and self._spec.given is None:
+            self._open_earlier(self._settings.training.protect)
         if self._lineage:
             last, started = self._lineage[-1], {stage.parent for stage in (*self._lineage, self._spec) if stage.start == "last"}
             self._has_before = found_path(self._folder, last.merged.path).is_dir()
@@ -279,6 +292,15 @@ class StageValidation:
                     what = f"the input statistics of '{stage.task.name}' hold no gradients, which `{method.name}` takes"
                     fix = "give another method; a workspace takes gradients only in stages that are merged by such a method"
                     raise CheckpointError(what, where=stats.folder, fix=fix)
+
+    def _open_earlier(self, protect: Protect) -> None:
+        """The input statistics of what is to be protected: of all earlier stages that have them, and of experts from elsewhere."""
+        folders = {stage.task.name: found_path(self._folder, stage.stats) for stage in self._lineage if stage.stats is not None}
+        folders |= {name: path_of(folder) for name, folder in protect.statistics.items()}
+        if self._base is not None and protect.strength != 0:
+            self._inputs.append(FileStates.of([folder for folder in folders.values() if folder.is_dir()]))
+            with self._faults.collect():
+                self._earlier = open_earlier(folders, open_checkpoint(self._base))
 
     def _check_given(self, base: Path, given: Model) -> Model:
         """A given expert, with its fingerprint; it must fit the base."""

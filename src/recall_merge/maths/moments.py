@@ -96,17 +96,17 @@ class Sketch:
         return Moment(factor.float(), rest.float())
 
 
-def mean_moment(moments: Sequence[Moment], counts: Sequence[int], rank: int, draw: Start) -> Moment:
-    """The moment of all inputs that several moments are of, by the number of inputs of each; cut to `rank` directions.
+def weighted_sum(moments: Sequence[Moment], weights: Sequence[float], rank: int, draw: Start) -> Moment:
+    """sum_q w_q G_q, w_q >= 0, cut to `rank` directions where it has more. Its diagonal is kept.
 
     >>> one, three = Moment(torch.zeros(2, 0), torch.tensor([4.0, 0.0])), Moment(torch.zeros(2, 0), torch.tensor([0.0, 4.0]))
-    >>> mean_moment([one, three], [1, 3], 1, lambda: lambda shape: torch.ones(shape)).diagonal
+    >>> weighted_sum([one, three], [0.25, 0.75], 1, lambda: lambda shape: torch.ones(shape)).diagonal
     tensor([1., 3.])
     """
-    shares = [count / sum(counts) for count in counts]
-    rows = torch.cat([share**0.5 * moment.factor.mT for moment, share in zip(moments, shares, strict=True)])
-    factor = leading_rows(rows, rank, draw)[:rank].mT
-    diagonal = sum((share * moment.diagonal for moment, share in zip(moments, shares, strict=True)), torch.zeros_like(moments[0].rest))
+    factor = torch.cat([weight**0.5 * moment.factor for moment, weight in zip(moments, weights, strict=True)], dim=1)
+    if factor.shape[1] > rank:
+        factor = leading_rows(factor.mT, rank, draw)[:rank].mT
+    diagonal = sum((weight * moment.diagonal for moment, weight in zip(moments, weights, strict=True)), torch.zeros_like(moments[0].rest))
     return Moment(factor, (diagonal - factor.square().sum(1)).clamp(min=0))
 
 
@@ -172,10 +172,21 @@ def condition_bound(moments: Sequence[Moment], weights: Weights, *, ridge: float
     return float((diagonal.max() + torch.linalg.matrix_norm(factor, 2).square()) / diagonal.min()) if factor.numel() else 1.0
 
 
+def seen_by(change: Float[Tensor, "n i"], moment: Moment) -> Float[Tensor, "n i"]:
+    """change G, in the moment's dtype or the change's, whichever is the wider."""
+    factor = moment.factor.to(torch.promote_types(change.dtype, moment.factor.dtype))
+    change = change.to(factor.dtype)
+    return torch.addmm(change * moment.rest, change @ factor, factor.mT)
+
+
+def divided(seen: Float[Tensor, "n i"], moment: Moment) -> Float[Tensor, "n i"]:
+    """seen G^-1, in float64; the diagonal of G is above 0."""
+    return _divide(seen.double(), moment.rest.double(), moment.factor.double())
+
+
 def _seen(change: Float[Tensor, "n i"], moment: Moment, weight: float) -> Float[Tensor, "n i"]:
     """weight * change G, in float64."""
-    change = change.double()
-    return torch.addmm(change * moment.rest, change @ moment.factor, moment.factor.mT).mul_(weight)
+    return seen_by(change.double(), moment).mul_(weight)
 
 
 def _divide(seen: Float[Tensor, "n i"], diagonal: Float[Tensor, " i"], factor: Float[Tensor, "i kr"]) -> Float[Tensor, "n i"]:

@@ -13,7 +13,7 @@ from recall_merge.files.experts import Expert
 from recall_merge.files.fused import MadeOtherwise, Place, Places
 from recall_merge.files.names import Names
 from recall_merge.files.statistics import Owner, gradient_of, parts_of
-from recall_merge.maths.moments import Moment, mean_moment
+from recall_merge.maths.moments import Moment, weighted_sum
 from recall_merge.maths.trimming import Start
 from recall_merge.merging.unsound import is_finite
 from recall_merge.models.reads import Map, linear_maps
@@ -106,7 +106,8 @@ class StoredMoments:
         for expert, key in keys.items():
             self._keep_moment(key, read[expert][1].moment, name)
         if len(keys) < len(experts):
-            mean = mean_moment([group.moment for group in groups], [group.tokens for group in groups], self._rank, self._draw(name))
+            shares = [group.tokens / sum(group.tokens for group in groups) for group in groups]
+            mean = weighted_sum([group.moment for group in groups], shares, self._rank, self._draw(name))
             self._keep_moment(name, mean, name)
         owners = [keys.get(expert, name) for expert in experts]
         for place in known.places:

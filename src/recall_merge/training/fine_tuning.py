@@ -6,7 +6,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +18,20 @@ from recall_merge.files.hashing import FileStates, hash_file
 from recall_merge.files.output import OutputFolder
 from recall_merge.files.record import verify_files, versions, write_record
 from recall_merge.files.rows import Row
+from recall_merge.files.statistics import WEIGHTS
 from recall_merge.models.load import build_model, hushed, load_tokenizer, load_trainable
 from recall_merge.models.tokens import EncodedRow, encode_rows
 from recall_merge.runtime.device import hardware
 from recall_merge.runtime.errors import Faults, OutputError, ResultError, RunError
 from recall_merge.runtime.progress import Progress
 from recall_merge.training import checkpoints
+from recall_merge.training.earlier import Earlier
 from recall_merge.training.settings import TrainSettings, arguments_on, check_arguments, training_device
 
 if TYPE_CHECKING:
     import torch
 
+    from recall_merge.training.protection import Protection
     from recall_merge.training.trl_private import Trainer
 
 TRAIN_LOCK = threading.Lock()  # trainings of one process take turns: they draw from one random generator
@@ -65,6 +68,7 @@ def train(
     progress: Progress | None = None,
     callbacks: Sequence[Any] = (),
     allowed: Collection[str] = (),
+    earlier: Earlier | None = None,
 ) -> TrainResult:
     """Train an expert and write it to `out`, whole or not at all.
 
@@ -79,6 +83,7 @@ def train(
         overwrite: replace another expert at `out`.
         callbacks: transformers' TrainerCallbacks.
         allowed: names of the settings' `arguments` that may do more than train.
+        earlier: input statistics of the experts of earlier tasks, by task: those that `protect` protects.
 
     Raises:
         RecallError: if settings, rows, base or `init_from` cannot be used, or something else lies at `out`.
@@ -89,7 +94,8 @@ def train(
     tokenizer = load_tokenizer(base)
     encoded = encode_rows(rows, tokenizer, **settings.encoding)
     models = FileStates.of([base, *([init_from] if init_from else [])])
-    key = _key(base, encoded, settings, init_from, on)
+    protected = dict(earlier or {}) if settings.protect is not None and settings.protect.strength != 0 else {}
+    key = _key(base, encoded, settings, init_from, on, protected)
     work = out.with_name(out.name + checkpoints.SUFFIX)
     if (trained := _find_trained(out, key)) is not None:
         checkpoints.remove_folder(work)  # the training was stopped between writing the expert and removing the checkpoints
@@ -101,7 +107,9 @@ def train(
     with hushed(), TRAIN_LOCK:
         model = _make_model(base, settings, init_from)
         arguments["output_dir"] = str(work)
-        trainer = _make_trainer(model, tokenizer, encoded, settings, arguments, progress=progress, callbacks=callbacks)
+        protection = _protect(model, protected, settings, base)
+        listeners = {"progress": progress, "callbacks": [*callbacks, *([protection] if protection else [])]}
+        trainer = _make_trainer(model, tokenizer, encoded, settings, arguments, **listeners)
         with _explain_full_disk(work):
             trainer.run(resume_from=checkpoint)
             trainer.check_trained()
@@ -114,7 +122,8 @@ def train(
                 seconds=time.monotonic() - start,
                 resumed_at=checkpoints.step_of(checkpoint) if checkpoint else 0,
             )
-            _write_expert(place, trainer.model, tokenizer, result, key, settings, on)
+            facts = {"protection": protection.facts()} if protection else {}
+            _write_expert(place, trainer.model, tokenizer, result, key, settings, on, facts)
     checkpoints.remove_folder(work)
     return result
 
@@ -127,7 +136,14 @@ def check_rows(base: Path, rows: Sequence[Row], settings: TrainSettings) -> None
     encode_rows(rows, tokenizer, window=window_of(base, tokenizer), **settings.encoding)
 
 
-def _key(base: Path, encoded: Sequence[EncodedRow], settings: TrainSettings, init_from: Path | None, device: torch.device) -> str:
+def _key(
+    base: Path,
+    encoded: Sequence[EncodedRow],
+    settings: TrainSettings,
+    init_from: Path | None,
+    device: torch.device,
+    protected: Earlier,
+) -> str:
     """SHA-256 of everything that an expert depends on: contents, never names of files."""
 
     def weights(folder: Path) -> list[str]:
@@ -138,9 +154,10 @@ def _key(base: Path, encoded: Sequence[EncodedRow], settings: TrainSettings, ini
         "base": weights(base),
         "config": hash_file(base / "config.json"),
         "rows": hashlib.sha256(json.dumps([[row.input_ids, row.labels] for row in encoded]).encode()).hexdigest(),
-        "settings": settings.model_dump(mode="json"),
+        "settings": settings.facts,
         "init_from": weights(init_from) if init_from else None,
         **({} if device.type == "cpu" else {"device": hardware(device)}),
+        **({"protected": {task: statistics.facts[WEIGHTS] for task, statistics in protected.items()}} if protected else {}),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -219,6 +236,15 @@ def _make_trainer(
         raise RunError(f"trl refuses these arguments: {error}", where=", ".join(settings.arguments)) from error
 
 
+def _protect(model: Any, protected: Earlier, settings: TrainSettings, base: Path) -> Protection | None:
+    """What protects earlier tasks, if there are any."""
+    if not protected or settings.protect is None:
+        return None
+    from recall_merge.training.protection import Protection
+
+    return Protection(protected, settings.protect, open_checkpoint(base), model, seed=settings.seed)
+
+
 @contextmanager
 def _explain_full_disk(work: Path) -> Iterator[None]:
     """Name the folder when torch or safetensors, by errors of their own, report a disk that is full or broken."""
@@ -234,7 +260,14 @@ def _explain_full_disk(work: Path) -> Iterator[None]:
 
 
 def _write_expert(
-    place: OutputFolder, model: Any, tokenizer: Any, result: TrainResult, key: str, settings: TrainSettings, device: torch.device
+    place: OutputFolder,
+    model: Any,
+    tokenizer: Any,
+    result: TrainResult,
+    key: str,
+    settings: TrainSettings,
+    device: torch.device,
+    facts: Mapping[str, Any],
 ) -> None:
     with place as folder:
         model.save_pretrained(folder.path)
@@ -250,7 +283,7 @@ def _write_expert(
             # PEFT keeps these as sets, and writes them in an order that differs between processes
             config.write_text(json.dumps(read_json(config) | lists, indent=2, sort_keys=True), "utf-8")
         training = {"steps": result.steps, "tokens": result.tokens, "losses": result.losses, "seconds": round(result.seconds, 1)}
-        record = {"key": key, "settings": settings.model_dump(mode="json"), "training": training}
+        record = {"key": key, "settings": settings.facts, "training": training, **facts}
         record |= {"device": hardware(device), "versions": versions()}
         write_record(folder.path, record)
         folder.commit()

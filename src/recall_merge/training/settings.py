@@ -13,7 +13,7 @@ from recall_merge.models.load import hushed
 from recall_merge.models.tokens import Turns
 from recall_merge.runtime.device import find_device, prefers_bfloat16
 from recall_merge.runtime.errors import Faults, MissingExtra, RunError, did_you_mean
-from recall_merge.runtime.sections import Positive, Section
+from recall_merge.runtime.sections import NonNegative, Positive, Section
 
 if TYPE_CHECKING:
     import torch
@@ -69,6 +69,20 @@ OPEN = {
 person allows each by name where they give the command, `--allow-argument NAME`."""
 
 
+class Protect(Section):
+    """How earlier tasks are protected while a new one is learnt: their answers may move little, by their input statistics."""
+
+    strength: Literal["auto"] | NonNegative = Field(
+        default="auto", description="what it costs that answers move; `auto` follows how far they have moved; 0: no protection"
+    )
+    tolerance: Positive = Field(
+        default=0.003, description="of `auto`: how far answers of earlier tasks may move, as a share of their size (root mean square)"
+    )
+    statistics: dict[str, str] = Field(
+        default_factory=dict, description="by task, folders of input statistics of further experts on the same base"
+    )
+
+
 class TrainSettings(Section):
     """How an expert is trained."""
 
@@ -94,8 +108,14 @@ class TrainSettings(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="of the base while training, and of a fully trained expert"
     )
+    protect: Protect | None = Field(default=None, description="of earlier tasks, whose input statistics are at hand")
     seed: int = 0
     arguments: dict[str, Any] = Field(default_factory=dict, description="other arguments of trl's SFTConfig")
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """All settings as they are recorded, and hashed."""
+        return self.model_dump(mode="json", exclude={"protect"} if self.protect is None else None)
 
     @property
     def encoding(self) -> dict[str, Any]:
