@@ -19,7 +19,7 @@ from recall_merge.runtime.sealed import read_sealed, sealed
 from recall_merge.runtime.sections import parse
 from recall_merge.training.fine_tuning import _make_model, train
 from recall_merge.training.protection import moved_answers
-from recall_merge.training.settings import Protect, TrainSettings
+from recall_merge.training.settings import Protect, TrainSettings, check_arguments
 from recall_merge.training.trained_maps import trained_maps
 from test_fine_tuning import ROWS, StopAt
 from tiny import load_tensors, lora, make_model, save_model, write_rows
@@ -341,6 +341,11 @@ def test_faults_of_what_is_to_be_protected_come_before_any_work(llama, bases, tm
         "base": "were made on another base",
     }
     assert all(wanted[name] in found[folders[name]] for name in wanted) and tree(folder) == before
+
+
+def test_no_protection_beside_a_scaled_loss():
+    with pytest.raises(RunError, match="cannot be protected in float16"):
+        check_arguments(TrainSettings(protect=Protect(), arguments={"fp16": True}))
 
 
 @pytest.mark.parametrize(

@@ -176,6 +176,8 @@ def check_arguments(settings: TrainSettings, allowed: Collection[str] = ()) -> d
         elif name not in OPEN and name not in allowed:
             what = f"the argument '{name}' may do more than train: send data away, load files or run code"
             faults.add(what, where="training.arguments", fix=f"take it out; or, if you want it, add --allow-argument {name}")
+    if settings.protect is not None and settings.arguments.get("fp16"):  # it scales the loss, beside which the penalty would be nothing
+        faults.add("earlier tasks cannot be protected in float16", where="training.arguments", fix="give `bf16: true` in place of `fp16`")
     faults.raise_any(RunError)
     packing = settings.arguments.get("packing", False)
     if packing and settings.max_length is None:
