@@ -9,7 +9,7 @@ import torch
 from dense import cut_moment
 from recall_merge import MergeRun, RecallError, make_plan, merge
 from recall_merge.files.checkpoint import open_checkpoint
-from recall_merge.maths.moments import mean_moment
+from recall_merge.maths.moments import weighted_sum
 from recall_merge.maths.trimming import Draws
 from recall_merge.merging.statistics import make_statistics
 from recall_merge.models.input_moments import InputSketches, inputs_of_whole
@@ -216,9 +216,10 @@ def test_the_mean_of_moments_is_the_moment_of_all_inputs():
     parts = [torch.randn(n, 6, generator=generator) for n in (5, 9, 1)]
     moments = [cut_moment(x.mT @ x / len(x), 6) for x in parts]
     x = torch.cat(parts)
-    mean = mean_moment(moments, [len(part) for part in parts], 6, Draws(0, "", ("a",)).streams[0])
+    shares = [len(part) / len(x) for part in parts]
+    mean = weighted_sum(moments, shares, 6, Draws(0, "", ("a",)).streams[0])
     torch.testing.assert_close(mean.dense(), x.mT @ x / len(x), rtol=1e-4, atol=1e-5)
-    cut = mean_moment(moments, [len(part) for part in parts], 2, Draws(0, "", ("a",)).streams[0])
+    cut = weighted_sum(moments, shares, 2, Draws(0, "", ("a",)).streams[0])
     assert cut.factor.shape == (6, 2)
     torch.testing.assert_close(cut.diagonal, mean.diagonal)
 
