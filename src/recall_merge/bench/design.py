@@ -288,17 +288,19 @@ class _Jobs:
         method = method_named(entry.method)
         assert method is not None  # the scenario was checked
         run = {**_run_of(entry), "seed": seed, "out": {"dtype": "float32"}}
-        samples = {**self.scenario.samples, "template": self.scenario.template}
         statistics = tuple(
             (name, self._statistics(name, model, seed)) for name, model in experts if method.informed and isinstance(model, Trained)
         )
         if not _has_samples(entry):
             return Merged(label, self.base, tuple(experts), run, statistics=statistics)
-        return Merged(label, self.base, tuple(experts), {**run, "samples": samples}, self.train[experts[-1][0]], statistics)
+        return Merged(label, self.base, tuple(experts), {**run, "samples": self._samples}, self.train[experts[-1][0]], statistics)
 
     def _statistics(self, task: str, model: Trained, seed: int) -> StatisticsJob:
-        samples = {**self.scenario.samples, "template": self.scenario.template}
-        return StatisticsJob(f"the input statistics of {task}, seed {seed}", model, samples, self._gradients)
+        return StatisticsJob(f"the input statistics of {task}, seed {seed}", model, self._samples, self._gradients)
+
+    @cached_property
+    def _samples(self) -> dict[str, Any]:
+        return {**self.scenario.samples, "template": self.scenario.template}
 
     @cached_property
     def _gradients(self) -> bool:

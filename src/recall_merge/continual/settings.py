@@ -90,12 +90,17 @@ class Settings(MergeRun):
         method = method_named(self.method)
         if experts > 1 or method is None or method.experts[0] <= experts:
             return self
-        return self.model_copy(update={"method": "linear", "options": {}, "weights": "uniform", "prune": None, "scale_by_layer": None})
+        return self._plain
 
     def for_stage(self, experts: int) -> Settings:
         """The settings of a stage's merge of this many experts."""
         if self.strategy != "newest":
             return self.for_experts(experts)
+        return self._plain
+
+    @property
+    def _plain(self) -> Settings:
+        """The settings with which a single expert is taken as it is."""
         return self.model_copy(update={"method": "linear", "options": {}, "weights": "uniform", "prune": None, "scale_by_layer": None})
 
     @property

@@ -22,6 +22,7 @@ from recall_merge.runtime.sealed import read_sealed, sealed
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from recall_merge.files.checkpoint import Checkpoint
     from recall_merge.maths.moments import Moment
 
 STATS, WEIGHTS = "stats.json", "stats.safetensors"
@@ -85,6 +86,20 @@ class InputStatistics:
         factor, rest = (self.stored[part].read().float() for part in parts_of(owner if expert is None else owner[expert]))
         gradient = self.stored[gradient_of(name)].read().float() if gradient_of(name) in self.stored else None
         return Moment(factor, rest, gradient if gradient is None or expert is None else gradient[expert]), axis
+
+
+def check_base(statistics: InputStatistics, whose: str, base: Checkpoint, *, known: bool = True) -> None:
+    """Raise CheckpointError if input statistics were made on another base, or do not fit the shapes of this one.
+
+    Args:
+        whose: they are, in words.
+        known: the base's numbers are here, so that it can be told from others.
+    """
+    fix = "make them again with `recall stats`"
+    if known and statistics.facts.get("base", base.fingerprint) != base.fingerprint:
+        raise CheckpointError(f"the input statistics of {whose} were made on another base", where=statistics.folder, fix=fix)
+    if misfits := statistics.misfits(base.specs):
+        raise CheckpointError(f"the input statistics of {whose} do not fit the inputs of '{misfits[0]}'", where=statistics.folder, fix=fix)
 
 
 def groups_of(owner: Owner) -> list[str]:

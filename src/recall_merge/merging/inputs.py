@@ -13,7 +13,7 @@ from recall_merge.files.experts import AdapterExpert, BaseExpert, Expert, FullEx
 from recall_merge.files.hashing import FileStates, same_weights
 from recall_merge.files.hub import Located, Reference, cached_folder, locate, meaning
 from recall_merge.files.same_architecture import check_checkpoint, named_like
-from recall_merge.files.statistics import InputStatistics, open_statistics
+from recall_merge.files.statistics import InputStatistics, check_base, open_statistics
 from recall_merge.files.vocabulary import Vocabulary
 from recall_merge.maths.methods import Method
 from recall_merge.merging.run import ExpertEntry, MergeRun, skipped
@@ -115,12 +115,8 @@ def read_statistics(
             if stats is not None and not located[entry.name].remote and stats.facts["expert"] != hash_expert(expert):
                 what = f"the input statistics of expert '{expert.name}' were made for another state of it"
                 raise CheckpointError(what, where=stats.folder, fix=fix)
-            if stats is not None and not located["base"].remote and stats.facts.get("base", base.fingerprint) != base.fingerprint:
-                what = f"the input statistics of expert '{expert.name}' were made on another base"
-                raise CheckpointError(what, where=stats.folder, fix=fix)
-            if stats is not None and (misfits := stats.misfits(base.specs)):
-                what = f"the input statistics of expert '{expert.name}' do not fit the inputs of '{misfits[0]}'"
-                raise CheckpointError(what, where=stats.folder, fix=fix)
+            if stats is not None:
+                check_base(stats, f"expert '{expert.name}'", base, known=not located["base"].remote)
             if stats is not None and method.gradients and not stats.has_gradients:
                 what = f"the input statistics of expert '{expert.name}' hold no gradients, which `{method.name}` takes"
                 raise CheckpointError(what, where=stats.folder, fix="make them again with `recall stats --gradients`")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from recall_merge.files.checkpoint import Checkpoint
-from recall_merge.files.statistics import InputStatistics, open_statistics
+from recall_merge.files.statistics import InputStatistics, check_base, open_statistics
 from recall_merge.runtime.errors import CheckpointError, Faults, RunError
 
 Earlier = Mapping[str, InputStatistics]
@@ -27,17 +27,11 @@ def open_earlier(folders: Mapping[str, Path], base: Checkpoint) -> dict[str, Inp
 
 
 def _checked(task: str, folder: Path, base: Checkpoint) -> InputStatistics:
-    statistics, whose, fix = (
-        open_statistics(folder),
-        f"the input statistics of '{task}'",
-        "make them again with `recall stats`, on this base",
-    )
+    statistics = open_statistics(folder)
     if statistics is None:
-        raise CheckpointError(f"{whose} are not there", where=folder, fix="make them with `recall stats`")
-    if statistics.facts.get("base", base.fingerprint) != base.fingerprint:
-        raise CheckpointError(f"{whose} were made on another base", where=folder, fix=fix)
-    if misfits := statistics.misfits(base.specs):
-        raise CheckpointError(f"{whose} do not fit the inputs of '{misfits[0]}'", where=folder, fix=fix)
+        raise CheckpointError(f"the input statistics of '{task}' are not there", where=folder, fix="make them with `recall stats`")
+    check_base(statistics, f"'{task}'", base)
     if not statistics.facts["tensors"].keys() & base.tensors.keys():
-        raise CheckpointError(f"{whose} have no linear map in common with the base", where=folder, fix=fix)
+        what = f"the input statistics of '{task}' have no linear map in common with the base"
+        raise CheckpointError(what, where=folder, fix="make them again with `recall stats`, on this base")
     return statistics

@@ -39,7 +39,7 @@ class Protection(TrainerCallback, ExportableState):
     """Adds the penalty's gradients to those of the loss in every training step.
 
     Args:
-        tensors: the shared tensors of the files that training began from.
+        base: its files name the maps of `model`, which training has not changed yet.
 
     Attributes:
         strength: of now; with `auto` it follows how far answers have moved.

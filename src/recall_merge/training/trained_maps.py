@@ -55,17 +55,20 @@ def trained_maps(model: nn.Module, base: Checkpoint, tensors: Collection[str]) -
     return found
 
 
-class _Lora:
+class _Adapted:
+    """A module and its one adapter, s B A."""
+
+    def __init__(self, layer: Any) -> None:
+        [self.adapter] = layer.lora_A
+        self.layer, self.scale = layer, layer.scaling[self.adapter]
+        self.down, self.up = layer.lora_A[self.adapter].weight, layer.lora_B[self.adapter].weight
+
+
+class _Lora(_Adapted):
     """W + s B A."""
 
     def __init__(self, layer: Any) -> None:
-        [adapter] = layer.lora_A
-        self.layer, self.down, self.up, self.scale = (
-            layer,
-            layer.lora_A[adapter].weight,
-            layer.lora_B[adapter].weight,
-            layer.scaling[adapter],
-        )
+        super().__init__(layer)
         self.start = None if not self.up.any() else (self.up.detach().clone(), self.down.detach().clone())
 
     def weight(self) -> Dense:
@@ -103,18 +106,12 @@ class _Full:
         return energy
 
 
-class _Dora:
+class _Dora(_Adapted):
     """m / |W + s B A| (W + s B A), by rows; the norms count as constants, as they do in PEFT's own gradients."""
 
     def __init__(self, layer: Any) -> None:
-        [adapter] = layer.lora_A
-        self.layer, self.down, self.up, self.scale = (
-            layer,
-            layer.lora_A[adapter].weight,
-            layer.lora_B[adapter].weight,
-            layer.scaling[adapter],
-        )
-        self.size = layer.lora_magnitude_vector[adapter].weight
+        super().__init__(layer)
+        self.size = layer.lora_magnitude_vector[self.adapter].weight
         self.start = self._now()[1].clone() if self.up.any() else None
 
     def weight(self) -> Dense:
