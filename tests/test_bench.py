@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from torch import nn
 
 from recall_merge.bench import run_job
@@ -332,8 +333,6 @@ def test_the_anchor_of_two_tasks_pulls_as_both_do() -> None:
 
 
 def test_a_strong_penalty_holds_the_weights(llama: Path, data: Path, tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     methods = ["sequential", {"method": "ewc", "options": {"strength": 1e9}}]
     changes = {"methods": methods, "orders": [["films", "dogs"]], "scoring": {"stages": "last"}, "unseen": []}
     scenario = Scenario.model_validate(two_tasks(llama, data, tmp_path / "out", **changes))
@@ -519,3 +518,38 @@ def test_the_command_plans_runs_and_prints(finished: tuple[Scenario, Results], t
     assert shown.exit_code == 0 and "sequential" in shown.stdout and "summary.md" in shown.stdout
     run = CliRunner().invoke(app, ["bench", str(file), "--json"])  # all is done already
     assert {row["method"] for row in json.loads(run.stdout)["methods"]} == {row.method for row in finished[1].methods}
+
+
+def test_o_lora_adds_the_gradient_of_its_penalty(llama: Path, data: Path, tmp_path: Path) -> None:
+    """By autograd, on real adapters, whose names in files differ from those in models."""
+    from recall_merge.models.load import load_trainable
+    from recall_merge.training.o_lora import Orthogonality
+
+    scenario = Scenario.model_validate(two_tasks(llama, data, tmp_path / "out", methods=["o_lora"], orders=[["films", "dogs"]]))
+    bench(scenario)
+    second: Any = make_design(scenario).trials[0].jobs[-1].model
+    store, [first] = store_of(scenario), second.apart
+    assert isinstance(second.base, Merged) and second.strength == 0.5
+    model = load_trainable(store.path_of(second), store.path_of(second.base), dtype="float32")
+    Orthogonality([store.path_of(first)], 0.5).on_step_begin(None, None, None, model=model)
+    rows = load_file(store.path_of(first) / "adapter_model.safetensors")
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name:
+            wanted = parameter.detach().clone().requires_grad_()
+            (0.5 * (wanted @ rows[name.replace(".default", "")].mT).abs().sum()).backward()
+            assert wanted.grad is not None and parameter.grad is not None
+            torch.testing.assert_close(parameter.grad, wanted.grad)
+        elif parameter.requires_grad:
+            assert parameter.grad is None
+
+
+def test_o_lora_holds_adapters_at_right_angles(llama: Path, data: Path, tmp_path: Path) -> None:
+    def overlap(strength: float) -> float:
+        methods = [{"method": "o_lora", "options": {"strength": strength}}]
+        scenario = Scenario.model_validate(two_tasks(llama, data, tmp_path / "out", methods=methods, orders=[["films", "dogs"]]))
+        bench(scenario)
+        second: Any = make_design(scenario).trials[0].jobs[-1].model
+        old, new = (load_file(store_of(scenario).path_of(one) / "adapter_model.safetensors") for one in (*second.apart, second))
+        return sum(float((old[name] @ new[name].mT).abs().sum()) for name in old if "lora_A" in name)
+
+    assert overlap(10.0) < overlap(0.0) / 2

@@ -269,6 +269,33 @@ def test_all_weights(base, tmp_path):
     assert (result.folder / "tokenizer.json").is_file()
 
 
+def test_osf_leaves_the_largest_directions_of_each_map_and_gives_a_whole_model(base, tmp_path):
+    settings = TrainSettings(kind="osf", epochs=3, batch_size=2, learning_rate=1e-2, targets=["q_proj", "down_proj"])
+    result = train(base, ROWS, tmp_path / "expert", settings)
+    assert result.losses[-1] < result.losses[0]
+    before, after = load_tensors(base), load_tensors(result.folder)
+    assert before.keys() == after.keys()
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert changed == {name for name in after if "q_proj" in name or "down_proj" in name}
+    for name in changed:
+        delta, (up, _, down) = after[name] - before[name], torch.linalg.svd(before[name])
+        half = min(delta.shape) // 2
+        assert (up[:, :half].mT @ delta).norm() < 0.4 * delta.norm()  # .7 by chance; the optimiser's steps leave right angles
+        assert (delta @ down[:half].mT).norm() < 0.4 * delta.norm()
+    assert load_model(result.folder).config.vocab_size == 96
+    again = train(base, ROWS, tmp_path / "second", settings, init_from=result.folder)
+    assert again.losses[0] < result.losses[0]
+
+
+def test_a_stop_of_osf_changes_nothing(base, tmp_path):
+    settings = TrainSettings(kind="osf", epochs=3, batch_size=2, learning_rate=1e-2)
+    whole = train(base, ROWS, tmp_path / "whole", settings)
+    with pytest.raises(KeyboardInterrupt):
+        train(base, ROWS, tmp_path / "expert", settings, callbacks=[StopAt(7)])
+    assert train(base, ROWS, tmp_path / "expert", settings).resumed_at == 6
+    assert same(tmp_path / "expert", whole.folder)
+
+
 def test_dora_brings_its_magnitudes(base, tmp_path):
     result = train(base, ROWS, tmp_path / "expert", SMALL.model_copy(update={"kind": "dora", "epochs": 1, "targets": ["q_proj", "v_proj"]}))
     names = {name.split(".")[-2] if name.endswith("weight") else name.split(".")[-1] for name in load_tensors(result.folder)}
@@ -289,7 +316,7 @@ def test_an_adapter_to_go_on_from_keeps_its_form(base, tmp_path):
         train(base, ROWS, tmp_path / "on", SMALL, init_from=other)
     with pytest.raises(RunError, match="an adapter is to be trained, but the model to continue from is none"):
         train(base, ROWS, tmp_path / "on", SMALL, init_from=base)
-    with pytest.raises(RunError, match="all weights are to be trained, but the model to continue from is an adapter"):
+    with pytest.raises(RunError, match="a whole model is to be trained, but the model to continue from is an adapter"):
         train(base, ROWS, tmp_path / "on", TrainSettings(kind="full"), init_from=other)
 
 
@@ -354,6 +381,8 @@ def test_what_trl_and_peft_refuse_is_said(base, tmp_path):
 def test_settings_of_adapters_have_no_place_where_all_weights_are_trained():
     with pytest.raises(ValueError, match="rank, dropout: of adapters only"):
         TrainSettings(kind="full", rank=4, dropout=0.5)
+    with pytest.raises(ValueError, match="`protect` goes with the kinds lora, dora and full"):
+        TrainSettings(kind="osf", protect={})
     settings = TrainSettings(kind="full")
     assert TrainSettings(**settings.model_dump()) == settings
 

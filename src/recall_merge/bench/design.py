@@ -17,6 +17,7 @@ from recall_merge.bench.scenario import (
     EwcOptions,
     Kind,
     MethodEntry,
+    OLoraOptions,
     ProtectedOptions,
     ReplayOptions,
     Scenario,
@@ -212,6 +213,8 @@ class _Jobs:
         """The model after each stage."""
         if isinstance(options := _baseline_options(entry), ProtectedOptions):
             yield from self._protected(entry, options, order, seed)
+        elif isinstance(options, OLoraOptions):
+            yield from self._isolated(entry, options, order, seed)
         elif entry.is_baseline and entry.method != "experts":
             yield from self._fine_tuned(entry, order, seed)
         elif kind == "single-model":
@@ -241,6 +244,15 @@ class _Jobs:
                 strength = options.strength
             model = Trained(f"{entry.name} after {' > '.join(order[: number + 1])}", self.base, rows, settings, model, anchor, strength)
             yield model
+
+    def _isolated(self, entry: MethodEntry, options: OLoraOptions, order: tuple[str, ...], seed: int) -> Iterator[Trained]:
+        """A new adapter for each task, on the model so far."""
+        settings, learnt = self.scenario.settings(entry, seed), list[Trained]()
+        for number, task in enumerate(order):
+            label, base = f"{entry.name} after {' > '.join(order[: number + 1])}", _whole(learnt[-1]) if learnt else self.base
+            strength = options.strength if learnt else 0.0
+            learnt.append(Trained(label, base, self.train[task], settings, apart=tuple(learnt), strength=strength))
+            yield learnt[-1]
 
     def _protected(self, entry: MethodEntry, options: ProtectedOptions, order: tuple[str, ...], seed: int) -> Iterator[Model]:
         """One task after another, each trained with the statistics of those before."""

@@ -60,13 +60,15 @@ class Trained:
     settings: TrainSettings
     start: Trained | None = None  # the trained model that training goes on from
     anchor: Anchor | None = None  # what earlier tasks need, for elastic weight consolidation
-    strength: float = 0.0  # lambda of that
+    strength: float = 0.0  # lambda of that, or of what follows
+    apart: tuple[Trained, ...] = ()  # adapters of earlier tasks, at right angles to which this one is held
     earlier: tuple[tuple[str, StatisticsJob], ...] = ()  # of earlier tasks, which are protected
 
     @cached_property
     def key(self) -> str:
         settings = self.settings.model_dump(mode="json", exclude_defaults=True)  # so that a setting of a later version keeps the key
         held = [self.anchor.key, self.strength] if self.anchor else []
+        held += [[model.key for model in self.apart], self.strength] if self.apart else []
         protected = [[task, statistics.key] for task, statistics in self.earlier]
         return hashed(["trained", self.base.key, hash_rows(self.rows), settings, self.start and self.start.key, *held, *protected])
 
@@ -195,7 +197,7 @@ def needs_of(job: Job) -> list[Job]:
     """The jobs that must be done before this one."""
     match job:
         case Trained():
-            parts = (job.base, job.start, job.anchor, *(statistics for _, statistics in job.earlier))
+            parts = (job.base, job.start, job.anchor, *job.apart, *(statistics for _, statistics in job.earlier))
         case Anchor():
             parts = (job.model, job.before)
         case StatisticsJob():

@@ -71,6 +71,10 @@ def _train(job: Trained, store: Store, progress: Progress | None) -> None:
         from recall_merge.training.ewc import Consolidation, load_anchor
 
         callbacks.append(Consolidation(load_anchor(store.path_of(job.anchor)), job.strength))
+    if job.apart:
+        from recall_merge.training.o_lora import Orthogonality
+
+        callbacks.append(Orthogonality([store.path_of(model) for model in job.apart], job.strength))
     start = store.path_of(job.start) if job.start is not None else None
     base = store.folder_of(job.base)
     options: dict[str, Any] = {"init_from": start, "callbacks": callbacks, "progress": progress, "allowed": job.settings.arguments}

@@ -28,6 +28,7 @@ BASELINES = {
     "experts": "each task by the expert trained on it alone: as many models as tasks, an upper reference",
     "sequential": "fine-tuning one task after another, no merging",
     "ewc": "the same, with a penalty that holds what earlier tasks need: elastic weight consolidation",
+    "o_lora": "a new adapter for each task, held at right angles to those of earlier ones: O-LoRA",
     "protected": "the same, but how far a new task moves the answers of earlier ones is held down, by their input statistics",
     "replay": "the same, with a share of the earlier tasks' rows mixed in: not data-free, an upper reference",
     "joint": "one training on the rows of all tasks together: not data-free, an upper bound",
@@ -70,7 +71,7 @@ class MethodEntry(Section):
 
     name: str = Field(default="", description="in the tables; the method's own by default")
     method: str = Field(description="one of `recall methods`, or a baseline: " + ", ".join(BASELINES))
-    options: dict[str, Any] = Field(default_factory=dict, description="of the method; ewc: strength, rows; replay: share")
+    options: dict[str, Any] = Field(default_factory=dict, description="of the method, or of the baseline")
     weights: Weights = Field(default="uniform", description="as in a run")
     scale_by_layer: LayerScale | None = Field(default=None, description="as in a run")
     prune: Prune | None = Field(default=None, description="as in a run")
@@ -92,6 +93,10 @@ class EwcOptions(Section):
     rows: int = Field(default=64, ge=1, description="of each task, to find what matters to it")
 
 
+class OLoraOptions(Section):
+    strength: float = Field(default=0.5, ge=0, allow_inf_nan=False, description="lambda: how much it costs that rows of A are alike")
+
+
 class ReplayOptions(Section):
     share: float = Field(default=0.05, gt=0, le=1, description="of each earlier task's rows, drawn once by the seed")
 
@@ -104,8 +109,13 @@ class ProtectedOptions(Section):
     merge: str = Field(default="aligned", description="how experts that all start from the base are merged")
 
 
-BaselineOptions = EwcOptions | ReplayOptions | ProtectedOptions
-BASELINE_OPTIONS: dict[str, type[BaselineOptions]] = {"ewc": EwcOptions, "protected": ProtectedOptions, "replay": ReplayOptions}
+BaselineOptions = EwcOptions | OLoraOptions | ReplayOptions | ProtectedOptions
+BASELINE_OPTIONS: dict[str, type[BaselineOptions]] = {
+    "ewc": EwcOptions,
+    "o_lora": OLoraOptions,
+    "protected": ProtectedOptions,
+    "replay": ReplayOptions,
+}
 
 
 class Chain(Section):

@@ -26,7 +26,7 @@ from recall_merge.runtime.errors import Faults, OutputError, ResultError, RunErr
 from recall_merge.runtime.progress import Progress
 from recall_merge.training import checkpoints
 from recall_merge.training.earlier import Earlier
-from recall_merge.training.settings import TrainSettings, arguments_on, check_arguments, training_device
+from recall_merge.training.settings import WHOLE, TrainSettings, arguments_on, check_arguments, training_device
 
 if TYPE_CHECKING:
     import torch
@@ -179,31 +179,30 @@ def _make_model(base: Path, settings: TrainSettings, init_from: Path | None) -> 
     import transformers
 
     transformers.set_seed(settings.seed)  # an adapter's A is drawn before trl sets the seed
-    if settings.kind == "full":
+    if settings.kind in WHOLE:
         if init_from is not None and is_adapter(init_from):
-            what = "all weights are to be trained, but the model to continue from is an adapter"
+            what = "a whole model is to be trained, but the model to continue from is an adapter"
             raise RunError(what, where=init_from, fix="merge it first")
-        return build_model(init_from or base, dtype=settings.dtype)
+        whole = build_model(init_from or base, dtype=settings.dtype)
+        return whole if settings.kind == "full" else _with_tuner(whole, "OSFConfig", settings, base)
     if init_from is not None:
         _check_same_shape(settings, init_from)
         adapted: Any = load_trainable(init_from, base, dtype=settings.dtype)
     else:
-        import peft
-
-        config = peft.LoraConfig(
-            r=settings.rank,
-            lora_alpha=settings.alpha,  # type: ignore[arg-type]
-            lora_dropout=settings.dropout,
-            target_modules=settings.targets,
-            use_dora=settings.kind == "dora",
-            task_type=peft.TaskType.CAUSAL_LM,
-        )
-        try:
-            adapted = peft.get_peft_model(build_model(base, dtype=settings.dtype), config)
-        except ValueError as error:  # modules that the base does not have
-            raise RunError(f"peft refuses: {error}", where=base, fix="check `targets`") from error
+        sizes = {"r": settings.rank, "lora_alpha": settings.alpha, "lora_dropout": settings.dropout, "use_dora": settings.kind == "dora"}
+        adapted = _with_tuner(build_model(base, dtype=settings.dtype), "LoraConfig", settings, base, **sizes)
     adapted.active_peft_config.base_model_name_or_path = str(base)
     return adapted
+
+
+def _with_tuner(model: Any, config: str, settings: TrainSettings, base: Path, **sizes: Any) -> Any:
+    """A model with PEFT's parts in it, which alone are trained. `config` is the class of the parts' settings."""
+    import peft
+
+    try:
+        return peft.get_peft_model(model, getattr(peft, config)(target_modules=settings.targets, task_type=peft.TaskType.CAUSAL_LM, **sizes))
+    except ValueError as error:  # modules that the base does not have
+        raise RunError(f"peft refuses: {error}", where=base, fix="check `targets`") from error
 
 
 def _check_same_shape(settings: TrainSettings, adapter: Path) -> None:
@@ -270,12 +269,14 @@ def _write_expert(
     facts: Mapping[str, Any],
 ) -> None:
     with place as folder:
+        if settings.kind == "osf":
+            model = model.merge_and_unload()
         model.save_pretrained(folder.path)
         if isinstance(settings.template, str):
             tokenizer.chat_template = settings.template
             (folder.path / "chat_template.jinja").write_text(settings.template, "utf-8")
         (folder.path / "README.md").unlink(missing_ok=True)  # PEFT's model card is all placeholders
-        if settings.kind == "full":
+        if settings.kind in WHOLE:
             tokenizer.save_pretrained(folder.path)
         else:
             config = folder.path / CONFIG

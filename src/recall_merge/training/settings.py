@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     import torch
 
 ADAPTER_RATE, FULL_RATE = 8e-4, 2e-5
-ADAPTER_ONLY = ("rank", "alpha", "dropout", "targets")
+ADAPTER_ONLY = ("rank", "alpha", "dropout")
+WHOLE = ("full", "osf")  # kinds whose expert is a whole model
 DEFAULTS: dict[str, Any] = {
     "lr_scheduler_type": "linear",
     "warmup_steps": 0.1,
@@ -86,7 +87,11 @@ class Protect(Section):
 class TrainSettings(Section):
     """How an expert is trained."""
 
-    kind: Literal["lora", "dora", "full"] = Field(default="lora", description="a low-rank adapter, one with magnitudes, or all weights")
+    kind: Literal["lora", "dora", "full", "osf"] = Field(
+        default="lora",
+        description="a low-rank adapter; one with magnitudes; all weights; or, of linear maps, what lies off the larger half of their "
+        "singular directions, which stay as they are (PEFT's OSF)",
+    )
     rank: int = Field(default=16, ge=1, description="rank of an adapter")
     alpha: Positive = Field(default=32, description="an adapter's delta is (alpha / rank) B A")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="on an adapter's input, while training")
@@ -95,7 +100,7 @@ class TrainSettings(Section):
     )
     epochs: Positive = Field(default=2, description="passes over the rows")
     learning_rate: Positive | None = Field(
-        default=None, description=f"peak learning rate; {ADAPTER_RATE:g} for adapters, {FULL_RATE:g} for all weights"
+        default=None, description=f"peak learning rate; {ADAPTER_RATE:g} for adapters, {FULL_RATE:g} for whole models"
     )
     batch_size: int = Field(default=8, ge=1, description="rows per step and device")
     max_length: Annotated[int, Field(ge=2)] | None = Field(
@@ -124,10 +129,13 @@ class TrainSettings(Section):
         return {"template": self.template, "max_length": self.max_length, "turns": self.turns, "label_prompt": label_prompt}
 
     @model_validator(mode="after")
-    def _adapter_settings_need_an_adapter(self) -> TrainSettings:
-        changed = [name for name in ADAPTER_ONLY if getattr(self, name) != type(self).model_fields[name].default]
-        if self.kind == "full" and changed:
-            raise ValueError(f"{', '.join(changed)}: of adapters only, and all weights are to be trained")
+    def _settings_fit_the_kind(self) -> TrainSettings:
+        adapters_only = [*ADAPTER_ONLY, *(["targets"] if self.kind == "full" else [])]
+        changed = [name for name in adapters_only if getattr(self, name) != type(self).model_fields[name].default]
+        if self.kind in WHOLE and changed:
+            raise ValueError(f"{', '.join(changed)}: of adapters only, and a whole model is to be trained")
+        if self.kind == "osf" and self.protect is not None:
+            raise ValueError("`protect` goes with the kinds lora, dora and full")
         return self
 
 
@@ -183,6 +191,6 @@ def check_arguments(settings: TrainSettings, allowed: Collection[str] = ()) -> d
     if packing and settings.max_length is None:
         raise RunError("packing needs the length of a pack", fix="give `max_length`")
     ours = {trl_name: getattr(settings, name) for trl_name, name in SETTING_OF.items()}
-    ours["learning_rate"] = settings.learning_rate or (FULL_RATE if settings.kind == "full" else ADAPTER_RATE)
+    ours["learning_rate"] = settings.learning_rate or (FULL_RATE if settings.kind in WHOLE else ADAPTER_RATE)
     ours["max_length"] = settings.max_length if packing else None  # otherwise rows are cut before
     return DEFAULTS | ours | settings.arguments
