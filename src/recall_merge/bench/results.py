@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from recall_merge.bench.design import Design, Trial
-from recall_merge.bench.jobs import Merged, Store
+from recall_merge.bench.jobs import Merged, Scores, Store, with_needs
 from recall_merge.bench.scenario import ARROW
 from recall_merge.maths.metrics import METRICS, none_if_nan, score_table, table_metrics
 from recall_merge.runtime.durable import write_whole
@@ -23,8 +23,9 @@ TRIAL: Any = {"kind": "str", "method": "str", "seed": "int64", "order": "str"}
 # stage 0 is the base; seen: the model, or one that it is merged from, was trained on the task
 SCORES = TRIAL | {"stage": "int64", "learnt": "str", "task": "str", "seen": "bool", "metric": "str"}
 SCORES |= {"score": "float64", "stderr": "float64", "n": "int64"}
-# all work behind a trial, its last merge alone, and the mean over its experts of what input statistics take
-COSTS = ("seconds", "merge_seconds", "statistics_bytes", "statistics_seconds")
+# all work behind a trial; its last merge alone; the mean over its experts of what input statistics take; what a stage takes on average,
+# without scores, and the most memory that a process held
+COSTS = ("seconds", "merge_seconds", "statistics_bytes", "statistics_seconds", "stage_seconds", "peak_bytes")
 NUMBERS = TRIAL | dict.fromkeys((*METRICS, "item_error", *COSTS), "float64")
 NAN = math.nan
 
@@ -121,14 +122,18 @@ class Results:
         return Table(head, [[name, *(final.get(task, Spread()) for task in tasks)] for name, final in finals.items()])
 
     def costs_table(self, kind: str) -> Table:
-        """What the last merges took, and the input statistics that they were made by."""
+        """What a stage takes without scores, what the last merges took, and the input statistics that they were made by."""
+
+        def said(value: float, unit: str, size: float = 1.0) -> str:
+            return "-" if math.isnan(value) else f"{value / size:.{0 if unit == 's' else 1}f} {unit}"
+
         rows = []
         for row in self.of_kind(kind):
-            merge, size, seconds = (row.numbers[name].mean for name in COSTS[1:])
-            if not math.isnan(merge):
-                statistics = ["-", "-"] if math.isnan(size) else [f"{size / 1e6:.1f} MB", f"{seconds:.0f} s"]
-                rows.append([row.method, f"{merge:.1f} s", *statistics])
-        return Table(["method", "weights and merge", "input statistics", "made in"], rows)
+            merge, size, made, stage, peak = (row.numbers[name].mean for name in COSTS[1:])
+            merged = "-" if math.isnan(merge) else f"{merge:.1f} s"
+            rows.append([row.method, said(stage, "s"), said(peak, "GB", 1e9), merged, said(size, "MB", 1e6), said(made, "s")])
+        head = ["method", "a stage", "peak memory", "weights and merge", "input statistics", "made in"]
+        return Table(head, [row for row in rows if {*row[1:]} != {"-"}])
 
     def item_errors(self, kind: str) -> list[float]:
         """The standard error of each method's average performance over test items."""
@@ -222,7 +227,12 @@ def _metrics(trial: Trial, taken: Mapping[tuple[int, str], Mapping[str, Any]], e
 
 def _costs(trial: Trial, store: Store) -> dict[str, float | None]:
     """The columns `COSTS`, as far as they are known."""
-    merge, costs = trial.jobs[-1].model, {"seconds": store.seconds(trial.jobs)}
+    merge, costs = trial.jobs[-1].model, dict[str, float | None]({"seconds": store.seconds(trial.jobs)})
+    made = [store.read("notes", job.key) for job in with_needs(trial.jobs) if not isinstance(job, Scores)]
+    made += [store.read("merges", job.model.key) for job in trial.jobs if isinstance(job.model, Merged)]
+    if known := [note["seconds"] for note in made if note]:
+        costs["stage_seconds"] = sum(known) / len(trial.order)
+    costs["peak_bytes"] = max((note["peak_bytes"] for note in made if "peak_bytes" in note), default=None)
     if isinstance(merge, Merged):
         costs["merge_seconds"] = store.read("merges", merge.key).get("seconds")
         jobs = [job for _, job in merge.statistics if store.is_done(job)]

@@ -17,6 +17,7 @@ from recall_merge.merging.plan import make_plan
 from recall_merge.merging.run import MergeRun
 from recall_merge.models.load import build_model, load_model, load_tokenizer, load_trainable, placed
 from recall_merge.models.tokens import encode_rows
+from recall_merge.runtime import memory
 from recall_merge.runtime.device import find_device
 from recall_merge.runtime.progress import Progress
 from recall_merge.training.fine_tuning import train
@@ -25,6 +26,7 @@ from recall_merge.training.fine_tuning import train
 def run_job(job: Job, store: Store, progress: Progress | None = None) -> float:
     """Do a job whose needs are done, and note what it took.    -> seconds"""
     start, cost = time.monotonic(), cost_of(job)
+    memory.restart_peak()
     store.keep_base(base_of(job))  # the base may have changed since the job before, or during this one
     match job:
         case Trained():
@@ -47,7 +49,8 @@ def run_job(job: Job, store: Store, progress: Progress | None = None) -> float:
             _score(job, missing, store, progress)
     seconds = time.monotonic() - start
     store.keep_base(base_of(job))
-    store.write("notes", job.key, {"kind": job.kind, "label": job.label, "cost": cost, "seconds": round(seconds, 2)})
+    note = {"kind": job.kind, "label": job.label, "cost": cost, "seconds": round(seconds, 2)}
+    store.write("notes", job.key, note | ({"peak_bytes": peak} if (peak := memory.peak()) else {}))
     return seconds
 
 

@@ -1,4 +1,4 @@
-"""Memory that a merge does not hold longer than it needs: together these take a merge of 4 x 135M from 1.14 to 0.42 GB."""
+"""Memory that a merge does not hold longer than it needs: together these take a merge of 4 x 135M from 1.14 to 0.42 GB. And its peak."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import math
 import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,19 @@ def free_mkl_buffers() -> None:
     """Free what MKL, where torch has it, keeps for the calling thread after a matrix product: megabytes per thread."""
     if _mkl() is not None:
         _mkl().mkl_serv_thread_free_buffers()
+
+
+def restart_peak() -> None:
+    """From now on `peak` counts anew."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak() -> int | None:
+    """The most memory that this process has held since `restart_peak`, in bytes; None where the system does not tell."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), None)
 
 
 @cache
