@@ -17,7 +17,7 @@ from recall_merge.maths.weights import softmax_weights
 from recall_merge.report import merge_charts, workspace_charts
 from recall_merge.report.anatomy import Models, anatomy
 from recall_merge.report.page import Cell, Figure, Item, Items, Matrix, Page, Section, Table, Text, json_in_html, render
-from recall_merge.runtime.errors import DataError, OutputError, ResultError, RunError
+from recall_merge.runtime.errors import CheckpointError, DataError, OutputError, ResultError, RunError
 from recall_merge.runtime.progress import Silent
 from recall_merge.runtime.sealed import read_sealed
 from tiny import fine_tuned, lora, write_rows
@@ -47,7 +47,7 @@ def workspace(bases, tmp_path_factory):
     """Two stages, a way back to the first, and a branch there."""
     folder = tmp_path_factory.mktemp("report")
     data = write_tasks(folder)
-    space = make_workspace(folder / "ws", bases("llama"), scoring__words=True)
+    space = make_workspace(folder / "ws", bases("llama"), scoring__words=True, training__protect={"strength": 1e3})
     teach(space, data, "a")
     teach(space, data, "b")
     rollback(space, 1)
@@ -275,6 +275,20 @@ def test_each_chart_is_there_as_png_and_svg_with_its_title(pages):
         "multi-model-retention-unseen",
         "multi-model-cost-quality",
     }
+
+
+def test_the_page_tells_how_far_training_moved_earlier_answers(workspace, pages, tmp_path):
+    record = workspace / "experts" / "3-c" / "record.json"
+    protection = json.loads(record.read_text())["protection"]
+    page = pages["workspace"].page.read_text("utf-8")
+    assert "How far training moved earlier answers" in page and f"{protection['answers']['a']:.3%}" in page
+    assert any(path.name == "moved-chart.svg" for path in pages["workspace"].charts)
+    copy = tmp_path / "copy"
+    shutil.copytree(workspace, copy)
+    damaged = json.loads(record.read_text()) | {"protection": protection | {"moved": {"a": ["much"]}}}
+    (copy / "experts" / "3-c" / "record.json").write_text(json.dumps(damaged))
+    with pytest.raises(CheckpointError, match="what the record tells of protection is damaged"):
+        report(copy, out=tmp_path / "report")
 
 
 def test_words_are_shown_only_if_asked_for(workspace, tmp_path, pages):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from recall_merge.files.row_sources import LearntRows, ScoredRows, Template
 from recall_merge.merging.run import LayerScale, Prune, Weights
 from recall_merge.runtime.device import DeviceName
+from recall_merge.runtime.errors import Faults, RunError, did_you_mean
 from recall_merge.runtime.paths import exists
 from recall_merge.runtime.sections import Section, assign, parse, read_mapping
 from recall_merge.training.settings import TrainSettings
@@ -206,6 +207,15 @@ class Scenario(Section):
         own, where = (entry.training, f"training of {entry.name}") if entry is not None else ({}, "training")
         shared = self.training.model_dump(exclude_unset=True)
         return parse(TrainSettings, {**shared, **own, "seed": seed, "template": self.template}, where=where)
+
+
+def narrowed(scenario: Scenario, names: Sequence[str]) -> Scenario:
+    """A scenario with some of its methods alone, by their names; all of them without any. Raises RunError for names that it does not have."""
+    known, faults = [entry.name for entry in scenario.methods], Faults()
+    for name in (name for name in names if name not in known):
+        faults.add(f"the scenario has no method '{name}'", where="--only", fix=did_you_mean(name, known))
+    faults.raise_any(RunError)
+    return scenario.model_copy(update={"methods": [entry for entry in scenario.methods if not names or entry.name in names]})
 
 
 def load_scenario(path: Path, overrides: Mapping[str, Any] | None = None) -> Scenario:

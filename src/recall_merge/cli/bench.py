@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
@@ -27,6 +28,9 @@ def bench(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the jobs and the results.", show_default=False)] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Say what there is to do and about how long it takes; do nothing.")] = False,
     summary: Annotated[bool, typer.Option("--summary", help="Write the results of what is done so far; do nothing else.")] = False,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="These methods of the scenario alone, by name.", show_default=False)
+    ] = None,
     executor: Executor = "local",
     device: Device = None,
     sets: Sets = None,
@@ -40,11 +44,12 @@ def bench(
     """
     from recall_merge.bench import bench as run
     from recall_merge.bench.design import make_design
-    from recall_merge.bench.scenario import load_scenario
+    from recall_merge.bench.scenario import load_scenario, narrowed
 
     overrides = settings_of(sets) | ({"device": device} if device else {})
-    loaded = load_scenario(scenario, overrides | ({"out": str(out)} if out is not None else {}))
+    loaded = narrowed(load_scenario(scenario, overrides | ({"out": str(out)} if out is not None else {})), only or ())
     words = [f"--set {key}={PLACEHOLDERS.get(key, value)}" for key, value in overrides.items() if key != "out"]
+    words += [f"--only {shlex.quote(name)}" for name in only or ()]
     words += [f"--allow-argument {name}" for name in allow or ()]
     command = " ".join(["recall bench", scenario.name, *words])
     if plan:

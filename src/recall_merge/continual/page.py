@@ -11,6 +11,7 @@ from typing import Any, cast
 from pydantic import TypeAdapter, ValidationError
 
 from recall_merge.continual.branch_section import BranchScores, branch_blocks
+from recall_merge.continual.protected import protected_by
 from recall_merge.continual.state import Stage, State, found_path, locate_model, read_journal, unchanged_rows
 from recall_merge.continual.steps import fingerprint
 from recall_merge.continual.workspace import Status, status
@@ -19,6 +20,7 @@ from recall_merge.files.checkpoint import open_checkpoint, read_json
 from recall_merge.files.record import RECORD
 from recall_merge.maths.metrics import is_score
 from recall_merge.merging.result import check_record
+from recall_merge.report import merge_charts
 from recall_merge.report import workspace_charts as charts
 from recall_merge.report.anatomy import Models, anatomy
 from recall_merge.report.merge_page import MergeFacts, about, lede, merge_sections
@@ -46,6 +48,8 @@ def make_page(folder: Path, *, text: bool, cache: Path, progress: Progress) -> P
         if branch.end != state.head:
             title = f"Another branch, to stage {branch.rows[-1]}"
         sections.append(Section(f"branch-{branch.end}", title, list(branch_blocks(branch, words, first=branch is branches[0]))))
+    if (protected := list(_protected(folder, state))) and state.head:
+        sections.append(Section("protected", "How far training moved earlier answers", protected))
     if state.head and (found_path(folder, state.model.path) / RECORD).is_file():
         merge = _merge_facts(folder, state, state.stages[state.head - 1], text, cache, progress)
         findings += lede(merge.record)[1:]
@@ -127,6 +131,27 @@ def _tree(state: State) -> list[Any]:
         return (label, state.head == number, children)
 
     return [node(0, "0 base")]
+
+
+def _protected(folder: Path, state: State) -> Iterator[Block]:
+    """How far each stage's training has moved the answers of the tasks before it; of the last such stage, layer by layer."""
+    rows, last = list[list[str]](), None
+    for stage in state.lineage():
+        expert = locate_model(folder, stage.expert)
+        if expert.is_dir() and (found := protected_by(expert)) is not None and found.moved:
+            last = (stage.task.name, found)
+            rows += [
+                [f"{stage.id} {stage.task.name}", task, f"{share:.3%}", f"{found.strength:.3g}"] for task, share in found.answers.items()
+            ]
+    if last is None:
+        return
+    name, found = last
+    shares = list(zip(*found.moved.values(), strict=False))
+    percent = [[None if share is None else 100 * share**0.5 for share in layer] for layer in shares]
+    table = {"experts": list(found.moved), "layers": list(range(len(shares))), "rows": percent}
+    says = f"Learning {name}: how far the answers of each earlier task moved, as a share of their size (root mean square), by its input statistics."
+    head = ["stage", "earlier task", "answers moved by", "strength"]
+    yield Figure("moved-chart", "Answers moved, by layer", says, merge_charts.lines(table, "moved", "answers moved, %"), head, rows)
 
 
 def _merge_facts(folder: Path, state: State, stage: Stage, text: bool, cache: Path, progress: Progress) -> MergeFacts:

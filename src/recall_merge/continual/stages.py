@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from recall_merge.continual.places import SCRATCH, claim_places, clear_scratch, tidy
+from recall_merge.continual.protected import protected_by
 from recall_merge.continual.state import (
     Model,
     Scores,
@@ -43,7 +44,6 @@ from recall_merge.continual.steps import (
 )
 from recall_merge.continual.validation import Request, StageValidation, ValidatedStage, draft
 from recall_merge.files.adapter import is_adapter
-from recall_merge.files.checkpoint import read_json
 from recall_merge.files.model_card import MODEL_CARD, add_scores
 from recall_merge.files.output import OutputFolder
 from recall_merge.files.record import RECORD
@@ -291,8 +291,8 @@ class StageRunner:
         write_whole(file, "".join(line + "\n" for line in lines))
 
     def _moved(self, expert: Model) -> dict[str, float]:
-        record = locate_model(self._folder, expert) / RECORD
-        return read_json(record).get("protection", {}).get("answers", {}) if record.is_file() else {}
+        protected = protected_by(locate_model(self._folder, expert))
+        return {} if protected is None else protected.answers
 
     def _notes(self) -> Iterator[str]:
         method = self._settings.method

@@ -200,7 +200,9 @@ def _with_tuner(model: Any, config: str, settings: TrainSettings, base: Path, **
     import peft
 
     try:
-        return peft.get_peft_model(model, getattr(peft, config)(target_modules=settings.targets, task_type=peft.TaskType.CAUSAL_LM, **sizes))
+        return peft.get_peft_model(
+            model, getattr(peft, config)(target_modules=settings.targets, task_type=peft.TaskType.CAUSAL_LM, **sizes)
+        )
     except ValueError as error:  # modules that the base does not have
         raise RunError(f"peft refuses: {error}", where=base, fix="check `targets`") from error
 
