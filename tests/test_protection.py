@@ -13,12 +13,13 @@ from recall_merge.maths.moments import Moment, weighted_sum
 from recall_merge.maths.protection import dense_pull, energy, free_directions, pull, recalibrated, shared_directions
 from recall_merge.maths.trimming import Draws
 from recall_merge.merging.statistics import make_statistics
-from recall_merge.models.load import hushed
+from recall_merge.models.load import hushed, load_tokenizer
+from recall_merge.models.tokens import encode_rows
 from recall_merge.runtime.errors import RunError, WorkspaceError
 from recall_merge.runtime.sealed import read_sealed, sealed
 from recall_merge.runtime.sections import parse
 from recall_merge.training.fine_tuning import _make_model, train
-from recall_merge.training.protection import moved_answers
+from recall_merge.training.protection import Protection, moved_answers
 from recall_merge.training.settings import Protect, TrainSettings, check_arguments
 from recall_merge.training.trained_maps import trained_maps
 from test_fine_tuning import ROWS, StopAt
@@ -233,10 +234,10 @@ def test_the_answers_that_are_said_to_move_are_those_that_move(world, tmp_path):
         assert layers[layer] == pytest.approx(wanted, rel=1e-3)
 
 
-@pytest.mark.parametrize("strength", ["auto", 10.0])
+@pytest.mark.parametrize(("strength", "rows_of_a"), [("auto", "free"), (10.0, "isolated")])
 @pytest.mark.parametrize("stop", [2, 7])
-def test_a_stop_changes_nothing(world, tmp_path, strength, stop):
-    settings = TrainSettings(protect=Protect(strength=strength, tolerance=0.05), **SMALL)
+def test_a_stop_changes_nothing(world, tmp_path, strength, rows_of_a, stop):
+    settings = TrainSettings(protect=Protect(strength=strength, tolerance=0.05, rows_of_a=rows_of_a), **SMALL)
     whole = train(world[0], ROWS, tmp_path / "whole", settings, earlier=world[1])
     with pytest.raises(KeyboardInterrupt):
         train(world[0], ROWS, tmp_path / "expert", settings, earlier=world[1], callbacks=[StopAt(stop)])

@@ -210,7 +210,7 @@ class Scenario(Section):
 
 
 def narrowed(scenario: Scenario, names: Sequence[str]) -> Scenario:
-    """A scenario with some of its methods alone, by their names; all of them without any. Raises RunError for names that it does not have."""
+    """A scenario with these of its methods alone; with all of them if there are none. Raises RunError for names that it does not have."""
     known, faults = [entry.name for entry in scenario.methods], Faults()
     for name in (name for name in names if name not in known):
         faults.add(f"the scenario has no method '{name}'", where="--only", fix=did_you_mean(name, known))

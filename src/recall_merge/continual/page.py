@@ -149,7 +149,7 @@ def _protected(folder: Path, state: State) -> Iterator[Block]:
     shares = list(zip(*found.moved.values(), strict=False))
     percent = [[None if share is None else 100 * share**0.5 for share in layer] for layer in shares]
     table = {"experts": list(found.moved), "layers": list(range(len(shares))), "rows": percent}
-    says = f"Learning {name}: how far the answers of each earlier task moved, as a share of their size (root mean square), by its input statistics."
+    says = f"Learning {name}: how far the answers of each earlier task moved, as a share of their size, by its input statistics."
     head = ["stage", "earlier task", "answers moved by", "strength"]
     yield Figure("moved-chart", "Answers moved, by layer", says, merge_charts.lines(table, "moved", "answers moved, %"), head, rows)
 

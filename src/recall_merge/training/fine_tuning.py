@@ -95,6 +95,9 @@ def train(
     encoded = encode_rows(rows, tokenizer, **settings.encoding)
     models = FileStates.of([base, *([init_from] if init_from else [])])
     protected = dict(earlier or {}) if settings.protect is not None and settings.protect.strength != 0 else {}
+    if settings.protect is not None and settings.protect.rows_of_a != "free" and init_from is not None:
+        what, fix = "an adapter that is trained further has its rows of A already", "leave out `protect.rows_of_a`, or train a new adapter"
+        raise RunError(what, where=init_from, fix=fix)
     key = _key(base, encoded, settings, init_from, on, protected)
     work = out.with_name(out.name + checkpoints.SUFFIX)
     if (trained := _find_trained(out, key)) is not None:
@@ -107,7 +110,7 @@ def train(
     with hushed(), TRAIN_LOCK:
         model = _make_model(base, settings, init_from)
         arguments["output_dir"] = str(work)
-        protection = _protect(model, protected, settings, base)
+        protection = _protect(model, protected, settings, base, encoded)
         listeners = {"progress": progress, "callbacks": [*callbacks, *([protection] if protection else [])]}
         trainer = _make_trainer(model, tokenizer, encoded, settings, arguments, **listeners)
         with _explain_full_disk(work):
@@ -237,13 +240,13 @@ def _make_trainer(
         raise RunError(f"trl refuses these arguments: {error}", where=", ".join(settings.arguments)) from error
 
 
-def _protect(model: Any, protected: Earlier, settings: TrainSettings, base: Path) -> Protection | None:
+def _protect(model: Any, protected: Earlier, settings: TrainSettings, base: Path, rows: Sequence[EncodedRow]) -> Protection | None:
     """What protects earlier tasks, if there are any."""
     if not protected or settings.protect is None:
         return None
     from recall_merge.training.protection import Protection
 
-    return Protection(protected, settings.protect, open_checkpoint(base), model, seed=settings.seed)
+    return Protection(protected, settings.protect, open_checkpoint(base), model, rows=rows, seed=settings.seed)
 
 
 @contextmanager

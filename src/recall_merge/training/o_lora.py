@@ -1,4 +1,4 @@
-"""O-LoRA: a new adapter for each task, whose rows of A are held at right angles to those of earlier ones (Wang et al. 2023, arXiv:2310.14152).
+"""O-LoRA: a new adapter for each task, whose rows of A are held at right angles to earlier ones (Wang et al. 2023, arXiv:2310.14152).
 
 Task i is trained on loss_i + lambda * sum_{j<i} sum over maps of the sum of |A_j A_i^T|, an (r, r) matrix; the adapters add up.
 """

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -20,9 +21,11 @@ from recall_merge.files.checkpoint import Checkpoint
 from recall_merge.maths.moments import Moment, weighted_sum
 from recall_merge.maths.protection import energy
 from recall_merge.maths.trimming import Draws
+from recall_merge.models.tokens import EncodedRow
 from recall_merge.training.earlier import Earlier
-from recall_merge.training.settings import Protect
-from recall_merge.training.trained_maps import TrainedMap, trained_maps
+from recall_merge.training.rows_of_a import inputs_of, rows_of_a
+from recall_merge.training.settings import Protect, RowsOfA
+from recall_merge.training.trained_maps import Adapted, TrainedMap, trained_maps
 
 COLUMNS = 64  # directions that the moment of a group keeps of all earlier tasks: in float32 a twentieth of a small model's bytes
 RATE, FASTEST = 0.1, 0.5  # of the automatic strength: its logarithm changes by RATE times the excess a step, and by FASTEST at most
@@ -31,6 +34,9 @@ FIRST = 0.1  # nats; the automatic strength begins where answers that have moved
 
 @dataclass(frozen=True)
 class _Group:
+    """Maps that read the same hidden states."""
+
+    names: list[str]
     maps: list[TrainedMap]
     moment: Moment
 
@@ -40,16 +46,21 @@ class Protection(TrainerCallback, ExportableState):
 
     Args:
         base: its files name the maps of `model`, which training has not changed yet.
+        rows: of the new task.
 
     Attributes:
         strength: of now; with `auto` it follows how far answers have moved.
         moved: the mean over groups and tasks of E_q|D x|^2 / E_q|W x|^2, after the last step but one.
     """
 
-    def __init__(self, earlier: Earlier, settings: Protect, base: Checkpoint, model: Any, *, seed: int) -> None:
+    def __init__(
+        self, earlier: Earlier, settings: Protect, base: Checkpoint, model: Any, *, rows: Sequence[EncodedRow] = (), seed: int
+    ) -> None:
         self._settings, self._earlier, self._base = settings, earlier, base
         self._maps = trained_maps(model, base, {name for statistics in earlier.values() for name in statistics.facts["tensors"]})
         self._groups = _grouped(self._maps, earlier, seed)
+        if settings.rows_of_a != "free":
+            _begin_rows(model, self._maps, self._groups, rows, settings.rows_of_a, seed)
         self.strength = FIRST / settings.tolerance**2 if settings.strength == "auto" else float(settings.strength)
         self.moved = 0.0
 
@@ -100,8 +111,21 @@ def _grouped(maps: Mapping[str, TrainedMap], earlier: Earlier, seed: int) -> lis
                 answers = sum(energy(maps[name].weight().float().cpu(), moment) for name in names)
                 shares.append(1 / answers if answers > 0 else 0.0)
         moment = weighted_sum(moments, shares, COLUMNS, Draws(seed, names[0], ("earlier tasks",)).streams[0])
-        made.append(_Group([maps[name] for name in names], moment.to(maps[names[0]].weight().device)))
+        made.append(_Group(names, [maps[name] for name in names], moment.to(maps[names[0]].weight().device)))
     return made
+
+
+def _begin_rows(
+    model: Any, maps: Mapping[str, TrainedMap], groups: Sequence[_Group], rows: Sequence[EncodedRow], how: RowsOfA, seed: int
+) -> None:
+    """Let the rows of each new adapter's A begin where `how` says; all adapters of a group in the same directions."""
+    adapted = {name: each for name, each in maps.items() if isinstance(each, Adapted)}
+    moments = inputs_of(model, adapted, rows, lambda name: Draws(seed, name, ("new task",)).streams[0])
+    for group in groups:
+        first, draw = adapted[group.names[0]], Draws(seed, group.names[0], ("rows of A",)).streams[0]
+        directions = rows_of_a(how, moments[group.names[0]], group.moment.to(torch.device("cpu")), len(first.down), draw)
+        for name in group.names:
+            adapted[name].begin(directions)
 
 
 def moved_answers(maps: Mapping[str, TrainedMap], earlier: Earlier, base: Checkpoint) -> dict[str, list[float | None]]:

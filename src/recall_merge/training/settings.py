@@ -70,6 +70,9 @@ OPEN = {
 person allows each by name where they give the command, `--allow-argument NAME`."""
 
 
+RowsOfA = Literal["free", "isolated", "mixed"]
+
+
 class Protect(Section):
     """How earlier tasks are protected while a new one is learnt: their answers may move little, by their input statistics."""
 
@@ -78,6 +81,11 @@ class Protect(Section):
     )
     tolerance: Positive = Field(
         default=0.003, description="of `auto`: how far answers of earlier tasks may move, as a share of their size (root mean square)"
+    )
+    rows_of_a: RowsOfA = Field(
+        default="free",
+        description="where the A of a new adapter begins: anywhere; in directions that the new task's inputs have and earlier ones' lack; or "
+        "half of it there, and half where both lie",
     )
     statistics: dict[str, str] = Field(
         default_factory=dict, description="by task, folders of input statistics of further experts on the same base"
@@ -136,6 +144,8 @@ class TrainSettings(Section):
             raise ValueError(f"{', '.join(changed)}: of adapters only, and a whole model is to be trained")
         if self.kind == "osf" and self.protect is not None:
             raise ValueError("`protect` goes with the kinds lora, dora and full")
+        if self.kind == "full" and self.protect is not None and self.protect.rows_of_a != "free":
+            raise ValueError("`protect.rows_of_a` is of adapters only, and a whole model is to be trained")
         return self
 
 

@@ -55,16 +55,22 @@ def trained_maps(model: nn.Module, base: Checkpoint, tensors: Collection[str]) -
     return found
 
 
-class _Adapted:
+class Adapted:
     """A module and its one adapter, s B A."""
 
     def __init__(self, layer: Any) -> None:
         [self.adapter] = layer.lora_A
-        self.layer, self.scale = layer, layer.scaling[self.adapter]
+        self.scale = layer.scaling[self.adapter]
         self.down, self.up = layer.lora_A[self.adapter].weight, layer.lora_B[self.adapter].weight
+        self.inner: Any = layer.base_layer
+
+    def begin(self, directions: Tensor) -> None:
+        """Let the first rows of A lie along directions of length 1, each as long as its rows are on average."""
+        with torch.no_grad():
+            self.down[: len(directions)] = directions.to(self.down) * self.down.norm(dim=1).mean()
 
 
-class _Lora(_Adapted):
+class _Lora(Adapted):
     """W + s B A."""
 
     def __init__(self, layer: Any) -> None:
@@ -72,7 +78,7 @@ class _Lora(_Adapted):
         self.start = None if not self.up.any() else (self.up.detach().clone(), self.down.detach().clone())
 
     def weight(self) -> Dense:
-        inner = _oriented(self.layer.base_layer)
+        inner = _oriented(self.inner)
         return inner if self.start is None else inner + self.scale * (self.start[0] @ self.start[1])
 
     def change(self) -> LowRank:
@@ -106,7 +112,7 @@ class _Full:
         return energy
 
 
-class _Dora(_Adapted):
+class _Dora(Adapted):
     """m / |W + s B A| (W + s B A), by rows; the norms count as constants, as they do in PEFT's own gradients."""
 
     def __init__(self, layer: Any) -> None:
@@ -115,14 +121,14 @@ class _Dora(_Adapted):
         self.start = self._now()[1].clone() if self.up.any() else None
 
     def weight(self) -> Dense:
-        return _oriented(self.layer.base_layer) if self.start is None else self.start
+        return _oriented(self.inner) if self.start is None else self.start
 
     def change(self) -> Dense:
         return self._now()[1] - self.weight().float()
 
     def _now(self) -> tuple[Tensor, Tensor, Tensor]:
         """W + s B A and the map (o, i); and 1 / |W + s B A| (o, 1)."""
-        inner = _oriented(self.layer.base_layer).float()
+        inner = _oriented(self.inner).float()
         summed = torch.addmm(inner, self.up.detach().float(), self.down.detach().float(), alpha=self.scale)
         inverse = 1 / summed.norm(dim=1, keepdim=True)
         return summed, summed * (self.size.detach().float().reshape(-1, 1) * inverse), inverse
