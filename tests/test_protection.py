@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from recall_merge import MergeRun
 from recall_merge.files.checkpoint import open_checkpoint
@@ -13,11 +14,13 @@ from recall_merge.maths.moments import Moment, weighted_sum
 from recall_merge.maths.protection import dense_pull, energy, free_directions, pull, recalibrated, shared_directions
 from recall_merge.maths.trimming import Draws
 from recall_merge.merging.statistics import make_statistics
-from recall_merge.models.load import hushed, load_tokenizer
+from recall_merge.models.load import hushed, load_model, load_tokenizer
+from recall_merge.models.own_text import own_texts
 from recall_merge.models.tokens import encode_rows
 from recall_merge.runtime.errors import RunError, WorkspaceError
 from recall_merge.runtime.sealed import read_sealed, sealed
 from recall_merge.runtime.sections import parse
+from recall_merge.training.earlier import OWN
 from recall_merge.training.fine_tuning import _make_model, train
 from recall_merge.training.protection import Protection, moved_answers
 from recall_merge.training.settings import Protect, TrainSettings, check_arguments
@@ -219,6 +222,48 @@ def test_a_strong_protection_leaves_old_answers_where_they_were(world, tmp_path,
     assert moved[1e9] < 1e-4
 
 
+@pytest.mark.parametrize("how", ["isolated", "mixed"])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_the_rows_of_a_begin_where_the_new_task_has_more_than_the_old(world, how, kind):
+    """Before the first step, by the inputs of a model of transformers' own."""
+    base, statistics = world
+    with hushed():
+        model = _make_model(base, TrainSettings(rank=4, kind=kind), None)
+    rows = encode_rows(ROWS, load_tokenizer(base), template=True)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    Protection(statistics, Protect(rows_of_a=how), open_checkpoint(base), model, rows=rows, seed=0)
+    after = dict(model.named_parameters())
+    assert {name for name in after if not torch.equal(after[name], before[name])} == {name for name in before if "lora_A" in name}
+    assert model.training and all(parameter.requires_grad == (".lora_" in name) for name, parameter in after.items())
+    inputs = []
+    down = dict(model.named_modules())["base_model.model.model.layers.1.mlp.down_proj"]
+    down.register_forward_pre_hook(lambda _, args: inputs.append(args[0][0].detach()))
+    with torch.no_grad():
+        for row in rows:
+            model(input_ids=torch.tensor([row.input_ids]))
+    new = torch.cat(inputs)
+    old, _ = statistics["old"].moment("model.layers.1.mlp.down_proj.weight")
+
+    def share(directions):  # the inputs' energy under the new task beside that under the old one
+        return float((new @ directions.mT).square().sum() / len(new) / energy(directions, old))
+
+    at = "base_model.model.model.layers.{}.lora_A.default.weight"
+    found, drawn = (names[at.format("1.mlp.down_proj")].detach() for names in (after, before))
+    assert share(found[:2]) > 3 * share(drawn[:2])  # of both ways the first half is free
+    assert float(found.norm(dim=1).mean()) == pytest.approx(float(drawn.norm(dim=1).mean()), rel=1e-4)
+    q, v = (nn.functional.normalize(after[at.format(f"0.self_attn.{name}_proj")]) for name in "qv")
+    torch.testing.assert_close(q, v)  # they read the same
+
+
+def test_rows_of_a_are_of_new_adapters_alone(world, tmp_path):
+    first = train(world[0], ROWS, tmp_path / "first", TrainSettings(**SMALL))
+    settings = TrainSettings(protect=Protect(rows_of_a="isolated"), **SMALL)
+    with pytest.raises(RunError, match="an adapter that is trained further has its rows of A already"):
+        train(world[0], ROWS, tmp_path / "on", settings, init_from=first.folder, earlier=world[1])
+    with pytest.raises(ValueError, match="is of adapters only"):
+        TrainSettings(kind="full", protect=Protect(rows_of_a="isolated"))
+
+
 def test_the_answers_that_are_said_to_move_are_those_that_move(world, tmp_path):
     """The share by which answers move, from statistics of rank enough, against the model's own maps on the old rows."""
     result = trained(world, tmp_path / "new", protect={"strength": 1e-9}, targets=["q_proj"])
@@ -362,3 +407,40 @@ def test_bad_settings(protect, words):
     with pytest.raises(RunError) as error:
         parse(TrainSettings, {"protect": protect}, where="training")
     assert any(words in f"{fault.what} {fault.where} {fault.fix}" for fault in error.value.faults)
+
+
+# --- the base itself ------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_base_writes_texts_that_the_seed_alone_decides(llama):
+    model, tokenizer = load_model(llama, None)
+    state = torch.get_rng_state()
+    first = own_texts(model, tokenizer, seed=1, count=20, tokens=6)
+    assert torch.equal(torch.get_rng_state(), state) and 0 < len(first) <= 20 and len(set(first)) > 5
+    assert own_texts(model, tokenizer, seed=1, count=20, tokens=6) == first != own_texts(model, tokenizer, seed=2, count=20, tokens=6)
+    tokenizer.bos_token = tokenizer.eos_token = None
+    with pytest.raises(RunError, match="neither a start nor an end token"):
+        own_texts(model, tokenizer, seed=1)
+
+
+def test_a_workspace_protects_the_base_from_its_first_stage_on(llama, tmp_path):
+    data = write_tasks(tmp_path)
+    space = make_workspace(tmp_path / "ws", llama, method="linear", strategy="newest", training__protect={"strength": 1e3, "base": 0.5})
+    assert [*teach(space, data, "a").moved] == ["base"]
+    own = tree(space / "statistics" / "base")
+    assert {*own} == {"key.json", "own_text.json", "own_text.jsonl", "stats.json", "stats.safetensors"}
+    assert [*teach(space, data, "b", start="last").moved] == ["base", "a"]
+    assert tree(space / "statistics" / "base") == own  # made once
+
+
+def test_the_base_counts_as_it_is_told(world, tmp_path):
+    """A base that counts twice is protected as a task that is given twice."""
+    old = world[1]["old"]
+
+    def answers(earlier, **protect):
+        settings = TrainSettings(protect=Protect(strength=30, **protect), **SMALL)
+        return load_tensors(train(world[0], ROWS, tmp_path / "expert", settings, earlier=earlier, overwrite=True).folder)
+
+    twice, own = answers({"old": old, "older": old}), answers({OWN: old}, base=2.0)
+    for name, tensor in twice.items():
+        torch.testing.assert_close(own[name], tensor, rtol=1e-3, atol=1e-5)

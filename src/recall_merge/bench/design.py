@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from recall_merge.bench.jobs import Anchor, Base, Merged, Model, Question, Scores, StatisticsJob, Trained
+from recall_merge.bench.jobs import Anchor, Base, Merged, Model, OwnStatistics, Question, Scores, StatisticsJob, Trained
 from recall_merge.bench.scenario import (
     BASELINE_OPTIONS,
     BASELINES,
@@ -32,6 +32,7 @@ from recall_merge.merging.run import ByLayer, FromHiddenStates, FromLosses, Merg
 from recall_merge.runtime.device import hardware
 from recall_merge.runtime.errors import DataError, Faults, RunError, did_you_mean
 from recall_merge.runtime.sections import parse
+from recall_merge.training.earlier import OWN
 from recall_merge.training.fine_tuning import check_rows
 from recall_merge.training.settings import Protect, check_arguments, training_device
 
@@ -128,7 +129,10 @@ def _check_methods(scenario: Scenario, allowed: Collection[str], faults: Faults)
         with faults.collect():
             check_arguments(scenario.settings(entry, 0), allowed)
         with faults.collect():
-            _baseline_options(entry)
+            options, protect = _baseline_options(entry), scenario.settings(entry, 0).protect
+            if isinstance(options, ProtectedOptions) and options.start == "adapter" and protect is not None and protect.rows_of_a != "free":
+                what, fix = "the adapter so far has its rows of A already", "leave out `protect.rows_of_a`, or `start: last`"
+                raise RunError(what, where=f"methods, {entry.name}", fix=fix)
         if entry.is_baseline:
             continue
         if entry.training:
@@ -259,15 +263,18 @@ class _Jobs:
         settings = self.scenario.settings(entry, seed)
         if settings.protect is None:
             settings = settings.model_copy(update={"protect": Protect()})
+        protect, own = settings.protect or Protect(), ()
+        if protect.base and protect.strength != 0:
+            own = ((OWN, OwnStatistics(f"the input statistics of the base, seed {seed}", self.base, seed)),)
         learnt: list[tuple[str, Trained]] = []
         for number, task in enumerate(order):
             label = f"{entry.name} after {' > '.join(order[: number + 1])}"
-            if not learnt:
+            earlier = (*own, *((old, self._statistics(old, model, seed)) for old, model in learnt))
+            if not earlier:
                 newest = self.expert(task, seed)
             else:
-                base = _whole(learnt[-1][1]) if options.start == "last" else self.base
-                start = learnt[-1][1] if options.start == "adapter" else None
-                earlier = tuple((old, self._statistics(old, model, seed)) for old, model in learnt)
+                base = _whole(learnt[-1][1]) if learnt and options.start == "last" else self.base
+                start = learnt[-1][1] if learnt and options.start == "adapter" else None
                 newest = Trained(label, base, self.train[task], settings, start, earlier=earlier)
             learnt.append((task, newest))
             if options.start == "base" and number:

@@ -62,7 +62,7 @@ class Trained:
     anchor: Anchor | None = None  # what earlier tasks need, for elastic weight consolidation
     strength: float = 0.0  # lambda of that, or of what follows
     apart: tuple[Trained, ...] = ()  # adapters of earlier tasks, at right angles to which this one is held
-    earlier: tuple[tuple[str, StatisticsJob], ...] = ()  # of earlier tasks, which are protected
+    earlier: tuple[tuple[str, StatisticsJob | OwnStatistics], ...] = ()  # of earlier tasks, which are protected, and of the base itself
 
     @cached_property
     def key(self) -> str:
@@ -101,6 +101,20 @@ class StatisticsJob:
     @cached_property
     def key(self) -> str:
         return hashed(["statistics", self.model.key, self.samples, *(["gradients"] if self.gradients else [])])
+
+
+@dataclass(frozen=True)
+class OwnStatistics:
+    """The input statistics of the base on text that it writes itself."""
+
+    kind: ClassVar = "statistics"
+    label: str = field(compare=False)
+    model: Base
+    seed: int
+
+    @cached_property
+    def key(self) -> str:
+        return hashed(["own statistics", self.model.key, self.seed])
 
 
 @dataclass(frozen=True)
@@ -164,7 +178,7 @@ class Scores:
         return hashed(["score", self.model.key, question.key])
 
 
-Job = Trained | Anchor | StatisticsJob | Merged | Scores
+Job = Trained | Anchor | StatisticsJob | OwnStatistics | Merged | Scores
 
 
 def base_of(job: Job | Base) -> Base:
@@ -187,6 +201,8 @@ def cost_of(job: Job) -> float:
             return 4 * tokens_of(job.rows)
         case StatisticsJob():
             return 3 * tokens_of(job.model.rows)
+        case OwnStatistics():  # a token at a time
+            return 20_000
         case Merged():
             return 200.0 * len(job.experts) + 2 * tokens_of(job.samples)
         case Scores():
@@ -200,7 +216,7 @@ def needs_of(job: Job) -> list[Job]:
             parts = (job.base, job.start, job.anchor, *job.apart, *(statistics for _, statistics in job.earlier))
         case Anchor():
             parts = (job.model, job.before)
-        case StatisticsJob():
+        case StatisticsJob() | OwnStatistics():
             parts = (job.model,)
         case Merged():
             parts = (job.base, *(model for _, model in job.experts), *(statistics for _, statistics in job.statistics))
@@ -230,7 +246,7 @@ class Store:
 
     folder: Path
 
-    def path_of(self, job: Trained | Anchor | StatisticsJob | Merged) -> Path:
+    def path_of(self, job: Trained | Anchor | StatisticsJob | OwnStatistics | Merged) -> Path:
         """What a job makes: a model's folder, the folder of input statistics, or an anchor's file."""
         return self.folder / job.kind / (f"{job.key}.safetensors" if isinstance(job, Anchor) else job.key)
 

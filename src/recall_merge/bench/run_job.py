@@ -8,8 +8,21 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from recall_merge.bench.jobs import Anchor, Job, Merged, Model, Question, Scores, StatisticsJob, Store, Trained, base_of, cost_of
-from recall_merge.continual.steps import merge_models, score_model, take_statistics
+from recall_merge.bench.jobs import (
+    Anchor,
+    Job,
+    Merged,
+    Model,
+    OwnStatistics,
+    Question,
+    Scores,
+    StatisticsJob,
+    Store,
+    Trained,
+    base_of,
+    cost_of,
+)
+from recall_merge.continual.steps import merge_models, score_model, take_own_statistics, take_statistics
 from recall_merge.evaluation.tasks import TaskSpec
 from recall_merge.files.statistics import open_statistics
 from recall_merge.merging.merge import merge_in_memory
@@ -39,6 +52,8 @@ def run_job(job: Job, store: Store, progress: Progress | None = None) -> float:
             run = {"base": str(store.folder_of(model.base)), "experts": experts, "samples": samples}
             run |= {"seed": model.settings.seed, "threads": 1, "device": base_of(job).device}
             take_statistics(MergeRun.model_validate(run), store.path_of(job), gradients=job.gradients, progress=progress)
+        case OwnStatistics(model=base):
+            take_own_statistics(base.folder, store.path_of(job), seed=job.seed, device=base.device, progress=progress)
         case Merged():
             run = make_run(job, store)
             out = run.out.model_copy(update={"path": store.path_of(job), "overwrite": True})

@@ -40,6 +40,7 @@ from recall_merge.continual.steps import (
     merge_models,
     score_model,
     scores_key,
+    take_own_statistics,
     take_statistics,
 )
 from recall_merge.continual.validation import Request, StageValidation, ValidatedStage, draft
@@ -56,6 +57,7 @@ from recall_merge.models.load import load_model
 from recall_merge.runtime.durable import write_whole
 from recall_merge.runtime.errors import Faults, WorkspaceError
 from recall_merge.runtime.progress import Progress, Silent
+from recall_merge.training.earlier import OWN, Earlier
 from recall_merge.training.fine_tuning import train
 
 StageScores = dict[str, dict[str, dict[str, Any]]]  # role -> task -> score, with its items
@@ -150,7 +152,7 @@ class StageRunner:
         if given is None:
             settings = self._settings.training_settings()
             options: dict[str, Any] = {"overwrite": True, "progress": self._progress, "allowed": settings.arguments}  # validation has asked
-            options["earlier"] = self._stage.earlier
+            options["earlier"] = self._protected()
             train(self._start(self._spec), self._stage.rows, target, settings, device=self._settings.device, **options)
         else:
             source = locate_model(self._folder, given)
@@ -159,6 +161,14 @@ class StageRunner:
             if not target.exists() or not is_same(target, given.fingerprint):
                 _copy_adapter(source, target)
         return self._model(target)
+
+    def _protected(self) -> Earlier:
+        """The input statistics of what the training protects: of earlier tasks, and of the base on text of its own, if that is wanted."""
+        protect = self._settings.training_settings().protect
+        if protect is None or not protect.base or protect.strength == 0:
+            return self._stage.earlier
+        place, facts = self._folder / "statistics" / OWN, {"seed": self._settings.seed, "device": self._settings.device}
+        return {OWN: take_own_statistics(self._stage.base, place, **facts, progress=self._progress), **self._stage.earlier}
 
     def _take_statistics(self, expert: Model) -> str | None:
         """What the expert leaves behind about its rows, which no later stage reads, for methods that merge by statistics."""

@@ -21,6 +21,7 @@ from recall_merge.files.checkpoint import open_checkpoint, read_json
 from recall_merge.files.companions import hash_texts
 from recall_merge.files.hashing import hash_file, hash_model
 from recall_merge.files.record import versions
+from recall_merge.files.statistics import InputStatistics, open_statistics
 from recall_merge.merging.merge import MergeResult, merge, reuse
 from recall_merge.merging.run import MergeRun
 from recall_merge.merging.statistics import RANK, make_statistics
@@ -31,6 +32,7 @@ from recall_merge.runtime.errors import CheckpointError
 from recall_merge.runtime.progress import Progress
 from recall_merge.runtime.sealed import read_sealed, sealed
 
+OWN_TEXT, OWN_ROWS = "own_text.json", "own_text.jsonl"  # what a base has written, beside its statistics
 KEY = "key.json"  # in the folder of an expert's statistics
 SCORES_FORMAT = 3  # of the files that keep scores; part of their key
 
@@ -101,6 +103,30 @@ def take_statistics(run: MergeRun, folder: Path, *, rank: int = RANK, gradients:
         (folder / KEY).unlink(missing_ok=True)  # subtle: statistics that a stop leaves half replaced belong to no key
         make_statistics(run, rank=rank, gradients=gradients, folder=folder, progress=progress)
         made.write()
+
+
+def take_own_statistics(
+    base: Path, folder: Path, *, seed: int, device: str, rank: int = RANK, progress: Progress | None = None
+) -> InputStatistics:
+    """The input statistics of a base on text that it writes itself, made once; the text stays beside them. Raises what can go wrong."""
+    facts = {"base": fingerprint(base), "seed": seed, "versions": versions()} | accelerator_facts(device)
+    texts = KeyedFile(folder / OWN_TEXT, key_of(facts))
+    if not texts.exists:
+        from recall_merge.models.load import load_model
+        from recall_merge.models.own_text import own_texts
+
+        model, tokenizer = load_model(base, None, device=device)
+        texts.content = {"texts": own_texts(model, tokenizer, seed=seed)}
+        texts.write()
+    rows = folder / OWN_ROWS
+    write_whole(rows, "".join(json.dumps({"text": text}) + "\n" for text in texts.content["texts"]))
+    experts = [{"name": "own", "path": str(base), "is_base": True}]
+    samples = {"path": str(rows), "count": len(texts.content["texts"]), "template": False}
+    run = MergeRun.model_validate({"base": str(base), "experts": experts, "samples": samples, "seed": seed, "device": device})
+    take_statistics(run, folder, rank=rank, progress=progress)
+    statistics = open_statistics(folder)
+    assert statistics is not None
+    return statistics
 
 
 def merge_models(run: MergeRun, *, progress: Progress | None = None) -> MergeResult:

@@ -12,6 +12,8 @@ from recall_merge.runtime.errors import CheckpointError, Faults, RunError
 Earlier = Mapping[str, InputStatistics]
 """The input statistics of earlier experts, by task."""
 
+OWN = "base"  # among them, in place of a task: the base itself, on text that it has written
+
 
 def open_earlier(folders: Mapping[str, Path], base: Checkpoint) -> dict[str, InputStatistics]:
     """Input statistics by task, in the folders given.

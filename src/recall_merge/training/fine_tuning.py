@@ -94,8 +94,9 @@ def train(
     tokenizer = load_tokenizer(base)
     encoded = encode_rows(rows, tokenizer, **settings.encoding)
     models = FileStates.of([base, *([init_from] if init_from else [])])
-    protected = dict(earlier or {}) if settings.protect is not None and settings.protect.strength != 0 else {}
-    if settings.protect is not None and settings.protect.rows_of_a != "free" and init_from is not None:
+    protect = settings.protect
+    protected = dict(earlier or {}) if protect is not None and protect.strength != 0 else {}
+    if protect is not None and protect.rows_of_a != "free" and init_from is not None:
         what, fix = "an adapter that is trained further has its rows of A already", "leave out `protect.rows_of_a`, or train a new adapter"
         raise RunError(what, where=init_from, fix=fix)
     key = _key(base, encoded, settings, init_from, on, protected)

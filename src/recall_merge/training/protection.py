@@ -1,8 +1,9 @@
 """Training that leaves earlier tasks alone: a penalty on how far their answers move, from input statistics alone (`maths/protection.py`).
 
-Maps that read the same hidden states form a group with one moment, S = sum_q G_q / E_q|W x|^2, |W x|^2 summed over its maps. The penalty
-is strength * mean over groups of the sum over maps of tr(D S D^T), D the change of a map since training began. Its gradients are known in
-closed form, and are added to those of the loss: nothing goes through the graph.
+Maps that read the same hidden states form a group with one moment, S = sum_q w_q G_q / E_q|W x|^2, |W x|^2 summed over its maps; w_q is 1
+for a task, and what the settings say for the base on text of its own. The penalty is strength * mean over groups of the sum over maps of
+tr(D S D^T), D the change of a map since training began. Its gradients are known in closed form, and are added to those of the loss: nothing
+goes through the graph.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from recall_merge.maths.moments import Moment, weighted_sum
 from recall_merge.maths.protection import energy
 from recall_merge.maths.trimming import Draws
 from recall_merge.models.tokens import EncodedRow
-from recall_merge.training.earlier import Earlier
+from recall_merge.training.earlier import OWN, Earlier
 from recall_merge.training.rows_of_a import inputs_of, rows_of_a
 from recall_merge.training.settings import Protect, RowsOfA
 from recall_merge.training.trained_maps import Adapted, TrainedMap, trained_maps
@@ -58,7 +59,8 @@ class Protection(TrainerCallback, ExportableState):
     ) -> None:
         self._settings, self._earlier, self._base = settings, earlier, base
         self._maps = trained_maps(model, base, {name for statistics in earlier.values() for name in statistics.facts["tensors"]})
-        self._groups = _grouped(self._maps, earlier, seed)
+        self._weights = {task: settings.base if task == OWN else 1.0 for task in earlier}
+        self._groups = _grouped(self._maps, earlier, self._weights, seed)
         if settings.rows_of_a != "free":
             _begin_rows(model, self._maps, self._groups, rows, settings.rows_of_a, seed)
         self.strength = FIRST / settings.tolerance**2 if settings.strength == "auto" else float(settings.strength)
@@ -80,7 +82,7 @@ class Protection(TrainerCallback, ExportableState):
         for group in self._groups:
             for each in group.maps:
                 total += each.add_pull(group.moment, factor)
-        self.moved = float(total) / len(self._groups) / len(self._earlier)
+        self.moved = float(total) / len(self._groups) / sum(self._weights.values())
         if self._settings.strength == "auto":
             excess = RATE * (self.moved / self._settings.tolerance**2 - 1)
             self.strength *= math.exp(min(excess, FASTEST))
@@ -96,20 +98,20 @@ class Protection(TrainerCallback, ExportableState):
         }
 
 
-def _grouped(maps: Mapping[str, TrainedMap], earlier: Earlier, seed: int) -> list[_Group]:
-    """The maps in groups that share the inputs in all statistics."""
+def _grouped(maps: Mapping[str, TrainedMap], earlier: Earlier, weights: Mapping[str, float], seed: int) -> list[_Group]:
+    """The maps in groups that share the inputs in all statistics, which count by their weights."""
     groups = defaultdict[tuple[Any, ...], list[str]](list)
     for name in maps:
         groups[tuple(statistics.facts["tensors"].get(name, [None])[0] for statistics in earlier.values())].append(name)
     made = []
     for names in groups.values():
         moments, shares = [], []
-        for statistics in earlier.values():
+        for task, statistics in earlier.items():
             if (found := statistics.moment(names[0])) is not None:
                 moment, _ = found
                 moments.append(moment)
                 answers = sum(energy(maps[name].weight().float().cpu(), moment) for name in names)
-                shares.append(1 / answers if answers > 0 else 0.0)
+                shares.append(weights[task] / answers if answers > 0 else 0.0)
         moment = weighted_sum(moments, shares, COLUMNS, Draws(seed, names[0], ("earlier tasks",)).streams[0])
         made.append(_Group(names, [maps[name] for name in names], moment.to(maps[names[0]].weight().device)))
     return made

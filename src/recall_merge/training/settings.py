@@ -84,8 +84,11 @@ class Protect(Section):
     )
     rows_of_a: RowsOfA = Field(
         default="free",
-        description="where the A of a new adapter begins: anywhere; in directions that the new task's inputs have and earlier ones' lack; or "
-        "half of it there, and half where both lie",
+        description="where the A of a new adapter begins: anywhere; in directions that the new task's inputs have and earlier ones' "
+        "lack; or half of it there, and half where both lie",
+    )
+    base: NonNegative = Field(
+        default=0.0, description="how much the base's own answers count beside an earlier task's, on text that it writes itself"
     )
     statistics: dict[str, str] = Field(
         default_factory=dict, description="by task, folders of input statistics of further experts on the same base"
