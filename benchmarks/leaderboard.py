@@ -1,7 +1,7 @@
 """Learning one task after another, best first: python -m benchmarks.leaderboard [FOLDER]
 
 Takes the tables of `recall bench benchmarks/stream.yaml` from FOLDER, where it is given, into docs/results/stream; writes the leaderboard
-from what lies there into docs/leaderboard.md, and its first rows into the README.
+from what lies there into docs/leaderboard.md, its first rows into the README, and a picture of what is forgotten into docs/pictures.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -19,10 +19,13 @@ from scipy.stats import t as student
 
 from benchmarks.measure import ROOT
 from recall_merge.bench.results import MethodResults, Results, read_results
-from recall_merge.bench.scenario import Scenario, load_scenario
+from recall_merge.bench.scenario import ARROW, Scenario, load_scenario
+from recall_merge.report.pictures import altair, save_chart
+from recall_merge.report.workspace_charts import curves
 
 SCENARIO = ROOT / "benchmarks" / "stream.yaml"
 KEPT, PAGE, README = ROOT / "docs" / "results" / "stream", ROOT / "docs" / "leaderboard.md", ROOT / "README.md"
+PICTURE = ROOT / "docs" / "pictures" / "forgetting.png"
 BEGIN, END = "<!-- leaderboard: make leaderboard -->", "<!-- end of leaderboard -->"
 FIRST = 5  # rows in the README
 REFERENCES = {
@@ -66,6 +69,7 @@ def main() -> None:
         for name in ("scores.csv", "numbers.csv"):
             shutil.copyfile(folder / name, KEPT / name)
     results, scenario = read_results(KEPT), load_scenario(SCENARIO)
+    save_chart(forgetting(results, ("sequential", "protected")), PICTURE)
     for page, rows in ((PAGE, None), (README, FIRST)):
         page.write_text(with_table(page.read_text("utf-8"), leaderboard(results, scenario, rows)), "utf-8")
 
@@ -96,10 +100,28 @@ def leaderboard(results: Results, scenario: Scenario, rows: int | None = None) -
     return "\n".join([*lines, "", *([] if rows else [*_commands(ranked), ""])])
 
 
+def forgetting(results: Results, methods: Sequence[str]) -> Any:
+    """The score of each task from the stage that learns it on, in the first order: methods beside each other."""
+    first, parts = results.numbers["order"][results.numbers["method"] == methods[0]].iloc[0], []
+    for method in methods:
+        rows = results.scores[(results.scores["method"] == method) & (results.scores["order"] == first)]
+        tasks = first.split(ARROW)
+        seen = [tasks.index(task) < stage for stage, task in zip(rows["stage"], rows["task"], strict=True) if task in tasks]
+        learnt = rows[rows["task"].isin(tasks)][seen]
+        bounds = zip(learnt["score"] - 1.96 * learnt["stderr"], learnt["score"] + 1.96 * learnt["stderr"], strict=True)
+        points = [
+            {"at": row.stage - 1, "task": row.task, "score": row.score, "low": max(low, 0.0), "high": min(high, 1.0)}
+            for row, (low, high) in zip(learnt.itertuples(), bounds, strict=True)
+        ]
+        ends = learnt["score"][learnt["stage"] == len(tasks)].mean()
+        parts.append(curves(points, tasks, tasks).properties(title=f"{method}: the mean of all tasks ends at {ends:.3f}"))
+    return altair().vconcat(*parts)
+
+
 def _pairs(results: Results, ours: str, theirs: str) -> tuple[Sequence[float], Sequence[float]]:
     """Scores at the end of both methods, paired by seed and task, so by order too: those of tasks that were learnt."""
     scores = results.scores[results.scores["seen"]]
-    last = scores[scores["stage"] == scores["order"].str.count(" > ") + 1].set_index(["method", "seed", "task"])["score"]
+    last = scores[scores["stage"] == scores["order"].str.count(ARROW) + 1].set_index(["method", "seed", "task"])["score"]
     both = last.unstack("method")[[ours, theirs]].dropna()
     return both[ours].tolist(), both[theirs].tolist()
 
