@@ -433,6 +433,11 @@ def test_a_workspace_protects_the_base_from_its_first_stage_on(llama, tmp_path):
     assert tree(space / "statistics" / "base") == own  # made once
 
 
+def test_the_base_is_no_task(llama):
+    with pytest.raises(ValueError, match="`base` is no task"):
+        Protect(statistics={"base": "folder"})
+
+
 def test_the_base_counts_as_it_is_told(world, tmp_path):
     """A base that counts twice is protected as a task that is given twice."""
     old = world[1]["old"]

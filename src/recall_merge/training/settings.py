@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from recall_merge.files.row_sources import Template
 from recall_merge.models.load import hushed
@@ -93,6 +93,13 @@ class Protect(Section):
     statistics: dict[str, str] = Field(
         default_factory=dict, description="by task, folders of input statistics of further experts on the same base"
     )
+
+    @field_validator("statistics")
+    @classmethod
+    def _tasks_alone(cls, statistics: dict[str, str]) -> dict[str, str]:
+        if "base" in statistics:
+            raise ValueError("`base` is no task: its weight is given by `protect.base`, and its statistics are made")
+        return statistics
 
 
 class TrainSettings(Section):
