@@ -28,11 +28,8 @@ KEPT, PAGE, README = ROOT / "docs" / "results" / "stream", ROOT / "docs" / "lead
 PICTURE = ROOT / "docs" / "pictures" / "forgetting.png"
 BEGIN, END = "<!-- leaderboard: make leaderboard -->", "<!-- end of leaderboard -->"
 FIRST = 5  # rows in the README
-REFERENCES = {
-    "experts": "as many models as tasks",
-    "replay": "keeps old rows",
-    "joint": "keeps all rows",
-}  # baselines that are not data-free
+# baselines that are no data-free way to one model
+REFERENCES = {"experts": "as many models as tasks", "replay": "keeps old rows", "joint": "keeps all rows"}
 
 
 class Interval(NamedTuple):

@@ -22,7 +22,7 @@ from recall_merge.bench.bench import bench, make_agenda, seconds_left, store_of,
 from recall_merge.bench.design import make_design
 from recall_merge.bench.jobs import Base, Merged, Scores, Store, Trained, hash_rows
 from recall_merge.bench.results import NUMBERS, SCORES, MethodResults, Results, Spread, read_results
-from recall_merge.bench.scenario import Scenario, load_scenario
+from recall_merge.bench.scenario import Scenario, load_scenario, narrowed
 from recall_merge.files.rows import parse_rows, read_rows
 from recall_merge.runtime.errors import RecallError, RunError
 from recall_merge.training.ewc import Anchor, Consolidation, Pull, anchored, fisher
@@ -518,6 +518,26 @@ def test_the_command_plans_runs_and_prints(finished: tuple[Scenario, Results], t
     assert shown.exit_code == 0 and "sequential" in shown.stdout and "summary.md" in shown.stdout
     run = CliRunner().invoke(app, ["bench", str(file), "--json"])  # all is done already
     assert {row["method"] for row in json.loads(run.stdout)["methods"]} == {row.method for row in finished[1].methods}
+
+
+def test_a_scenario_of_some_of_its_methods(llama: Path, data: Path, tmp_path: Path) -> None:
+    whole = Scenario.model_validate(two_tasks(llama, data, tmp_path / "out", methods=["experts", "linear", "sequential"]))
+    assert [entry.name for entry in narrowed(whole, ["sequential", "experts"]).methods] == ["experts", "sequential"]
+    assert narrowed(whole, []) == whole
+    with pytest.raises(RunError, match="the scenario has no method 'sequentail'") as raised:
+        narrowed(whole, ["sequentail", "experts", "joint"])
+    assert len(raised.value.faults) == 2 and "sequential" in str(raised.value)
+
+
+def test_a_trial_says_what_a_stage_took(finished: tuple[Scenario, Results]) -> None:
+    """Trainings and statistics of both stages, without scores; the uniform average shares the experts."""
+    store, numbers = store_of(finished[0]), finished[1].numbers
+    sequential = numbers[numbers["method"] == "sequential"].iloc[0]
+    trial = next(trial for trial in make_design(finished[0]).trials if trial.method == "sequential")
+    last: Any = trial.jobs[-1].model
+    seconds = [store.read("notes", model.key)["seconds"] for model in (last, last.start)]
+    assert sequential["stage_seconds"] == pytest.approx(sum(seconds) / 2)
+    assert 1e8 < sequential["peak_bytes"] < 1e11
 
 
 def test_o_lora_adds_the_gradient_of_its_penalty(llama: Path, data: Path, tmp_path: Path) -> None:

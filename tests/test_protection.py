@@ -366,12 +366,12 @@ def test_experts_from_elsewhere_are_protected_too(llama, tmp_path):
 def test_faults_of_what_is_to_be_protected_come_before_any_work(llama, bases, tmp_path):
     """Statistics of another base, of other shapes, of no map in common, and none at all: each with its place, all at once."""
     made = {"shapes": save_model(make_model("llama", hidden_size=48), tmp_path / "shapes-base"), "maps": bases("gpt2")}
-    made["base"] = save_model(make_model("llama", seed=7), tmp_path / "base-base")
+    made["other"] = save_model(make_model("llama", seed=7), tmp_path / "other-base")
     rows, folders = write_rows(tmp_path / "old.jsonl", OLD), {"none": str(tmp_path)}
     for name, base in made.items():
         folders[name] = str(lora(base, tmp_path / name, r=2))
         statistics(base, folders[name], rows)
-        if name != "base":  # as if the base were the same
+        if name != "other":  # as if the base were the same
             file = tmp_path / name / "stats.json"
             facts = read_sealed(file)
             file.write_text(sealed({**facts, "base": open_checkpoint(llama).fingerprint}))
@@ -384,7 +384,7 @@ def test_faults_of_what_is_to_be_protected_come_before_any_work(llama, bases, tm
         "none": "are not there",
         "shapes": "do not fit the inputs",
         "maps": "no linear map in common",
-        "base": "were made on another base",
+        "other": "were made on another base",
     }
     assert all(wanted[name] in found[folders[name]] for name in wanted) and tree(folder) == before
 
