@@ -11,7 +11,7 @@ from recall_merge import MergeRun
 from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.maths.deltas import LowRank
 from recall_merge.maths.moments import Moment, weighted_sum
-from recall_merge.maths.protection import dense_pull, energy, free_directions, pull, recalibrated, shared_directions
+from recall_merge.maths.protection import dense_pull, energy, free_directions, pull, shared_directions
 from recall_merge.maths.trimming import Draws
 from recall_merge.merging.statistics import make_statistics
 from recall_merge.models.load import hushed, load_model, load_tokenizer
@@ -93,13 +93,6 @@ def test_shared_directions_are_the_leading_ones_of_the_sum():
     whole = sum(moment.dense() / moment.diagonal.sum() for moment in (new, old))
     leading = torch.linalg.eigh(whole).eigenvectors.mT.flip(0)[:2]
     assert (shared_directions(new, old, 2, draw()) * leading).sum(1).abs().tolist() == pytest.approx([1, 1], abs=1e-4)
-
-
-def test_recalibrated_rows_solve_their_least_squares():
-    new, old, down = a_moment(1), a_moment(2), random(2, 7)
-    found = recalibrated(down, new, old)
-    residual = (found - down) @ new.dense() + found @ (old.dense() + 1e-3 * new.diagonal.mean() * torch.eye(7))
-    assert float(residual.abs().max()) < 1e-3 * float((down @ new.dense()).abs().max())
 
 
 # --- trained maps ---------------------------------------------------------------------------------------------------------------------

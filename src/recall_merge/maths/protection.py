@@ -83,12 +83,3 @@ def shared_directions(new: Moment, old: Moment, count: int, draw: Start) -> Floa
     parts = [moment.factor.mT / float(moment.diagonal.sum()) ** 0.5 for moment in (new, old)]
     found = leading_rows(torch.cat(parts), count, draw)[:count]
     return found / found.norm(dim=1, keepdim=True)
-
-
-def recalibrated(down: Float[Tensor, "n i"], new: Moment, old: Moment) -> Float[Tensor, "n i"]:
-    """Rows of an adapter's A that answer the new task's inputs as A does, and the old tasks' by nothing, in the least-squares sense.
-
-    argmin_X tr((X - A) S_new (X - A)^T) + tr(X S_old X^T) = A S_new (S_new + S_old + e I)^-1, e a thousandth of S_new's mean diagonal.
-    """
-    total = Moment(torch.cat([new.factor, old.factor], dim=1), new.rest + old.rest + LEAST * float(new.diagonal.mean()))
-    return divided(seen_by(down.double(), new), total).to(down.dtype)
