@@ -78,7 +78,8 @@ def _numbers(results: Results, kind: str) -> Iterator[str]:
     yield from (f"- {METRICS[name].short}: {METRICS[name].formula}" for name in results.known(kind))
     yield from ("", f"Mean score of each task at the end, {kind}:", "", *_table(results.final_table(kind)))
     if (costs := results.costs_table(kind)).rows:
-        yield from ("What a merge of all experts takes on one thread, besides reading the base once more to run it:", "", *_table(costs))
+        yield "On one thread: all that a stage makes, without scores; the merge of all experts, without reading the base once more to"
+        yield from ("run it; and the input statistics of an expert.", "", *_table(costs))
 
 
 def _entry(entry: MethodEntry) -> str:

@@ -124,10 +124,11 @@ def _begin_rows(
     adapted = {name: each for name, each in maps.items() if isinstance(each, Adapted)}
     moments = inputs_of(model, adapted, rows, lambda name: Draws(seed, name, ("new task",)).streams[0])
     for group in groups:
-        first, draw = adapted[group.names[0]], Draws(seed, group.names[0], ("rows of A",)).streams[0]
-        directions = rows_of_a(how, moments[group.names[0]], group.moment.to(torch.device("cpu")), len(first.down), draw)
-        for name in group.names:
-            adapted[name].begin(directions)
+        first, draw = group.names[0], Draws(seed, group.names[0], ("rows of A",)).streams[0]
+        if first in moments:
+            directions = rows_of_a(how, moments[first], group.moment.to(torch.device("cpu")), len(adapted[first].down), draw)
+            for name in group.names:
+                adapted[name].begin(directions)
 
 
 def moved_answers(maps: Mapping[str, TrainedMap], earlier: Earlier, base: Checkpoint) -> dict[str, list[float | None]]:

@@ -25,7 +25,10 @@ DIRECTIONS = 32  # that are kept of them
 
 
 def inputs_of(model: Any, maps: Mapping[str, Adapted], rows: Sequence[EncodedRow], draw: Callable[[str], Start]) -> dict[str, Moment]:
-    """The moments of what each map reads of some of the rows, in the model as it is. Raises RunError if its logits are not finite."""
+    """The moments of what each map reads of some of the rows, in the model as it is; those that read nothing are left out.
+
+    Raises RunError if the model's logits are not finite.
+    """
     names = {name: f"{path}.weight" for path, module in model.named_modules() for name, each in maps.items() if each.inner is module}
     shapes = {parameter: tuple(maps[name].inner.weight.shape) for name, parameter in names.items()}
     share = SEEN / max(SEEN, sum(len(row.input_ids) for row in rows))
@@ -39,7 +42,7 @@ def inputs_of(model: Any, maps: Mapping[str, Adapted], rows: Sequence[EncodedRow
     finally:
         model.train(was_training)
     moments = {map_.parameter: inputs.moment for inputs in found for map_ in inputs.maps}
-    return {name: moments[parameter] for name, parameter in names.items()}
+    return {name: moments[parameter] for name, parameter in names.items() if parameter in moments}
 
 
 def rows_of_a(how: RowsOfA, new: Moment, old: Moment, count: int, draw: Start) -> Tensor:
