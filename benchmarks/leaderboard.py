@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 from scipy.stats import t as student
 
 from benchmarks.measure import ROOT
+from benchmarks.page import placed
 from recall_merge.bench.results import MethodResults, Results, read_results
 from recall_merge.bench.scenario import ARROW, Scenario, load_scenario
 from recall_merge.report.pictures import altair, save_chart
@@ -73,8 +74,7 @@ def main() -> None:
 
 def with_table(page: str, table: str) -> str:
     """The page with this table between its marks."""
-    before, _, rest = page.partition(BEGIN)
-    return f"{before}{BEGIN}\n\n{table}\n{END}{rest.partition(END)[2]}"
+    return placed(page, BEGIN, table, END)
 
 
 def leaderboard(results: Results, scenario: Scenario, rows: int | None = None) -> str:

@@ -31,8 +31,13 @@ def main() -> None:
 
 def with_figures(page: str, results: Sequence[dict[str, Any]]) -> str:
     """The page with these results between its marks."""
-    before, _, rest = page.partition(BEGIN)
-    return f"{before}{BEGIN}\n\n{figures(results)}\n{END}{rest.partition(END)[2]}"
+    return placed(page, BEGIN, figures(results), END)
+
+
+def placed(page: str, begin: str, text: str, end: str) -> str:
+    """The page with this text between two marks."""
+    before, _, rest = page.partition(begin)
+    return f"{before}{begin}\n\n{text}\n{end}{rest.partition(end)[2]}"
 
 
 def figures(results: Sequence[dict[str, Any]]) -> str:

@@ -529,6 +529,21 @@ def test_a_scenario_of_some_of_its_methods(llama: Path, data: Path, tmp_path: Pa
     assert len(raised.value.faults) == 2 and "sequential" in str(raised.value)
 
 
+def test_options_of_a_baseline_that_do_not_fit_its_training_are_each_said_once(llama: Path, data: Path, tmp_path: Path) -> None:
+    methods = [
+        {"method": "o_lora", "training": {"kind": "full"}},
+        {"method": "protected", "options": {"start": "adapter", "merge": "alinged"}, "training": {"protect": {"rows_of_a": "isolated"}}},
+        {"method": "sequential", "training": {"kind": "none"}},
+    ]
+    wanted = two_tasks(llama, data, tmp_path / "out", methods=methods) | {"training": {"epochs": 1}}
+    with pytest.raises(RunError) as raised:
+        make_design(Scenario.model_validate(wanted))
+    said = [str(fault.what) for fault in raised.value.faults]
+    assert len(said) == len(set(said)) == 4
+    for words in ("O-LoRA trains adapters", "has its rows of A already", "there is no merge method 'alinged'"):
+        assert sum(words in one for one in said) == 1
+
+
 def test_a_trial_says_what_a_stage_took(finished: tuple[Scenario, Results]) -> None:
     """Trainings and statistics of both stages, without scores; the uniform average shares the experts."""
     store, numbers = store_of(finished[0]), finished[1].numbers

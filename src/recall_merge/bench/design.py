@@ -34,7 +34,7 @@ from recall_merge.runtime.errors import DataError, Faults, RunError, did_you_mea
 from recall_merge.runtime.sections import parse
 from recall_merge.training.earlier import OWN
 from recall_merge.training.fine_tuning import check_rows
-from recall_merge.training.settings import Protect, check_arguments, training_device
+from recall_merge.training.settings import WHOLE, Protect, TrainSettings, check_arguments, training_device
 
 
 @dataclass(frozen=True)
@@ -126,13 +126,13 @@ def _check_methods(scenario: Scenario, allowed: Collection[str], faults: Faults)
             fix = did_you_mean(entry.method, [*METHODS, *ALIASES, *BASELINES])
             faults.add(f"there is neither a method nor a baseline '{entry.method}'", where="methods", fix=fix)
             continue
+        options = None
         with faults.collect():
-            check_arguments(scenario.settings(entry, 0), allowed)
+            options = _baseline_options(entry)
         with faults.collect():
-            options, protect = _baseline_options(entry), scenario.settings(entry, 0).protect
-            if isinstance(options, ProtectedOptions) and options.start == "adapter" and protect is not None and protect.rows_of_a != "free":
-                what, fix = "the adapter so far has its rows of A already", "leave out `protect.rows_of_a`, or `start: last`"
-                raise RunError(what, where=f"methods, {entry.name}", fix=fix)
+            settings = scenario.settings(entry, 0)
+            check_arguments(settings, allowed)
+            _check_baseline(entry, options, settings)
         if entry.is_baseline:
             continue
         if entry.training:
@@ -141,6 +141,22 @@ def _check_methods(scenario: Scenario, allowed: Collection[str], faults: Faults)
             with faults.collect():  # a run of as many experts, to have the options checked before there are any
                 experts = [{"name": f"expert {i}", "path": "."} for i in range(number)]
                 make_rules(parse(MergeRun, {**_run_of(entry), "base": ".", "experts": experts}, where=f"methods, {entry.name}"))
+
+
+def _check_baseline(entry: MethodEntry, options: BaselineOptions | None, settings: TrainSettings) -> None:
+    """Raises RunError for options of a baseline that do not fit how it trains, or name a merge method that there is not."""
+    from recall_merge.maths.methods import METHODS
+
+    where, faults = f"methods, {entry.name}", Faults()
+    if isinstance(options, OLoraOptions) and settings.kind in WHOLE:
+        faults.add("O-LoRA trains adapters, not whole models", where=where, fix="give `kind: lora`")
+    if isinstance(options, ProtectedOptions):
+        if options.start == "adapter" and settings.protect is not None and settings.protect.rows_of_a != "free":
+            what, fix = "the adapter so far has its rows of A already", "leave out `protect.rows_of_a`, or `start: last`"
+            faults.add(what, where=where, fix=fix)
+        if method_named(options.merge) is None:
+            faults.add(f"there is no merge method '{options.merge}'", where=where, fix=did_you_mean(options.merge, METHODS))
+    faults.raise_any(RunError)
 
 
 def _run_of(entry: MethodEntry) -> dict[str, Any]:
@@ -218,7 +234,7 @@ class _Jobs:
         if isinstance(options := _baseline_options(entry), ProtectedOptions):
             yield from self._protected(entry, options, order, seed)
         elif isinstance(options, OLoraOptions):
-            yield from self._isolated(entry, options, order, seed)
+            yield from self._o_lora(entry, options, order, seed)
         elif entry.is_baseline and entry.method != "experts":
             yield from self._fine_tuned(entry, order, seed)
         elif kind == "single-model":
@@ -249,8 +265,8 @@ class _Jobs:
             model = Trained(f"{entry.name} after {' > '.join(order[: number + 1])}", self.base, rows, settings, model, anchor, strength)
             yield model
 
-    def _isolated(self, entry: MethodEntry, options: OLoraOptions, order: tuple[str, ...], seed: int) -> Iterator[Trained]:
-        """A new adapter for each task, on the model so far."""
+    def _o_lora(self, entry: MethodEntry, options: OLoraOptions, order: tuple[str, ...], seed: int) -> Iterator[Trained]:
+        """A new adapter for each task on the model so far, at right angles to all before."""
         settings, learnt = self.scenario.settings(entry, seed), list[Trained]()
         for number, task in enumerate(order):
             label, base = f"{entry.name} after {' > '.join(order[: number + 1])}", _whole(learnt[-1]) if learnt else self.base
@@ -261,11 +277,9 @@ class _Jobs:
     def _protected(self, entry: MethodEntry, options: ProtectedOptions, order: tuple[str, ...], seed: int) -> Iterator[Model]:
         """One task after another, each trained with the statistics of those before."""
         settings = self.scenario.settings(entry, seed)
-        if settings.protect is None:
-            settings = settings.model_copy(update={"protect": Protect()})
-        protect, own = settings.protect or Protect(), ()
-        if protect.base and protect.strength != 0:
-            own = ((OWN, OwnStatistics(f"the input statistics of the base, seed {seed}", self.base, seed)),)
+        protect = settings.protect or Protect()
+        settings = settings.model_copy(update={"protect": protect})
+        own = ((OWN, OwnStatistics(f"the input statistics of the base, seed {seed}", self.base, seed)),) if protect.wants_base else ()
         learnt: list[tuple[str, Trained]] = []
         for number, task in enumerate(order):
             label = f"{entry.name} after {' > '.join(order[: number + 1])}"

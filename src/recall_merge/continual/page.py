@@ -48,7 +48,7 @@ def make_page(folder: Path, *, text: bool, cache: Path, progress: Progress) -> P
         if branch.end != state.head:
             title = f"Another branch, to stage {branch.rows[-1]}"
         sections.append(Section(f"branch-{branch.end}", title, list(branch_blocks(branch, words, first=branch is branches[0]))))
-    if (protected := list(_protected(folder, state))) and state.head:
+    if protected := list(_protected(folder, state)):
         sections.append(Section("protected", "How far training moved earlier answers", protected))
     if state.head and (found_path(folder, state.model.path) / RECORD).is_file():
         merge = _merge_facts(folder, state, state.stages[state.head - 1], text, cache, progress)

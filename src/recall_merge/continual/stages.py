@@ -165,7 +165,7 @@ class StageRunner:
     def _protected(self) -> Earlier:
         """The input statistics of what the training protects: of earlier tasks, and of the base on text of its own, if that is wanted."""
         protect = self._settings.training_settings().protect
-        if protect is None or not protect.base or protect.strength == 0:
+        if protect is None or not protect.wants_base:
             return self._stage.earlier
         place, facts = self._folder / "statistics" / OWN, {"seed": self._settings.seed, "device": self._settings.device}
         return {OWN: take_own_statistics(self._stage.base, place, **facts, progress=self._progress), **self._stage.earlier}

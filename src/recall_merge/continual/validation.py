@@ -297,7 +297,7 @@ class StageValidation:
         """The input statistics of what is to be protected: of all earlier stages that have them, and of experts from elsewhere."""
         folders = {stage.task.name: found_path(self._folder, stage.stats) for stage in self._lineage if stage.stats is not None}
         folders |= {name: path_of(folder) for name, folder in protect.statistics.items()}
-        if self._base is not None and protect.strength != 0:
+        if self._base is not None and protect.is_on:
             self._inputs.append(FileStates.of([folder for folder in folders.values() if folder.is_dir()]))
             with self._faults.collect():
                 self._earlier = open_earlier(folders, open_checkpoint(self._base))

@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 
 from recall_merge.runtime.durable import replacing
 from recall_merge.runtime.progress import Advance
+from recall_merge.training.trained_maps import add_gradient
 
 
 class Pull(NamedTuple):
@@ -83,11 +84,10 @@ class Consolidation(TrainerCallback):
         self._strength = strength
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        # subtle: gradients are empty here, and the backward pass adds the loss's: clipping and optimiser see the sum
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 pull = self._anchor[name] = Pull(*(part.to(parameter.device) for part in self._anchor[name]))
-                parameter.grad = (self._strength * pull.importance * (parameter.detach() - pull.centre)).to(parameter.dtype)
+                add_gradient(parameter, self._strength * pull.importance * (parameter.detach() - pull.centre))
 
 
 def values_of(model: nn.Module) -> dict[str, Tensor]:

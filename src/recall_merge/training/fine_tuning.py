@@ -95,7 +95,7 @@ def train(
     encoded = encode_rows(rows, tokenizer, **settings.encoding)
     models = FileStates.of([base, *([init_from] if init_from else [])])
     protect = settings.protect
-    protected = dict(earlier or {}) if protect is not None and protect.strength != 0 else {}
+    protected = dict(earlier or {}) if protect is not None and protect.is_on else {}
     if protect is not None and protect.rows_of_a != "free" and init_from is not None:
         what, fix = "an adapter that is trained further has its rows of A already", "leave out `protect.rows_of_a`, or train a new adapter"
         raise RunError(what, where=init_from, fix=fix)

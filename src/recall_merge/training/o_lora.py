@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from recall_merge.files.adapter import WEIGHTS
+from recall_merge.training.trained_maps import add_gradient
 
 
 class Orthogonality(TrainerCallback):
@@ -36,10 +37,9 @@ class Orthogonality(TrainerCallback):
         self._strength = strength
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        # subtle: gradients are empty here, and the backward pass adds the loss's: clipping and optimiser see the sum
         for name, parameter in model.named_parameters():
             map_, found, _ = name.partition(".lora_A.")
             if found and parameter.requires_grad:
                 rows = self._rows[map_] = self._rows[map_].to(parameter.device)
                 signs = torch.sign(parameter.detach().float() @ rows.mT)
-                parameter.grad = (self._strength * signs @ rows).to(parameter.dtype)
+                add_gradient(parameter, self._strength * signs @ rows)

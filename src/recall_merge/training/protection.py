@@ -75,7 +75,6 @@ class Protection(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"strength": self.strength}}
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # subtle: gradients are empty here, and the backward pass adds the loss's: clipping and optimiser see the sum
         if not self._groups:
             return
         factor, total = self.strength / len(self._groups), 0.0

@@ -29,7 +29,8 @@ def inputs_of(model: Any, maps: Mapping[str, Adapted], rows: Sequence[EncodedRow
 
     Raises RunError if the model's logits are not finite.
     """
-    names = {name: f"{path}.weight" for path, module in model.named_modules() for name, each in maps.items() if each.inner is module}
+    paths = {module: path for path, module in model.named_modules()}
+    names = {name: f"{paths[each.inner]}.weight" for name, each in maps.items()}
     shapes = {parameter: tuple(maps[name].inner.weight.shape) for name, parameter in names.items()}
     share = SEEN / max(SEEN, sum(len(row.input_ids) for row in rows))
     chosen = [row for number, row in enumerate(rows) if int((number + 1) * share) > int(number * share)] or rows[:1]

@@ -94,6 +94,16 @@ class Protect(Section):
         default_factory=dict, description="by task, folders of input statistics of further experts on the same base"
     )
 
+    @property
+    def is_on(self) -> bool:
+        """Whether anything can be protected."""
+        return self.strength != 0
+
+    @property
+    def wants_base(self) -> bool:
+        """Whether the base is protected too, on text of its own."""
+        return self.is_on and self.base > 0
+
     @field_validator("statistics")
     @classmethod
     def _tasks_alone(cls, statistics: dict[str, str]) -> dict[str, str]:

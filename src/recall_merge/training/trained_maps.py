@@ -89,8 +89,8 @@ class _Lora(Adapted):
 
     def add_pull(self, moment: Moment, factor: float) -> Tensor:
         found, rank = pull(self.change(), moment), len(self.down)
-        _add_gradient(self.up, factor * self.scale * found.up[:, :rank])
-        _add_gradient(self.down, factor * found.down[:rank])
+        add_gradient(self.up, factor * self.scale * found.up[:, :rank])
+        add_gradient(self.down, factor * found.down[:rank])
         return found.energy
 
 
@@ -108,7 +108,7 @@ class _Full:
 
     def add_pull(self, moment: Moment, factor: float) -> Tensor:
         energy, gradient = dense_pull(self.change(), moment)
-        _add_gradient(self.module.weight, factor * (gradient.mT if isinstance(self.module, Conv1D) else gradient))
+        add_gradient(self.module.weight, factor * (gradient.mT if isinstance(self.module, Conv1D) else gradient))
         return energy
 
 
@@ -137,10 +137,10 @@ class _Dora(Adapted):
         summed, now, inverse = self._now()
         energy, gradient = dense_pull(now - self.weight().float(), moment)
         gradient = factor * gradient
-        _add_gradient(self.size, ((gradient * summed).sum(1, keepdim=True) * inverse).reshape(self.size.shape))
+        add_gradient(self.size, ((gradient * summed).sum(1, keepdim=True) * inverse).reshape(self.size.shape))
         inside = gradient * (self.size.detach().float().reshape(-1, 1) * inverse)
-        _add_gradient(self.up, self.scale * inside @ self.down.detach().float().mT)
-        _add_gradient(self.down, self.scale * self.up.detach().float().mT @ inside)
+        add_gradient(self.up, self.scale * inside @ self.down.detach().float().mT)
+        add_gradient(self.down, self.scale * self.up.detach().float().mT @ inside)
         return energy
 
 
@@ -150,7 +150,11 @@ def _oriented(module: Any, weight: Tensor | None = None) -> Dense:
     return own.mT if isinstance(module, Conv1D) else own
 
 
-def _add_gradient(parameter: Any, gradient: Tensor) -> None:
+def add_gradient(parameter: Any, gradient: Tensor) -> None:
+    """Add a penalty's gradient, if the parameter is trained.
+
+    Before a step gradients are empty, and the backward pass adds the loss's: clipping and optimiser see the sum.
+    """
     if parameter.requires_grad:
         gradient = gradient.to(parameter.dtype)
         parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
