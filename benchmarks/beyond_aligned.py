@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +30,7 @@ from recall_merge.bench.jobs import Merged, StatisticsJob, Store
 from recall_merge.bench.run_job import make_run
 from recall_merge.bench.scenario import load_scenario
 from recall_merge.files.experts import own_tensors, widen
-from recall_merge.files.rows import read_rows
+from recall_merge.files.row_sources import RowSource
 from recall_merge.maths.deltas import LowRank
 from recall_merge.maths.methods.informed import aligned
 from recall_merge.maths.methods.spectral import tsv
@@ -109,6 +110,109 @@ def from_deltas(floor: float) -> Solve:
     return solve
 
 
+def flow(time: float) -> Solve:
+    """WUDI (Cheng et al. 2025, arXiv:2503.08099), without statistics: from the sum of the deltas down sum_q |(M - D_q) D_q^T|^2 / |D_q|^2.
+
+    The paper takes 300 steps of Adam; this is the gradient flow after `time`, in closed form. With H = sum_q 2 D_q^T D_q / |D_q|^2 and
+    R = sum_q D_q 2 D_q^T D_q / |D_q|^2, M = M_0 e^(-time H) + R (I - e^(-time H)) H^-1. All of it lies in the row space of the deltas.
+    """
+
+    def solve(base: Tensor, deltas: list[LowRank], _: list[Moment]) -> Tensor:
+        basis = torch.linalg.qr(torch.cat([delta.down.double() for delta in deltas]).mT)[0]  # (i, m), m = the sum of the ranks
+        width = (basis.shape[1], basis.shape[1])
+        start, answers = (
+            torch.zeros(base.shape[0], width[0], dtype=torch.float64),
+            torch.zeros(base.shape[0], width[0], dtype=torch.float64),
+        )
+        whole = torch.zeros(width, dtype=torch.float64)
+        for delta in deltas:
+            up, down = delta.up.double(), delta.down.double() @ basis
+            own = down.mT @ (up.mT @ up) @ down
+            own = 2 * own / own.trace().clamp(min=1e-30)
+            start, whole, answers = start + up @ down, whole + own, answers + up @ (down @ own)
+        values, vectors = torch.linalg.eigh(whole)
+        left = torch.exp(-time * values.clamp(min=0))
+        gone = torch.where(values > 1e-12, (1 - left) / values.clamp(min=1e-12), time)
+        merged = start @ (vectors * left) + answers @ (vectors * gone)
+        return base + (merged @ vectors.mT @ basis.mT).float()
+
+    return solve
+
+
+def filtered(share: float) -> Solve:
+    """The filter of NUFILT (Qiu et al. 2025, arXiv:2509.21413), without statistics: each delta off the leading right singular vectors of
+    the others, those that hold `share` of their energy; then the sum."""
+
+    def solve(base: Tensor, deltas: list[LowRank], _: list[Moment]) -> Tensor:
+        factors = []  # (i, r), factor factor^T = D^T D / |D|^2
+        for delta in deltas:
+            values, vectors = torch.linalg.eigh(delta.up.double().mT @ delta.up.double())
+            factor = delta.down.double().mT @ (vectors * values.clamp(min=0).sqrt())
+            factors.append(factor / factor.norm().clamp(min=1e-30))
+        merged = base.double()
+        for number, delta in enumerate(deltas):
+            left, values, _ = torch.linalg.svd(torch.cat(factors[:number] + factors[number + 1 :], dim=1), full_matrices=False)
+            energy = values.square().cumsum(0) / values.square().sum()
+            taken = left[:, : int((energy < share).sum()) + 1]
+            down = delta.down.double()
+            merged = merged + delta.up.double() @ (down - down @ taken @ taken.mT)
+        return merged.float()
+
+    return solve
+
+
+def soft_filter(floor: float) -> Solve:
+    """The same without a threshold: sum_q D_q (I + H_q / floor)^-1, H_q = sum_{p != q} D_p^T D_p / |D_p|^2."""
+
+    def solve(base: Tensor, deltas: list[LowRank], _: list[Moment]) -> Tensor:
+        basis = torch.linalg.qr(torch.cat([delta.down.double() for delta in deltas]).mT)[0]  # (i, m), m = the sum of the ranks
+        owns, downs = [], []
+        for delta in deltas:
+            up, down = delta.up.double(), delta.down.double() @ basis
+            own = down.mT @ (up.mT @ up) @ down
+            owns.append(own / own.trace().clamp(min=1e-30))
+            downs.append(down)
+        whole, one = sum(owns, torch.zeros_like(owns[0])), torch.eye(basis.shape[1], dtype=torch.float64)
+        parts = [
+            delta.up.double() @ torch.linalg.solve(one + (whole - own) / floor, down.mT).mT
+            for delta, own, down in zip(deltas, owns, downs, strict=True)
+        ]
+        return base + (sum(parts[1:], parts[0]) @ basis.mT).float()
+
+    return solve
+
+
+def shares(floor: float, keep: float) -> Solve:
+    """Without statistics: sum_q D_q S_q, S_q = T^-1/2 (G_q + keep I) T^-1/2, G_q = D_q^T D_q / |D_q|^2, T = sum_p G_p + floor I."""
+
+    def solve(base: Tensor, deltas: list[LowRank], _: list[Moment]) -> Tensor:
+        basis = torch.linalg.qr(torch.cat([delta.down.double() for delta in deltas]).mT)[0]  # (i, m), m = the sum of the ranks
+        owns, downs = [], []
+        for delta in deltas:
+            up, down = delta.up.double(), delta.down.double() @ basis
+            own = down.mT @ (up.mT @ up) @ down
+            owns.append(own / own.trace().clamp(min=1e-30))
+            downs.append(down)
+        one = torch.eye(basis.shape[1], dtype=torch.float64)
+        values, vectors = torch.linalg.eigh(sum(owns, floor * one))
+        root = (vectors / values.sqrt()) @ vectors.mT
+        parts = [
+            delta.up.double() @ (down @ root @ (own + keep * one) @ root) for delta, own, down in zip(deltas, owns, downs, strict=True)
+        ]
+        return base + (sum(parts[1:], parts[0]) @ basis.mT).float()
+
+    return solve
+
+
+def shares_of_moments(base: Tensor, deltas: list[LowRank], moments: list[Moment]) -> Tensor:
+    """aligned, but sum_q D_q T^-1/2 G_q T^-1/2 in place of sum_q D_q G_q T^-1: no part grows."""
+    shrunk = [moment.shrunk(OFFDIAGONAL).dense().double() / len(moments) for moment in moments]
+    values, vectors = torch.linalg.eigh(sum(shrunk, RIDGE * torch.eye(base.shape[1], dtype=torch.float64)))
+    root = (vectors / values.clamp(min=RIDGE).sqrt()) @ vectors.mT
+    downs = [delta.down.double() @ root @ own @ root for delta, own in zip(deltas, shrunk, strict=True)]
+    return base + sum((delta.up.double() @ down for delta, down in zip(deltas, downs, strict=True)), torch.zeros(())).float()
+
+
 @contextmanager
 def recorded_inputs(model: nn.Module) -> Iterator[Tensors]:
     """What every linear map of the blocks read in the last pass, by the name of its tensor.    (tokens, i)"""
@@ -159,7 +263,7 @@ def uncut(plan: Plan, moments: Sequence[Tensors]) -> Tensors:
     return tensors
 
 
-def candidates(plan: Plan, newest: dict[str, str], moments: Sequence[Tensors]) -> dict[str, Callable[[], Tensors]]:
+def candidates(plan: Plan, newest: dict[str, str], moments: Callable[[], Sequence[Tensors]]) -> dict[str, Callable[[], Tensors]]:
     """Every way to merge the experts of one seed."""
     return {
         **{method: lambda method=method: merged_by(plan, method) for method in ("linear", "ties", "tsv", "regmean", "aligned")},
@@ -171,7 +275,16 @@ def candidates(plan: Plan, newest: dict[str, str], moments: Sequence[Tensors]) -
         "aligned, falling scale": lambda: merged_by(plan, "aligned", scale_by_layer={"alpha": 1.2, "beta": -0.4}),
         "aligned, TSV of the parts": lambda: each_map(plan, tsv_of_parts),
         **{f"aligned, no statistics, {floor}": lambda floor=floor: each_map(plan, from_deltas(floor)) for floor in (0.01, 0.1, 1.0)},
-        "aligned, moments uncut": lambda: uncut(plan, moments),
+        **{f"WUDI, time {time:g}": lambda time=time: each_map(plan, flow(time)) for time in (0.0, 0.3, 1.0, 3.0, 10.0, 100.0)},
+        **{f"NUFILT's filter, {share}": lambda share=share: each_map(plan, filtered(share)) for share in (0.3, 0.6, 0.9)},
+        **{f"soft filter, {floor}": lambda floor=floor: each_map(plan, soft_filter(floor)) for floor in (0.003, 0.01, 0.03, 0.1)},
+        **{f"shares, {floor}": lambda floor=floor: each_map(plan, shares(floor, 0.0)) for floor in (0.001, 0.01, 0.05)},
+        **{f"shares kept, {floor}": lambda floor=floor: each_map(plan, shares(floor, floor)) for floor in (0.003, 0.01, 0.03, 0.1)},
+        "aligned by shares": lambda: each_map(plan, shares_of_moments),
+        **{f"linear, scale {scale}": lambda scale=scale: merged_by(plan, "linear", {"scale": scale}) for scale in (1.5, 2.0, 3.0)},
+        **{f"ties, scale {scale}": lambda scale=scale: merged_by(plan, "ties", {"scale": scale}) for scale in (0.7, 1.5)},
+        **{f"tsv, scale {scale}": lambda scale=scale: merged_by(plan, "tsv", {"scale": scale}) for scale in (0.5, 0.7)},
+        "aligned, moments uncut": lambda: uncut(plan, moments()),
     }
 
 
@@ -190,6 +303,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--out", required=True)
     parser.add_argument("--seeds", type=int, nargs="*")
+    parser.add_argument("--only", default="", help="only candidates whose names have this in them (a regular expression)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     scenario = load_scenario(args.scenario, dict(pair.split("=", 1) for pair in args.set) | {"out": args.out})
@@ -197,8 +311,8 @@ def main() -> None:
     store, settings = store_of(scenario), scenario.settings(None, 0)
     tokenizer = load_tokenizer(design.base.folder)
 
-    def held_out(file: str, skip: int) -> list[EncodedRow]:
-        return encode_rows(read_rows(scenario.data / file)[skip : skip + HELD_OUT], tokenizer, **settings.encoding)
+    def held_out(source: RowSource, skip: int) -> list[EncodedRow]:
+        return encode_rows(source.under(scenario.data).read()[skip : skip + HELD_OUT], tokenizer, **settings.encoding)
 
     tasks = {task.name: held_out(task.train, design.train_rows[task.name]) for task in scenario.tasks}
     unseen = {task.name: held_out(task.test, scenario.rows.test or 0) for task in scenario.unseen}
@@ -210,17 +324,23 @@ def main() -> None:
     results: dict[str, list[tuple[float, float]]] = {}
     for seed in args.seeds or scenario.seeds:
         plan, jobs = plan_of(design, store, seed)
-        moments = []
-        for number, (job, stats) in enumerate(zip(jobs, plan.statistics, strict=True)):
-            assert stats is not None
-            typical = [job.model.rows[row] for row in stats.facts["rows"]]
-            moments.append(moments_of(plan, number, encode_rows(typical, tokenizer, **settings.encoding)))
+
+        def moments(plan: Plan = plan, jobs: Sequence[StatisticsJob] = jobs) -> list[Tensors]:
+            found = []
+            for number, (job, stats) in enumerate(zip(jobs, plan.statistics, strict=True)):
+                assert stats is not None
+                typical = [job.model.rows[row] for row in stats.facts["rows"]]
+                found.append(moments_of(plan, number, encode_rows(typical, tokenizer, **settings.encoding)))
+            return found
+
         base = losses({name: widen(plan.base.read(name)) for name in plan.specs}, tasks | unseen)
         own: dict[str, float] = {}
         for expert in plan.experts:
             own |= losses(own_tensors(expert, plan.base, plan.merges), {expert.name: tasks[expert.name]})
         newest = {"path": str(store.keep_rows(jobs[-1].model.rows))}
         for name, merge in candidates(plan, newest, moments).items():
+            if not re.search(args.only, name):
+                continue
             loss = losses(merge(), tasks | unseen)
             kept = mean((base[task] - loss[task]) / (base[task] - own[task]) for task in tasks)
             change = mean(loss[task] - base[task] for task in unseen)

@@ -2,12 +2,15 @@
 
 import json
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from recall_merge import MergeRun
+from recall_merge.continual.workspace import init
 from recall_merge.files.checkpoint import open_checkpoint
 from recall_merge.maths.deltas import LowRank
 from recall_merge.maths.moments import Moment, weighted_sum
@@ -17,7 +20,7 @@ from recall_merge.merging.statistics import make_statistics
 from recall_merge.models.load import hushed, load_model, load_tokenizer
 from recall_merge.models.own_text import own_texts
 from recall_merge.models.tokens import encode_rows
-from recall_merge.runtime.errors import RunError, WorkspaceError
+from recall_merge.runtime.errors import RecallError, RunError, WorkspaceError
 from recall_merge.runtime.sealed import read_sealed, sealed
 from recall_merge.runtime.sections import parse
 from recall_merge.training.earlier import OWN
@@ -27,7 +30,7 @@ from recall_merge.training.settings import Protect, TrainSettings, check_argumen
 from recall_merge.training.trained_maps import trained_maps
 from test_fine_tuning import ROWS, StopAt
 from tiny import load_tensors, lora, make_model, save_model, write_rows
-from workspaces import make_workspace, teach, tree, write_tasks
+from workspaces import SETTINGS, make_workspace, teach, tree, write_tasks
 
 OLD = [{"prompt": f"the {word} fox jumps", "completion": " over"} for word in ("quick", "lazy", "brown", "good", "bad", "other")]
 SMALL = {"rank": 2, "alpha": 4, "epochs": 3, "batch_size": 2, "learning_rate": 5e-2}  # 12 steps
@@ -288,7 +291,9 @@ def test_the_automatic_strength_follows_what_has_moved(world, tmp_path):
     """Loose or tight, answers move about as far as is tolerated, and the strength is what that takes."""
     found = {}
     for tolerance in (0.3, 0.03):
-        made = trained(world, tmp_path / f"{tolerance}", protect={"tolerance": tolerance}, epochs=30, learning_rate=1e-2)
+        made = trained(
+            world, tmp_path / f"{tolerance}", protect={"strength": "auto", "tolerance": tolerance}, epochs=30, learning_rate=1e-2
+        )
         protection = record(made)["protection"]
         moved = [layer for layer in protection["moved"]["old"] if layer is not None]
         found[tolerance] = (protection["strength"], (sum(moved) / len(moved)) ** 0.5)
@@ -311,7 +316,7 @@ def test_another_protection_is_another_expert(world, tmp_path):
 def workspace(tmp_path, base, **settings):
     tmp_path.mkdir(exist_ok=True)
     write_tasks(tmp_path, "abc")
-    return make_workspace(tmp_path / "ws", base, **({"training__protect": {"strength": 1e3}} | settings))
+    return make_workspace(tmp_path / "ws", base, **({"training__protect": {"strength": 1e3, "base": 0}} | settings))
 
 
 def test_a_stage_protects_the_stages_before_it(llama, tmp_path):
@@ -329,9 +334,10 @@ def test_the_newest_expert_alone_is_the_model_where_it_began_from_the_last_merge
     folder = workspace(tmp_path, llama, strategy="newest")
     teach(folder, tmp_path, "a")
     with pytest.raises(WorkspaceError, match="all earlier stages would be forgotten") as error:
-        teach(folder, tmp_path, "b")
-    assert "--from last" in error.value.faults[0].fix
-    learned = teach(folder, tmp_path, "b", start="last")
+        teach(folder, tmp_path, "b", start="base")
+    assert "leave out --from" in error.value.faults[0].fix
+    learned = teach(folder, tmp_path, "b")
+    assert learned.stage.start == "last"
     before, after = (load_tensors(folder / "merges" / str(stage)) for stage in (1, 2))
     adapter = load_tensors(folder / learned.stage.expert.path)
     for name, tensor in before.items():
@@ -346,14 +352,14 @@ def test_the_newest_expert_alone_is_the_model_where_it_began_from_the_last_merge
 def test_nothing_to_protect_is_said(llama, tmp_path):
     folder = workspace(tmp_path, llama, method="linear", stats_rank=0)
     teach(folder, tmp_path, "a")
-    assert "nothing was protected: no earlier stage has input statistics" in teach(folder, tmp_path, "b").notes
+    assert "no earlier stage was protected: none has input statistics" in teach(folder, tmp_path, "b").notes
 
 
 def test_experts_from_elsewhere_are_protected_too(llama, tmp_path):
     other = lora(llama, tmp_path / "other", r=2)
     statistics(llama, other, write_rows(tmp_path / "old.jsonl", OLD))
     folder = workspace(tmp_path, llama, method="linear", training__protect={"strength": 1, "statistics": {"other": str(other)}})
-    assert [*teach(folder, tmp_path, "a").moved] == ["other"]
+    assert [*teach(folder, tmp_path, "a").moved] == ["base", "other"]
 
 
 def test_faults_of_what_is_to_be_protected_come_before_any_work(llama, bases, tmp_path):
@@ -426,6 +432,43 @@ def test_a_workspace_protects_the_base_from_its_first_stage_on(llama, tmp_path):
     assert tree(space / "statistics" / "base") == own  # made once
 
 
+def test_a_new_workspace_learns_each_task_on_the_last_and_protects_what_it_knows(llama, tmp_path):
+    """The default: a merge method, or another kind of training, is another way."""
+    data = write_tasks(tmp_path)
+    small = {key: value for key, value in SETTINGS.items() if key != "strategy"}
+    init(tmp_path / "ws", str(llama), small)
+    learned = [teach(tmp_path / "ws", data, task) for task in "ab"]
+    assert [each.stage.start for each in learned] == ["base", "last"] and [*learned[1].moved] == ["base", "a"]
+    assert [each["name"] for each in json.loads((tmp_path / "ws/merges/2/record.json").read_text())["run"]["experts"]] == ["b"]
+    merged = teach(tmp_path / "ws", data, "c", method="linear")
+    assert merged.stage.start == "base"
+    assert [each["name"] for each in json.loads((tmp_path / "ws/merges/3/record.json").read_text())["run"]["experts"]] == [*"abc"]
+    for number, sets in enumerate(
+        (
+            {"method": "linear"},
+            {"strategy": "one_shot"},
+            {"training.kind": "osf"},
+            {"training.protect": None},
+            {"training": {"protect": None}},
+        )
+    ):
+        assert init(tmp_path / f"{number}", str(llama), sets).settings["training"]["protect"] is None
+
+
+def test_a_base_that_cannot_write_is_told_before_any_work(llama, tmp_path):
+    base = Path(shutil.copytree(llama, tmp_path / "base"))
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (base / file).is_file():
+            facts = json.loads((base / file).read_text())
+            (base / file).write_text(json.dumps({key: value for key, value in facts.items() if key not in {"bos_token", "eos_token"}}))
+    data = write_tasks(tmp_path)
+    space = make_workspace(tmp_path / "ws", base, strategy="newest", training__protect={})
+    before = tree(space)
+    with pytest.raises(RecallError, match="neither a start nor an end token"):
+        teach(space, data, "a")
+    assert tree(space) == before
+
+
 def test_the_base_is_no_task(llama):
     with pytest.raises(ValueError, match="`base` is no task"):
         Protect(statistics={"base": "folder"})
@@ -436,7 +479,7 @@ def test_the_base_counts_as_it_is_told(world, tmp_path):
     old = world[1]["old"]
 
     def answers(earlier, **protect):
-        settings = TrainSettings(protect=Protect(strength=30, **protect), **SMALL)
+        settings = TrainSettings(protect=Protect(strength=30, rows_of_a="free", **protect), **SMALL)
         return load_tensors(train(world[0], ROWS, tmp_path / "expert", settings, earlier=earlier, overwrite=True).folder)
 
     twice, own = answers({"old": old, "older": old}), answers({OWN: old}, base=2.0)

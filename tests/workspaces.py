@@ -15,6 +15,7 @@ from recall_merge.runtime.sealed import read_sealed
 from tiny import write_rows
 
 SETTINGS = {
+    "strategy": "one_shot",
     "training.rank": 2,
     "training.alpha": 4,
     "training.epochs": 1,

@@ -48,7 +48,9 @@ def learn(
     ] = None,
     test: Annotated[str | None, typer.Option(metavar="ROWS", help="Rows to score on, at this stage and all later ones.")] = None,
     metric: Annotated[str | None, typer.Option(help="Metric; by default acc for rows with choices, or exact_match.")] = None,
-    start: Annotated[str, typer.Option("--from", help="What to fine-tune: base, or last for the last merge.")] = "base",
+    start: Annotated[
+        str | None, typer.Option("--from", help="What to fine-tune: base, or last for the last merge; by default as the strategy has it.")
+    ] = None,
     expert: Annotated[str | None, typer.Option(help="An expert trained elsewhere: folder or hub name.")] = None,
     same_base: Annotated[bool, typer.Option("--same-base", help="Accept an adapter whose config names another base.")] = False,
     unseen: Annotated[
@@ -128,11 +130,11 @@ def _request(task: str | None, test: str | None, options: dict[str, Any]) -> Req
     """What is to be learnt; None to continue a stopped stage."""
     from recall_merge.continual.validation import Request
 
-    if options["start"] not in {"base", "last"}:
+    if options["start"] not in {None, "base", "last"}:
         raise RunError(f"--from {options['start']}: it must be base or last", fix="write --from base, or --from last")
     if task is not None and test is not None:
         return Request(task, test, **options)
-    if task or test or any(options[key] for key in options.keys() - {"start"}) or options["start"] != "base":
+    if task or test or any(options.values()):
         missing = " and ".join(name for name, value in (("--task", task), ("--test", test)) if value is None)
         raise RunError(f"a new task needs {missing}", fix="give both; without any option, learn continues a stopped stage")
     return None

@@ -33,6 +33,8 @@ OWN = (
 )
 """Keys that the workspace itself fills in; `template` is given once, for training, samples and scoring."""
 
+Strategy = Literal["newest", "one_shot", "sequential"]
+
 
 class Scoring(Section):
     """How models are scored."""
@@ -49,10 +51,13 @@ class Scoring(Section):
 class Settings(MergeRun):
     """How a stage is done: the keys of a run, and these."""
 
-    method: str = Field(default="recall", description="one of `recall methods`")  # pyright: ignore[reportIncompatibleVariableOverride]
-    strategy: Literal["one_shot", "sequential", "newest"] = Field(
-        default="one_shot",
-        description="merge all experts anew each time; or the merge before and the newest; or keep the newest alone, with --from last",
+    method: str = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default="recall", description="one of `recall methods`, for strategies that merge"
+    )
+    strategy: Strategy = Field(
+        default="newest",
+        description="keep the newest expert alone, each trained from the last one; or merge all experts anew each time; or the merge "
+        "before and the newest. one_shot by default where a `method` is given",
     )
     keep_samples: bool = Field(default=False, description="keep the typical samples themselves too; by default only their row numbers")
     stats_rank: int = Field(default=24, ge=0, description="directions that an expert's statistics keep of each input; 0 for no statistics")
@@ -111,11 +116,29 @@ class Settings(MergeRun):
         return self.training.model_copy(update={"template": self.template})
 
 
-def make_settings(stored: Mapping[str, Any], overrides: Mapping[str, Any], *, where: str = "--set") -> Settings:
-    """Settings from those of a workspace, with some overridden by dotted keys. Another method comes with its own options' defaults.
-    Raises RunError with every fault.
+def first_settings(sets: Mapping[str, Any]) -> Settings:
+    """The settings of a new workspace. Where each task is learnt on top of the last, earlier ones are protected unless `sets` says
+    otherwise. Raises RunError with every fault.
     """
-    faults, data = Faults(), deepcopy(dict(stored))
+    settings = make_settings({}, sets)
+    training = sets.get("training", {})
+    is_said = "protect" in training or any(key.startswith("training.protect") for key in sets)
+    if is_said or settings.strategy != "newest" or settings.training.kind == "osf":
+        return settings
+    return make_settings({}, {**sets, "training.protect": {}})
+
+
+def strategy_of(stored: Mapping[str, Any], overrides: Mapping[str, Any]) -> Any:
+    """The strategy of a stage, unchecked: the one that is given; one that merges where a merge method is given; or the workspace's."""
+    kept = stored.get("strategy", "newest")
+    return overrides.get("strategy", "one_shot" if "method" in overrides and kept == "newest" else kept)
+
+
+def make_settings(stored: Mapping[str, Any], overrides: Mapping[str, Any], *, where: str = "--set") -> Settings:
+    """Settings from those of a workspace, with some overridden by dotted keys. Another method comes with its own options' defaults, and
+    with a strategy that merges. Raises RunError with every fault.
+    """
+    faults, data = Faults(), deepcopy(dict(stored)) | {"strategy": strategy_of(stored, overrides)}
     if overrides.get("method", data.get("method")) != data.get("method"):
         data.pop("options", None)
     for key, value in overrides.items():

@@ -307,7 +307,7 @@ class StageRunner:
     def _notes(self) -> Iterator[str]:
         method = self._settings.method
         if self._settings.training.protect is not None and self._spec.given is None and self._lineage and not self._stage.earlier:
-            yield "nothing was protected: no earlier stage has input statistics"
+            yield "no earlier stage was protected: none has input statistics"
         if self._settings.strategy != "newest" and not self._lineage and self._settings.for_experts(1).method != method:
             yield f"`{method}` merges two experts or more: the first stage's model is its expert, as it is"
         if self._lineage and not self._stage.has_before:

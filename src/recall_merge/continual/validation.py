@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from recall_merge.continual.places import check_places
-from recall_merge.continual.settings import Settings, check_method, check_overrides, make_settings
+from recall_merge.continual.settings import Settings, check_method, check_overrides, make_settings, strategy_of
 from recall_merge.continual.state import NAME, DataFile, Model, StageSpec, Start, State, Task, found_path, locate_model, stored_path
 from recall_merge.continual.steps import fingerprint, is_same
 from recall_merge.evaluation.scores import check_lengths
@@ -25,6 +25,8 @@ from recall_merge.maths.methods import Method
 from recall_merge.merging.plan import make_plan
 from recall_merge.merging.rules import Rules
 from recall_merge.merging.run import MergeRun, SampleWeights
+from recall_merge.models.load import load_tokenizer
+from recall_merge.models.own_text import start_token
 from recall_merge.runtime.device import find_device
 from recall_merge.runtime.errors import CheckpointError, Faults, MissingExtra, WorkspaceError
 from recall_merge.runtime.paths import exists, path_of
@@ -43,7 +45,8 @@ class Request:
         task: its name, everywhere.
         train, test: rows, as `RowSource.of` takes them. `train` may be left out where an expert is given and the method compares no
             representations.
-        start: what the expert is fine-tuned from, the base or the last merge.
+        start: what the expert is fine-tuned from, the base or the last merge; by default the last merge where the newest expert alone
+            is kept, and else the base.
         expert: an expert that is already trained: a folder or a hub name.
         same_base: that expert was trained on this base, although its config names another.
         unseen: further tasks to score, from now on, that nothing is trained on: FILE, NAME=FILE, or a name that lm-eval knows.
@@ -54,7 +57,7 @@ class Request:
     test: RowSource | Path | str
     train: RowSource | Path | str | None = None
     metric: str | None = None
-    start: Start = "base"
+    start: Start | None = None
     expert: str | None = None
     same_base: bool = False
     unseen: Sequence[str] = ()
@@ -77,15 +80,17 @@ def draft(folder: Path, state: State | None, request: Request) -> StageSpec:
     expert = request.expert
     if expert is not None and exists(path_of(expert)):
         expert = stored_path(folder, path_of(expert))
+    overrides = ({"method": request.method} if request.method is not None else {}) | dict(request.sets)
+    builds = state is not None and state.head and expert is None and strategy_of(state.settings, overrides) == "newest"
     return StageSpec(
         id=len(state.stages) + 1 if state else 1,
         parent=state.head if state else 0,
         task=Task(name=request.task, metric=request.metric, test=unread(request.test, "test")),
         train=unread(request.train, "train") if request.train else None,
-        start=request.start,
+        start=request.start or ("last" if builds else "base"),
         given=Model(path=expert, fingerprint="") if expert else None,
         unseen=(*inherited, *unseen),
-        overrides=({"method": request.method} if request.method is not None else {}) | dict(request.sets),
+        overrides=overrides,
     )
 
 
@@ -230,10 +235,12 @@ class StageValidation:
                     faults.add("there is nothing to train on", fix="give --train FILE, or a trained expert by --expert")
                 if settings.strategy == "newest" and self._lineage and spec.start == "base":
                     what = "the newest expert alone is kept, and it is to be trained from the base: all earlier stages would be forgotten"
-                    faults.add(what, where="strategy", fix="give --from last; or `--set strategy=one_shot`")
+                    faults.add(
+                        what, where="strategy", fix="leave out --from; or give `--method aligned`, or another: it merges all experts"
+                    )
             elif settings.strategy == "newest" and self._lineage:
                 what = "the newest expert alone is kept, and this one was not trained from the last merge"
-                faults.add(what, where="strategy", fix="give `--set strategy=one_shot`")
+                faults.add(what, where="strategy", fix="give a --method, which merges all experts")
             elif spec.start == "last":
                 faults.add("an expert that is given is not fine-tuned from anything", fix="leave out --from, or --expert")
             elif spec.train is None and self._rules is not None and isinstance(self._rules.weights, SampleWeights):
@@ -297,6 +304,9 @@ class StageValidation:
         """The input statistics of what is to be protected: of all earlier stages that have them, and of experts from elsewhere."""
         folders = {stage.task.name: found_path(self._folder, stage.stats) for stage in self._lineage if stage.stats is not None}
         folders |= {name: path_of(folder) for name, folder in protect.statistics.items()}
+        if self._base is not None and protect.wants_base:
+            with self._faults.collect():
+                start_token(load_tokenizer(self._base))
         if self._base is not None and protect.is_on:
             self._inputs.append(FileStates.of([folder for folder in folders.values() if folder.is_dir()]))
             with self._faults.collect():

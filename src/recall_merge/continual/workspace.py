@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from recall_merge.continual.settings import check_method, make_settings
+from recall_merge.continual.settings import check_method, first_settings
 from recall_merge.continual.state import (
     JOURNAL,
     STATE,
@@ -49,7 +49,7 @@ def init(folder: Path, base: str, sets: Mapping[str, Any] | None = None) -> Stat
         return moved
     faults = Faults()
     with faults.collect():
-        settings = make_settings({}, sets or {})
+        settings = first_settings(sets or {})
         check_method(settings)
     with faults.collect():
         model = _base_model(folder, base)

@@ -10,6 +10,7 @@ from recall_merge.models.load import running
 from recall_merge.runtime.errors import RunError
 
 TEXTS, TOKENS, BATCH = 64, 80, 16
+WITHOUT = "give `protect.base: 0`: the base is then not protected on text of its own"
 
 
 def own_texts(model: Any, tokenizer: Any, *, seed: int, count: int = TEXTS, tokens: int = TOKENS) -> list[str]:
@@ -19,9 +20,7 @@ def own_texts(model: Any, tokenizer: Any, *, seed: int, count: int = TEXTS, toke
     """
     from transformers import GenerationConfig
 
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if start is None:
-        raise RunError("the base has neither a start nor an end token, from which it would write", fix="give `protect.base: 0`")
+    start = start_token(tokenizer)
     ends = model.generation_config.eos_token_id
     pad = next(token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, start) if token is not None)
     drawn = GenerationConfig(
@@ -36,5 +35,13 @@ def own_texts(model: Any, tokenizer: Any, *, seed: int, count: int = TEXTS, toke
             texts += tokenizer.batch_decode(written[:, 1:], skip_special_tokens=True)
     texts = [text for text in texts[:count] if text.strip()]
     if not texts:
-        raise RunError("the base writes nothing by itself", fix="give `protect.base: 0`")
+        raise RunError("the base writes nothing by itself", fix=WITHOUT)
     return texts
+
+
+def start_token(tokenizer: Any) -> int:
+    """The token that a text of its own starts from. Raises RunError if there is none."""
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise RunError("the base has neither a start nor an end token, from which it would write", fix=WITHOUT)
+    return start

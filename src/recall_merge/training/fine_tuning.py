@@ -26,7 +26,7 @@ from recall_merge.runtime.errors import Faults, OutputError, ResultError, RunErr
 from recall_merge.runtime.progress import Progress
 from recall_merge.training import checkpoints
 from recall_merge.training.earlier import Earlier
-from recall_merge.training.settings import WHOLE, TrainSettings, arguments_on, check_arguments, training_device
+from recall_merge.training.settings import WHOLE, RowsOfA, TrainSettings, arguments_on, check_arguments, training_device
 
 if TYPE_CHECKING:
     import torch
@@ -96,7 +96,7 @@ def train(
     models = FileStates.of([base, *([init_from] if init_from else [])])
     protect = settings.protect
     protected = dict(earlier or {}) if protect is not None and protect.is_on else {}
-    if protect is not None and protect.rows_of_a != "free" and init_from is not None:
+    if protect is not None and protect.rows_of_a not in {None, "free"} and init_from is not None:
         what, fix = "an adapter that is trained further has its rows of A already", "leave out `protect.rows_of_a`, or train a new adapter"
         raise RunError(what, where=init_from, fix=fix)
     key = _key(base, encoded, settings, init_from, on, protected)
@@ -111,7 +111,8 @@ def train(
     with hushed(), TRAIN_LOCK:
         model = _make_model(base, settings, init_from)
         arguments["output_dir"] = str(work)
-        protection = _protect(model, protected, settings, base, encoded)
+        rows_of_a: RowsOfA = "free" if init_from or settings.kind in WHOLE else "isolated"
+        protection = _protect(model, protected, settings, rows_of_a, base, encoded)
         listeners = {"progress": progress, "callbacks": [*callbacks, *([protection] if protection else [])]}
         trainer = _make_trainer(model, tokenizer, encoded, settings, arguments, **listeners)
         with _explain_full_disk(work):
@@ -241,13 +242,16 @@ def _make_trainer(
         raise RunError(f"trl refuses these arguments: {error}", where=", ".join(settings.arguments)) from error
 
 
-def _protect(model: Any, protected: Earlier, settings: TrainSettings, base: Path, rows: Sequence[EncodedRow]) -> Protection | None:
-    """What protects earlier tasks, if there are any."""
+def _protect(
+    model: Any, protected: Earlier, settings: TrainSettings, rows_of_a: RowsOfA, base: Path, rows: Sequence[EncodedRow]
+) -> Protection | None:
+    """What protects earlier tasks, if there are any. `rows_of_a` is for settings that do not say where they begin."""
     if not protected or settings.protect is None:
         return None
     from recall_merge.training.protection import Protection
 
-    return Protection(protected, settings.protect, open_checkpoint(base), model, rows=rows, seed=settings.seed)
+    protect = settings.protect.model_copy(update={"rows_of_a": settings.protect.rows_of_a or rows_of_a})
+    return Protection(protected, protect, open_checkpoint(base), model, rows=rows, seed=settings.seed)
 
 
 @contextmanager

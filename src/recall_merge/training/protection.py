@@ -61,8 +61,8 @@ class Protection(TrainerCallback, ExportableState):
         self._maps = trained_maps(model, base, {name for statistics in earlier.values() for name in statistics.facts["tensors"]})
         self._weights = {task: settings.base if task == OWN else 1.0 for task in earlier}
         self._groups = _grouped(self._maps, earlier, self._weights, seed)
-        if settings.rows_of_a != "free":
-            _begin_rows(model, self._maps, self._groups, rows, settings.rows_of_a, seed)
+        if (how := settings.rows_of_a) is not None and how != "free":
+            _begin_rows(model, self._maps, self._groups, rows, how, seed)
         self.strength = FIRST / settings.tolerance**2 if settings.strength == "auto" else float(settings.strength)
         self.moved = 0.0
 

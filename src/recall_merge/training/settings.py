@@ -77,18 +77,18 @@ class Protect(Section):
     """How earlier tasks are protected while a new one is learnt: their answers may move little, by their input statistics."""
 
     strength: Literal["auto"] | NonNegative = Field(
-        default="auto", description="what it costs that answers move; `auto` follows how far they have moved; 0: no protection"
+        default=1e4, description="what it costs that answers move; `auto` follows how far they have moved; 0: no protection"
     )
     tolerance: Positive = Field(
         default=0.003, description="of `auto`: how far answers of earlier tasks may move, as a share of their size (root mean square)"
     )
-    rows_of_a: RowsOfA = Field(
-        default="free",
-        description="where the A of a new adapter begins: anywhere; in directions that the new task's inputs have and earlier ones' "
-        "lack; or half of it there, and half where both lie",
+    rows_of_a: RowsOfA | None = Field(
+        default=None,
+        description="where the A of a new adapter begins: free, anywhere; isolated, in directions that the new task's inputs have and "
+        "earlier ones' lack; mixed, half there and half where both lie. Isolated by default",
     )
     base: NonNegative = Field(
-        default=0.0, description="how much the base's own answers count beside an earlier task's, on text that it writes itself"
+        default=1.0, description="how much the base's own answers count beside an earlier task's, on text that it writes itself"
     )
     statistics: dict[str, str] = Field(
         default_factory=dict, description="by task, folders of input statistics of further experts on the same base"
@@ -164,7 +164,7 @@ class TrainSettings(Section):
             raise ValueError(f"{', '.join(changed)}: of adapters only, and a whole model is to be trained")
         if self.kind == "osf" and self.protect is not None:
             raise ValueError("`protect` goes with the kinds lora, dora and full")
-        if self.kind == "full" and self.protect is not None and self.protect.rows_of_a != "free":
+        if self.kind == "full" and self.protect is not None and self.protect.rows_of_a not in {None, "free"}:
             raise ValueError("`protect.rows_of_a` is of adapters only, and a whole model is to be trained")
         return self
 
