@@ -139,9 +139,9 @@ def flow(time: float) -> Solve:
     return solve
 
 
-def filtered(share: float) -> Solve:
+def filtered(share: float, inside: float = 0.0) -> Solve:
     """The filter of NUFILT (Qiu et al. 2025, arXiv:2509.21413), without statistics: each delta off the leading right singular vectors of
-    the others, those that hold `share` of their energy; then the sum."""
+    the others, those that hold `share` of their energy; then the sum. `inside` of each is left there."""
 
     def solve(base: Tensor, deltas: list[LowRank], _: list[Moment]) -> Tensor:
         factors = []  # (i, r), factor factor^T = D^T D / |D|^2
@@ -155,7 +155,7 @@ def filtered(share: float) -> Solve:
             energy = values.square().cumsum(0) / values.square().sum()
             taken = left[:, : int((energy < share).sum()) + 1]
             down = delta.down.double()
-            merged = merged + delta.up.double() @ (down - down @ taken @ taken.mT)
+            merged = merged + delta.up.double() @ (down - (1 - inside) * down @ taken @ taken.mT)
         return merged.float()
 
     return solve
@@ -277,6 +277,7 @@ def candidates(plan: Plan, newest: dict[str, str], moments: Callable[[], Sequenc
         **{f"aligned, no statistics, {floor}": lambda floor=floor: each_map(plan, from_deltas(floor)) for floor in (0.01, 0.1, 1.0)},
         **{f"WUDI, time {time:g}": lambda time=time: each_map(plan, flow(time)) for time in (0.0, 0.3, 1.0, 3.0, 10.0, 100.0)},
         **{f"NUFILT's filter, {share}": lambda share=share: each_map(plan, filtered(share)) for share in (0.3, 0.6, 0.9)},
+        **{f"filter, mean inside, {share}": lambda share=share: each_map(plan, filtered(share, 0.2)) for share in (0.6, 0.9, 0.99)},
         **{f"soft filter, {floor}": lambda floor=floor: each_map(plan, soft_filter(floor)) for floor in (0.003, 0.01, 0.03, 0.1)},
         **{f"shares, {floor}": lambda floor=floor: each_map(plan, shares(floor, 0.0)) for floor in (0.001, 0.01, 0.05)},
         **{f"shares kept, {floor}": lambda floor=floor: each_map(plan, shares(floor, floor)) for floor in (0.003, 0.01, 0.03, 0.1)},

@@ -38,6 +38,7 @@ ONE: dict[str, dict[str, Any] | None] = {
 # The same for several identical experts at uniform weights.
 ALIKE: dict[str, dict[str, Any] | None] = ONE | {
     "task_arithmetic": None,  # a sum: k times the delta
+    "null_space": None,  # what experts share leaves all of them
     "tsv": {"rank": 8},  # of each it keeps only rank / k otherwise
 }
 # Options beside the defaults with which the promises are checked too.
@@ -57,6 +58,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "pcb": [{"density": 1.0}],
     "tsv": [{"rank": 1}],
     "isotropic": [{"common": 0.5}, {"common": 0.0}],
+    "null_space": [{"share": 0.0}, {"share": 1.0, "scale": 0.5}],
     "opcm": [{"growth": "sqrt", "alpha": 1.0}, {"alpha": 0.0}],
 }
 CASES = [

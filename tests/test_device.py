@@ -188,7 +188,16 @@ def test_what_runs_where(accelerators):
     assert hardware(cpu) == "cpu" and hardware(cuda) == "cuda (CUDA model)"
     assert [has_float64(device) for device in (cpu, cuda, mps)] == [True, True, False]
     assert [prefers_bfloat16(device) for device in (cpu, cuda, mps)] == [False, True, True]
-    assert {name for name, entry in METHODS.items() if entry.heavy} == {"tsv", "isotropic", "opcm", "regmean", "aligned", "sce", "pcb"}
+    assert {name for name, entry in METHODS.items() if entry.heavy} == {
+        "tsv",
+        "isotropic",
+        "null_space",
+        "opcm",
+        "regmean",
+        "aligned",
+        "sce",
+        "pcb",
+    }
     for entry in METHODS.values():
         assert (takes(cpu, entry), takes(cuda, entry), takes(mps, entry)) == (False, entry.heavy, False)
     assert work_on(cpu, METHODS["tsv"], DEFAULT_RECALL) == [] and not [*placement_notes(cpu, METHODS["tsv"], DEFAULT_RECALL)]

@@ -312,8 +312,20 @@ def test_tsv_leaves_out_experts_that_change_nothing():
     close(merge("tsv", none, [full, none]), full)  # all of its rank, not half
 
 
+def test_null_spaces_keep_what_only_one_expert_reads():
+    # the first reads x1 and x2, the second x1 and x3; x1 leaves both
+    first, second = [[3.0, 0.0, 0.0], [0.0, 1.0, 0.0]], [[0.0, 0.0, 2.0], [4.0, 0.0, 0.0]]
+    none = [[0.0] * 3] * 2
+    close(merge("null_space", none, [first, second]), [[0.0, 0.0, 2.0], [0.0, 1.0, 0.0]])
+    close(merge("null_space", none, [first, second], share=0), [[3.0, 0.0, 2.0], [4.0, 1.0, 0.0]])
+    close(merge("null_space", none, [first, second], [0.25, 0.75], scale=2.0), [[0.0, 0.0, 6.0], [0.0, 1.0, 0.0]])  # 2 w_q, doubled
+    apart = [[[3.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 5.0]]]
+    close(merge("null_space", [[1.0] * 2] * 2, apart, share=1), [[4.0, 1.0], [1.0, 6.0]])
+    close(merge("null_space", none, [first, none]), first)
+
+
 def test_spectral_methods_average_what_is_no_matrix():
-    for name in ("tsv", "isotropic"):
+    for name in ("tsv", "isotropic", "null_space"):
         close(merge(name, [1.0], [[2.0], [4.0]], [0.25, 0.75], scale=2.0), [8.0])
 
 

@@ -170,6 +170,17 @@ def np_isotropic(d: np.ndarray, w: np.ndarray, common=1.0) -> np.ndarray:
     return np.concatenate(values).mean() * np_polar(np.concatenate(left, 1)) @ np_polar(np.concatenate(right, 1)).T
 
 
+def np_null_space(d: np.ndarray, w: np.ndarray, share=0.6) -> np.ndarray:
+    answers = [x.T @ x / np.square(x).sum() for x in d]
+    merged = np.zeros_like(d[0])
+    for q, x in enumerate(d):
+        values, vectors = np.linalg.eigh(sum(answers[:q] + answers[q + 1 :]))
+        values, vectors = values[::-1], vectors[:, ::-1]
+        kept = vectors[:, : int((np.cumsum(values) < share * values.sum()).sum()) + 1]
+        merged = merged + len(d) * w[q] * (x - x @ kept @ kept.T)
+    return merged
+
+
 def np_opcm(d: np.ndarray, w: np.ndarray, alpha=0.5, growth="norm") -> np.ndarray:
     v = len(d) * w * d
     merged, length, norms = v[0], 1.0, [np.linalg.norm(v[0])]
@@ -211,6 +222,8 @@ NUMPY = [
     ("pcb", {"density": 0.6}, lambda b, d, w: np_pcb(d, w, 0.6)),
     ("tsv", {}, lambda b, d, w: np_tsv(d, w)),
     ("tsv", {"rank": 3}, lambda b, d, w: np_tsv(d, w, 3)),
+    ("null_space", {}, lambda b, d, w: np_null_space(d, w)),
+    ("null_space", {"share": 0.3}, lambda b, d, w: np_null_space(d, w, 0.3)),
     ("isotropic", {}, lambda b, d, w: np_isotropic(d, w)),
     ("isotropic", {"common": 0.8}, lambda b, d, w: np_isotropic(d, w, 0.8)),
     ("opcm", {}, lambda b, d, w: np_opcm(d, w)),

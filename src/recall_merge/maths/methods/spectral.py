@@ -1,4 +1,4 @@
-"""Methods on the singular vectors of the deltas: TSV, isotropic merging, OPCM. Low-rank deltas stay low-rank until the sum is formed.
+"""Methods on the singular vectors of the deltas: TSV, isotropic merging, null spaces, OPCM. Low-rank deltas stay low-rank until the sum.
 
 They are made for the matrices of linear maps, base and deltas (o, i). Tensors of every other shape (norms, biases, stacked experts) and
 embedding tables, whose rows are looked up, not mapped, get the weighted average, as in the TSV paper (OPCM: its own sum, as in its paper).
@@ -21,6 +21,9 @@ from recall_merge.maths.methods.registry import Scale, method
 Rank = Annotated[int, Interval(ge=0), "singular vectors kept of each expert; 0: min(o, i) / k of an (o, i) matrix, or all if it has fewer"]
 Common = Annotated[
     float, Interval(ge=0, le=1), "share of the directions taken from the sum of deltas; 1 is Iso-C, less Iso-CTS (paper: 0.8)"
+]
+Share = Annotated[
+    float, Interval(ge=0, le=1), "share of the other experts' energy whose leading directions an expert keeps off; 0 is the plain sum"
 ]
 Alpha = Annotated[
     float, Interval(ge=0, le=1), "share of the merged delta's spectrum (sum of singular values) that is kept clear of new deltas"
@@ -76,6 +79,27 @@ def isotropic(base: Dense, deltas: Factored, weights: Weights, *, common: Common
     return _added(base, parts, values.mean().expand(len(values)), scale)
 
 
+@method("null_space", source="Qiu et al. 2025, NUFILT (its filter alone), arXiv:2509.21413", factors=True, matrices=True, heavy=True)
+def null_space(base: Dense, deltas: Factored, weights: Weights, *, share: Share = 0.6, scale: Scale = 1.0) -> Dense:
+    """The sum of the deltas, each kept off the inputs to which the others answer most differently from the base.
+
+    theta = theta_0 + scale * sum_q k w_q delta_q (I - P_q),  P_q = V V^T,  V the fewest leading eigenvectors of
+    H_q = sum_{p != q} delta_p^T delta_p / |delta_p|^2 whose eigenvalues make up `share` of their sum.
+    Training changes a map along the inputs that it reads, so V stands for the inputs of the other tasks; what all experts do to inputs that
+    they all have, which a sum would do k times, falls away. With uniform weights this is the sum; experts of weight 0 or delta 0 are
+    left out. It is made for experts of different tasks: of two that learnt the same, each takes away what the other knows.
+    """
+    if base.ndim != 2:
+        return linear(base, [dense(delta) for delta in deltas], weights, scale=scale)
+    present = _present(deltas, weights)
+    if not present:
+        return base.clone()
+    parts = [singular(delta) for delta, _ in present]
+    answers = [part.right * (part.values / part.values.norm()) for part in parts]  # A A^T = delta^T delta / |delta|^2
+    kept = [_off(delta, _leading(answers[:q] + answers[q + 1 :], share)) for q, (delta, _) in enumerate(present)]
+    return dense(combined([base, *kept], [1.0, *(factor * scale for _, factor in present)]))
+
+
 @method(
     "opcm", source="Tang et al. 2025, Merging models on the fly, arXiv:2501.09522", factors=True, matrices=True, ordered=True, heavy=True
 )
@@ -106,6 +130,26 @@ def _present(deltas: Factored, weights: Weights) -> list[tuple[Delta, float]]:
     """The deltas that count, each with k w_q: neither their weight nor the delta is 0."""
     pairs = [(delta, len(deltas) * weight) for delta, weight in zip(deltas, weights, strict=True)]
     return [(delta, factor) for delta, factor in pairs if factor and (isinstance(delta, LowRank) or delta.any())]
+
+
+def _leading(factors: Sequence[Tensor], share: float) -> Tensor:
+    """The fewest leading eigenvectors of sum_p A_p A_p^T, A_p (i, r_p), whose eigenvalues make up a share of their sum.    (i, n)"""
+    if not factors or not share:
+        return torch.empty(0, 0)
+    vectors, values, _ = torch.linalg.svd(torch.cat(list(factors), dim=1), full_matrices=False)
+    before = values.square().cumsum(0) - values.square()  # the energy of all that lead each of them
+    return vectors[:, before < share * values.square().sum() * (1 - 1e-9)]
+
+
+def _off(delta: Delta, directions: Tensor) -> Delta:
+    """delta (I - V V^T), V (i, n)."""
+    if not directions.numel():
+        return delta
+    if isinstance(delta, LowRank):
+        down = delta.down.double()
+        return LowRank(delta.up, (down - down @ directions @ directions.T).to(delta.down.dtype))
+    directions = directions.to(delta.dtype)
+    return delta - delta @ directions @ directions.T
 
 
 def _opcm_step(merged: Delta, delta: Delta, factor: float, length: float, alpha: float) -> Delta:
