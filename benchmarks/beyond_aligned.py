@@ -161,6 +161,23 @@ def filtered(share: float, inside: float = 0.0) -> Solve:
     return solve
 
 
+def filtered_by_moments(share: float) -> Solve:
+    """The same off the leading directions of what the others read, which statistics know, in place of what their deltas read."""
+
+    def solve(base: Tensor, deltas: list[LowRank], moments: list[Moment]) -> Tensor:
+        factors = [moment.factor.double() / float(moment.diagonal.sum()) ** 0.5 for moment in moments]
+        merged = base.double()
+        for number, delta in enumerate(deltas):
+            left, values, _ = torch.linalg.svd(torch.cat(factors[:number] + factors[number + 1 :], dim=1), full_matrices=False)
+            energy = values.square().cumsum(0) / values.square().sum()
+            taken = left[:, : int((energy < share).sum()) + 1]
+            down = delta.down.double()
+            merged = merged + delta.up.double() @ (down - down @ taken @ taken.mT)
+        return merged.float()
+
+    return solve
+
+
 def soft_filter(floor: float) -> Solve:
     """The same without a threshold: sum_q D_q (I + H_q / floor)^-1, H_q = sum_{p != q} D_p^T D_p / |D_p|^2."""
 
@@ -278,6 +295,7 @@ def candidates(plan: Plan, newest: dict[str, str], moments: Callable[[], Sequenc
         **{f"WUDI, time {time:g}": lambda time=time: each_map(plan, flow(time)) for time in (0.0, 0.3, 1.0, 3.0, 10.0, 100.0)},
         **{f"NUFILT's filter, {share}": lambda share=share: each_map(plan, filtered(share)) for share in (0.3, 0.6, 0.9)},
         **{f"filter, mean inside, {share}": lambda share=share: each_map(plan, filtered(share, 0.2)) for share in (0.6, 0.9, 0.99)},
+        **{f"filter by statistics, {share}": lambda share=share: each_map(plan, filtered_by_moments(share)) for share in (0.6, 0.9, 0.97)},
         **{f"soft filter, {floor}": lambda floor=floor: each_map(plan, soft_filter(floor)) for floor in (0.003, 0.01, 0.03, 0.1)},
         **{f"shares, {floor}": lambda floor=floor: each_map(plan, shares(floor, 0.0)) for floor in (0.001, 0.01, 0.05)},
         **{f"shares kept, {floor}": lambda floor=floor: each_map(plan, shares(floor, floor)) for floor in (0.003, 0.01, 0.03, 0.1)},
