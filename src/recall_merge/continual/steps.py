@@ -29,7 +29,7 @@ from recall_merge.report.merge_charts import draw_weights
 from recall_merge.runtime.device import find_device, hardware
 from recall_merge.runtime.durable import write_whole
 from recall_merge.runtime.errors import CheckpointError
-from recall_merge.runtime.progress import Progress
+from recall_merge.runtime.progress import Progress, Silent
 from recall_merge.runtime.sealed import read_sealed, sealed
 
 OWN_TEXT, OWN_ROWS = "own_text.json", "own_text.jsonl"  # what a base has written, beside its statistics
@@ -113,10 +113,11 @@ def take_own_statistics(
     texts = KeyedFile(folder / OWN_TEXT, key_of(facts))
     if not texts.exists:
         from recall_merge.models.load import load_model
-        from recall_merge.models.own_text import own_texts
+        from recall_merge.models.own_text import TEXTS, own_texts
 
-        model, tokenizer = load_model(base, None, device=device)
-        texts.content = {"texts": own_texts(model, tokenizer, seed=seed)}
+        with (progress or Silent()).stage("the base writes texts of its own", TEXTS, "texts") as advance:
+            model, tokenizer = load_model(base, None, device=device)
+            texts.content = {"texts": own_texts(model, tokenizer, seed=seed, advance=advance)}
         texts.write()
     rows = folder / OWN_ROWS
     write_whole(rows, "".join(json.dumps({"text": text}) + "\n" for text in texts.content["texts"]))

@@ -8,13 +8,18 @@ import torch
 
 from recall_merge.models.load import running
 from recall_merge.runtime.errors import RunError
+from recall_merge.runtime.progress import Advance
 
 TEXTS, TOKENS, BATCH = 64, 80, 16
 WITHOUT = "give `protect.base: 0`: the base is then not protected on text of its own"
 
 
-def own_texts(model: Any, tokenizer: Any, *, seed: int, count: int = TEXTS, tokens: int = TOKENS) -> list[str]:
+def own_texts(
+    model: Any, tokenizer: Any, *, seed: int, count: int = TEXTS, tokens: int = TOKENS, advance: Advance = lambda _: None
+) -> list[str]:
     """Texts of at most so many tokens, from the start token on, each token drawn at temperature 1. The global draws stay as they were.
+
+    `advance` is called with the number of texts since the last call.
 
     Raises RunError where the tokenizer has no token to start from, or nothing is written.
     """
@@ -33,6 +38,7 @@ def own_texts(model: Any, tokenizer: Any, *, seed: int, count: int = TEXTS, toke
         for _ in range(0, count, BATCH):
             written = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=drawn)
             texts += tokenizer.batch_decode(written[:, 1:], skip_special_tokens=True)
+            advance(BATCH)
     texts = [text for text in texts[:count] if text.strip()]
     if not texts:
         raise RunError("the base writes nothing by itself", fix=WITHOUT)
