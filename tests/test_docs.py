@@ -78,7 +78,8 @@ def commands(page: Path) -> list[str]:
 
 def invoke(page: Path, line: str) -> None:
     result = CliRunner().invoke(app, shlex.split(line.removeprefix("recall"), comments=True))
-    assert result.exit_code == 0, f"{page.name}: {line}: {result.output} {result.exception}"
+    met = {0, 3} if "--keep-if" in line or "--require" in line else {0}  # 3: the model is not as good as the page wants it
+    assert result.exit_code in met, f"{page.name}: {line}: {result.output} {result.exception}"
 
 
 def understood(line: str) -> bool:

@@ -8,13 +8,17 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recall_merge.runtime.errors import Fault, RecallError
 from recall_merge.runtime.progress import Advance, Progress, Silent
 
+if TYPE_CHECKING:
+    from recall_merge.evaluation.gate import Decision
+
+FAILS = 3  # the exit status where the work is done, and a condition on its scores does not hold
 WIDE = 10_000  # columns where nobody watches, so that no table is cut for the next program in the pipe
 UNPRINTABLE = re.compile("[\\x00-\\x09\\x0b-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
 """Control characters but the end of a line, those that turn the direction of text, and halves of characters."""
@@ -72,6 +76,20 @@ def print_json(value: Any) -> None:
 def print_notes(notes: Iterable[str]) -> None:
     for note in notes:
         err().print(f"note: {note}")
+
+
+def print_decisions(decisions: Sequence[Decision]) -> None:
+    """Each condition on scores and whether it holds, with the interval that says how sure that is."""
+    for decision in decisions:
+        out().print(f"{'holds' if decision.holds else 'fails'}: {decision.words}")
+
+
+def leave_unless(decisions: Sequence[Decision]) -> None:
+    """Leave the command with the exit status of a condition that fails, if one does."""
+    import typer
+
+    if not all(decision.holds for decision in decisions):
+        raise typer.Exit(FAILS)
 
 
 def print_error(error: RecallError) -> None:

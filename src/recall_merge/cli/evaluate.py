@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from recall_merge.cli.console import out, print_json, print_notes, progress, table
+from recall_merge.cli.console import leave_unless, out, print_decisions, print_json, print_notes, progress, table
 from recall_merge.cli.options import AsJson, Device, Executor, Quiet, pairs, words_of
 from recall_merge.evaluation.scoring import CHOICE_METRICS, METRICS
 
 if TYPE_CHECKING:
+    from recall_merge.evaluation.gate import Decision
     from recall_merge.evaluation.scores import TaskScore
 
 
@@ -40,6 +41,9 @@ def evaluate(
     template: Annotated[Path | None, typer.Option(metavar="FILE", help="Jinja file, for the model's own chat template.")] = None,
     no_template: Annotated[bool, typer.Option("--no-template", help="Apply no chat template.")] = False,
     executor: Executor = "local",
+    require: Annotated[
+        list[str] | None, typer.Option(metavar="TASK>=SCORE", help="Exit with status 3 if a score is lower; `all` for every task; repeat.")
+    ] = None,
     card: Annotated[bool, typer.Option("--card", help="Add the scores to the model card (README.md).")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -64,21 +68,32 @@ def evaluate(
         template=template or not no_template,
         executor=executor,
         card=card,
+        require=require or (),
         progress=progress(quiet or as_json),
     )
     try:
-        _show(model, work(), as_json)
+        scores = work()
     except CardError as error:
-        _show(model, error.scores, as_json)
+        _show(model, error.scores, require, as_json)
         raise
+    leave_unless(_show(model, scores, require, as_json))
 
 
-def _show(model: str, scores: Sequence[TaskScore], as_json: bool) -> None:
+def _show(model: str, scores: Sequence[TaskScore], require: Sequence[str] | None, as_json: bool) -> list[Decision]:
+    """Print scores, and what they say of each condition."""
+    from recall_merge.evaluation.gate import decide, read_conditions
+
+    found = {score.task: asdict(score) for score in scores}
+    decisions = decide(read_conditions(require or (), found, where="--require"), found, {})
     if as_json:
-        return print_json({"model": model, "scores": [asdict(score) for score in scores]})
+        told = {"conditions": list(map(asdict, decisions))} if require else {}
+        print_json({"model": model, "scores": [*found.values()], **told})
+        return decisions
     rows = table("task", "metric", "score", "standard error", "rows")
     for score in scores:
         error = "-" if score.stderr is None else f"{score.stderr:.3f}"
         rows.add_row(score.task, score.metric, f"{score.score:.3f}", error, str(score.n))
     out().print(rows)
-    return print_notes([f"{score.task}: {note}" for score in scores for note in score.notes])
+    print_decisions(decisions)
+    print_notes([f"{score.task}: {note}" for score in scores for note in score.notes])
+    return decisions

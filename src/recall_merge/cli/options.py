@@ -24,6 +24,10 @@ Samples = Annotated[str | None, typer.Option("--samples", "-s", help="Rows of th
 Target = Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the result.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing result as a whole.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. seed=1; repeat.")]
+KeepIf = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TASK>=BOUND", help="Keep the model only if: a score (0.6), a change (-0.02), `all` for every task; repeat."),
+]
 Allowed = Annotated[
     list[str] | None,
     typer.Option("--allow-argument", metavar="NAME", help="Accept an argument of training that may do more than train; repeat."),

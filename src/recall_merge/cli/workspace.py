@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from recall_merge.cli import terminal_charts
-from recall_merge.cli.console import out, print_json, print_notes, progress, table
-from recall_merge.cli.options import Allowed, AsJson, Device, Method, Quiet, Sets, settings_of, words_of
+from recall_merge.cli.console import leave_unless, out, print_decisions, print_json, print_notes, progress, table
+from recall_merge.cli.options import Allowed, AsJson, Device, KeepIf, Method, Quiet, Sets, settings_of, words_of
 from recall_merge.runtime.errors import RunError
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def learn(
     unseen: Annotated[
         str | None, typer.Option(metavar="A,B,..", help="Tasks to score but not to learn: FILE, NAME=FILE, or of lm-eval.")
     ] = None,
+    keep_if: KeepIf = None,
     method: Method = None,
     device: Device = None,
     sets: Sets = None,
@@ -65,22 +67,30 @@ def learn(
 ) -> None:
     """Learn a task: fine-tune, merge, score all tasks so far.
 
-    If it was stopped, the same command continues.
+    If it was stopped, the same command continues. Where a condition fails, the model stays what it was, and the exit status is 3.
 
     Example: recall learn ws --task french --train french.jsonl --test french-test.jsonl
     """
     from recall_merge.continual.stages import learn
+    from recall_merge.continual.state import current_model
     from recall_merge.continual.workspace import branch
 
     tasks = words_of(unseen)
     options = {"train": train, "metric": metric, "start": start, "expert": expert, "same_base": same_base}
-    options |= {"unseen": tasks, "method": method, "sets": settings_of(sets) | ({"device": device} if device else {})}
+    options |= {
+        "unseen": tasks,
+        "keep_if": tuple(keep_if or ()),
+        "method": method,
+        "sets": settings_of(sets) | ({"device": device} if device else {}),
+    }
     learned = learn(workspace, _request(task, test, options), allowed=allow or (), progress=progress(quiet or as_json))
     stage, line = learned.stage, branch(learned.state, learned.stage.id)
     model = workspace / stage.merged.path
     if as_json:
         facts = {"path": str(workspace), "model": str(model), "stage": stage.model_dump(mode="json")}
-        return print_json({**facts, **_branch_json(line), "moved": learned.moved, "notes": list(learned.notes)})
+        more = {"moved": learned.moved, "conditions": list(map(asdict, learned.decisions)), "notes": list(learned.notes)}
+        print_json({**facts, **_branch_json(line), **more})
+        return leave_unless(learned.decisions)
     _print_changes(line)
     if learned.moved:
         moved = ", ".join(f"{task} {share:.2%}" for task, share in learned.moved.items())
@@ -88,6 +98,13 @@ def learn(
     if not quiet:
         _print_metrics(line)
         print_notes(learned.notes)
+    print_decisions(learned.decisions)
+    if stage.refused:
+        out().print(
+            f"stage {stage.id} learnt {stage.task.name} and was not kept: the model is still {current_model(workspace, learned.state)}"
+        )
+        out().print(f"`recall rollback {workspace} --to {stage.id}` takes it nevertheless")
+        return leave_unless(learned.decisions)
     return out().print(f"stage {stage.id} learnt {stage.task.name}; the model is {model}")
 
 
@@ -203,7 +220,9 @@ def _tree(state: State) -> Any:
 
     nodes = {0: Tree(label(0, "base"))}
     for stage in state.stages:
-        nodes[stage.id] = nodes[stage.parent].add(label(stage.id, f"{stage.task.name}  ({stage.origin}, {stage.created})"))
+        words = f"{stage.task.name}  ({stage.origin}, {stage.created})"
+        refused = f"; not kept: {', '.join(stage.refused)}" if stage.refused else ""
+        nodes[stage.id] = nodes[stage.parent].add(label(stage.id, words + refused))
     return nodes[0]
 
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
-
-from pydantic import TypeAdapter, ValidationError
+from typing import Any
 
 from recall_merge.continual.branch_section import BranchScores, branch_blocks
+from recall_merge.continual.kept_scores import read_scores
 from recall_merge.continual.protected import protected_by
 from recall_merge.continual.state import Stage, State, found_path, locate_model, read_journal, unchanged_rows
 from recall_merge.continual.steps import fingerprint
 from recall_merge.continual.workspace import Status, status
-from recall_merge.evaluation.scores import TaskScore
 from recall_merge.files.checkpoint import open_checkpoint, read_json
 from recall_merge.files.record import RECORD
-from recall_merge.maths.metrics import is_score
 from recall_merge.merging.result import check_record
 from recall_merge.report import merge_charts
 from recall_merge.report import workspace_charts as charts
@@ -26,9 +21,8 @@ from recall_merge.report.anatomy import Models, anatomy
 from recall_merge.report.merge_page import MergeFacts, about, lede, merge_sections
 from recall_merge.report.page import Block, Figure, Page, Section, Text, Tree
 from recall_merge.report.words import Words, sample_texts
-from recall_merge.runtime.errors import RunError, WorkspaceError
+from recall_merge.runtime.errors import RunError
 from recall_merge.runtime.progress import Progress
-from recall_merge.runtime.sealed import read_sealed
 
 
 def make_page(folder: Path, *, text: bool, cache: Path, progress: Progress) -> Page:
@@ -39,7 +33,7 @@ def make_page(folder: Path, *, text: bool, cache: Path, progress: Progress) -> P
     state = current.state
     if not state.stages:
         raise RunError("nothing was learnt here yet", where=folder, fix=f"recall learn {folder} --task NAME --train FILE --test FILE")
-    scores = {stage.id: _read_scores(folder, stage) for stage in state.stages}
+    scores = {stage.id: read_scores(folder, stage) for stage in state.stages}
     branches = [BranchScores(folder, branch, scores) for branch in current.branches]
     findings, facts = _findings(current, branches), []
     sections = [Section("lineage", "Lineage", list(_lineage(folder, state)))]
@@ -61,21 +55,6 @@ def make_page(folder: Path, *, text: bool, cache: Path, progress: Progress) -> P
     base = state.base.path if state.base.on_hub else Path(state.base.path).name
     subject = f"base {base}; {len(state.stages)} stages; now at stage {state.head}"
     return Page(f"Workspace: {folder.absolute().resolve().name}", subject, findings, sections, facts)
-
-
-def _read_scores(folder: Path, stage: Stage) -> dict[str, Any]:
-    """The scores of a stage with their items, by role and task. Raises WorkspaceError where they are damaged."""
-    path, plain = found_path(folder, stage.scores.file), stage.scores.model_dump(exclude={"file"})
-    scores = read_sealed(path).get("scores")
-    with suppress(ValidationError):
-        # subtle: from JSON, strict types take objects for dataclasses
-        checked = TypeAdapter(dict[str, dict[str, TaskScore]]).validate_json(json.dumps(scores), strict=True)
-        each = [score for tasks in checked.values() for score in tasks.values()]
-        numbers = [number for score in each for number in (score.score, score.stderr, *(item.score for item in score.items))]
-        whole = all(tasks.keys() <= checked.get(role, {}).keys() for role, tasks in plain.items())
-        if whole and all(number is None or is_score(number) for number in numbers):
-            return cast("dict[str, Any]", scores)
-    raise WorkspaceError(f"the scores of stage {stage.id} are damaged", where=path, fix="put back the file that was there")
 
 
 def _findings(current: Status, branches: list[BranchScores]) -> list[str]:

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from recall_merge.continual.kept_scores import read_scores
 from recall_merge.continual.places import SCRATCH, claim_places, clear_scratch, tidy
 from recall_merge.continual.protected import protected_by
 from recall_merge.continual.state import (
@@ -44,6 +45,7 @@ from recall_merge.continual.steps import (
     take_statistics,
 )
 from recall_merge.continual.validation import Request, StageValidation, ValidatedStage, draft
+from recall_merge.evaluation.gate import Decision, decide
 from recall_merge.files.adapter import is_adapter
 from recall_merge.files.model_card import MODEL_CARD, add_scores
 from recall_merge.files.output import OutputFolder
@@ -73,6 +75,7 @@ class Learned:
     merge: MergeResult
     scores: StageScores
     notes: tuple[str, ...]  # what a reader should know
+    decisions: tuple[Decision, ...]  # on the conditions under which its model is kept
     moved: dict[str, float]  # how far training moved the answers of the tasks that it protected, as a share of their size
 
 
@@ -237,9 +240,10 @@ class StageRunner:
         return targets | {"merged": _Target(found_path(self._folder, merged.path), base, merged.fingerprint, tasks)}
 
     def _commit(self, expert: Model, stats: str | None, merged: Model, result: MergeResult, scores: StageScores) -> Learned:
-        """Make the stage part of the workspace, and its merge the workspace's model."""
+        """Make the stage part of the workspace, and its model the workspace's if it meets all conditions."""
         plain = {role: {name: score["score"] for name, score in tasks.items()} for role, tasks in scores.items()}
-        samples = self._samples(stats, result)
+        samples, decisions = self._samples(stats, result), self._decide(scores)
+        refused = tuple(decision.words for decision in decisions if not decision.holds)
         if (result.path / MODEL_CARD).is_file():
             add_scores(result.path, f"{self._folder.name}-{self._spec.id}", list(scores["merged"].values()))
         with self._noted("commit"):
@@ -248,6 +252,7 @@ class StageRunner:
                 self._write_samples(samples)
             stage = Stage(
                 **self._spec.model_dump(),
+                refused=refused,
                 expert=expert,
                 stats=stats,
                 merged=merged,
@@ -255,9 +260,17 @@ class StageRunner:
                 scores=Scores(file=stored_path(self._folder, self._scores_file), **({"before": {}} | plain)),
                 created=now(),
             )
-            state = self._state.model_copy(update={"stages": (*self._state.stages, stage), "head": stage.id, "unfinished": None})
+            head = self._state.head if refused else stage.id
+            state = self._state.model_copy(update={"stages": (*self._state.stages, stage), "head": head, "unfinished": None})
             write_state(self._folder, state, was=self._state)
-        return Learned(stage, state, result, scores, (*self._notes(), *result.notes), self._moved(expert))
+        return Learned(stage, state, result, scores, (*self._notes(), *result.notes), decisions, self._moved(expert))
+
+    def _decide(self, scores: StageScores) -> tuple[Decision, ...]:
+        """Every condition, by the scores of this stage's model and of the model before: the last one, or the base."""
+        conditions, before = self._stage.conditions, scores.get("before", {}) if self._lineage else scores["base"]
+        if self._lineage and any(condition.is_change for condition in conditions):
+            before = read_scores(self._folder, self._lineage[-1])["merged"] | before
+        return tuple(decide(conditions, scores["merged"], before))
 
     def _entry(self, spec: StageSpec, expert: Model, stats: str | None = None) -> dict[str, Any]:
         """An expert as a run lists it. It was checked when it came, so its base is the run's."""

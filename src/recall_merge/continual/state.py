@@ -91,6 +91,7 @@ class StageSpec(Part):
     given: Model | None = None  # an expert that was trained elsewhere
     unseen: tuple[Task, ...] = ()  # tasks that are scored and never trained on, those of the stages before included
     overrides: dict[str, Any] = Field(default_factory=dict)  # settings of this stage alone, by dotted keys
+    keep_if: tuple[str, ...] = ()  # conditions under which its model becomes the workspace's
 
     @property
     def name(self) -> str:
@@ -107,6 +108,7 @@ class Stage(StageSpec):
     samples: tuple[int, ...]  # positions of the typical samples among the training rows; never their text
     scores: Scores
     created: str
+    refused: tuple[str, ...] = ()  # the conditions that its scores did not meet, in words; its model did not become the workspace's then
 
     @property
     def origin(self) -> str:

@@ -8,10 +8,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from recall_merge.continual.kept_scores import read_scores
 from recall_merge.continual.places import check_places
 from recall_merge.continual.settings import Settings, check_method, check_overrides, make_settings, strategy_of
 from recall_merge.continual.state import NAME, DataFile, Model, StageSpec, Start, State, Task, found_path, locate_model, stored_path
 from recall_merge.continual.steps import fingerprint, is_same
+from recall_merge.evaluation.gate import ALL, Condition, read_conditions
 from recall_merge.evaluation.scores import check_lengths
 from recall_merge.evaluation.tasks import TaskSpec, check_tasks, task_word
 from recall_merge.files.checkpoint import open_checkpoint
@@ -34,7 +36,7 @@ from recall_merge.training.earlier import Earlier, open_earlier
 from recall_merge.training.fine_tuning import check_rows
 from recall_merge.training.settings import Protect, check_arguments, training_device
 
-RESERVED = ("base", "merged")  # words that stand beside the names of tasks
+RESERVED = ("base", "merged", ALL)  # words that stand beside the names of tasks, or for them
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Request:
             is kept, and else the base.
         expert: an expert that is already trained: a folder or a hub name.
         same_base: that expert was trained on this base, although its config names another.
+        keep_if: conditions under which the stage's model becomes the workspace's, as `read_conditions` takes them.
         unseen: further tasks to score, from now on, that nothing is trained on: FILE, NAME=FILE, or a name that lm-eval knows.
         method, sets: for this stage alone: the merge method, and any setting by its dotted key.
     """
@@ -60,6 +63,7 @@ class Request:
     start: Start | None = None
     expert: str | None = None
     same_base: bool = False
+    keep_if: Sequence[str] = ()
     unseen: Sequence[str] = ()
     method: str | None = None
     sets: Mapping[str, Any] = field(default_factory=dict)
@@ -91,6 +95,7 @@ def draft(folder: Path, state: State | None, request: Request) -> StageSpec:
         given=Model(path=expert, fingerprint="") if expert else None,
         unseen=(*inherited, *unseen),
         overrides=overrides,
+        keep_if=tuple(request.keep_if),
     )
 
 
@@ -107,6 +112,7 @@ class ValidatedStage:
     inputs: FileStates  # of all these files, before they were first read
     has_before: bool  # whether the merge before is there
     earlier: Earlier  # the input statistics of what is protected
+    conditions: tuple[Condition, ...]  # that its scores must meet
 
 
 class StageValidation:
@@ -127,6 +133,7 @@ class StageValidation:
         self._given = spec.given
         self._has_before = spec.parent != 0
         self._earlier: Earlier = {}
+        self._conditions: list[Condition] = []
         self._inputs: list[FileStates] = []
 
     def run(self) -> ValidatedStage:
@@ -139,6 +146,7 @@ class StageValidation:
         if self._state is not None:
             self._check_models(self._state)
         self._check_lengths()
+        self._check_conditions()
         if NAME.fullmatch(self._spec.task.name):
             self._faults.attempt(check_places, self._folder, self._spec.id, self._spec.name)
         self._faults.raise_any(WorkspaceError)
@@ -148,7 +156,7 @@ class StageValidation:
         spec = self._spec.model_copy(update=filled)
         self._refuse_other(self._state, spec)
         inputs = FileStates({file: state for seen in reversed(self._inputs) for file, state in seen.files.items()})
-        read = (self._train_rows, self._task_specs(), inputs, self._has_before, self._earlier)
+        read = (self._train_rows, self._task_specs(), inputs, self._has_before, self._earlier, tuple(self._conditions))
         return ValidatedStage(self._state, spec, self._settings, self._base, *read)
 
     def _check_names(self) -> None:
@@ -258,6 +266,16 @@ class StageValidation:
         with self._faults.collect():
             specs = [spec for spec in self._task_specs().values() if spec.rows]
             self._faults.extend(check_lengths(self._base, specs, template=self._settings.template))
+
+    def _check_conditions(self) -> None:
+        """Whether the conditions can be decided: by the scores of this stage, and of the model before it."""
+        last = self._lineage[-1] if self._lineage else None
+        before = self._tests if last is None or self._has_before else last.scores.merged
+        with self._faults.collect():
+            self._conditions = read_conditions(self._spec.keep_if, self._tests, where="--keep-if", before=before)
+        if last is not None and any(condition.is_change for condition in self._conditions):
+            with self._faults.collect():
+                read_scores(self._folder, last)
 
     def _check_models(self, state: State) -> None:
         """Whether base, experts, and where it is needed the merge before, are what they were."""

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from recall_merge.evaluation.gate import read_conditions
 from recall_merge.evaluation.paper_tasks import load_hub_task
 from recall_merge.evaluation.scores import TaskScore, check_lengths, score_tasks
 from recall_merge.evaluation.tasks import TaskSpec, check_tasks, task_word
@@ -49,6 +50,7 @@ def evaluate(
     template: bool | str | Path = True,
     executor: str = "local",
     card: bool = False,
+    require: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> list[TaskScore]:
     """The score of a model on each task, in the order of the tasks.
@@ -63,6 +65,7 @@ def evaluate(
         executor: `local`, `ray` or `ray://ADDRESS`, where each task is scored by a worker of its own; all nodes must find the model.
         metrics: task -> metric, where it is not the default.
         card: add the scores to the model card in the model's folder.
+        require: conditions on the scores, as `read_conditions` takes them, that are checked beforehand and left to the caller to decide.
 
     Raises:
         RecallError: with every fault that can be found before the model is loaded.
@@ -81,6 +84,8 @@ def evaluate(
                 raise RunError("scores are not added to the card of a hub model", where=model, fix="leave out --card, or give a folder")
             read_model_card(folders[0])
     specs = _read_tasks(tasks, metrics or {}, faults)
+    with faults.collect():
+        read_conditions(require, [name for name, _ in map(task_word, tasks)], where="--require")
     template = faults.attempt(read_template, template) or False
     faults.extend(check_tasks(specs))
     faults.raise_any(RunError)
