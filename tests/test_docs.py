@@ -93,6 +93,8 @@ def understood(line: str) -> bool:
 def test_commands_of_the_site_work(here):
     """All pages one after the other, in one folder: whatever a page needs besides models and rows, an earlier page makes."""
     for name in ("sentiment", "french"):
+        valid = [{**row, "prompt": f"{row['prompt']} Now."} for row in ROWS]
+        write_rows(here / f"{name}-valid.jsonl", valid)
         write_rows(here / f"{name}-test.jsonl", [{**row, "prompt": f"{row['prompt']} Say it.", "choices": [" yes", " no"]} for row in ROWS])
     models = ", ".join(f"{{model: out/{name}, parameters: {{weight: 0.5}}}}" for name in ("sentiment", "french"))
     (here / "mergekit.yml").write_text(f"models: [{models}]\nmerge_method: task_arithmetic\nbase_model: base\n")

@@ -3,7 +3,7 @@
 The names below are loaded when first used, so that importing the package costs nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from recall_merge.runtime.surroundings import settle
 
 if TYPE_CHECKING:
+    from recall_merge.bench.compare import Comparison as Comparison
     from recall_merge.merging.layerwise import compute_weights as compute_weights
     from recall_merge.merging.merge import MergeResult as MergeResult
     from recall_merge.merging.plan import Plan as Plan
@@ -41,6 +42,7 @@ __all__ = [
     "MergeWeights",
     "Plan",
     "RecallError",
+    "compare",
     "compute_weights",
     "load_run",
     "make_plan",
@@ -58,6 +60,13 @@ def merge(run: "Run", *, executor: str = "local", progress: "Progress | None" = 
     from recall_merge.report.merge_charts import draw_weights
 
     return merge_run(_read(run), executor=executor, progress=progress, draw=draw_weights)
+
+
+def compare(run: "Run", tasks: Sequence[str], **options: Any) -> "Comparison":
+    """Merge the same experts in several ways and score each, in memory: `recall_merge.bench.compare.compare`."""
+    from recall_merge.bench.compare import compare as compare_merges
+
+    return compare_merges(_read(run), tasks, **options)
 
 
 def make_plan(run: "Run", *, writes: bool = True, download: bool = True) -> "Plan":

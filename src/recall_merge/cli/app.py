@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 import recall_merge
-from recall_merge.cli import bench, demo, evaluate, export, merge, methods, report, workspace
+from recall_merge.cli import bench, compare, demo, evaluate, export, merge, methods, report, workspace
 from recall_merge.cli.console import err, out, print_error
 from recall_merge.runtime.errors import RecallError, is_out_of_memory
 from recall_merge.runtime.paths import check_text
@@ -33,6 +33,7 @@ NO_MEMORY = """error: the memory that this process may have is used up; finished
 STOPPED = {
     "merge": "nothing was written, and what stood in the result's place is as it was: the same command begins again",
     "learn": "finished steps and the training's last checkpoint are kept: `recall learn WORKSPACE` goes on from there",
+    "compare": "nothing was written: the same command begins again",
     "evaluate": "no scores were written: the same command begins again",
     "bench": GOES_ON,
     "demo": GOES_ON,
@@ -41,7 +42,7 @@ STOPPED = {
 COMMANDS = (
     *(demo.demo, merge.merge, merge.plan, merge.weights, merge.stats, methods.methods),
     *(workspace.init, workspace.learn, workspace.status, workspace.rollback),
-    *(evaluate.evaluate, bench.bench, report.report, export.export, export.verify),
+    *(evaluate.evaluate, compare.compare, bench.bench, report.report, export.export, export.verify),
 )
 
 

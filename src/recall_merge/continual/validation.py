@@ -17,7 +17,6 @@ from recall_merge.evaluation.gate import ALL, Condition, read_conditions
 from recall_merge.evaluation.scores import check_lengths
 from recall_merge.evaluation.tasks import TaskSpec, check_tasks, task_word
 from recall_merge.files.checkpoint import open_checkpoint
-from recall_merge.files.forms import composed
 from recall_merge.files.hashing import FileStates
 from recall_merge.files.hub import Located, locate
 from recall_merge.files.row_sources import RowSource
@@ -216,9 +215,9 @@ class StageValidation:
 
     def _check_overlap(self) -> None:
         """No row of a test may be trained on."""
-        trained = {_content(row) for row in self._train_rows}
+        trained = {row.content for row in self._train_rows}
         for name, rows in self._rows.items():
-            if shared := sum(_content(row) in trained for row in rows):
+            if shared := sum(row.content in trained for row in rows):
                 whose = "its test file" if name == self._spec.task.name else f"the test file of '{name}'"
                 where = found_path(self._folder, self._spec.train.path if self._spec.train else "")
                 what = f"the training file and {whose} share rows: {shared} of the {len(rows)} test rows are also trained on"
@@ -361,7 +360,3 @@ class StageValidation:
 
     def _task_specs(self) -> dict[str, TaskSpec]:
         return {name: TaskSpec(name, self._rows[name] if task.test else None, task.metric) for name, task in self._tests.items()}
-
-
-def _content(row: Row) -> tuple[Any, ...]:
-    return (*((role, composed(content.strip())) for role, content in row.prompt), composed(row.completion.strip()))

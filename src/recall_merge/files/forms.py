@@ -57,6 +57,11 @@ class Row:
         return "\n".join(content for _, content in self.prompt)
 
     @property
+    def content(self) -> tuple[Any, ...]:
+        """What the row asks and answers, to tell whether two rows are the same one."""
+        return (*((role, composed(content.strip())) for role, content in self.prompt), composed(self.completion.strip()))
+
+    @property
     def turns(self) -> list[dict[str, Any]]:
         """The conversation as a chat template reads it, the answer last."""
         turns = [*self.prompt, ("assistant", self.completion.strip())]

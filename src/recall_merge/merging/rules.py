@@ -91,7 +91,8 @@ def choose_method(has_statistics: Sequence[bool], *, samples: bool, weights: boo
     if weights:
         return "linear", "the run gives weights, and not every expert has input statistics"
     if len(has_statistics) > 1:
-        return "tsv", "not every expert has input statistics, and of the methods that need none it did best"
+        why = "not every expert has input statistics, and it keeps most of what is known without"
+        return "tsv", f"{why}; `recall compare` says which method does best on rows of yours"
     if samples:
         return "recall", "there are samples and one expert without input statistics"
     return "linear", "there is one expert, without input statistics"
