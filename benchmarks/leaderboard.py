@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,17 +84,18 @@ def leaderboard(results: Results, scenario: Scenario, rows: int | None = None) -
     ranked = sorted((row for row in results.methods if row.method in entries), key=lambda row: -row.numbers["average_performance"].mean)
     free = [row for row in ranked if entries[row.method].method not in REFERENCES]
     shown = ranked if rows is None else [row for row in ranked if row in free[:rows] or row not in free]
-    head = ["method", "orders", "AP", "AP beside the first", "retention", "worst order", "BWT", "forgetting", "unseen delta"]
+    experts = next((entry.name for entry in scenario.methods if entry.method == "experts"), None)
+    head = ["method", "orders", "AP", "AP beside the first", "gains kept", "worst order", "retention", "BWT", "forgetting", "unseen delta"]
     lines = [_line([*head, "a stage", "peak memory"]), _line(["---"] * (len(head) + 2))]
     for row in shown:
         name = row.method if row in free else f"*{row.method}: {REFERENCES[entries[row.method].method]}*"
         numbers = [row.numbers[key] for key in ("retention", "backward_transfer", "forgetting", "unseen_delta")]
         beside = "" if row is free[0] else str(paired(*_pairs(results, row.method, free[0].method)))
-        worst = results.numbers["retention"][results.numbers["method"] == row.method].min()
-        ap, (kept, *others) = row.numbers["average_performance"], numbers
+        kept = [] if experts is None else gains_kept(results, row.method, experts)
+        gains = [f"{mean(kept):.3f}" + (f" ± {stdev(kept):.3f}" if len(kept) > 1 else ""), f"{min(kept):.3f}"] if kept else ["-", "-"]
         stage, peak = row.numbers["stage_seconds"].mean, row.numbers["peak_bytes"].mean / 1e9
         costs = ["-" if math.isnan(value) else f"{value:.{digits}f} {unit}" for value, digits, unit in ((stage, 0, "s"), (peak, 1, "GB"))]
-        lines.append(_line([name, row.trials, ap, beside, kept, "-" if math.isnan(worst) else f"{worst:.3f}", *others, *costs]))
+        lines.append(_line([name, row.trials, row.numbers["average_performance"], beside, *gains, *numbers, *costs]))
     return "\n".join([*lines, "", *([] if rows else [*_commands(ranked), ""])])
 
 
@@ -121,6 +123,24 @@ def _pairs(results: Results, ours: str, theirs: str) -> tuple[Sequence[float], S
     last = scores[scores["stage"] == scores["order"].str.count(ARROW) + 1].set_index(["method", "seed", "task"])["score"]
     both = last.unstack("method")[[ours, theirs]].dropna()
     return both[ours].tolist(), both[theirs].tolist()
+
+
+def gains_kept(results: Results, method: str, experts: str) -> list[float]:
+    """What a method has won over the base at the end, as a share of what the experts have won, all tasks together, for each order.
+
+    sum over tasks j of R[T, j] - b_j, divided by the sum of E_j - b_j. Unlike retention, the mean of the tasks' own shares, it does not
+    hang on a task whose expert has hardly learnt anything.
+    """
+    scores = results.scores[results.scores["method"].isin([method, experts])]
+    end = scores["stage"] == scores["order"].str.count(ARROW) + 1
+    last = scores[scores["seen"] & end].groupby(["method", "seed"])["score"].mean()
+    learnt = scores["task"].isin(scores["task"][scores["seen"]])
+    base = scores[learnt & (scores["stage"] == 0)].groupby(["method", "seed"])["score"].mean()
+    return [
+        (last[method, seed] - base[method, seed]) / (last[experts, seed] - base[method, seed])
+        for seed in sorted(scores["seed"].unique())
+        if (method, seed) in last.index and (experts, seed) in last.index
+    ]
 
 
 def _commands(ranked: Sequence[MethodResults]) -> list[str]:

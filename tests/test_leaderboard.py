@@ -6,12 +6,12 @@ import pytest
 from pandas import DataFrame
 from scipy.stats import ttest_rel
 
-from benchmarks.leaderboard import BEGIN, END, FIRST, KEPT, PAGE, README, SCENARIO, forgetting, leaderboard, paired, with_table
+from benchmarks.leaderboard import BEGIN, END, FIRST, KEPT, PAGE, README, SCENARIO, forgetting, gains_kept, leaderboard, paired, with_table
 from recall_merge.bench.results import NUMBERS, SCORES, Results, read_results
 from recall_merge.bench.scenario import Scenario, load_scenario
 
 TASKS = ("a", "b", "c")
-AP = {"good": (0.7, 0.6), "better": (0.8, 0.7), "all at once": (0.9, 0.9)}
+AP = {"good": (0.7, 0.6), "better": (0.8, 0.7), "all at once": (0.9, 0.9), "own": (0.85, 0.6)}
 
 
 def results() -> Results:
@@ -35,18 +35,26 @@ def scenario() -> Scenario:
         {"method": "sequential", "name": "good"},
         {"method": "protected", "name": "better"},
         {"method": "joint", "name": "all at once"},
+        {"method": "experts", "name": "own"},
     ]
     return Scenario.model_validate({"model": "base", "tasks": tasks, "methods": methods})
 
 
 def test_the_best_stands_first_and_differences_are_paired() -> None:
     table = leaderboard(results(), scenario()).splitlines()
-    assert [line.split(" | ")[0] for line in table[2:5]] == ["| *all at once: keeps all rows*", "| better", "| good"]
-    cells = table[4].split(" | ")
-    assert cells[2:4] == ["0.650 ± 0.071", "-0.100 [-0.100, -0.100]"] and cells[4:6] == ["0.650 ± 0.071", "0.600"]
-    assert "60 s | 2.0 GB" in table[4] and table[3].split(" | ")[3] == ""
-    assert sum("--only" in line for line in table) == 3
-    assert len(leaderboard(results(), scenario(), rows=1).splitlines()) == 4  # head, rule, the first, and the reference
+    first = ["| *all at once: keeps all rows*", "| better", "| *own: as many models as tasks*", "| good"]
+    assert [line.split(" | ")[0] for line in table[2:6]] == first
+    cells = table[5].split(" | ")
+    assert cells[2:4] == ["0.650 ± 0.071", "-0.100 [-0.100, -0.100]"] and cells[6] == "0.650 ± 0.071"
+    assert cells[4:6] == ["0.900 ± 0.141", "0.800"]  # .6 of .75, and .5 of .5
+    assert "60 s | 2.0 GB" in table[5] and table[3].split(" | ")[3] == ""
+    assert sum("--only" in line for line in table) == 4
+    assert len(leaderboard(results(), scenario(), rows=1).splitlines()) == 5  # head, rule, the first, and the references
+
+
+def test_gains_kept_are_of_all_tasks_together() -> None:
+    assert gains_kept(results(), "better", "own") == pytest.approx([0.7 / 0.75, 0.6 / 0.5])
+    assert gains_kept(results(), "own", "own") == pytest.approx([1.0, 1.0])
 
 
 def test_an_interval_is_students() -> None:
