@@ -137,8 +137,8 @@ def compare(
     weights = _Weights(progress)
     left: list[Candidate] = []
     for number, share in rounds(len(candidates), min(map(len, order.values()))):
-        going, gone = _ranked(candidates)[:number], _ranked(candidates)[number:]
-        left, candidates = gone + left, going
+        ranked = _ranked(candidates)
+        candidates, left = ranked[:number], ranked[number:] + left
         with progress.stage(f"comparing {number} merges", number, "merges") as advance:
             for candidate in candidates:
                 rest = [_further(spec, candidate, order[spec.name], share) for spec in specs]
