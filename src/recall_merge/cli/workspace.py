@@ -85,9 +85,9 @@ def learn(
     }
     learned = learn(workspace, _request(task, test, options), allowed=allow or (), progress=progress(quiet or as_json))
     stage, line = learned.stage, branch(learned.state, learned.stage.id)
-    model = workspace / stage.merged.path
+    model = current_model(workspace, learned.state)
     if as_json:
-        facts = {"path": str(workspace), "model": str(model), "stage": stage.model_dump(mode="json")}
+        facts = {"path": str(workspace), "model": model, "stage": stage.model_dump(mode="json")}
         more = {"moved": learned.moved, "conditions": list(map(asdict, learned.decisions)), "notes": list(learned.notes)}
         print_json({**facts, **_branch_json(line), **more})
         return leave_unless(learned.decisions)
@@ -100,9 +100,7 @@ def learn(
         print_notes(learned.notes)
     print_decisions(learned.decisions)
     if stage.refused:
-        out().print(
-            f"stage {stage.id} learnt {stage.task.name} and was not kept: the model is still {current_model(workspace, learned.state)}"
-        )
+        out().print(f"stage {stage.id} learnt {stage.task.name} and was not kept: the model is still {model}")
         out().print(f"`recall rollback {workspace} --to {stage.id}` takes it nevertheless")
         return leave_unless(learned.decisions)
     return out().print(f"stage {stage.id} learnt {stage.task.name}; the model is {model}")
