@@ -356,7 +356,7 @@ def test_a_strong_penalty_holds_the_weights(llama: Path, data: Path, tmp_path: P
 
 @pytest.mark.parametrize("start", ["adapter", "last", "base"])
 def test_a_protected_task_is_trained_with_the_statistics_of_all_before_it(llama: Path, data: Path, tmp_path: Path, start: str) -> None:
-    protected = {"method": "protected", "options": {"start": start}, "training": {"protect": {"strength": 1e3}}}
+    protected = {"method": "protected", "options": {"start": start}, "training": {"protect": {"strength": 1e3, "base": 0}}}
     changes = {"methods": [protected, "aligned"], "orders": [["films", "dogs"]], "scoring": {"stages": "last"}, "unseen": []}
     scenario = Scenario.model_validate(two_tasks(llama, data, tmp_path / "out", **changes))
     bench(scenario)

@@ -151,7 +151,7 @@ def _check_baseline(entry: MethodEntry, options: BaselineOptions | None, setting
     if isinstance(options, OLoraOptions) and settings.kind in WHOLE:
         faults.add("O-LoRA trains adapters, not whole models", where=where, fix="give `kind: lora`")
     if isinstance(options, ProtectedOptions):
-        if options.start == "adapter" and settings.protect is not None and settings.protect.rows_of_a != "free":
+        if options.start == "adapter" and settings.protect is not None and settings.protect.asks_for_rows:
             what, fix = "the adapter so far has its rows of A already", "leave out `protect.rows_of_a`, or `start: last`"
             faults.add(what, where=where, fix=fix)
         if method_named(options.merge) is None:

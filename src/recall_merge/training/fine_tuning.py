@@ -96,7 +96,7 @@ def train(
     models = FileStates.of([base, *([init_from] if init_from else [])])
     protect = settings.protect
     protected = dict(earlier or {}) if protect is not None and protect.is_on else {}
-    if protect is not None and protect.rows_of_a not in {None, "free"} and init_from is not None:
+    if protect is not None and protect.asks_for_rows and init_from is not None:
         what, fix = "an adapter that is trained further has its rows of A already", "leave out `protect.rows_of_a`, or train a new adapter"
         raise RunError(what, where=init_from, fix=fix)
     key = _key(base, encoded, settings, init_from, on, protected)

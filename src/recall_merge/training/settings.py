@@ -100,6 +100,11 @@ class Protect(Section):
         return self.strength != 0
 
     @property
+    def asks_for_rows(self) -> bool:
+        """Whether it is said where a new adapter's A begins, and not at random: only a new adapter can."""
+        return self.rows_of_a not in {None, "free"}
+
+    @property
     def wants_base(self) -> bool:
         """Whether the base is protected too, on text of its own."""
         return self.is_on and self.base > 0
@@ -164,7 +169,7 @@ class TrainSettings(Section):
             raise ValueError(f"{', '.join(changed)}: of adapters only, and a whole model is to be trained")
         if self.kind == "osf" and self.protect is not None:
             raise ValueError("`protect` goes with the kinds lora, dora and full")
-        if self.kind == "full" and self.protect is not None and self.protect.rows_of_a not in {None, "free"}:
+        if self.kind == "full" and self.protect is not None and self.protect.asks_for_rows:
             raise ValueError("`protect.rows_of_a` is of adapters only, and a whole model is to be trained")
         return self
 
