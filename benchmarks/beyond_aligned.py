@@ -32,6 +32,7 @@ from recall_merge.bench.scenario import load_scenario
 from recall_merge.files.experts import own_tensors, widen
 from recall_merge.files.row_sources import RowSource
 from recall_merge.maths.deltas import LowRank
+from recall_merge.maths.low_rank import singular
 from recall_merge.maths.methods.informed import aligned
 from recall_merge.maths.methods.spectral import tsv
 from recall_merge.maths.moments import Moment
@@ -110,6 +111,16 @@ def from_deltas(floor: float) -> Solve:
     return solve
 
 
+def in_row_space(deltas: list[LowRank]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """An orthonormal basis (i, m) of the deltas' row space; in it D_q^T D_q / |D_q|^2, (m, m), and the lower factor (r, m) of each."""
+    basis = torch.linalg.qr(torch.cat([delta.down.double() for delta in deltas]).mT)[0]
+    owns, downs = [], [delta.down.double() @ basis for delta in deltas]
+    for delta, down in zip(deltas, downs, strict=True):
+        own = down.mT @ (delta.up.double().mT @ delta.up.double()) @ down
+        owns.append(own / own.trace().clamp(min=1e-30))
+    return basis, owns, downs
+
+
 def flow(time: float) -> Solve:
     """WUDI (Cheng et al. 2025, arXiv:2503.08099), without statistics: from the sum of the deltas down sum_q |(M - D_q) D_q^T|^2 / |D_q|^2.
 
@@ -118,45 +129,39 @@ def flow(time: float) -> Solve:
     """
 
     def solve(base: Tensor, deltas: list[LowRank], _: list[Moment]) -> Tensor:
-        basis = torch.linalg.qr(torch.cat([delta.down.double() for delta in deltas]).mT)[0]  # (i, m), m = the sum of the ranks
-        width = (basis.shape[1], basis.shape[1])
-        start, answers = (
-            torch.zeros(base.shape[0], width[0], dtype=torch.float64),
-            torch.zeros(base.shape[0], width[0], dtype=torch.float64),
-        )
-        whole = torch.zeros(width, dtype=torch.float64)
-        for delta in deltas:
-            up, down = delta.up.double(), delta.down.double() @ basis
-            own = down.mT @ (up.mT @ up) @ down
-            own = 2 * own / own.trace().clamp(min=1e-30)
-            start, whole, answers = start + up @ down, whole + own, answers + up @ (down @ own)
-        values, vectors = torch.linalg.eigh(whole)
+        basis, owns, downs = in_row_space(deltas)
+        changes = [delta.up.double() @ down for delta, down in zip(deltas, downs, strict=True)]
+        answers = [change @ (2 * own) for change, own in zip(changes, owns, strict=True)]
+        values, vectors = torch.linalg.eigh(2 * torch.stack(owns).sum(0))
         left = torch.exp(-time * values.clamp(min=0))
         gone = torch.where(values > 1e-12, (1 - left) / values.clamp(min=1e-12), time)
-        merged = start @ (vectors * left) + answers @ (vectors * gone)
+        merged = torch.stack(changes).sum(0) @ (vectors * left) + torch.stack(answers).sum(0) @ (vectors * gone)
         return base + (merged @ vectors.mT @ basis.mT).float()
 
     return solve
 
 
-def filtered(share: float, inside: float = 0.0) -> Solve:
-    """The filter of NUFILT (Qiu et al. 2025, arXiv:2509.21413), without statistics: each delta off the leading right singular vectors of
-    the others, those that hold `share` of their energy; then the sum. `inside` of each is left there."""
+def kept_off(base: Tensor, deltas: list[LowRank], factors: Sequence[Tensor], share: float, inside: float = 0.0) -> Tensor:
+    """The sum of the deltas, each off the leading directions of the others' factors (i, n), which hold `share` of their energy.
+
+    `inside` of each is left there.
+    """
+    merged = base.double()
+    for number, delta in enumerate(deltas):
+        left, values, _ = torch.linalg.svd(torch.cat([*factors[:number], *factors[number + 1 :]], dim=1), full_matrices=False)
+        energy = values.square().cumsum(0) / values.square().sum()
+        taken = left[:, : int((energy < share).sum()) + 1]
+        down = delta.down.double()
+        merged = merged + delta.up.double() @ (down - (1 - inside) * down @ taken @ taken.mT)
+    return merged.float()
+
+
+def filtered(share: float, inside: float) -> Solve:
+    """`null_space`, without statistics, but for `inside` of each delta, which is left where the others are."""
 
     def solve(base: Tensor, deltas: list[LowRank], _: list[Moment]) -> Tensor:
-        factors = []  # (i, r), factor factor^T = D^T D / |D|^2
-        for delta in deltas:
-            values, vectors = torch.linalg.eigh(delta.up.double().mT @ delta.up.double())
-            factor = delta.down.double().mT @ (vectors * values.clamp(min=0).sqrt())
-            factors.append(factor / factor.norm().clamp(min=1e-30))
-        merged = base.double()
-        for number, delta in enumerate(deltas):
-            left, values, _ = torch.linalg.svd(torch.cat(factors[:number] + factors[number + 1 :], dim=1), full_matrices=False)
-            energy = values.square().cumsum(0) / values.square().sum()
-            taken = left[:, : int((energy < share).sum()) + 1]
-            down = delta.down.double()
-            merged = merged + delta.up.double() @ (down - (1 - inside) * down @ taken @ taken.mT)
-        return merged.float()
+        parts = [singular(delta) for delta in deltas]
+        return kept_off(base, deltas, [part.right * (part.values / part.values.norm()) for part in parts], share, inside)
 
     return solve
 
@@ -165,15 +170,7 @@ def filtered_by_moments(share: float) -> Solve:
     """The same off the leading directions of what the others read, which statistics know, in place of what their deltas read."""
 
     def solve(base: Tensor, deltas: list[LowRank], moments: list[Moment]) -> Tensor:
-        factors = [moment.factor.double() / float(moment.diagonal.sum()) ** 0.5 for moment in moments]
-        merged = base.double()
-        for number, delta in enumerate(deltas):
-            left, values, _ = torch.linalg.svd(torch.cat(factors[:number] + factors[number + 1 :], dim=1), full_matrices=False)
-            energy = values.square().cumsum(0) / values.square().sum()
-            taken = left[:, : int((energy < share).sum()) + 1]
-            down = delta.down.double()
-            merged = merged + delta.up.double() @ (down - down @ taken @ taken.mT)
-        return merged.float()
+        return kept_off(base, deltas, [moment.factor.double() / float(moment.diagonal.sum()) ** 0.5 for moment in moments], share)
 
     return solve
 
@@ -182,19 +179,13 @@ def soft_filter(floor: float) -> Solve:
     """The same without a threshold: sum_q D_q (I + H_q / floor)^-1, H_q = sum_{p != q} D_p^T D_p / |D_p|^2."""
 
     def solve(base: Tensor, deltas: list[LowRank], _: list[Moment]) -> Tensor:
-        basis = torch.linalg.qr(torch.cat([delta.down.double() for delta in deltas]).mT)[0]  # (i, m), m = the sum of the ranks
-        owns, downs = [], []
-        for delta in deltas:
-            up, down = delta.up.double(), delta.down.double() @ basis
-            own = down.mT @ (up.mT @ up) @ down
-            owns.append(own / own.trace().clamp(min=1e-30))
-            downs.append(down)
-        whole, one = sum(owns, torch.zeros_like(owns[0])), torch.eye(basis.shape[1], dtype=torch.float64)
+        basis, owns, downs = in_row_space(deltas)
+        whole, one = torch.stack(owns).sum(0), torch.eye(basis.shape[1], dtype=torch.float64)
         parts = [
             delta.up.double() @ torch.linalg.solve(one + (whole - own) / floor, down.mT).mT
             for delta, own, down in zip(deltas, owns, downs, strict=True)
         ]
-        return base + (sum(parts[1:], parts[0]) @ basis.mT).float()
+        return base + (torch.stack(parts).sum(0) @ basis.mT).float()
 
     return solve
 
@@ -203,20 +194,14 @@ def shares(floor: float, keep: float) -> Solve:
     """Without statistics: sum_q D_q S_q, S_q = T^-1/2 (G_q + keep I) T^-1/2, G_q = D_q^T D_q / |D_q|^2, T = sum_p G_p + floor I."""
 
     def solve(base: Tensor, deltas: list[LowRank], _: list[Moment]) -> Tensor:
-        basis = torch.linalg.qr(torch.cat([delta.down.double() for delta in deltas]).mT)[0]  # (i, m), m = the sum of the ranks
-        owns, downs = [], []
-        for delta in deltas:
-            up, down = delta.up.double(), delta.down.double() @ basis
-            own = down.mT @ (up.mT @ up) @ down
-            owns.append(own / own.trace().clamp(min=1e-30))
-            downs.append(down)
+        basis, owns, downs = in_row_space(deltas)
         one = torch.eye(basis.shape[1], dtype=torch.float64)
-        values, vectors = torch.linalg.eigh(sum(owns, floor * one))
+        values, vectors = torch.linalg.eigh(torch.stack(owns).sum(0) + floor * one)
         root = (vectors / values.sqrt()) @ vectors.mT
         parts = [
             delta.up.double() @ (down @ root @ (own + keep * one) @ root) for delta, own, down in zip(deltas, owns, downs, strict=True)
         ]
-        return base + (sum(parts[1:], parts[0]) @ basis.mT).float()
+        return base + (torch.stack(parts).sum(0) @ basis.mT).float()
 
     return solve
 
@@ -293,7 +278,7 @@ def candidates(plan: Plan, newest: dict[str, str], moments: Callable[[], Sequenc
         "aligned, TSV of the parts": lambda: each_map(plan, tsv_of_parts),
         **{f"aligned, no statistics, {floor}": lambda floor=floor: each_map(plan, from_deltas(floor)) for floor in (0.01, 0.1, 1.0)},
         **{f"WUDI, time {time:g}": lambda time=time: each_map(plan, flow(time)) for time in (0.0, 0.3, 1.0, 3.0, 10.0, 100.0)},
-        **{f"NUFILT's filter, {share}": lambda share=share: each_map(plan, filtered(share)) for share in (0.3, 0.6, 0.9)},
+        **{f"NUFILT's filter, {share}": lambda share=share: merged_by(plan, "null_space", {"share": share}) for share in (0.3, 0.6, 0.9)},
         **{f"filter, mean inside, {share}": lambda share=share: each_map(plan, filtered(share, 0.2)) for share in (0.6, 0.9, 0.99)},
         **{f"filter by statistics, {share}": lambda share=share: each_map(plan, filtered_by_moments(share)) for share in (0.6, 0.9, 0.97)},
         **{f"soft filter, {floor}": lambda floor=floor: each_map(plan, soft_filter(floor)) for floor in (0.003, 0.01, 0.03, 0.1)},
