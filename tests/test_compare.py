@@ -117,6 +117,8 @@ def test_all_faults_come_before_any_work(world, tmp_path, monkeypatch):
         "none of the tasks",
     ):
         assert words in told, words
+    with pytest.raises(RecallError, match="'scale' has no values to try"):
+        compare(run, [f"v={folder / 'valid.jsonl'}"], methods=["linear"], grid={"scale": []})
     with pytest.raises(RecallError, match="scale"):
         compare(run, [f"v={folder / 'valid.jsonl'}"], methods=["linear"], grid={"scale": ["big"]})
     with pytest.raises(RecallError, match="taken"):

@@ -11,9 +11,8 @@ import itertools
 import json
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,16 +21,16 @@ from typing import Any
 import numpy as np
 
 from recall_merge.evaluation.scores import check_lengths, score_tasks
-from recall_merge.evaluation.tasks import TaskSpec, check_tasks, task_word
+from recall_merge.evaluation.tasks import TaskSpec, check_metrics, check_tasks, task_word
 from recall_merge.files.companions import write_companions
 from recall_merge.files.hashing import ModelDigest
 from recall_merge.files.row_sources import RowSource, read_template
 from recall_merge.files.rows import Row
 from recall_merge.maths.bootstrap import Interval, bootstrap
-from recall_merge.maths.methods import ALIASES, METHODS
+from recall_merge.maths.methods import ALIASES
 from recall_merge.merging.layerwise import compute_weights
 from recall_merge.merging.plan import Plan, make_plan
-from recall_merge.merging.rules import WEIGHT_OPTIONS, method_named
+from recall_merge.merging.rules import WEIGHT_OPTIONS, find_method
 from recall_merge.merging.run import MergeRun, RecallWeights
 from recall_merge.merging.samples import TypicalSamples
 from recall_merge.merging.tensors import TensorCollector, merge_tensors
@@ -88,16 +87,23 @@ class Comparison:
 
     candidates: tuple[Candidate, ...]
     finalists: int
-    chosen: Candidate
+
+    @cached_property
+    def _behind(self) -> dict[str, Interval]:
+        return {each.name: _difference(each, self.candidates[0]) for each in self.candidates}
+
+    @property
+    def chosen(self) -> Candidate:
+        """The simplest of the finalists that are level with the best."""
+        return min(filter(self.is_level, self.candidates[: self.finalists]), key=lambda each: each.needs)
 
     def behind(self, candidate: Candidate) -> Interval:
         """Its score minus that of the best, on the rows that both were scored on, with a 95 % interval."""
-        return _difference(candidate, self.candidates[0])
+        return self._behind[candidate.name]
 
     def is_level(self, candidate: Candidate) -> bool:
         """Whether it cannot be told from the best on its rows."""
-        found = self.behind(candidate)
-        return not found.high < 0
+        return not self.behind(candidate).high < 0
 
 
 def compare(
@@ -146,8 +152,7 @@ def compare(
                     _score(candidate, [spec for spec in rest if spec.rows], weights, batch_size=batch_size, template=template)
                 advance(1)
     finalists = _ranked(candidates)
-    level = [each for each in finalists if not _difference(each, finalists[0]).high < 0]
-    return Comparison((*finalists, *left), len(finalists), min(level, key=lambda each: each.needs))
+    return Comparison((*finalists, *left), len(finalists))
 
 
 def rounds(candidates: int, rows: int) -> Iterator[tuple[int, float]]:
@@ -168,11 +173,10 @@ def _candidates(run: MergeRun, methods: Sequence[str], grid: Mapping[str, Sequen
     """Every method with every combination of the options that it has. What is wrong with any is added to the faults."""
     with faults.collect():
         chosen = list(methods) or [*_worth_a_try(run)]
-        for name in chosen:
-            if method_named(name) is None:
-                faults.add(f"there is no method '{name}'", where="--methods", fix=did_you_mean(name, {**METHODS, **ALIASES}))
-        chosen = [name for name in dict.fromkeys(chosen) if method_named(name) is not None]
-        for key in grid:
+        chosen = [name for name in dict.fromkeys(chosen) if faults.attempt(find_method, name, where="--methods") is not None]
+        for key, values in grid.items():
+            if not values:
+                faults.add(f"'{key}' has no values to try", where="--set-grid", fix="write KEY=V,V,..")
             if "." not in key and not any(key in _options(name) for name in chosen):
                 known = {option for name in chosen for option in _options(name)}
                 faults.add(f"none of these methods has an option '{key}'", where="--set-grid", fix=did_you_mean(key, known))
@@ -184,7 +188,7 @@ def _candidates(run: MergeRun, methods: Sequence[str], grid: Mapping[str, Sequen
 
 
 def _candidate(run: MergeRun, name: str, values: Mapping[str, Any]) -> Candidate:
-    data = deepcopy(run.model_dump(mode="json", exclude_unset=True))
+    data = run.model_dump(mode="json", exclude_unset=True)
     if run.method != name:
         data |= {"method": name, "options": {}}
     if name in ALIASES:
@@ -211,9 +215,7 @@ def _worth_a_try(run: MergeRun) -> Iterator[str]:
 
 
 def _options(name: str) -> Collection[str]:
-    method = method_named(name)
-    assert method is not None
-    return {*method.options, *(WEIGHT_OPTIONS[ALIASES[name].weights].model_fields if name in ALIASES else ())}
+    return {*find_method(name).options, *(WEIGHT_OPTIONS[ALIASES[name].weights].model_fields if name in ALIASES else ())}
 
 
 def _read_tasks(words: Sequence[str], metrics: Mapping[str, str], limit: int | None, faults: Faults) -> list[TaskSpec]:
@@ -226,9 +228,7 @@ def _read_tasks(words: Sequence[str], metrics: Mapping[str, str], limit: int | N
             specs.append(TaskSpec(name, RowSource.of(file, "validation").read()[:limit], metrics.get(name)))
     if not words:
         faults.add("there is no task", fix="give --tasks FILE,NAME=FILE")
-    for name in metrics:
-        if name not in {task_word(word)[0] for word in words}:
-            faults.add(f"a metric is given for '{name}', which is none of the tasks", fix=did_you_mean(name, [spec.name for spec in specs]))
+    faults.extend(check_metrics(metrics, [task_word(word)[0] for word in words]))
     return specs
 
 
@@ -264,10 +264,8 @@ def _score(candidate: Candidate, specs: Sequence[TaskSpec], weights: _Weights, *
     with TemporaryDirectory() as folder:
         write_companions(Path(folder), plan.base.folder, [each.folder for each in plan.experts], plan.vocabulary, None, plan.speaker)
         dtype = "float32" if plan.device.type == "cpu" else "auto"
-        model, tokenizer = (
-            placed(partial(build_model, Path(folder), collector.tensors, dtype=dtype), plan.device),
-            load_tokenizer(Path(folder)),
-        )
+        model = placed(partial(build_model, Path(folder), collector.tensors, dtype=dtype), plan.device)
+        tokenizer = load_tokenizer(Path(folder))
     del collector
     for score in score_tasks(model, tokenizer, specs, **options):
         if any(item.score is None for item in score.items):

@@ -33,8 +33,6 @@ OWN = (
 )
 """Keys that the workspace itself fills in; `template` is given once, for training, samples and scoring."""
 
-Strategy = Literal["newest", "one_shot", "sequential"]
-
 
 class Scoring(Section):
     """How models are scored."""
@@ -54,7 +52,7 @@ class Settings(MergeRun):
     method: str = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
         default="recall", description="one of `recall methods`, for strategies that merge"
     )
-    strategy: Strategy = Field(
+    strategy: Literal["newest", "one_shot", "sequential"] = Field(
         default="newest",
         description="keep the newest expert alone, each trained from the last one; or merge all experts anew each time; or the merge "
         "before and the newest. one_shot by default where a `method` is given",

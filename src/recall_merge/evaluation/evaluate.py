@@ -12,7 +12,7 @@ from typing import Any
 from recall_merge.evaluation.gate import read_conditions
 from recall_merge.evaluation.paper_tasks import load_hub_task
 from recall_merge.evaluation.scores import TaskScore, check_lengths, score_tasks
-from recall_merge.evaluation.tasks import TaskSpec, check_tasks, task_word
+from recall_merge.evaluation.tasks import TaskSpec, check_metrics, check_tasks, task_word
 from recall_merge.files.adapter import CONFIG, is_adapter
 from recall_merge.files.checkpoint import open_checkpoint, read_json, weight_files
 from recall_merge.files.hub import locate
@@ -28,7 +28,6 @@ from recall_merge.runtime.errors import (
     OutputError,
     RecallError,
     RunError,
-    did_you_mean,
 )
 from recall_merge.runtime.executor import check_executor, device_of_tasks, open_executor
 from recall_merge.runtime.parallel import cores
@@ -136,9 +135,7 @@ def _read_tasks(words: Sequence[str], metrics: Mapping[str, str], faults: Faults
                 specs.append(TaskSpec(name, None if file is None else RowSource.of(file, "test").read(), metrics.get(name)))
     if not words:
         faults.add("there is no task", fix="give --tasks FILE,NAME=FILE,NAME")
-    for name in metrics:
-        if name not in names:
-            faults.add(f"a metric is given for '{name}', which is none of the tasks", fix=did_you_mean(name, names))
+    faults.extend(check_metrics(metrics, names))
     return specs
 
 

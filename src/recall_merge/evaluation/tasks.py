@@ -68,6 +68,15 @@ def task_word(word: str) -> tuple[str, str | None]:
     return (Path(path.name.removesuffix(".gz")).stem, word) if known else (word, None)
 
 
+def check_metrics(metrics: Iterable[str], names: Sequence[str]) -> Faults:
+    """The names under which a metric is given, and which are none of the tasks."""
+    faults = Faults()
+    for name in metrics:
+        if name not in names:
+            faults.add(f"a metric is given for '{name}', which is none of the tasks", fix=did_you_mean(name, names))
+    return faults
+
+
 def check_tasks(tasks: Iterable[TaskSpec]) -> Faults:
     """What is wrong with the names and metrics of tasks, rows that cannot be scored, and names that lm-eval does not know."""
     faults = Faults()

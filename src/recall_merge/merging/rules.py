@@ -103,6 +103,14 @@ def method_named(name: str) -> Method | None:
     return METHODS.get(ALIASES[name].method if name in ALIASES else name)
 
 
+def find_method(name: str, *, where: str = "method") -> Method:
+    """The method that a name or an alias stands for. Raises RunError if there is no such name."""
+    method = method_named(name)
+    if method is None:
+        raise RunError(f"there is no method '{name}'", where=where, fix=did_you_mean(name, {**METHODS, **ALIASES}))
+    return method
+
+
 def takes_gradients(name: str) -> bool:
     """Whether a method takes the gradients of input statistics; no unknown one does."""
     method = method_named(name)
@@ -112,9 +120,7 @@ def takes_gradients(name: str) -> bool:
 def make_rules(run: MergeRun) -> Rules:
     """The rules of a run, or RunError with every fault. An alias is expanded: into a method and a rule for weights."""
     name = str(run.method)
-    method = method_named(name)
-    if method is None:
-        raise RunError(f"there is no method '{name}'", where="method", fix=did_you_mean(name, {**METHODS, **ALIASES}))
+    method = find_method(name)
     faults, experts = Faults(), [entry.name for entry in run.experts]
     options, weights = dict(run.options), run.weights
     alias = ALIASES.get(name)
