@@ -22,7 +22,7 @@ from recall_merge.merging.distributed import ATTEMPT, plan_for_tasks, write_shar
 from recall_merge.merging.layerwise import compute_weights
 from recall_merge.merging.plan import make_plan
 from recall_merge.models.layerwise import _Batch
-from recall_merge.runtime.errors import CheckpointError, NotLayerwise, RecallError
+from recall_merge.runtime.errors import CheckpointError, NotLayerwise, RecallError, ResultError
 from recall_merge.runtime.executor import Executor
 from recall_merge.runtime.processes import ThisProcess
 from test_layerwise import ROWS
@@ -176,6 +176,15 @@ def test_a_merge_that_fails_apart_leaves_nothing(bases: Bases, worker: Worker, r
         told.append(str(refused.value))
         assert not [*tmp_path.glob("out*")]
     assert told[0] == told[1]
+
+
+def test_a_result_that_is_the_base_is_refused_by_all_shards_together(bases: Bases, worker: Worker, rows: Path, tmp_path: Path) -> None:
+    base = bases("llama")
+    last = {"head": lora(base, tmp_path / "head", r=2, target_modules=["lm_head"])}  # the shards before hold nothing of it
+    merge(a_run(base, last, rows, tmp_path / "one", method="linear", samples=None), executor="ray")
+    with pytest.raises(ResultError, match="would be the base"):
+        merge(a_run(base, last, rows, tmp_path / "none", method="linear", samples=None, options={"scale": 0.0}), executor="ray")
+    assert not [*tmp_path.glob("none*")]
 
 
 def test_a_machine_that_finds_other_files_says_so(bases: Bases, rows: Path, tmp_path: Path) -> None:

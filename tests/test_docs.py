@@ -18,7 +18,7 @@ from recall_merge.bench.scenario import Scenario
 from recall_merge.cli.app import app
 from recall_merge.maths.methods import ALIASES, METHODS
 from recall_merge.merging.run import MergeRun, load_run
-from tiny import fine_tuned, write_rows
+from tiny import TEMPLATE, fine_tuned, write_rows
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "recall_merge"
@@ -96,6 +96,7 @@ def test_commands_of_the_site_work(here):
         valid = [{**row, "prompt": f"{row['prompt']} Now."} for row in ROWS]
         write_rows(here / f"{name}-valid.jsonl", valid)
         write_rows(here / f"{name}-test.jsonl", [{**row, "prompt": f"{row['prompt']} Say it.", "choices": [" yes", " no"]} for row in ROWS])
+    (here / "chatml.jinja").write_text(TEMPLATE)
     models = ", ".join(f"{{model: out/{name}, parameters: {{weight: 0.5}}}}" for name in ("sentiment", "french"))
     (here / "mergekit.yml").write_text(f"models: [{models}]\nmerge_method: task_arithmetic\nbase_model: base\n")
     first = [ROOT / "docs" / f"{name}.md" for name in ("index", "choosing", "statistics", "workspace", "reports")]

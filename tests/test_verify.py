@@ -122,3 +122,18 @@ def test_headers_must_be_those_of_the_plan(llama, tmp_path, monkeypatch):
     with pytest.raises(RecallError):
         merge(a_run(llama, expert, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_result_that_is_the_base_is_refused(llama, tmp_path):
+    run = a_run(llama, fine_tuned(llama, tmp_path / "expert", seed=1), tmp_path / "out").model_copy(update={"options": {"scale": 0.0}})
+    with pytest.raises(ResultError, match=r"would be the base: .* nothing that 'a' learnt is in it\n  where: .*out\n  fix: check that"):
+        merge(run)
+    assert not (tmp_path / "out").exists()
+
+
+def test_learning_that_the_dtype_rounds_away_is_refused(llama, tmp_path):
+    tensors = load_tensors(llama)
+    expert = with_tensors(llama, tmp_path / "expert", tensors | {"model.norm.weight": tensors["model.norm.weight"] + 1e-6})
+    merge(a_run(llama, expert, tmp_path / "exact"))
+    with pytest.raises(ResultError, match=r"(?s)would be the base.*give `out.dtype: float32`"):
+        merge(a_run(llama, expert, tmp_path / "rounded", dtype="bfloat16"))

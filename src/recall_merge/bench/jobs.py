@@ -32,7 +32,12 @@ def hashed(content: Any) -> str:
 
 
 def hash_rows(rows: Sequence[Row]) -> str:
-    return hashed([[row.prompt, row.completion, row.choices, *([row.details] if row.details else [])] for row in rows])
+    return hashed([[row.prompt, row.completion, row.choices, *_further(row)] for row in rows])
+
+
+def _further(row: Row) -> list[Any]:
+    """What few rows have, left out where it is missing."""
+    return [*([row.details] if row.details else []), *([] if row.template is None else [{"template": row.template}])]
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,13 @@ from recall_merge.bench.jobs import (
 )
 from recall_merge.continual.steps import merge_models, score_model, take_own_statistics, take_statistics
 from recall_merge.evaluation.tasks import TaskSpec
+from recall_merge.files.rows import Row
 from recall_merge.files.statistics import open_statistics
 from recall_merge.merging.merge import merge_in_memory
 from recall_merge.merging.plan import make_plan
 from recall_merge.merging.run import MergeRun
 from recall_merge.models.load import build_model, load_model, load_tokenizer, load_trainable, placed
-from recall_merge.models.tokens import encode_rows
+from recall_merge.models.tokens import encode_rows, template_of
 from recall_merge.runtime import memory
 from recall_merge.runtime.device import find_device
 from recall_merge.runtime.progress import Progress
@@ -47,7 +48,7 @@ def run_job(job: Job, store: Store, progress: Progress | None = None) -> float:
         case Anchor():
             _anchor(job, store)
         case StatisticsJob(model=model):
-            samples = {**job.samples, "path": str(store.keep_rows(model.rows))}
+            samples = _samples(job.samples, model.rows, store)
             experts = [{"name": "expert", "path": str(store.path_of(model)), "same_base": True}]
             run = {"base": str(store.folder_of(model.base)), "experts": experts, "samples": samples}
             run |= {"seed": model.settings.seed, "threads": 1, "device": base_of(job).device}
@@ -69,6 +70,11 @@ def run_job(job: Job, store: Store, progress: Progress | None = None) -> float:
     return seconds
 
 
+def _samples(settings: Mapping[str, Any], rows: Sequence[Row], store: Store) -> dict[str, Any]:
+    """Rows of the store as a run's samples."""
+    return {**settings, "path": str(store.keep_rows(rows)), "template": template_of(rows, settings["template"])}
+
+
 def make_run(merged: Merged, store: Store) -> MergeRun:
     """The run of a merge whose models, rows and statistics lie in the store."""
     statistics = {name: str(store.path_of(job)) for name, job in merged.statistics}
@@ -79,7 +85,7 @@ def make_run(merged: Merged, store: Store) -> MergeRun:
     run = {**merged.run, "base": str(store.folder_of(merged.base)), "experts": experts, "threads": 1}
     run["device"] = base_of(merged).device
     if merged.samples:
-        run["samples"] = {**run["samples"], "path": str(store.keep_rows(merged.samples))}
+        run["samples"] = _samples(run["samples"], merged.samples, store)
     return MergeRun.model_validate(run)
 
 

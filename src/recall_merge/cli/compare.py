@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,15 +13,18 @@ from recall_merge.cli.options import (
     Base,
     Device,
     Experts,
+    NoTemplate,
     Overwrite,
     Quiet,
     RunFile,
     Samples,
     Sets,
     Target,
+    TemplateFile,
     pairs,
     read_run,
     words_of,
+    written_by,
 )
 from recall_merge.runtime.safe_yaml import parse_yaml
 
@@ -47,8 +49,8 @@ def compare(
     metric: Annotated[list[str] | None, typer.Option(metavar="TASK=METRIC", help="Metric of a task; repeat.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows of each task.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch; changes only the speed.")] = 8,
-    template: Annotated[Path | None, typer.Option(metavar="FILE", help="Jinja file, for the models' own chat template.")] = None,
-    no_template: Annotated[bool, typer.Option("--no-template", help="Apply no chat template.")] = False,
+    template: TemplateFile = None,
+    no_template: NoTemplate = False,
     device: Device = None,
     sets: Sets = None,
     as_json: AsJson = False,
@@ -60,6 +62,7 @@ def compare(
     """
     from recall_merge import compare, merge
 
+    written = written_by(template, no_template)
     options: dict[str, Any] = {"out": out, "overwrite": overwrite, "device": device, "sets": sets}
     merge_run = read_run(run, base=base, experts=expert, samples=samples, **options)
     found = compare(
@@ -70,7 +73,7 @@ def compare(
         metrics=dict(pairs("--metric", "TASK=METRIC", metric)),
         batch_size=batch_size,
         limit=limit,
-        template=template or not no_template,
+        template=True if written is None else written,
         progress=progress(quiet or as_json),
     )
     if not as_json:

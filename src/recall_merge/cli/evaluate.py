@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from recall_merge.cli.console import leave_unless, out, print_decisions, print_json, print_notes, progress, table
-from recall_merge.cli.options import AsJson, Device, Executor, Quiet, pairs, words_of
+from recall_merge.cli.options import AsJson, Device, Executor, NoTemplate, Quiet, TemplateFile, pairs, words_of, written_by
 from recall_merge.evaluation.scoring import CHOICE_METRICS, METRICS
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ def evaluate(
     dtype: Annotated[
         str | None, typer.Option(help="Dtype of the model; float32 on the processor by default, else the model's own.")
     ] = None,
-    template: Annotated[Path | None, typer.Option(metavar="FILE", help="Jinja file, for the model's own chat template.")] = None,
-    no_template: Annotated[bool, typer.Option("--no-template", help="Apply no chat template.")] = False,
+    template: TemplateFile = None,
+    no_template: NoTemplate = False,
     executor: Executor = "local",
     require: Annotated[
         list[str] | None, typer.Option(metavar="TASK>=SCORE", help="Exit with status 3 if a score is lower; `all` for every task; repeat.")
@@ -55,6 +55,7 @@ def evaluate(
     from recall_merge.continual.state import current_model, is_workspace
     from recall_merge.evaluation.evaluate import CardError, evaluate
 
+    written = written_by(template, no_template)
     work = partial(
         evaluate,
         current_model(Path(model)) if is_workspace(Path(model)) else model,
@@ -65,7 +66,7 @@ def evaluate(
         limit=limit,
         device=device,
         dtype=dtype,
-        template=template or not no_template,
+        template=True if written is None else written,
         executor=executor,
         card=card,
         require=require or (),

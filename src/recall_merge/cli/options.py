@@ -32,6 +32,8 @@ Allowed = Annotated[
     list[str] | None,
     typer.Option("--allow-argument", metavar="NAME", help="Accept an argument of training that may do more than train; repeat."),
 ]
+TemplateFile = Annotated[Path | None, typer.Option("--template", metavar="FILE", help="Jinja file, for the models' own chat template.")]
+NoTemplate = Annotated[bool, typer.Option("--no-template", help="Apply no chat template: rows are texts as they are.")]
 Executor = Annotated[str, typer.Option(help="Where the work runs: local, ray, or ray://ADDRESS.")]
 Device = Annotated[
     str | None,
@@ -98,6 +100,17 @@ def settings_of(words: list[str] | None) -> dict[str, Any]:
         RunError: with every word that is not KEY=VALUE.
     """
     return dict(pairs("--set", "KEY=VALUE", words, read=parse_yaml))
+
+
+def written_by(template: Path | None, no_template: bool) -> Path | bool | None:
+    """What writes rows: a Jinja file, nothing (False), or what is the default (None).
+
+    Raises:
+        RunError: if both are asked for.
+    """
+    if template is not None and no_template:
+        raise RunError("--template and --no-template are both given", fix="leave one of them out")
+    return False if no_template else template
 
 
 def words_of(listed: str | None) -> list[str]:

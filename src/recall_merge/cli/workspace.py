@@ -11,7 +11,20 @@ import typer
 
 from recall_merge.cli import terminal_charts
 from recall_merge.cli.console import leave_unless, out, print_decisions, print_json, print_notes, progress, table
-from recall_merge.cli.options import Allowed, AsJson, Device, KeepIf, Method, Quiet, Sets, settings_of, words_of
+from recall_merge.cli.options import (
+    Allowed,
+    AsJson,
+    Device,
+    KeepIf,
+    Method,
+    NoTemplate,
+    Quiet,
+    Sets,
+    TemplateFile,
+    settings_of,
+    words_of,
+    written_by,
+)
 from recall_merge.runtime.errors import RunError
 
 if TYPE_CHECKING:
@@ -48,6 +61,9 @@ def learn(
         str | None, typer.Option(metavar="ROWS", help="Rows to train on: a file, a folder, or {path: .., columns: ..}.")
     ] = None,
     test: Annotated[str | None, typer.Option(metavar="ROWS", help="Rows to score on, at this stage and all later ones.")] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System text for the task's rows, kept with it.")] = None,
+    template: TemplateFile = None,
+    no_template: NoTemplate = False,
     metric: Annotated[str | None, typer.Option(help="Metric; by default acc for rows with choices, or exact_match.")] = None,
     start: Annotated[
         str | None, typer.Option("--from", help="What to fine-tune: base, or last for the last merge; by default as the strategy has it.")
@@ -78,6 +94,8 @@ def learn(
     tasks = words_of(unseen)
     options = {"train": train, "metric": metric, "start": start, "expert": expert, "same_base": same_base}
     options |= {
+        "system": system,
+        "template": written_by(template, no_template),
         "unseen": tasks,
         "keep_if": tuple(keep_if or ()),
         "method": method,
@@ -149,7 +167,7 @@ def _request(task: str | None, test: str | None, options: dict[str, Any]) -> Req
         raise RunError(f"--from {options['start']}: it must be base or last", fix="write --from base, or --from last")
     if task is not None and test is not None:
         return Request(task, test, **options)
-    if task or test or any(options.values()):
+    if task or test or any(options.values()) or options["template"] is not None:
         missing = " and ".join(name for name, value in (("--task", task), ("--test", test)) if value is None)
         raise RunError(f"a new task needs {missing}", fix="give both; without any option, learn continues a stopped stage")
     return None

@@ -26,6 +26,7 @@ OWN = (
     "samples.split",
     "samples.config",
     "samples.columns",
+    "samples.system",
     "samples.template",
     "out.path",
     "out.overwrite",
@@ -77,11 +78,10 @@ class Settings(MergeRun):
     def run(self, *, base: str, experts: list[dict[str, Any]], rows: RowSource | None, out: str) -> MergeRun:
         """The run of one merge. Raises RunError with everything that does not fit."""
         data = self.model_dump(mode="json", include=set(MergeRun.model_fields))
-        samples = (
-            {**data["samples"], **rows.model_dump(include=set(RowSource.model_fields)), "template": self.template}
-            if rows is not None
-            else None
-        )
+        samples = None
+        if rows is not None:
+            described = rows.model_dump(include=set(RowSource.model_fields), exclude_none=True)
+            samples = {**data["samples"], "template": self.template, **described}
         if isinstance(self.template, str) and data["out"]["chat_template"] is None:  # experts that are trained with it have it
             speakers = (entry["name"] for entry in reversed(experts) if chat_template(Path(entry["path"])) == self.template)
             data["out"]["chat_template"] = next(speakers, None)

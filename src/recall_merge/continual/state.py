@@ -47,8 +47,8 @@ class DataFile(RowSource):
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """Two that are equal in it hold the same rows."""
-        return self.sha256, self.columns
+        """Two that are equal in it hold the same rows, written in the same way."""
+        return self.sha256, self.columns, self.system, self.template
 
 
 class Model(Part):

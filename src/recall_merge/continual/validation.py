@@ -31,6 +31,7 @@ from recall_merge.models.own_text import start_token
 from recall_merge.runtime.device import find_device
 from recall_merge.runtime.errors import CheckpointError, Faults, MissingExtra, WorkspaceError
 from recall_merge.runtime.paths import exists, path_of
+from recall_merge.runtime.sections import parse
 from recall_merge.training.earlier import Earlier, open_earlier
 from recall_merge.training.fine_tuning import check_rows
 from recall_merge.training.settings import Protect, check_arguments, training_device
@@ -46,6 +47,8 @@ class Request:
         task: its name, everywhere.
         train, test: rows, as `RowSource.of` takes them. `train` may be left out where an expert is given and the method compares no
             representations.
+        system, template: how the task's rows are written, to train on and to score: a system text for rows that have none, and what writes
+            them (as in `RowSource`). Both are kept with the task.
         start: what the expert is fine-tuned from, the base or the last merge; by default the last merge where the newest expert alone
             is kept, and else the base.
         expert: an expert that is already trained: a folder or a hub name.
@@ -59,6 +62,8 @@ class Request:
     test: RowSource | Path | str
     train: RowSource | Path | str | None = None
     metric: str | None = None
+    system: str | None = None
+    template: bool | str | Path | None = None
     start: Start | None = None
     expert: str | None = None
     same_base: bool = False
@@ -71,12 +76,14 @@ class Request:
 def draft(folder: Path, state: State | None, request: Request) -> StageSpec:
     """A request as a stage, without the hashes of its files, which validation fills in."""
 
-    def unread(given: RowSource | Path | str, split: str) -> DataFile:
+    def unread(given: RowSource | Path | str, split: str, **written: Any) -> DataFile:
         source = RowSource.of(given, split)
         place = path_of(source.path)
         path = stored_path(folder, place) if is_local(source.path) or exists(place) else source.path
-        return DataFile.model_validate({**source.model_dump(), "path": path, "sha256": ""})
+        return parse(DataFile, {**source.model_dump(), "path": path, "sha256": "", **written}, where=source.path)
 
+    written: dict[str, Any] = {} if request.system is None else {"system": request.system}
+    written |= {} if request.template is None else {"template": request.template}
     unseen = [Task(name=name, test=unread(file, "test") if file else None) for name, file in map(task_word, request.unseen)]
     names = {request.task, *(task.name for task in unseen)}
     inherited = [task for stage in (state.lineage() if state else ())[-1:] for task in stage.unseen if task.name not in names]
@@ -88,8 +95,8 @@ def draft(folder: Path, state: State | None, request: Request) -> StageSpec:
     return StageSpec(
         id=len(state.stages) + 1 if state else 1,
         parent=state.head if state else 0,
-        task=Task(name=request.task, metric=request.metric, test=unread(request.test, "test")),
-        train=unread(request.train, "train") if request.train else None,
+        task=Task(name=request.task, metric=request.metric, test=unread(request.test, "test", **written)),
+        train=unread(request.train, "train", **written) if request.train else None,
         start=request.start or ("last" if builds else "base"),
         given=Model(path=expert, fingerprint="") if expert else None,
         unseen=(*inherited, *unseen),
@@ -210,7 +217,7 @@ class StageValidation:
         for task in (self._tests[task.name] for task in self._asked):
             old = before.get(task.name)
             if old is not None and (old.test and old.test.identity, old.metric) != (task.test and task.test.identity, task.metric):
-                what = f"'{task.name}' was scored before with another file or metric"
+                what = f"'{task.name}' was scored before with another file, format or metric"
                 self._faults.add(what, where=task.test.path if task.test else task.name, fix="give it as it was, or another name")
 
     def _check_overlap(self) -> None:

@@ -14,6 +14,7 @@ from recall_merge.runtime.errors import did_you_mean
 Turns = tuple[tuple[str, str], ...]
 
 OF_TURNS = ("tool_calls", "tool_call_id", "name", "reasoning_content", "reasoning", "thinking")  # beside role and content
+SYSTEM_ROLES = ("system", "developer")
 SPEAKERS = {"human": "user", "gpt": "assistant", "system": "system"}  # of ShareGPT
 CHANGES = (
     "label",
@@ -50,6 +51,10 @@ class Row:
     """Fields of its record that no form reads."""
     roles: bool = field(default=False, compare=False)
     """The prompt is a conversation or an instruction, which only a chat template can write; not a text that is complete in itself."""
+    template: bool | str | None = None
+    """What writes this row, as its source has it: the model's chat template, none, or the text of another; None: what else is asked for."""
+    has_system: bool = field(default=False, compare=False)
+    """The first turn is the system text of the row's source, which all its rows share."""
 
     @property
     def plain(self) -> str:
@@ -59,7 +64,8 @@ class Row:
     @property
     def content(self) -> tuple[Any, ...]:
         """What the row asks and answers, to tell whether two rows are the same one."""
-        return (*((role, composed(content.strip())) for role, content in self.prompt), composed(self.completion.strip()))
+        own = self.prompt[1:] if self.has_system else self.prompt
+        return (*((role, composed(content.strip())) for role, content in own), composed(self.completion.strip()))
 
     @property
     def turns(self) -> list[dict[str, Any]]:
@@ -73,6 +79,14 @@ class Row:
         details = json.loads(self.details) if self.details else None
         less = json.dumps(details | {"turns": details["turns"][: turn + 1]}) if details else ""
         return replace(self, prompt=self.prompt[:turn], completion=self.prompt[turn][1], details=less)
+
+    def under_system(self, text: str) -> Row:
+        """The row with a system turn before its conversation, if it has none of its own."""
+        if self.prompt[0][0] in SYSTEM_ROLES:
+            return self
+        details = json.loads(self.details) if self.details else None
+        more = json.dumps(details | {"turns": [{}, *details["turns"]]}) if details else ""
+        return replace(self, prompt=(("system", text), *self.prompt), details=more, roles=True, has_system=True)
 
     @property
     def tools(self) -> Any:

@@ -51,9 +51,10 @@ class Task:
 
 @dataclass(frozen=True)
 class ShardDone:
-    """What comes back from a written shard: its hash, and the digest lines of the base and of each full expert."""
+    """What comes back from a written shard: its hash, whether it differs from the base, and the digest lines of all full models."""
 
     hash: str
+    differs: bool
     lines: tuple[dict[str, str], ...]
 
 
@@ -73,8 +74,11 @@ def compute_weights_distributed(plan: Plan, executor: Executor, progress: Progre
 
 def merge_distributed(
     plan: Plan, weights: MergeWeights, executor: Executor, folder: Path, digest: ModelDigest, progress: Progress
-) -> dict[str, str]:
-    """`merge_tensors`, one task per shard: write the result's weight files and their index where all machines find them.    -> hashes"""
+) -> tuple[bool, dict[str, str]]:
+    """`merge_tensors`, one task per shard: write the result's weight files and their index where all machines find them.
+
+    -> whether the result differs from the base, and the files' hashes
+    """
     WeightWriter(folder, plan.shards)  # writes the index
     plan = plan_for_tasks(plan)
     tasks = [Task(shard.file, write_shard, (plan, weights, folder, i), merge_memory(plan)) for i, shard in enumerate(plan.shards)]
@@ -85,7 +89,8 @@ def merge_distributed(
     for shard in shards:
         for own, lines in zip(digests_of(plan, digest), shard.lines, strict=True):
             own.lines.update(lines)
-    return {planned.file: shard.hash for planned, shard in zip(plan.shards, shards, strict=True)}
+    hashes = {planned.file: shard.hash for planned, shard in zip(plan.shards, shards, strict=True)}
+    return any(shard.differs for shard in shards), hashes
 
 
 def write_shard(plan: Plan, weights: MergeWeights, folder: Path, number: int) -> ShardDone:
@@ -97,11 +102,11 @@ def write_shard(plan: Plan, weights: MergeWeights, folder: Path, number: int) ->
     shard, digest = plan.shards[number], ModelDigest()
     attempt = Path(tempfile.mkdtemp(prefix=f"{ATTEMPT}{os.getpid()}-", dir=folder))
     with WeightWriter(attempt, [shard]) as writer:
-        merge_tensors(plan, weights, shard.specs, writer, digest)
+        differs = merge_tensors(plan, weights, shard.specs, writer, digest)
     sync(attempt / shard.file)
     (attempt / shard.file).replace(folder / shard.file)
     attempt.rmdir()
-    return ShardDone(writer.hashes[shard.file], tuple(own.lines for own in digests_of(plan, digest)))
+    return ShardDone(writer.hashes[shard.file], differs, tuple(own.lines for own in digests_of(plan, digest)))
 
 
 def hidden_states_of(plan: Plan, number: int, texts: Sequence[str], whole: bool) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from recall_merge.merging.plan import Plan, make_plan
 from recall_merge.merging.result import hash_models, inputs_for_record, public_name, record_of, weights_from_record
 from recall_merge.merging.run import MergeRun
 from recall_merge.merging.tensors import TensorCollector, Writer, merge_tensors
+from recall_merge.merging.unsound import refuse_base
 from recall_merge.merging.verify import validate_output
 from recall_merge.merging.weights import MergeWeights
 from recall_merge.runtime import memory
@@ -92,9 +93,11 @@ def apply(plan: Plan, *, executor: str = LOCAL, progress: Progress | None = None
         digest = ModelDigest()
         if executor == LOCAL:
             with WeightWriter(out.path, plan.shards) as writer:
-                weights, hashes = merge_into(writer, plan, digest, seconds, progress), writer.hashes
+                (weights, differs), hashes = merge_into(writer, plan, digest, seconds, progress), writer.hashes
         else:
-            weights, hashes = _write_distributed(executor, plan, out.path, digest, seconds, progress)
+            weights, differs, hashes = _write_distributed(executor, plan, out.path, digest, seconds, progress)
+        if not differs:
+            refuse_base(plan)
         dtype = None if plan.run.out.dtype == "auto" else plan.run.out.dtype
         write_companions(out.path, plan.base.folder, [expert.folder for expert in plan.experts], plan.vocabulary, dtype, plan.speaker)
         with _timed(seconds, "check"), progress.stage("checking the result", 1, "steps") as advance:
@@ -122,30 +125,40 @@ def apply(plan: Plan, *, executor: str = LOCAL, progress: Progress | None = None
 def merge_in_memory(plan: Plan, progress: Progress | None = None) -> tuple[dict[str, Tensor], MergeWeights]:
     """The result's tensors, by the same pass, without writing them."""
     collector = TensorCollector(plan)
-    weights = merge_into(collector, plan, ModelDigest(), {}, progress or Silent())
+    weights, _ = merge_into(collector, plan, ModelDigest(), {}, progress or Silent())
     return collector.tensors, weights
 
 
-def merge_into(writer: Writer, plan: Plan, digest: ModelDigest, seconds: dict[str, float], progress: Progress) -> MergeWeights:
-    """Merge all tensors into a writer: by weights that are known before, or layer by layer as they become known."""
+def merge_into(writer: Writer, plan: Plan, digest: ModelDigest, seconds: dict[str, float], progress: Progress) -> tuple[MergeWeights, bool]:
+    """Merge all tensors into a writer: by weights that are known before, or layer by layer as they become known.
+
+    -> the weights, and whether the result differs from the base
+    """
     with _timed(seconds, "weights"):
         start = prepare(plan, progress)
     with _timed(seconds, "merge"), progress.stage(f"merging by {plan.name}", plan.bytes_written, "bytes") as advance:
         if isinstance(start, MergeWeights):
-            merge_tensors(plan, start, plan.specs, writer, digest, advance)
-            return start
-        return run_pass(plan, start, merge=lambda held, weights, names: merge_tensors(held, weights, names, writer, digest, advance))
+            return start, merge_tensors(plan, start, plan.specs, writer, digest, advance)
+        differs = list[bool]()  # by layer
+
+        def merge_layer(held: Plan, weights: MergeWeights, names: Sequence[str]) -> None:
+            differs.append(merge_tensors(held, weights, names, writer, digest, advance))
+
+        return run_pass(plan, start, merge=merge_layer), any(differs)
 
 
 def _write_distributed(
     executor: str, plan: Plan, folder: Path, digest: ModelDigest, seconds: dict[str, float], progress: Progress
-) -> tuple[MergeWeights, dict[str, str]]:
-    """Weights and hashes, by tasks. The executor closes before the folder does: nobody goes on writing for a merge that failed."""
+) -> tuple[MergeWeights, bool, dict[str, str]]:
+    """Weights, whether the result differs from the base, and hashes, by tasks.
+
+    The executor closes before the folder does: nobody goes on writing for a merge that failed.
+    """
     with open_executor(executor, plan.threads) as workers:
         with _timed(seconds, "weights"):
             weights = compute_weights_distributed(plan, workers, progress)
         with _timed(seconds, "merge"):
-            return weights, merge_distributed(plan, weights, workers, folder, digest, progress)
+            return weights, *merge_distributed(plan, weights, workers, folder, digest, progress)
 
 
 def reuse(run: MergeRun) -> MergeResult | None:

@@ -58,7 +58,9 @@ class Samples(RowSource):
         description="hidden states that are clustered; by default those of the last layer for weights, embeddings for statistics",
     )
     max_tokens: int = Field(512, ge=1, description="longer rows are cut")
-    template: Template = Field(True, description="apply the model's chat template where it has one; or that of a Jinja file")
+    template: Template = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        True, description="apply the model's chat template where it has one; or that of a Jinja file"
+    )
 
 
 def _check_kernel(name: str) -> str:

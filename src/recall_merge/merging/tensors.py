@@ -26,7 +26,7 @@ from recall_merge.maths.weights import lines_scales
 from recall_merge.merging.placement import takes
 from recall_merge.merging.plan import Plan
 from recall_merge.merging.spans import Piece, ThresholdSearch, Unit, units
-from recall_merge.merging.unsound import DeltaSizes, is_finite, keeps_numbers, refuse_nonfinite
+from recall_merge.merging.unsound import DeltaSizes, Difference, is_finite, keeps_numbers, refuse_nonfinite
 from recall_merge.merging.weights import MergeWeights
 from recall_merge.runtime import memory
 from recall_merge.runtime.device import is_full
@@ -65,17 +65,17 @@ def merge_tensors(
     writer: Writer,
     digest: ModelDigest,
     advance: Callable[[int], None] = lambda _: None,
-) -> None:
+) -> bool:
     """Merge the tensors named and hand them to the writer, in the plan's order and dtypes. `advance` takes the bytes that were written.
 
     A tensor that no expert changes keeps the base's own numbers, whatever the method: each method promises as much of zero deltas. `digest`
     takes in every tensor of the base, as the full experts' own digests take in theirs. CheckpointError names all NaN, infinity and changes
-    out of all proportion; ResultError says that the merge overflows.
+    out of all proportion; ResultError says that the merge overflows.    -> whether any number differs from the base's
     """
     memory.one_heap()
     digests = digests_of(plan, digest)
     failures: list[BaseException] = []
-    turn = Lock()
+    turn, difference = Lock(), Difference()
 
     def work(unit: Unit | ThresholdSearch) -> list[tuple[str, Tensor]]:
         if isinstance(unit, ThresholdSearch):
@@ -83,7 +83,7 @@ def merge_tensors(
             return []
         try:  # small tensors are Python's work, which threads can only do in turns: switching inside a turn makes it twice as long
             with turn if len(unit) > 1 else nullcontext():
-                return [(piece.name, _merge_piece(plan, weights, piece, digest, sizes)) for piece in unit]
+                return [(piece.name, _merge_piece(plan, weights, piece, digest, sizes, difference)) for piece in unit]
         except BaseException as error:
             failures.append(error)
             for waiting in digests:
@@ -95,6 +95,7 @@ def merge_tensors(
             for name, merged in unit:
                 writer.add_piece(name, merged)
             advance(sum(merged.nbytes for _, merged in unit))
+    return difference.found
 
 
 def digests_of(plan: Plan, base: ModelDigest) -> list[ModelDigest]:
@@ -123,7 +124,7 @@ def condition_numbers(plan: Plan, weights: MergeWeights) -> dict[str, float]:
     return numbers
 
 
-def _merge_piece(plan: Plan, weights: MergeWeights, piece: Piece, digest: ModelDigest, sizes: DeltaSizes) -> Tensor:
+def _merge_piece(plan: Plan, weights: MergeWeights, piece: Piece, digest: ModelDigest, sizes: DeltaSizes, difference: Difference) -> Tensor:
     """One tensor of the result, or a span of one."""
     name, span = piece.name, piece.span
     stored = plan.base.read(name, span)
@@ -161,6 +162,8 @@ def _merge_piece(plan: Plan, weights: MergeWeights, piece: Piece, digest: ModelD
     merged = merged.to(dtype)
     if not is_finite(merged):
         raise _NonFinite(name)
+    if any(delta is not None for delta in deltas):
+        difference.look(stored, merged)
     return merged
 
 

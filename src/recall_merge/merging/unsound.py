@@ -1,4 +1,4 @@
-"""Numbers that no sound training leaves, named and refused: NaN and infinity, and deltas out of all proportion."""
+"""What no sound training or merge leaves, named and refused: NaN and infinity, deltas out of all proportion, a result that is the base."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import threading
 from collections import defaultdict
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from recall_merge.files.adapter import Adapter
 from recall_merge.files.experts import Expert, widen
 from recall_merge.maths.deltas import Delta, dense, squared
 from recall_merge.merging.plan import Plan
-from recall_merge.runtime.errors import CheckpointError, Faults
+from recall_merge.runtime.errors import CheckpointError, Faults, ResultError
 
 USUAL = 0.05
 """The least size that a base's tensor counts as, so that a tensor of zeros may be learnt, and a new one be drawn from N(0, 1)."""
@@ -62,6 +63,25 @@ def _stored(expert: Expert, name: str) -> list[Tensor]:
         edit = expert.source.edits.get(name)
         return [part.read() for part in edit.parts] if edit else []
     return [expert.source.read(name)]
+
+
+class Difference:
+    """Whether the result differs from the base in any number that experts may change: looked for until one is found."""
+
+    def __init__(self) -> None:
+        self.found = False
+
+    def look(self, stored: Tensor, merged: Tensor) -> None:
+        """Compare a tensor of the base with that of the result, in the dtype of the result; tensors may come from several threads."""
+        self.found = self.found or merged.shape != stored.shape or not torch.equal(stored.to(merged.dtype), merged)
+
+
+def refuse_base(plan: Plan) -> None:
+    """ResultError: the result would be the base, whatever its experts have learnt."""
+    names = ", ".join(f"'{expert.name}'" for expert in plan.experts)
+    what = f"the result would be the base: no number of it differs, so nothing that {names} learnt is in it"
+    fix = "check that the experts differ from the base; if they do, give `out.dtype: float32`, a larger `scale`, or fewer tensors to `skip`"
+    raise ResultError(what, where=plan.target, fix=fix)
 
 
 class DeltaSizes:

@@ -52,10 +52,12 @@ def render(row: Row, tokenizer: Any, *, template: bool | str = True) -> Rendered
     """Render one row for training, scoring or hidden states; all three see the same text.
 
     With a chat template the completion ends as the template ends an assistant's turn; without one it ends with the
-    tokenizer's end token, so that a model learns to stop. `template` is False to leave it out, or the text of another one.
+    tokenizer's end token, so that a model learns to stop. `template` is False to leave it out, or the text of another one; a row whose
+    source says what writes it is written by that.
 
     Raises DataError if the template refuses the row, or leaves its words out.
     """
+    template = template if row.template is None else row.template
     if not (template and (isinstance(template, str) or getattr(tokenizer, "chat_template", None))) or not row.prompt:
         if row.details:
             what, fix = "a row with tools, calls or reasoning needs a chat template", "give one, `template: FILE`, or leave the row out"
@@ -92,6 +94,13 @@ def render(row: Row, tokenizer: Any, *, template: bool | str = True) -> Rendered
     kept = len(prompt) if head.startswith(prompt) else 0
     cut = max(len(head.rstrip(" ")), kept)
     return Rendered(head[:cut], head[cut:] + words, end)
+
+
+def template_of(rows: Iterable[Row], template: bool | str) -> bool | str:
+    """What writes all of these rows: their source's template, or else the one that is asked for."""
+    own = {row.template for row in rows}
+    only = own.pop() if len(own) == 1 else None
+    return template if only is None else only
 
 
 def render_rows(rows: Iterable[Row], tokenizer: Any, *, template: bool | str = True, where: str = "") -> list[Rendered]:

@@ -20,7 +20,7 @@ from recall_merge.files.record import verify_files, versions, write_record
 from recall_merge.files.rows import Row
 from recall_merge.files.statistics import WEIGHTS
 from recall_merge.models.load import build_model, hushed, load_tokenizer, load_trainable
-from recall_merge.models.tokens import EncodedRow, encode_rows
+from recall_merge.models.tokens import EncodedRow, encode_rows, template_of
 from recall_merge.runtime.device import hardware
 from recall_merge.runtime.errors import Faults, OutputError, ResultError, RunError
 from recall_merge.runtime.progress import Progress
@@ -92,6 +92,7 @@ def train(
     on = training_device(device)
     arguments = check_arguments(settings, allowed) | arguments_on(on) | settings.arguments
     tokenizer = load_tokenizer(base)
+    settings = settings.model_copy(update={"template": template_of(rows, settings.template)})
     encoded = encode_rows(rows, tokenizer, **settings.encoding)
     models = FileStates.of([base, *([init_from] if init_from else [])])
     protect = settings.protect
