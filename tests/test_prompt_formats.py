@@ -61,7 +61,9 @@ def test_a_source_gives_each_row_a_system_turn_unless_it_has_one(data, tmp_path)
     assert rows[0].content == (("user", "q"), "a")  # the same row as without: a test row may not hide behind another system text
     assert rows[1].content == (("system", "Own."), ("user", "q"), "a")
     texts = write_rows(tmp_path / "texts.jsonl", [{"prompt": "q", "completion": "a"}, {"text": "words"}])
-    with pytest.raises(DataError, match=r"no turns that a system text could precede\n  where: .*texts.jsonl, row 2\n  fix: leave `system` out"):
+    with pytest.raises(
+        DataError, match=r"no turns that a system text could precede\n  where: .*texts.jsonl, row 2\n  fix: leave `system` out"
+    ):
         RowSource(path=str(texts), system=SYSTEM).read()
 
 

@@ -13,6 +13,8 @@ from recall_merge.runtime.surroundings import settle
 
 if TYPE_CHECKING:
     from recall_merge.bench.compare import Comparison as Comparison
+    from recall_merge.evaluation.scores import Scores
+    from recall_merge.files.statistics import InputStatistics
     from recall_merge.merging.layerwise import compute_weights as compute_weights
     from recall_merge.merging.merge import MergeResult as MergeResult
     from recall_merge.merging.plan import Plan as Plan
@@ -44,9 +46,12 @@ __all__ = [
     "RecallError",
     "compare",
     "compute_weights",
+    "evaluate",
     "load_run",
     "make_plan",
     "merge",
+    "progress",
+    "stats",
     "verify",
 ]
 
@@ -67,6 +72,28 @@ def compare(run: "Run", tasks: Sequence[str], **options: Any) -> "Comparison":
     from recall_merge.bench.compare import compare as compare_merges
 
     return compare_merges(_read(run), tasks, **options)
+
+
+def stats(run: "Run", **options: Any) -> "InputStatistics":
+    """Make the input statistics of a run's newest expert from the run's samples: `recall_merge.merging.statistics.make_statistics`."""
+    from recall_merge.merging.statistics import make_statistics
+
+    return make_statistics(_read(run), **options)
+
+
+def evaluate(model: str | PathLike[str], tasks: Sequence[str], **options: Any) -> "Scores":
+    """Score a model on tasks: `recall_merge.evaluation.evaluate.evaluate`."""
+    from recall_merge.evaluation.evaluate import evaluate as evaluate_model
+
+    return evaluate_model(str(model), tasks, **options)
+
+
+def progress() -> "Progress":
+    """What shows how far long work is: bars in the cell of a notebook, or on a terminal; nothing elsewhere."""
+    from recall_merge.cli.console import progress as bars
+    from recall_merge.runtime.notebook import NotebookBars, is_notebook
+
+    return NotebookBars() if is_notebook() else bars()
 
 
 def make_plan(run: "Run", *, writes: bool = True, download: bool = True) -> "Plan":

@@ -37,6 +37,7 @@ from recall_merge.merging.tensors import TensorCollector, merge_tensors
 from recall_merge.merging.weights import MergeWeights, weights_from_similarity
 from recall_merge.models.load import build_model, load_tokenizer, placed
 from recall_merge.runtime.errors import DataError, Faults, MissingExtra, RunError, did_you_mean
+from recall_merge.runtime.notebook import html_table, shaded
 from recall_merge.runtime.progress import Progress, Silent
 from recall_merge.runtime.sections import assign, parse
 
@@ -100,6 +101,28 @@ class Comparison:
     def behind(self, candidate: Candidate) -> Interval:
         """Its score minus that of the best, on the rows that both were scored on, with a 95 % interval."""
         return self._behind[candidate.name]
+
+    @property
+    def head(self) -> list[str]:
+        """Of `lines`."""
+        names = [*self.candidates[0].scores]
+        return ["merge", "rows", "mean", *(names if len(names) > 1 else []), "behind the best", "", "merging", "scoring"]
+
+    def lines(self) -> Iterator[list[str]]:
+        """What is known of each candidate, in words, the best first."""
+        for number, candidate in enumerate(self.candidates):
+            behind = self.behind(candidate)
+            gap = f"{behind.estimate:+.3f} [{behind.low:+.3f}, {behind.high:+.3f}]" if number else "-"
+            word = ("level" if self.is_level(candidate) else "worse") if number else ""
+            word += ", left early" if number >= self.finalists else ""
+            scores = [f"{score:.3f}" for score in candidate.scores.values()] if len(candidate.scores) > 1 else []
+            seconds = [f"{candidate.merge_seconds:.1f} s", f"{candidate.score_seconds:.1f} s"]
+            yield [candidate.name, str(candidate.rows), f"{candidate.score:.3f}", *scores, gap, word, *seconds]
+
+    def _repr_html_(self) -> str:
+        means = shaded([candidate.score for candidate in self.candidates])
+        rows = ([*line[:2], mean, *line[3:]] for mean, line in zip(means, self.lines(), strict=True))
+        return html_table(f"chosen: {self.chosen.name}", self.head, rows)
 
     def is_level(self, candidate: Candidate) -> bool:
         """Whether it cannot be told from the best on its rows."""

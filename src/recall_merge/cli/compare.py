@@ -89,17 +89,9 @@ def compare(
 
 def _print(found: Comparison) -> None:
     """One line per candidate, the best first."""
-    names = list(found.candidates[0].scores)
-    rows = table("merge", "rows", "mean", *(names if len(names) > 1 else []), "behind the best", "", "merging", "scoring")
-    for number, candidate in enumerate(found.candidates):
-        behind = found.behind(candidate)
-        gap = f"{behind.estimate:+.3f} [{behind.low:+.3f}, {behind.high:+.3f}]" if number else "-"
-        word = ("" if not number else "level" if found.is_level(candidate) else "worse") + (
-            "" if number < found.finalists else ", left early"
-        )
-        scores = [f"{candidate.scores[name]:.3f}" for name in names] if len(names) > 1 else []
-        seconds = [f"{candidate.merge_seconds:.1f} s", f"{candidate.score_seconds:.1f} s"]
-        rows.add_row(candidate.name, str(candidate.rows), f"{candidate.score:.3f}", *scores, gap, word, *seconds)
+    rows = table(*found.head)
+    for line in found.lines():
+        rows.add_row(*line)
     console().print(rows)
     level = [each.name for each in found.candidates[: found.finalists] if found.is_level(each)]
     if len(level) > 1:

@@ -83,6 +83,7 @@ def evaluate(
 def _show(model: str, scores: Sequence[TaskScore], require: Sequence[str] | None, as_json: bool) -> list[Decision]:
     """Print scores, and what they say of each condition."""
     from recall_merge.evaluation.gate import decide, read_conditions
+    from recall_merge.evaluation.scores import Scores
 
     found = {score.task: asdict(score) for score in scores}
     decisions = decide(read_conditions(require or (), found, where="--require"), found, {})
@@ -90,10 +91,9 @@ def _show(model: str, scores: Sequence[TaskScore], require: Sequence[str] | None
         told = {"conditions": list(map(asdict, decisions))} if require else {}
         print_json({"model": model, "scores": [*found.values()], **told})
         return decisions
-    rows = table("task", "metric", "score", "standard error", "rows")
-    for score in scores:
-        error = "-" if score.stderr is None else f"{score.stderr:.3f}"
-        rows.add_row(score.task, score.metric, f"{score.score:.3f}", error, str(score.n))
+    rows = table(*Scores.head)
+    for line in Scores(scores).lines():
+        rows.add_row(*line)
     out().print(rows)
     print_decisions(decisions)
     print_notes([f"{score.task}: {note}" for score in scores for note in score.notes])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -201,15 +200,12 @@ def _print_weights(merge_weights: MergeWeights) -> None:
 
 
 def _numbers(merge_weights: MergeWeights) -> Any:
-    """Weights and similarity of each layer; neighbours with equal numbers share a row."""
+    """Weights and similarity of each layer."""
     names = [terminal_charts.plain(name) for name in merge_weights.models]
-    similarity = [] if merge_weights.similarity is None else merge_weights.similarity.tolist()
-    rows = table("layer", *(f"w {name}" for name in names), *(f"S {name}" for name in names[:-1] if similarity))
-    both = zip_longest(merge_weights.weights.tolist(), (row[:-1] for row in similarity), fillvalue=())
-    lines = [[f"{number:.4f}" for number in (*row, *similar)] for row, similar in both]
-    for numbers, group in groupby(range(len(lines)), key=lines.__getitem__):
-        first, *more = group
-        rows.add_row(f"{first} to {more[-1]}" if more else str(first), *numbers)
+    compared = names[:-1] if merge_weights.similarity is not None else []
+    rows = table("layer", *(f"w {name}" for name in names), *(f"S {name}" for name in compared))
+    for label, weights, similarity in merge_weights.lines():
+        rows.add_row(label, *(f"{number:.4f}" for number in (*weights, *similarity)))
     return rows
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,10 +28,11 @@ from recall_merge.continual.state import (
 from recall_merge.continual.steps import fingerprint, matches
 from recall_merge.files.adapter import is_adapter
 from recall_merge.files.hub import locate
-from recall_merge.maths.metrics import none_if_nan, score_table, table_metrics
+from recall_merge.maths.metrics import METRICS, none_if_nan, score_table, table_metrics
 from recall_merge.runtime.durable import is_partial, sync
 from recall_merge.runtime.errors import Faults, WorkspaceError
 from recall_merge.runtime.lock import HOLDER, holder, lock
+from recall_merge.runtime.notebook import html_table, shaded
 
 S = TypeVar("S")
 LEFTOVERS = (HOLDER, JOURNAL)  # of an `init` that was stopped
@@ -101,6 +103,15 @@ class Branch:
     r_unseen: list[list[float | None]]  # T + 1 rows of their scores
     numbers: dict[str, float | None]  # of continual learning, by the names of `metrics.METRICS`; None where they are not defined
 
+    def _repr_html_(self) -> str:
+        head = ["after stage", *self.tasks, *(f"{name} (unseen)" for name in self.unseen)]
+        names = ["0 base", *(f"{stage.id} {task}" for stage, task in zip(self.stages, self.tasks, strict=True)), "own expert"]
+        rows = [*map(list.__add__, self.r, self.r_unseen), [*self.experts, *(None for _ in self.unseen)]]
+        columns = [shaded(column) for column in zip(*rows, strict=True)]
+        numbers = {METRICS[name].label: value for name, value in self.numbers.items() if value is not None}
+        told = "; ".join(f"{label} {value:.3f}" for label, value in numbers.items())
+        return html_table(f"R: scores by stage and task. {told}", head, zip(names, *columns, strict=True))
+
 
 @dataclass(frozen=True)
 class Status:
@@ -111,6 +122,10 @@ class Status:
     unfinished: tuple[StageSpec, str] | None  # the stage that was begun, and the part of it that was begun last
     holder: str | None  # the process that works in it now
     missing: tuple[str, ...]  # models and merges that are not where the state says
+
+    def _repr_html_(self) -> str:
+        said = [f"base: {self.state.base.path}", *self.missing, *([f"in use by {self.holder}"] if self.holder else [])]
+        return "".join(f"<p>{escape(line)}</p>" for line in said) + "".join(line._repr_html_() for line in self.branches)
 
 
 def status(folder: Path) -> Status:

@@ -11,7 +11,7 @@ from typing import Any
 
 from recall_merge.evaluation.gate import read_conditions
 from recall_merge.evaluation.paper_tasks import load_hub_task
-from recall_merge.evaluation.scores import TaskScore, check_lengths, score_tasks
+from recall_merge.evaluation.scores import Scores, TaskScore, check_lengths, score_tasks
 from recall_merge.evaluation.tasks import TaskSpec, check_metrics, check_tasks, task_word
 from recall_merge.files.adapter import CONFIG, is_adapter
 from recall_merge.files.checkpoint import open_checkpoint, read_json, weight_files
@@ -51,7 +51,7 @@ def evaluate(
     card: bool = False,
     require: Sequence[str] = (),
     progress: Progress | None = None,
-) -> list[TaskScore]:
+) -> Scores:
     """The score of a model on each task, in the order of the tasks.
 
     Args:
@@ -102,7 +102,7 @@ def evaluate(
             add_scores(folders[0], Path(model).absolute().resolve().name, list(map(asdict, scores)))
         except Exception as error:  # whatever went wrong with the card: the scores are not lost with it
             raise CardError(folders[0], scores, error) from error
-    return scores
+    return Scores(scores)
 
 
 class CardError(OutputError):

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from recall_merge.models.load import load_tokenizer
 from recall_merge.models.tokens import token_ids
 from recall_merge.runtime.device import is_full
 from recall_merge.runtime.errors import CheckpointError, DataError, Faults, RunError, did_you_mean
+from recall_merge.runtime.notebook import html_table
 from recall_merge.runtime.progress import Progress, Silent
 
 FEWSHOT_SEED = 1234  # lm-eval's own default
@@ -53,6 +55,22 @@ class TaskScore:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TaskScore:
         return cls(**{**data, "items": tuple(Item(**item) for item in data["items"]), "notes": tuple(data.get("notes", ()))})
+
+
+class Scores(list[TaskScore]):
+    """A model's scores, one for each task."""
+
+    head = ("task", "metric", "score", "standard error", "rows")
+
+    def lines(self) -> Iterator[list[str]]:
+        """Each score in words, under `head`."""
+        for score in self:
+            error = "-" if score.stderr is None else f"{score.stderr:.3f}"
+            yield [score.task, score.metric, f"{score.score:.3f}", error, str(score.n)]
+
+    def _repr_html_(self) -> str:
+        notes = "".join(f"<p>note: {escape(f'{score.task}: {note}')}</p>" for score in self for note in score.notes)
+        return html_table("scores, from 0 to 1", self.head, self.lines()) + notes
 
 
 def score_tasks(

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,10 @@ class MergeResult:
     """What a reader should know."""
     reused: bool = False
     """An earlier merge had made it."""
+
+    def _repr_html_(self) -> str:
+        notes = "".join(f"<p>note: {escape(note)}</p>" for note in self.notes)
+        return f"<p>{escape(self.record['run']['method'])}, in {escape(str(self.path))}</p>{self.merge_weights._repr_html_()}{notes}"
 
     @property
     def models(self) -> tuple[str, ...]:

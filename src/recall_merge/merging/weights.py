@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby, zip_longest
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from recall_merge.merging.samples import TypicalSample, TypicalSamples, encode_s
 from recall_merge.models.load import running
 from recall_merge.models.tokens import EncodedRow
 from recall_merge.runtime.errors import CheckpointError, NotLayerwise
+from recall_merge.runtime.notebook import html_table, shaded
 from recall_merge.runtime.progress import Progress
 
 
@@ -48,6 +50,28 @@ class MergeWeights:
     def of_experts(self, layer: int) -> list[float]:
         """The experts' weights at one layer, in their order, without the base's."""
         return self.weights[layer, self.models[0] == "base" :].tolist()
+
+    def lines(self) -> Iterator[tuple[str, list[float], list[float]]]:
+        """By layer its name, the weights, and the similarity to the newest of the models before it, if there is any.
+
+        Neighbours with equal numbers, to four digits, share a line.
+        """
+        similarity = [] if self.similarity is None else self.similarity[:, :-1].tolist()
+        both = [*zip_longest(self.weights.tolist(), similarity, fillvalue=list[float]())]
+
+        def digits(layer: int) -> list[str]:
+            return [f"{number:.4f}" for numbers in both[layer] for number in numbers]
+
+        for _, group in groupby(range(len(both)), key=digits):
+            first, *more = group
+            yield (f"{first} to {more[-1]}" if more else str(first), *both[first])
+
+    def _repr_html_(self) -> str:
+        compared = self.models[:-1] if self.similarity is not None else ()
+        head = ["layer", *(f"w {name}" for name in self.models), *(f"S {name}" for name in compared)]
+        labels, weights, similarity = zip(*self.lines(), strict=True)
+        columns = [shaded(column, ".4f") for part in (weights, similarity) for column in zip_longest(*part)]
+        return html_table("merge weights w, similarity S to the newest", head, zip(labels, *columns, strict=True))
 
     def table(self, values: Tensor) -> dict[str, Any]:
         """Similarity or weights in the form of the record: one row per layer, from 0 on."""
