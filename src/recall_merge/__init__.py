@@ -13,6 +13,8 @@ from recall_merge.runtime.surroundings import settle
 
 if TYPE_CHECKING:
     from recall_merge.bench.compare import Comparison as Comparison
+    from recall_merge.interop.push import Pushed as Pushed
+    from recall_merge.interop.push import push as push
     from recall_merge.merging.layerwise import compute_weights as compute_weights
     from recall_merge.merging.merge import MergeResult as MergeResult
     from recall_merge.merging.plan import Plan as Plan
@@ -30,9 +32,11 @@ _HOMES = {
     "MergeResult": "merging.merge",
     "MergeRun": "merging.run",
     "Plan": "merging.plan",
+    "Pushed": "interop.push",
     "RecallError": "runtime.errors",
     "MergeWeights": "merging.weights",
     "load_run": "merging.run",
+    "push": "interop.push",
     "verify": "merging.verify",
     "compute_weights": "merging.layerwise",
 }
@@ -41,12 +45,14 @@ __all__ = [
     "MergeRun",
     "MergeWeights",
     "Plan",
+    "Pushed",
     "RecallError",
     "compare",
     "compute_weights",
     "load_run",
     "make_plan",
     "merge",
+    "push",
     "verify",
 ]
 
