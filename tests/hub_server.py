@@ -1,7 +1,7 @@
 """A hub on this machine: the few endpoints of the Hugging Face hub that fetching a model uses, served over HTTP from folders.
 
-Small files are served in place; weights by a redirect to a second host, as the real hub does, where no token may arrive. The endpoints that a
-push uses are in `hub_uploads.py`.
+Small files are served in place; weights by a redirect to a second host, as the real hub does, where no token may arrive. The endpoints of a
+push are in `hub_uploads.py`.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from email.message import Message
@@ -75,8 +76,12 @@ class Uploads:
     """Large files that have arrived, by SHA-256."""
     received: list[str] = field(default_factory=list)
     """Their hashes, as often as they came."""
+    hidden: set[str] = field(default_factory=set)
+    """Repositories that nobody here may see."""
     part: int | None = None
     """Bytes of a part, if large files are to come in parts."""
+    storage: Path | None = None
+    """A folder that hf_xet's local storage is in, which takes the place of a server."""
     meddle: Callable[[str, str], int | None] = lambda method, path: None
     """Called before each request: a status to answer with instead, or 0 to hang up in the middle of its body."""
     port: int = 0
@@ -116,14 +121,16 @@ class WithUploads:
 
     def sees(self, repo: str) -> bool:
         found, account, owner = self.uploads.pushed.get(repo), self.account, repo.partition("/")[0]
+        if repo in self.uploads.hidden:
+            return False
         return found is not None and (not found.private or (account is not None and owner in {account.name, *account.orgs}))
 
     def answer_account(self, path: str) -> bool:
         """Answer a request of a push; False if it is none."""
         size = int(self.headers["Content-Length"] or 0)
         if (status := self.uploads.meddle(self.command, path)) is not None:
-            self.rfile.read(size // 2 if status == 0 else size)
-            self.close_connection = True
+            self.rfile.read(size if status else size // 2)
+            self.close_connection = not status
             if status:
                 self.reply(status, b'{"error": "meddled with"}')
             return True
@@ -135,6 +142,7 @@ class WithUploads:
             ("POST", r"/api/repos/create", self._create),
             ("POST", r"/api/validate-yaml", self._validate),
             ("GET", r"/api/models/(.+?)/auth-check/write", self._check),
+            ("GET", r"/api/models/(.+?)/xet-write-token/.+", self._storage),
             ("POST", r"/api/models/(.+?)/preupload/(.+)", self._preupload),
             ("POST", r"/api/models/(.+?)/branch/(.+)", self._branch),
             ("POST", r"/api/models/(.+?)/commit/(.+)", self._commit),
@@ -206,6 +214,10 @@ class WithUploads:
             known = asked["oid"] in self.uploads.objects
             objects.append(asked if known else {**asked, "actions": {"upload": upload, "verify": {"href": f"{place}/verify"}}})
         self._json(200, {"transfer": "multipart" if self.uploads.part else "basic", "objects": objects})
+
+    def _storage(self, repo: str) -> None:
+        if self._may_write(repo):
+            self._json(200, {"casUrl": f"local://{self.uploads.storage}", "exp": int(time.time()) + 3600, "accessToken": "of the storage"})
 
     def _receive(self, path: str, body: bytes) -> bool:
         _, _, oid, number = path.split("/")

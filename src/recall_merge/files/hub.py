@@ -1,8 +1,8 @@
 """The files of a model: in a folder, or in a repository of the Hugging Face hub, from which those that a merge needs are fetched.
 
-These are the weights as safetensors and the small files (configs, tokenizer, chat template, code, which is never run), not weights in other
-formats. Cache, token, endpoint and offline mode are those of the hub library, set by HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT and
-HF_HUB_OFFLINE.
+These are the weights as safetensors and the small files (configs, tokenizer, chat template, input statistics, code, which is never run),
+not weights in other formats. Cache, token, endpoint and offline mode are those of the hub library, set by HF_HOME, HF_HUB_CACHE, HF_TOKEN,
+HF_ENDPOINT and HF_HUB_OFFLINE.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from recall_merge.runtime.progress import Advance, Progress, Silent
 T = TypeVar("T")
 
 COMPANIONS = re.compile(
-    r"[^/]+\.(json|jinja|txt|model|tiktoken)|README\.md|LICENSE[^/]*|NOTICE[^/]*|.*\.py|additional_chat_templates/[^/]+\.jinja"
+    r"[^/]+\.(json|jinja|txt|model|tiktoken)|stats\.safetensors|README\.md|LICENSE[^/]*|NOTICE[^/]*|.*\.py|"
+    r"additional_chat_templates/[^/]+\.jinja"
 )
 FIRST = 100_000  # bytes of a weight file; nearly every header fits
 REFERENCE = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[^@\s]+))?")

@@ -101,14 +101,16 @@ def _public_base(folder: Path, record: Mapping[str, Any] | None, given: str | No
     if given is None and not isinstance(known, Reference):
         what = f"{CONFIG} names the base by a folder of this machine, {named}" if named else f"{CONFIG} does not name the base"
         raise CheckpointError(what, where=folder / CONFIG, fix="give its name on the hub: --base-model org/name")
-    if given is None or given == named or record is None:
-        return given or (known.repo if isinstance(known, Reference) else None), {}
-    return given, _rename_base(folder, config, record, given)
+    public = {"base_model_name_or_path": given}
+    if given is None and isinstance(known, Reference):  # perhaps by a path into the hub's cache, which tells the commit
+        public = {"base_model_name_or_path": known.repo, "revision": known.revision or config.get("revision")}
+    same = config.items() >= public.items()
+    return public["base_model_name_or_path"], {} if record is None or same else _rename_base(folder, {**config, **public}, record)
 
 
-def _rename_base(folder: Path, config: Mapping[str, Any], record: Mapping[str, Any], name: str) -> dict[str, bytes]:
-    """An adapter's config that names its base so, and the record and statistics with the config's new hash."""
-    text = json.dumps({**config, "base_model_name_or_path": name}, indent=2, sort_keys=True).encode()
+def _rename_base(folder: Path, config: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, bytes]:
+    """An adapter's new config, and the record and statistics with its hash."""
+    text = json.dumps(config, indent=2, sort_keys=True).encode()
     files = {**record["files"], CONFIG: blake3(text).hexdigest()}
     renamed = {CONFIG: text, RECORD: sealed({**record, "files": files}, indent=2).encode()}
     statistics, hashes = open_statistics(folder), {CONFIG: hash_file(folder / CONFIG), WEIGHTS: hash_file(folder / WEIGHTS)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,8 +160,8 @@ def _refusals(target: Repository, found: Standing | None, outgoing: Outgoing | N
         stray = [name for name in others if name not in outgoing.files and (is_read_by_loaders(name) or name == IGNORING)]
         if stray:
             what = f"{_some(stray)} would spoil the result: loaders take them for the model, or the hub leaves out what they name"
-            fix = f"delete them there: hf repos delete-files {target.name} {' '.join(stray)} --revision {target.branch}"
-            yield Fault(what, str(target), fix)
+            words = shlex.join(["hf", "repos", "delete-files", target.name, *stray, "--revision", target.branch])
+            yield Fault(what, str(target), f"delete them there: {words}")
 
 
 def _others(found: Standing) -> list[str]:

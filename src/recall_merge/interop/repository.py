@@ -7,6 +7,7 @@ hash: whole files or, with the package `hf_xet`, pieces of files. So the same pu
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -166,7 +167,7 @@ class Repository:
         def commit(api: HfApi) -> CommitInfo:
             return api.create_commit(self.name, operations, commit_message=message, revision=self.branch, parent_commit=head)
 
-        with quiet_hub(), progress.stage(f"uploading to {self.name}", sum(sizes.values()), "bytes") as advance:
+        with progress.stage(f"uploading to {self.name}", sum(sizes.values()), "bytes") as advance:
             for name in (name for name in files if name.endswith(WEIGHTS)):
                 send(name)
                 advance(sizes.pop(name))
@@ -178,7 +179,8 @@ class Repository:
     def _ask(self, question: Callable[[HfApi], T], file: str = "") -> T:
         from huggingface_hub import HfApi
 
-        return ask(lambda: question(HfApi()), partial(self._explain, file=file), OutputError)
+        with quiet_hub():
+            return ask(lambda: question(HfApi()), partial(self._explain, file=file), OutputError)
 
     def _explain(self, error: Exception, file: str) -> Fault:
         from huggingface_hub import constants, errors
@@ -187,8 +189,10 @@ class Repository:
             error = error.__cause__
         where = f"{self} ({file})" if file else str(self)
         status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
-        if isinstance(error, PermissionError):  # of hf_xet
+        if isinstance(error, PermissionError):  # of hf_xet, which tells other statuses only in words
             status = 403
+        elif found := re.search(r"HTTP status \w+ error \((\d{3}) ", str(error)):
+            status = int(found[1])
         match status:
             case 401 if not isinstance(error, errors.RepositoryNotFoundError):
                 return Fault("the hub does not accept the token", where, LOG_IN)
