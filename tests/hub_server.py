@@ -141,7 +141,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                     entry["lfs"] = {"sha256": _sha256(file), "size": file.stat().st_size, "pointerSize": 130}
                 siblings.append(entry)
             private = repo in hub.pushed and hub.pushed[repo].private
-            answer = {"id": repo, "sha": commit, "private": private, "siblings": siblings}
+            answer = {"id": hub.renamed.get(repo, repo), "sha": commit, "private": private, "siblings": siblings}
             self.reply(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
         def resolve(self, repo: str, revision: str, file: str) -> None:

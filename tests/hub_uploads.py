@@ -78,6 +78,8 @@ class Uploads:
     """Their hashes, as often as they came."""
     hidden: set[str] = field(default_factory=set)
     """Repositories that nobody here may see."""
+    renamed: dict[str, str] = field(default_factory=dict)
+    """Repositories that are called otherwise by now."""
     part: int | None = None
     """Bytes of a part, if large files are to come in parts."""
     storage: Path | None = None

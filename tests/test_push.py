@@ -239,6 +239,13 @@ def test_a_name_that_is_taken(hub, models):
     assert list(hub.pushed["me/merged"].files()) == [".gitattributes"] and not hub.received
 
 
+def test_a_repository_that_was_renamed(hub, models):
+    hub.make("me/old", private=True)
+    hub.renamed["me/old"] = "me/new"
+    (fault,) = refused(models / "one", "me/old", **SAID)
+    assert (fault.what, fault.fix) == ("the repository's name is 'me/new'", "give me/new")
+
+
 @pytest.mark.parametrize(
     ("card", "what"),
     [
@@ -439,8 +446,9 @@ def test_an_expert_goes_out_with_the_public_name_of_its_base(hub, expert, tmp_pa
         ("the model card does not say `license`", "give --license apache-2.0, or add `license: apache-2.0` to README.md"),
         ("the model card does not say `base_model`", "give --base-model org/name, or add `base_model: org/name` to README.md"),
     ]
-    (fault,) = refused(expert, "me/sentiment", base_model="./base", license="mit")
-    assert (fault.what, fault.where, fault.fix) == ("the base model './base' is no name on the hub", "--base-model", "give org/name")
+    for name in ("./base", "org/base@main"):
+        (fault,) = refused(expert, "me/sentiment", base_model=name, license="mit")
+        assert (fault.what, fault.where, fault.fix) == (f"the base model '{name}' is no name on the hub", "--base-model", "give org/name")
     pushed = push(expert, "me/sentiment", **SAID)
     assert contents(expert) == before
     files = hub.pushed["me/sentiment"].files()

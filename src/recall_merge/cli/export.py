@@ -129,7 +129,8 @@ def _show_push(pushed: Pushed, *, quiet: bool) -> None:
     if pushed.created:
         lines.append(f"{make} {place}")
     if pushed.files:
-        lines.append(f"{upload} {len(pushed.files)} files, {decimal(pushed.bytes)}, to {place}: {', '.join(pushed.files)}")
+        names = f": {', '.join(pushed.files)}" if pushed.dry_run else ""
+        lines.append(f"{upload} {len(pushed.files)} files, {decimal(pushed.bytes)}, to {place}{names}")
     if pushed.deleted:
         lines.append(f"{delete} {', '.join(pushed.deleted)} of the earlier result")
     if not pushed.changes:

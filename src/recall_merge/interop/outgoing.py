@@ -34,7 +34,7 @@ from recall_merge.runtime.sealed import sealed
 
 Content = Path | bytes
 MAY_HOLD_PATHS = (RECORD, STATS, "config.json", GENERATION, TOKENIZER)  # what trainers and transformers write paths into
-IS_PATH = re.compile(r"(/[^/\n]+){2,}/?|~/.+|file:.+|[A-Za-z]:\\.+")
+IS_PATH = re.compile(r"(/[^/\n]+){2,}/?|~/.+|file://.+|[A-Za-z]:\\.+")
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def collect(folder: Path, *, license: str | None = None, base_model: str | None 
 
 def _public_base(folder: Path, record: Mapping[str, Any] | None, given: str | None) -> tuple[str | None, dict[str, bytes]]:
     """What the card calls the base; and, for an adapter whose config calls it otherwise, the files that change with its name there."""
-    if given is not None and parse_reference(given) is None:
+    if given is not None and ((reference := parse_reference(given)) is None or reference.revision is not None):
         raise RunError(f"the base model '{given}' is no name on the hub", where="--base-model", fix="give org/name")
     if not is_adapter(folder):
         return given, {}
@@ -122,8 +122,8 @@ def _rename_base(folder: Path, config: Mapping[str, Any], record: Mapping[str, A
 
 def _local_paths(folder: Path, files: Mapping[str, Content]) -> Iterator[tuple[str, str]]:
     """Paths of this machine in the files that may hold some, each with the name of its file."""
-    own = {Path.home(), folder.resolve().parent} - {Path("/")}
-    places = re.compile("|".join(rf"(?<![\w./-]){re.escape(str(place))}(?![\w.-])[^\s\"'`)]*" for place in own))
+    own = "|".join(re.escape(str(place)) for place in {Path.home(), folder.resolve().parent} if place != Path("/"))
+    places = re.compile(rf"(?<![\w./-])({own or '(?!)'})(?![\w.-])[^\s\"'`)]*")
     for name in sorted({MODEL_CARD, *MAY_HOLD_PATHS} & set(files)):
         data = read(files[name])
         for text in [data.decode("utf-8", "replace")] if name == MODEL_CARD else _texts(parse_json(data, folder / name)):
