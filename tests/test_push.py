@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shlex
 import shutil
@@ -223,7 +224,8 @@ def test_whose_token_it_is(hub, models, monkeypatch):
     hub.accounts[TOKEN].role = "fineGrained"  # whose rights are the hub's to know
     assert fault()[0] == "the token may not write to 'me/merged'" and not hub.pushed
     hub.make("me/merged", private=True)
-    assert fault()[0] == "the token may not write to 'me/merged'"
+    (only,) = refused(models / "one", "me/merged", dry_run=True, **SAID)
+    assert only.what == "the token may not write to 'me/merged'"
     hub.accounts.clear()
     assert fault() == ("the hub does not accept the token", "log in with `hf auth login`, or set HF_TOKEN")
     monkeypatch.delenv("HF_TOKEN")
@@ -386,12 +388,15 @@ def test_somebody_else_pushes_meanwhile(hub, models):
         (0, "/validate-yaml", "the network to the hub at "),
     ],
 )
-def test_what_the_hub_may_answer(hub, models, capfd, status, where, what):
-    hub.meddle = lambda method, path: status if where in path else None
+def test_what_the_hub_may_answer(hub, models, capfd, monkeypatch, status, where, what):
+    hub.meddle, told = lambda method, path: status if where in path else None, list[str]()
+    listener = logging.Handler()
+    monkeypatch.setattr(listener, "emit", lambda record: told.append(record.getMessage()))
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "handlers", [listener])
     (fault,) = refused(models / "one", "me/merged", **SAID)
     assert fault.what.startswith(what) and "me/merged@main" in fault.where and fault.fix
     assert "me/merged" not in hub.pushed or list(hub.pushed["me/merged"].files()) == [".gitattributes"]
-    assert capfd.readouterr().err == ""  # the library's retries, bars and warnings
+    assert capfd.readouterr().err == "" and told == []  # of the library's bars and warnings, and of its retries
 
 
 def test_a_folder_that_changes_while_it_is_sent(hub, models, tmp_path):
