@@ -1,6 +1,7 @@
 """A hub on this machine: the few endpoints of the Hugging Face hub that fetching a model uses, served over HTTP from folders.
 
-Small files are served in place; weights by a redirect to a second host, as the real hub does, where no token may arrive.
+Small files are served in place; weights by a redirect to a second host, as the real hub does, where no token may arrive. The endpoints of a
+push are in `hub_uploads.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from huggingface_hub.utils.sha import git_hash
+
+from hub_uploads import Uploads, WithUploads
+
 
 @dataclass
 class Request:
@@ -29,7 +34,7 @@ class Request:
 
 
 @dataclass
-class Hub:
+class Hub(Uploads):
     """Repositories (name -> folder of files) and what was asked of them."""
 
     repos: dict[str, Path] = field(default_factory=dict)
@@ -37,16 +42,21 @@ class Hub:
     knows_ranges: bool = True
     broken: bool = False
     requests: list[Request] = field(default_factory=list)
-    port: int = 0
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
 
     def commit(self, repo: str) -> str:
-        """A commit that changes with the names and sizes of the files."""
+        """The head of a repository; of a mere folder, a hash that changes with the names and sizes of the files."""
+        if repo in self.pushed:
+            return self.pushed[repo].branches["main"]
         files = sorted((str(file.relative_to(self.repos[repo])), file.stat().st_size) for file in _files(self.repos[repo]))
         return hashlib.sha1(repr((repo, files)).encode()).hexdigest()
+
+    def find(self, repo: str, revision: str) -> tuple[str, Path] | None:
+        """The commit that a revision means, and the folder of its files."""
+        if (pushed := self.pushed.get(repo)) is not None:
+            commit = pushed.branches.get(revision, revision)
+            return (commit, pushed.commits[commit]) if commit in pushed.commits else None
+        commit = self.commit(repo)
+        return (commit, self.repos[repo]) if revision in {"main", "v1", commit} else None
 
     def sent(self, pattern: str = "") -> int:
         """Bytes of bodies sent for paths that match."""
@@ -82,8 +92,9 @@ def _sha256(path: Path) -> str:
 
 
 def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(WithUploads, BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        uploads = hub
 
         def log_message(self, format: str, *args: object) -> None:
             pass
@@ -100,54 +111,56 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             hub.requests.append(self.request_record)
             if hub.broken:
                 self.reply(503, b"")
+            elif self.answer_account(path):
+                pass
             elif match := re.fullmatch(r"/api/models/(?P<repo>[^/]+(/(?!revision/)[^/]+)?)(/revision/(?P<revision>.+))?", path):
                 self.info(match["repo"], match["revision"] or "main")
             elif match := re.fullmatch(r"/(?P<repo>.+?)/resolve/(?P<revision>[^/]+)/(?P<file>.+)", path):
                 self.resolve(match["repo"], match["revision"], match["file"])
-            elif match := re.fullmatch(r"/cdn/(?P<repo>.+?)/-/(?P<file>.+)", path):
-                self.send_file(hub.repos[match["repo"]] / match["file"], {})
+            elif match := re.fullmatch(r"/cdn/(?P<repo>.+?)/-/(?P<commit>[^/]+)/(?P<file>.+)", path):
+                found = hub.find(match["repo"], match["commit"])
+                self.send_file(found[1] / match["file"], {}) if found else self.reply(404, b"")
             else:
                 self.reply(404, b"")
 
-        def known(self, repo: str, revision: str) -> str | None:
-            if repo not in hub.repos:
+        def known(self, repo: str, revision: str) -> tuple[str, Path] | None:
+            if repo not in hub.repos and not self.sees(repo):
                 self.reply(401, b"", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
                 return None
-            if revision not in {"main", "v1", hub.commit(repo)}:
+            if (found := hub.find(repo, revision)) is None:
                 self.reply(404, b"", {"X-Error-Code": "RevisionNotFound", "X-Error-Message": f"Invalid rev id: {revision}"})
-                return None
-            return hub.commit(repo)
+            return found
 
         def info(self, repo: str, revision: str) -> None:
-            commit = self.known(repo, revision)
-            if commit is None:
+            if (found := self.known(repo, revision)) is None:
                 return
-            siblings = []
-            for file in _files(hub.repos[repo]):
-                entry = {"rfilename": str(file.relative_to(hub.repos[repo])), "size": file.stat().st_size, "blobId": _sha256(file)[:40]}
+            siblings, (commit, folder) = [], found
+            for file in _files(folder):
+                entry = {"rfilename": str(file.relative_to(folder)), "size": file.stat().st_size, "blobId": git_hash(file.read_bytes())}
                 if file.suffix == ".safetensors":
                     entry["lfs"] = {"sha256": _sha256(file), "size": file.stat().st_size, "pointerSize": 130}
                 siblings.append(entry)
-            self.reply(200, json.dumps({"id": repo, "sha": commit, "siblings": siblings}).encode(), {"Content-Type": "application/json"})
+            private = repo in hub.pushed and hub.pushed[repo].private
+            answer = {"id": hub.renamed.get(repo, repo), "sha": commit, "private": private, "siblings": siblings}
+            self.reply(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
         def resolve(self, repo: str, revision: str, file: str) -> None:
-            commit = self.known(repo, revision)
-            if commit is None:
+            if (found := self.known(repo, revision)) is None:
                 return
             if repo in hub.gated:
                 code = 403 if self.headers["Authorization"] else 401
                 self.reply(code, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access to this model is restricted."})
                 return
-            path = hub.repos[repo] / file
+            commit, folder = found
+            path, headers = folder / file, {"X-Repo-Commit": commit}
             if not path.is_file():
-                self.reply(404, b"", {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found", "X-Repo-Commit": commit})
+                self.reply(404, b"", {"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found", **headers})
                 return
-            headers = {"X-Repo-Commit": commit}
             if path.suffix == ".safetensors":
                 headers |= {"X-Linked-Etag": f'"{_sha256(path)}"', "X-Linked-Size": str(path.stat().st_size)}
-                self.reply(302, b"", headers | {"Location": f"http://localhost:{hub.port}/cdn/{repo}/-/{file}"})
+                self.reply(302, b"", headers | {"Location": f"http://localhost:{hub.port}/cdn/{repo}/-/{commit}/{file}"})
                 return
-            self.send_file(path, headers | {"ETag": f'"{_sha256(path)[:40]}"'})
+            self.send_file(path, headers | {"ETag": f'"{git_hash(path.read_bytes())}"'})
 
         def send_file(self, path: Path, headers: dict[str, str]) -> None:
             data = path.read_bytes()
@@ -164,7 +177,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 self.send_header(key, value)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            if self.command == "GET":
+            if self.command != "HEAD":
                 try:
                     self.wfile.write(body)
                     self.request_record.sent = len(body)

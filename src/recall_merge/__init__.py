@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from recall_merge.bench.compare import Comparison as Comparison
     from recall_merge.evaluation.scores import Scores
     from recall_merge.files.statistics import InputStatistics
+    from recall_merge.interop.push import Pushed as Pushed
+    from recall_merge.interop.push import push as push
     from recall_merge.merging.layerwise import compute_weights as compute_weights
     from recall_merge.merging.merge import MergeResult as MergeResult
     from recall_merge.merging.plan import Plan as Plan
@@ -32,9 +34,11 @@ _HOMES = {
     "MergeResult": "merging.merge",
     "MergeRun": "merging.run",
     "Plan": "merging.plan",
+    "Pushed": "interop.push",
     "RecallError": "runtime.errors",
     "MergeWeights": "merging.weights",
     "load_run": "merging.run",
+    "push": "interop.push",
     "verify": "merging.verify",
     "compute_weights": "merging.layerwise",
 }
@@ -43,6 +47,7 @@ __all__ = [
     "MergeRun",
     "MergeWeights",
     "Plan",
+    "Pushed",
     "RecallError",
     "compare",
     "compute_weights",
@@ -51,6 +56,7 @@ __all__ = [
     "make_plan",
     "merge",
     "progress",
+    "push",
     "stats",
     "verify",
 ]

@@ -34,6 +34,7 @@ STOPPED = {
     "merge": "nothing was written, and what stood in the result's place is as it was: the same command begins again",
     "learn": "finished steps and the training's last checkpoint are kept: `recall learn WORKSPACE` goes on from there",
     "compare": "nothing was written: the same command begins again",
+    "push": "the repository shows nothing of it, and what has arrived is kept: the same command goes on from there",
     "evaluate": "no scores were written: the same command begins again",
     "bench": GOES_ON,
     "demo": GOES_ON,
@@ -42,7 +43,7 @@ STOPPED = {
 COMMANDS = (
     *(demo.demo, merge.merge, merge.plan, merge.weights, merge.stats, methods.methods),
     *(workspace.init, workspace.learn, workspace.status, workspace.rollback),
-    *(evaluate.evaluate, compare.compare, bench.bench, report.report, export.export, export.verify),
+    *(evaluate.evaluate, compare.compare, bench.bench, report.report, export.export, export.push, export.verify),
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -174,7 +174,12 @@ def hash_expert(expert: Expert) -> str:
     """A hash of an expert's present state: SHA-256 of an adapter's files, or of a checkpoint's weights and config."""
     if isinstance(expert.source, Checkpoint):
         return hash_model(expert.source)
-    return hashlib.sha256(repr(sorted(expert.hashes().items())).encode()).hexdigest()
+    return hash_adapter(expert.hashes())
+
+
+def hash_adapter(files: Mapping[str, str]) -> str:
+    """The same from the hashes of an adapter's two files."""
+    return hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()
 
 
 def _minus(stored: Tensor, base: Tensor) -> Tensor:

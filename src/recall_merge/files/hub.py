@@ -1,8 +1,8 @@
 """The files of a model: in a folder, or in a repository of the Hugging Face hub, from which those that a merge needs are fetched.
 
-These are the weights as safetensors and the small files (configs, tokenizer, chat template, code, which is never run), not weights in other
-formats. Cache, token, endpoint and offline mode are those of the hub library, set by HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT and
-HF_HUB_OFFLINE.
+These are the weights as safetensors and the small files (configs, tokenizer, chat template, input statistics, code, which is never run),
+not weights in other formats. Cache, token, endpoint and offline mode are those of the hub library, set by HF_HOME, HF_HUB_CACHE, HF_TOKEN,
+HF_ENDPOINT and HF_HUB_OFFLINE.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from recall_merge.runtime.progress import Advance, Progress, Silent
 T = TypeVar("T")
 
 COMPANIONS = re.compile(
-    r"[^/]+\.(json|jinja|txt|model|tiktoken)|README\.md|LICENSE[^/]*|NOTICE[^/]*|.*\.py|additional_chat_templates/[^/]+\.jinja"
+    r"[^/]+\.(json|jinja|txt|model|tiktoken)|stats\.safetensors|README\.md|LICENSE[^/]*|NOTICE[^/]*|.*\.py|"
+    r"additional_chat_templates/[^/]+\.jinja"
 )
 FIRST = 100_000  # bytes of a weight file; nearly every header fits
 REFERENCE = re.compile(r"(?P<repo>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[^@\s]+))?")
+LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 CACHED = re.compile(r".*models--(?P<repo>[^/]+)/snapshots/(?P<revision>[0-9a-f]{40})/?")
 
 
@@ -155,7 +157,7 @@ def _list_files(name: Reference) -> _Listing:
     try:
         info = HfApi().model_info(name.repo, revision=name.revision, files_metadata=True)
     except Exception as error:  # the transport's errors have no common base class in the hub library
-        folder = cached_folder(name) if _unreachable(error) else None
+        folder = cached_folder(name) if unreachable(error) else None
         if folder is None:
             raise
         sizes = {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
@@ -229,18 +231,22 @@ def _range(name: Reference, file: str, begin: int, count: int) -> bytes:
     return data[:count]
 
 
-def _ask(name: Reference, question: Callable[[], T]) -> T:
+def ask(question: Callable[[], T], explain: Callable[[Exception], Fault], kind: type[RecallError] = CheckpointError) -> T:
     """Call the hub library, and turn its errors into ours. They are not chained: they hold the request, and with it the token."""
     try:
         return question()
     except RecallError:
         raise
     except Exception as error:  # the library's own errors, and those of whichever transport it uses
-        fault = _fault(error, name)
-    raise CheckpointError([fault])
+        fault = explain(error)
+    raise kind([fault])
 
 
-def _unreachable(error: Exception) -> bool:
+def _ask(name: Reference, question: Callable[[], T]) -> T:
+    return ask(question, lambda error: _fault(error, name))
+
+
+def unreachable(error: Exception) -> bool:
     """Whether the hub did not answer, as opposed to refusing."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -252,10 +258,10 @@ def _unreachable(error: Exception) -> bool:
 def _fault(error: Exception, name: Reference) -> Fault:
     from huggingface_hub import constants, errors
 
-    where, log_in = str(name), "log in with `hf auth login`, or set HF_TOKEN"
+    where, log_in = str(name), LOG_IN
     absent = isinstance(error, errors.RepositoryNotFoundError | errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError)
     place = Path(name.repo)
-    if (absent or isinstance(error, ConnectionError) or _unreachable(error)) and place.parent.is_dir():
+    if (absent or isinstance(error, ConnectionError) or unreachable(error)) and place.parent.is_dir():
         near = get_close_matches(place.name, [folder.name for folder in place.parent.iterdir() if folder.is_dir()], n=1)
         if near or place.parent != Path():
             fix = f"did you mean '{place.parent / near[0]}'?" if near else "check the path, or give a name on the hub: org/name@revision"
@@ -286,7 +292,7 @@ def _fault(error: Exception, name: Reference) -> Fault:
         case OSError() if error.errno is not None and not isinstance(error, ConnectionError):
             fix = f"make room, or set HF_HOME; it is {constants.HF_HOME}"
             return Fault(f"the hub's cache cannot be written: {error.strerror}", where, fix)
-        case _ if _unreachable(error) or isinstance(error, errors.LocalEntryNotFoundError | ConnectionError):
+        case _ if unreachable(error) or isinstance(error, errors.LocalEntryNotFoundError | ConnectionError):
             what = (
                 f"there is no such folder, '{name.repo}' is not in the hub's cache, and the hub at {constants.ENDPOINT} cannot be reached"
             )

@@ -15,8 +15,9 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recall_merge.files.adapter import is_adapter
 from recall_merge.runtime.durable import write_whole
-from recall_merge.runtime.errors import CheckpointError
+from recall_merge.runtime.errors import CheckpointError, Faults
 from recall_merge.runtime.safe_yaml import MAX_BYTES, NotYaml, parse_yaml
 
 if TYPE_CHECKING:
@@ -66,6 +67,33 @@ def read_model_card(folder: Path) -> ModelCard:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         fix = "repair the metadata at its start, or delete the file and merge again"
         raise CheckpointError(f"the model card cannot be read: {error}", where=folder / MODEL_CARD, fix=fix) from error
+
+
+def card_to_publish(folder: Path, *, license: str | None = None, base_model: str | None = None) -> ModelCard:
+    """A folder's card, with the licence and the base that are given; for an expert, which has no card, a new one. Nothing is written.
+
+    Raises CheckpointError as `read_model_card`, and with each of the two that the card lacks.
+    """
+    card = read_model_card(folder) if (folder / MODEL_CARD).is_file() else _expert_card(folder)
+    faults = Faults()
+    for key, given, example in (("license", license, "apache-2.0"), ("base_model", base_model, "org/name")):
+        if given is not None:
+            setattr(card.data, key, given)
+        if not card.data.get(key):
+            fix = f"give --{key.replace('_', '-')} {example}, or add `{key}: {example}` to {MODEL_CARD}"
+            faults.add(f"the model card does not say `{key}`", where=folder / MODEL_CARD, fix=fix)
+    faults.raise_any(CheckpointError)
+    return card
+
+
+def _expert_card(folder: Path) -> ModelCard:
+    from huggingface_hub import ModelCard, ModelCardData
+
+    lora = is_adapter(folder)
+    data = ModelCardData(library_name="peft" if lora else "transformers", pipeline_tag="text-generation", tags=["recall-merge"])
+    data.base_model_relation = "adapter" if lora else "finetune"  # type: ignore[attr-defined]
+    what = f"{'An adapter' if lora else 'A model'}, fine-tuned with [recall-merge](https://pypi.org/project/recall-merge/)."
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n# Fine-tuned model\n\n{what} `record.json` holds its settings.\n")
 
 
 def add_scores(folder: Path, name: str, scores: Sequence[Mapping[str, Any]]) -> None:

@@ -39,8 +39,8 @@ def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     (folder / RECORD).write_text(sealed({"format": FORMAT, **record, "files": files}, indent=2), "utf-8")
 
 
-def verify_files(folder: Path) -> dict[str, Any]:
-    """The record of a result whose files match it. Raises ResultError with every file that is missing, changed, or new."""
+def read_record(folder: Path) -> dict[str, Any]:
+    """The record in a folder. Raises ResultError if there is none, or it has changed, or is in an unknown format."""
     try:
         record = read_sealed(folder / RECORD, since=FORMAT, again="merge again, or restore it") if (folder / RECORD).exists() else None
     except CheckpointError as error:
@@ -48,6 +48,17 @@ def verify_files(folder: Path) -> dict[str, Any]:
     if record is None or record.get("format") not in (OLDER, FORMAT) or not isinstance(record.get("files"), dict):
         what = f"there is no {RECORD}" if record is None else f"{RECORD} is in a format that this version does not know"
         raise ResultError(what, where=folder, fix="give the folder of a result of `recall merge`")
+    return record
+
+
+def is_read_by_loaders(name: str) -> bool:
+    """Whether loaders may take a file of this name, relative to a model's folder, for a part of the model."""
+    return Path(name).suffix in READ_BY_LOADERS and not name.startswith(".") and "/" not in name.removeprefix(f"{TEMPLATES}/")
+
+
+def verify_files(folder: Path) -> dict[str, Any]:
+    """The record of a result whose files match it. Raises ResultError with every file that is missing, changed, or new."""
+    record = read_record(folder)
     faults = Faults()
     for name, wanted in record["files"].items():
         file = folder / name
@@ -61,7 +72,7 @@ def verify_files(folder: Path) -> dict[str, Any]:
             faults.add(f"'{name}' has changed since the merge", where=file, fix="merge again, or restore it")
     for name in _names(folder):
         older = record["format"] == OLDER and "/" in name
-        if Path(name).suffix in READ_BY_LOADERS and name not in record["files"] and not older:
+        if is_read_by_loaders(name) and name not in record["files"] and not older:
             fix = "move it away: loaders may take it for the model"
             faults.add(f"'{name}' was not part of the result", where=folder / name, fix=fix)
     faults.raise_any(ResultError)

@@ -68,7 +68,7 @@ class DataError(RecallError):
 
 
 class OutputError(RecallError):
-    """A result cannot be written to its folder."""
+    """A result cannot be written to its folder, or pushed to a repository."""
 
 
 class NotLayerwise(CheckpointError):
