@@ -91,7 +91,10 @@ def understood(line: str) -> bool:
 
 
 def test_commands_of_the_site_work(here):
-    """All pages one after the other, in one folder: whatever a page needs besides models and rows, an earlier page makes."""
+    """All pages one after the other, in one folder: whatever a page needs besides models and rows, an earlier page makes.
+
+    `tests/test_tutorial.py` plays the tutorial, in a folder of its own.
+    """
     for name in ("sentiment", "french"):
         valid = [{**row, "prompt": f"{row['prompt']} Now."} for row in ROWS]
         write_rows(here / f"{name}-valid.jsonl", valid)
@@ -101,7 +104,7 @@ def test_commands_of_the_site_work(here):
     (here / "mergekit.yml").write_text(f"models: [{models}]\nmerge_method: task_arithmetic\nbase_model: base\n")
     first = [ROOT / "docs" / f"{name}.md" for name in ("index", "choosing", "statistics", "workspace", "reports")]
     ran, extras = 0, tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
-    for page in (*first, *(page for page in sorted((ROOT / "docs").rglob("*.md")) if page not in first)):
+    for page in (*first, *(page for page in sorted((ROOT / "docs").rglob("*.md")) if page not in first and page.stem != "tutorial")):
         if page.stem == "index":
             (run,) = blocks(page, "yaml")
             (here / "run.yaml").write_text(run)
