@@ -393,7 +393,7 @@ class TestTheBaseThatAnAdapterNames:
             check(llama, base_model_name_or_path=str(other))
         assert str(error.value) == (
             f"the adapter 'math' was trained on '{other}', the run's base is '{llama}'\n  where: {tmp_path}/adapter/adapter_config.json\n"
-            "  fix: set `same_base: true` on the expert if it is the same model under another name"
+            "  fix: set `same_base: true` on the expert (`recall learn`: --same-base) if it is the same model under another name"
         )
         with pytest.raises(CheckpointError, match="was trained on 'org/tiny', the run's base is"):
             check(other, base=other, base_model_name_or_path="org/tiny")
