@@ -415,7 +415,7 @@ def test_a_pattern_that_takes_for_ever_is_refused(llama, tmp_path):
     """PEFT hands the patterns of a config to a matcher that tries 2^150 ways here."""
     parts = _Parts(tmp_path, {"r": 4, "lora_alpha": 8, "rank_pattern": {"(?:a|aa)+(?=b)c": 2}}, open_checkpoint(llama))
     with pytest.raises(CheckpointError, match="takes too long to match"):
-        parts._scale("model.layers." + "a" * 300 + "c", rank=None)
+        parts.scale("model.layers." + "a" * 300 + "c", rank=None)
 
 
 class TestWithoutItsWholeEffect:

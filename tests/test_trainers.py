@@ -346,15 +346,52 @@ class TestOfTinkers:
                 name = f"model.layers.1.mlp.experts.{expert}.{word}.weight"
                 torch.testing.assert_close(ours[name], before[name] + delta[expert], rtol=1e-5, atol=1e-6)
 
-    def test_experts_in_one_tensor_are_refused(self, bases, experts, tmp_path):
-        _, theirs, _ = experts
-        fused = shutil.copytree(bases("qwen3-moe"), tmp_path / "fused")
+    def test_experts_in_one_tensor(self, bases, experts, tmp_path):
+        base, theirs, one_by_one = experts
+        fused = shutil.copytree(base, tmp_path / "fused")
         save_file(make_model("qwen3-moe").state_dict(), fused / "model.safetensors", metadata={"format": "pt"})
+        ours, apart = merged(fused, theirs, tmp_path / "ours", same_base=True), merged(base, one_by_one, tmp_path / "reference")
+        for block in range(2):
+            name = f"model.layers.{block}.mlp.experts"
+            for expert in range(4):
+                gate, up, down = (apart.pop(f"{name}.{expert}.{word}.weight") for word in ("gate_proj", "up_proj", "down_proj"))
+                torch.testing.assert_close(ours[f"{name}.gate_up_proj"][expert], torch.cat([gate, up]), rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(ours[f"{name}.down_proj"][expert], down, rtol=1e-5, atol=1e-6)
+        assert_same({name: ours[name] for name in apart}, apart)
+
+    def test_queries_keys_and_values_that_the_base_joins(self, base_of, tmp_path):
+        """`_plan_split_qkv_op` of weights/_merge_qwen3_5.py."""
+        base = base_of("qwen3_5_text")
+        plain = lora(base, tmp_path / "plain", r=4, lora_alpha=32, target_modules=["in_proj_z", "out_proj"])
+        theirs = shutil.copytree(plain, tmp_path / "theirs")
+        reference = merged(base, plain, tmp_path / "reference")
+        modules = [name.removesuffix("_qkv.weight") for name in reference if name.endswith("linear_attn.in_proj_qkv.weight")]
+        parts = load_tensors(plain)
+        with seeded(7):
+            for module in modules:
+                ups, downs = [torch.randn(rows, 4) / 9 for rows in (16, 16, 32)], [torch.randn(4, 32) / 9 for _ in range(3)]
+                for letter, up, down in zip("qkv", ups, downs, strict=True):
+                    parts[f"base_model.model.{module}_{letter}.lora_A.weight"] = down
+                    parts[f"base_model.model.{module}_{letter}.lora_B.weight"] = up
+                delta = 32 / 4 * torch.cat([up @ down for up, down in zip(ups, downs, strict=True)])
+                reference[f"{module}_qkv.weight"] = reference[f"{module}_qkv.weight"] + delta
+        save_file(parts, theirs / WEIGHTS)
+        add_keys(theirs, target_modules="all-linear")
+        ours = merged(base, theirs, tmp_path / "ours")
+        assert modules and ours.keys() == reference.keys()
+        for name in ours:
+            torch.testing.assert_close(ours[name], reference[name], rtol=1e-5, atol=1e-6)
+        save_file({key: part for key, part in parts.items() if f"{modules[0]}_k" not in key}, theirs / WEIGHTS)
+        fault = refusal(base, theirs)
+        assert fault.what == f"the adapter's factors of '{modules[0]}_k' are of shapes () and (): not of rank 4"
+
+    def test_experts_that_are_stored_otherwise_are_refused(self, base_of, experts):
+        _, theirs, _ = experts
         with pytest.raises(CheckpointError) as error:
-            open_adapter(theirs, open_checkpoint(fused))
-        whats = [fault.what for fault in error.value.faults]
-        assert "the adapter stacks 'model.layers.0.mlp.experts.w1'; the base's files hold no 'gate_proj' of each expert" in whats
-        assert len(whats) == 6 and all("weights.build_hf_model" in fault.fix for fault in error.value.faults)
+            open_adapter(theirs, open_checkpoint(base_of("gpt_oss")))
+        faults = [fault for fault in error.value.faults if "mlp.experts" in fault.what]
+        assert faults[0].what.startswith("the adapter changes 'model.layers.0.mlp.experts.gate_up_proj', which transformers does not hold")
+        assert len(faults) == 2 and all("weights.build_hf_model" in fault.fix for fault in faults)
 
     @pytest.mark.parametrize(
         ("change", "shapes"),
@@ -374,7 +411,7 @@ class TestOfTinkers:
         parts = load_tensors(theirs)
         change(parts, "base_model.model.model.layers.0.mlp.experts.w1")
         save_file(parts, theirs / WEIGHTS)
-        what = f"factors of 'model.layers.0.mlp.experts.w1' are of shapes {shapes}: not of 4 experts and rank 4"
+        what = f"factors of 'model.layers.0.mlp.experts.w1' are of shapes {shapes}: not of rank 4 and 4 experts"
         assert what in refusal(base, theirs).what
 
     def test_a_head_that_the_base_ties_is_refused(self, bases, tmp_path):
@@ -388,10 +425,10 @@ class TestOfTinkers:
     def test_what_it_splits_is_refused_by_name(self, layouts, tmp_path):
         base, made = layouts
         theirs = shutil.copytree(made["tinker"][1], tmp_path / "theirs")
-        split = {"base_model.model.model.layers.0.linear_attn.in_proj_q.lora_A.weight": torch.ones(4, 32)}
+        split = {"base_model.model.model.layers.0.mixer.x_proj.lora_A.weight": torch.ones(4, 32)}  # of Nemotron's `in_proj`
         save_file(load_tensors(theirs) | split, theirs / WEIGHTS)
         fault = refusal(base, theirs)
-        assert fault.what == "the adapter changes 'model.layers.0.linear_attn.in_proj_q.weight', which the base does not have"
+        assert fault.what == "the adapter changes 'model.layers.0.mixer.x_proj.weight', which the base does not have"
         assert "tinker-cookbook's `weights.build_hf_model`" in fault.fix
 
     def test_attention_of_gpt_oss(self, base_of, tmp_path):

@@ -16,13 +16,13 @@ from types import MappingProxyType
 from typing import Any
 
 from recall_merge.files.checkpoint import INDEX, SAVE_WHOLE, SINGLE, Checkpoint, check_below, files_in, read_json
-from recall_merge.files.edits import COPY_AGAIN, MERGE_FIRST, OTHER_BASE, Edit, FactorOfExperts
+from recall_merge.files.edits import COPY_AGAIN, MERGE_FIRST, OTHER_BASE, Edit, Factor
 from recall_merge.files.fused import TargetParameters
 from recall_merge.files.links import check_links
 from recall_merge.files.names import Names, unwrapped
 from recall_merge.files.promised import Promises
 from recall_merge.files.safetensors import RemoteFile, StoredTensor, read_header
-from recall_merge.files.tinker import MAKE_WHOLE, in_pefts_words, is_tinkers
+from recall_merge.files.tinker import MAKE_WHOLE, Tinker, is_tinkers
 from recall_merge.runtime.errors import CheckpointError, Faults, short
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -96,7 +96,9 @@ def open_adapter(folder: Path, base: Checkpoint, remote: Mapping[str, RemoteFile
     faults.raise_any(CheckpointError)
 
     parts = _Parts(folder, config, base, unknown=f"{OTHER_BASE}; or {MAKE_WHOLE}" if is_tinkers(stored) else OTHER_BASE)
-    for key, part in in_pefts_words(stored, base, parts.names, rank=config["r"], where=folder / WEIGHTS, faults=faults).items():
+    tinker = Tinker(base, parts.names, parts.scale, rank=config["r"], where=folder / WEIGHTS)
+    stored, parts.joined = tinker.translated(stored, faults)
+    for key, part in stored.items():
         with faults.collect():
             parts.place(key, part)
     faults.raise_any(CheckpointError)
@@ -161,6 +163,7 @@ class _Parts:
 
     def __init__(self, folder: Path, config: Mapping[str, Any], base: Checkpoint, unknown: str = OTHER_BASE) -> None:
         self.edits: defaultdict[str, Edit] = defaultdict(Edit)
+        self.joined: dict[str, Edit] = {}  # those of tensors that several parts change together
         self._where = folder / WEIGHTS
         self._config = config
         self._base = base
@@ -211,13 +214,13 @@ class _Parts:
         match kind:
             case "lora_A" | "lora_embedding_A":
                 edit.down = part
-                edit.scale = self._scale(module, rank=part.spec.shape[0] if part.spec.shape else 0)
+                edit.scale = self.scale(module, rank=part.spec.shape[0] if part.spec.shape else 0)
                 edit.transpose = kind == "lora_embedding_A"
             case "lora_B" | "lora_embedding_B":
                 edit.up = part
             case "lora_B.bias":
                 edit.add = part
-                edit.scale = self._scale(module, rank=None)
+                edit.scale = self.scale(module, rank=None)
             case "lora_magnitude_vector":
                 edit.magnitude = part
             case "token_adapter.trainable_tokens_delta":
@@ -230,7 +233,7 @@ class _Parts:
 
     def check(self, faults: Faults) -> None:
         """Find edits that do not fit, once all parts are placed; drop edits that change nothing."""
-        parameters = self._parameters.edits(self._scale, faults)
+        parameters = self._parameters.edits(self.scale, faults) | self.joined
         for name in sorted(parameters.keys() & self.edits.keys())[:3]:
             faults.add(f"the adapter changes '{name}' twice, in two ways", where=self._where, fix=MERGE_FIRST)
         self.edits |= parameters
@@ -273,7 +276,7 @@ class _Parts:
             for kind, part in self._head.items()
         )
 
-    def _scale(self, module: str, rank: int | None) -> float:
+    def scale(self, module: str, rank: int | None) -> float:
         """alpha / r, or alpha / sqrt(r) for rsLoRA, with the patterns of the config, matched as PEFT does."""
 
         def pattern(key: str, otherwise: str) -> Any:
@@ -317,7 +320,7 @@ def _whole_name(expression: str) -> str:
     return rf"(.*\.)?({expression})$"
 
 
-def _is_transpose(part: StoredTensor, factor: StoredTensor | FactorOfExperts) -> bool:
+def _is_transpose(part: StoredTensor, factor: Factor) -> bool:
     """Whether two stored factors are each other's transpose; for files that are still on the hub, the shapes decide."""
     if part.spec.shape != factor.spec.shape[::-1]:
         return False
