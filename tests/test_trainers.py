@@ -75,7 +75,7 @@ def axolotl_fsdp2(folder: Path, base: Path) -> None:
 
     with quiet():
         model = PeftModel.from_pretrained(load_model(base), folder)
-        blocks = {type(block) for block in model.base_model.model.model.layers}
+        blocks = {type(module) for name, module in model.named_modules() if name.rpartition(".")[0].endswith(".layers")}
         apply_activation_checkpointing(model, checkpoint_wrapper_fn=checkpoint_wrapper, check_fn=lambda module: type(module) in blocks)
         named = {name: part.data for name, part in model.named_parameters() if "lora_" in name}
         save_file({name: part.contiguous() for name, part in get_peft_model_state_dict(model, state_dict=named).items()}, folder / WEIGHTS)
@@ -282,9 +282,9 @@ def test_pissa_of_llama_factory(llama, tmp_path):
     folder, started = tmp_path / "run", tmp_path / "run" / "pissa_init"
     with quiet(), seeded(3):
         model = get_peft_model(load_model(llama), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=MODULES, init_lora_weights="pissa"))
-        model.peft_config["default"].init_lora_weights = True
+        vars(model.peft_config["default"])["init_lora_weights"] = True
         model.save_pretrained(started)
-        model.peft_config["default"].init_lora_weights = "pissa"
+        vars(model.peft_config["default"])["init_lora_weights"] = "pissa"
         for name, part in model.named_parameters():
             if "lora_" in name:
                 part.add_(0.05 * torch.randn(part.shape))
@@ -370,10 +370,11 @@ class TestOfTinkers:
         with seeded(7):
             for module in modules:
                 ups, downs = [torch.randn(rows, 4) / 9 for rows in (16, 16, 32)], [torch.randn(4, 32) / 9 for _ in range(3)]
+                downs[0] = downs[0].bfloat16()
                 for letter, up, down in zip("qkv", ups, downs, strict=True):
                     parts[f"base_model.model.{module}_{letter}.lora_A.weight"] = down
                     parts[f"base_model.model.{module}_{letter}.lora_B.weight"] = up
-                delta = 32 / 4 * torch.cat([up @ down for up, down in zip(ups, downs, strict=True)])
+                delta = 32 / 4 * torch.cat([up @ down.float() for up, down in zip(ups, downs, strict=True)])
                 reference[f"{module}_qkv.weight"] = reference[f"{module}_qkv.weight"] + delta
         save_file(parts, theirs / WEIGHTS)
         add_keys(theirs, target_modules="all-linear")
@@ -390,7 +391,7 @@ class TestOfTinkers:
         with pytest.raises(CheckpointError) as error:
             open_adapter(theirs, open_checkpoint(base_of("gpt_oss")))
         faults = [fault for fault in error.value.faults if "mlp.experts" in fault.what]
-        assert faults[0].what.startswith("the adapter changes 'model.layers.0.mlp.experts.gate_up_proj', which transformers does not hold")
+        assert faults[0].what.startswith("the adapter changes 'model.layers.0.mlp.experts.gate_up_proj', which the base does not hold")
         assert len(faults) == 2 and all("weights.build_hf_model" in fault.fix for fault in faults)
 
     @pytest.mark.parametrize(
@@ -437,6 +438,13 @@ class TestOfTinkers:
         theirs = shutil.copytree(plain, tmp_path / "theirs")
         save_file({key.replace(".self_attn.", ".attn."): part for key, part in load_tensors(plain).items()}, theirs / WEIGHTS)
         assert_same(merged(base, theirs, tmp_path / "ours"), merged(base, plain, tmp_path / "reference"))
+
+    def test_a_head_under_both_names_is_refused(self, layouts, tmp_path):
+        base, made = layouts
+        theirs = shutil.copytree(made["tinker"][1], tmp_path / "theirs")
+        head = {"base_model.model.lm_head.lora_A.weight": torch.ones(4, 32)}
+        save_file(load_tensors(theirs) | head, theirs / WEIGHTS)
+        assert refusal(base, theirs).what.startswith("the adapter holds both 'base_model.model.model.unembed_tokens.lora_A.weight' and")
 
     def test_an_adapter_that_names_no_base(self, layouts, tmp_path):
         base, made = layouts

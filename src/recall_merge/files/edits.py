@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 from recall_merge.files.safetensors import StoredTensor, TensorSpec
@@ -79,11 +80,14 @@ class JoinedFactors:
         return TensorSpec(self.parts[0].spec.dtype, (*lead, sum(heights), sum(widths) if self.is_b else widths[0]))
 
     def read(self) -> Tensor:
-        joined = self.parts[0].read().new_zeros(self.spec.shape)
+        import torch
+
+        parts = [part.read() for part in self.parts]
+        joined = torch.zeros(self.spec.shape, dtype=reduce(torch.promote_types, (part.dtype for part in parts)))
         row = column = 0
-        for part in self.parts:
-            height, width = part.spec.shape[-2:]
-            joined[..., row : row + height, column : column + width] = part.read()
+        for part in parts:
+            height, width = part.shape[-2:]
+            joined[..., row : row + height, column : column + width] = part
             row, column = row + height, column + width if self.is_b else 0
         return joined
 

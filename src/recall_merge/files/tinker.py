@@ -18,7 +18,7 @@ from itertools import count
 from pathlib import Path
 
 from recall_merge.files.checkpoint import Checkpoint
-from recall_merge.files.edits import OTHER_BASE, Edit, JoinedFactors
+from recall_merge.files.edits import COPY_AGAIN, OTHER_BASE, Edit, JoinedFactors
 from recall_merge.files.names import Names, unwrapped
 from recall_merge.files.safetensors import StoredTensor, TensorSpec
 from recall_merge.runtime.errors import CheckpointError, Faults
@@ -56,7 +56,10 @@ class Tinker:
                 modules[unwrapped(match["module"])][match["piece"]][match["factor"]] = part
             else:
                 own = key.replace(".attn.", ".self_attn.") if self._base.config.get("model_type") == "gpt_oss" else key
-                parts[own.replace(HEAD, ".lm_head.lora_")] = part
+                own = own.replace(HEAD, ".lm_head.lora_")
+                if own != key and own in stored:
+                    faults.add(f"the adapter holds both '{key}' and '{own}'", where=self._where, fix=COPY_AGAIN)
+                parts[own] = part
         for module, pieces in modules.items():
             with faults.collect():
                 if module.endswith(".experts") and self._names.find(f"{module}.0.down_proj.weight") is not None:
@@ -86,15 +89,17 @@ class Tinker:
         name, module = self._found(parameter), parameter.removesuffix(".weight")
         shape = self._base.tensors[name].spec.shape
         experts = shape[0] if len(shape) == 3 else None
-        if experts is not None and not any(
-            parameter in model.parameters and not model.is_transposed(parameter) for model in self._names.models
-        ):
-            what = f"the adapter changes '{parameter}', which transformers does not hold as (experts, out, in)"
+        if experts is not None and not self._is_whole_and_upright(name, parameter):
+            what = f"the adapter changes '{parameter}', which the base does not hold as (experts, out, in)"
             raise CheckpointError(what, where=self._where, fix=MAKE_WHOLE)
         owner = module.rpartition(".")[0]
         downs, ups = zip(*(self._checked(f"{owner}.{piece}", pieces.get(piece, {}), experts) for piece in wanted), strict=True)
         up, down = JoinedFactors(ups, True, experts), JoinedFactors(downs, False, experts)
         yield name, Edit(up=up, down=down, scale=self._scale(module, self._rank))
+
+    def _is_whole_and_upright(self, name: str, parameter: str) -> bool:
+        """Whether a tensor of the files is this parameter in memory, and holds (out, in) of each expert."""
+        return any(model.place(name) == (parameter, "") and not model.is_transposed(parameter) for model in self._names.models)
 
     def _found(self, wanted: str) -> str:
         if (name := self._names.find(wanted)) is None:
