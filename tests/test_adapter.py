@@ -393,7 +393,7 @@ class TestTheBaseThatAnAdapterNames:
             check(llama, base_model_name_or_path=str(other))
         assert str(error.value) == (
             f"the adapter 'math' was trained on '{other}', the run's base is '{llama}'\n  where: {tmp_path}/adapter/adapter_config.json\n"
-            "  fix: set `same_base: true` on the expert if it is the same model under another name"
+            "  fix: set `same_base: true` on the expert (`recall learn`: --same-base) if it is the same model under another name"
         )
         with pytest.raises(CheckpointError, match="was trained on 'org/tiny', the run's base is"):
             check(other, base=other, base_model_name_or_path="org/tiny")
@@ -415,7 +415,7 @@ def test_a_pattern_that_takes_for_ever_is_refused(llama, tmp_path):
     """PEFT hands the patterns of a config to a matcher that tries 2^150 ways here."""
     parts = _Parts(tmp_path, {"r": 4, "lora_alpha": 8, "rank_pattern": {"(?:a|aa)+(?=b)c": 2}}, open_checkpoint(llama))
     with pytest.raises(CheckpointError, match="takes too long to match"):
-        parts._scale("model.layers." + "a" * 300 + "c", rank=None)
+        parts.scale("model.layers." + "a" * 300 + "c", rank=None)
 
 
 class TestWithoutItsWholeEffect:

@@ -47,6 +47,7 @@ from recall_merge.continual.steps import (
 from recall_merge.continual.validation import Request, StageValidation, ValidatedStage, draft
 from recall_merge.evaluation.gate import Decision, decide
 from recall_merge.files.adapter import is_adapter
+from recall_merge.files.companions import LEFT_BY_TRAINERS
 from recall_merge.files.model_card import MODEL_CARD, add_scores
 from recall_merge.files.output import OutputFolder
 from recall_merge.files.record import RECORD
@@ -340,9 +341,12 @@ class StageRunner:
 
 
 def _copy_adapter(source: Path, target: Path) -> None:
-    """Copy an adapter, with its tokenizer and statistics if it has them, in one step. A record stays behind: it is of the other folder."""
+    """Copy an adapter, with its tokenizer and statistics if it has them, in one step.
+
+    A record stays behind, which is of the other folder; and so does what a trainer left beside the adapter.
+    """
     with OutputFolder(target, overwrite=True) as out:
         for file in sorted(source.iterdir()):
-            if file.is_file() and file.suffix in ADAPTER_FILES and file.name != RECORD:
+            if file.is_file() and file.suffix in ADAPTER_FILES and not file.name.startswith((RECORD, *LEFT_BY_TRAINERS)):
                 shutil.copyfile(file, out.path / file.name)
         out.commit()

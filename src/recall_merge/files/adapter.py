@@ -1,7 +1,8 @@
 """A PEFT adapter folder: which tensors of the base it changes, and by how much, exactly.
 
 LoRA (arXiv:2106.09685), rsLoRA (arXiv:2312.03732), DoRA (arXiv:2402.09353), rank and alpha patterns, `modules_to_save`, trained biases,
-trained embeddings, single trained tokens, experts that are one parameter. All other kinds are refused by name, never approximated.
+trained embeddings, single trained tokens, experts that are one parameter; in the words of PEFT, of what trainers wrap around modules,
+and of Tinker. All other kinds are refused by name, never approximated.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from recall_merge.files.checkpoint import INDEX, SAVE_WHOLE, SINGLE, Checkpoint, files_in, read_json
-from recall_merge.files.edits import COPY_AGAIN, MERGE_FIRST, OTHER_BASE, Edit, FactorOfExperts
+from recall_merge.files.checkpoint import INDEX, SAVE_WHOLE, SINGLE, Checkpoint, check_below, files_in, read_json
+from recall_merge.files.edits import COPY_AGAIN, MERGE_FIRST, OTHER_BASE, Edit, Factor
 from recall_merge.files.fused import TargetParameters
 from recall_merge.files.links import check_links
 from recall_merge.files.names import Names, unwrapped
 from recall_merge.files.promised import Promises
 from recall_merge.files.safetensors import RemoteFile, StoredTensor, read_header
+from recall_merge.files.tinker import MAKE_WHOLE, Tinker, is_tinkers
 from recall_merge.runtime.errors import CheckpointError, Faults, short
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -82,6 +84,8 @@ def open_adapter(folder: Path, base: Checkpoint, remote: Mapping[str, RemoteFile
         check_links(folder)
         _check_config(folder, config, faults)
     present = files_in(folder, remote)
+    if not present & {WEIGHTS, "adapter_model.bin"}:
+        check_below(folder)
     if whole := present & {SINGLE, INDEX}:
         fix = f"move one of the two to a folder of its own: {whole.pop()} and its config, or {CONFIG} and {WEIGHTS}"
         faults.add("the folder holds a whole model and an adapter: which of them is meant?", where=folder, fix=fix)
@@ -91,7 +95,9 @@ def open_adapter(folder: Path, base: Checkpoint, remote: Mapping[str, RemoteFile
             raise CheckpointError("the adapter's file holds no tensors", where=folder / WEIGHTS, fix=SAVE_WHOLE)
     faults.raise_any(CheckpointError)
 
-    parts = _Parts(folder, config, base)
+    parts = _Parts(folder, config, base, unknown=f"{OTHER_BASE}; or {MAKE_WHOLE}" if is_tinkers(stored) else OTHER_BASE)
+    tinker = Tinker(base, parts.names, parts.scale, rank=config["r"], where=folder / WEIGHTS)
+    stored, parts.joined = tinker.translated(stored, faults)
     for key, part in stored.items():
         with faults.collect():
             parts.place(key, part)
@@ -120,11 +126,16 @@ def _check_config(folder: Path, config: Mapping[str, Any], faults: Faults) -> No
     start = str(config.get("init_lora_weights", True)).lower()
     if start.startswith(CHANGES_THE_BASE):
         fix = "save it with PEFT's path_initial_model_for_weight_conversion, which makes it a plain LoRA"
+        if is_adapter(plain := folder / "pissa_converted"):
+            fix = f"give the plain LoRA that LLaMA-Factory has made of it: {plain}"
         faults.add(f"the adapter was initialised with {start}, which changes the base's own weights", where=where, fix=fix)
     for key in UNSUPPORTED:
         if config.get(key):
             what = f"the adapter uses `{key}`, which is more than a change of the base's tensors one by one"
             faults.add(what, where=where, fix=MERGE_FIRST)
+    if config.get("nvfp4_merge_aware"):  # which axolotl writes, and PEFT passes over
+        what = "the adapter was trained for the rounding of its NVFP4 base, `nvfp4_merge_aware`: it is no change of other weights"
+        faults.add(what, where=where, fix="merge it into that base with `axolotl merge-lora`, and dequantise the result")
     for key in ("target_modules", "exclude_modules", "target_parameters", "modules_to_save"):
         names = config.get(key) or ()
         one = isinstance(names, str) and key.endswith("_modules")
@@ -150,13 +161,15 @@ def _check_config(folder: Path, config: Mapping[str, Any], faults: Faults) -> No
 class _Parts:
     """Turns an adapter's stored parts into edits of the base's tensors."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], base: Checkpoint) -> None:
+    def __init__(self, folder: Path, config: Mapping[str, Any], base: Checkpoint, unknown: str = OTHER_BASE) -> None:
         self.edits: defaultdict[str, Edit] = defaultdict(Edit)
+        self.joined: dict[str, Edit] = {}  # those of tensors that several parts change together
         self._where = folder / WEIGHTS
         self._config = config
         self._base = base
-        self._names = Names(base)
-        self._parameters = TargetParameters(config, self._names, base, self._where)
+        self._unknown = unknown  # the fix for parts that the base does not have
+        self.names = Names(base)
+        self._parameters = TargetParameters(config, self.names, base, self._where)
         self._head: dict[str, StoredTensor] = {}  # parts by kind for a head that the base ties
         self._trained_whole: set[str] = set()
         self._placed: dict[tuple[str, str], tuple[str, StoredTensor]] = {}  # by tensor and kind: of which module
@@ -177,37 +190,37 @@ class _Parts:
         if self._parameters.take(module, kind, part):
             return
         wanted = f"{module}.{'bias' if kind.endswith('bias') else 'weight'}"
-        name = self._names.find(wanted)
+        name = self.names.find(wanted)
         if name is not None and "lora" in kind:
             self._modules[module] = name
-        if name is None and self._names.is_tied_head(wanted):
+        if name is None and self.names.is_tied_head(wanted):
             self._head[kind] = part
             return
         if name is None and kind == "lora_B.bias":
             what = f"the adapter adds a bias to '{module}', which has none in the base"
             raise CheckpointError(what, where=self._where, fix="train without `lora_bias`")
         if name is None:
-            raise CheckpointError(f"the adapter changes '{wanted}', which the base does not have", where=self._where, fix=OTHER_BASE)
+            raise CheckpointError(f"the adapter changes '{wanted}', which the base does not have", where=self._where, fix=self._unknown)
         self._put(self.edits[name], name, module, kind, part)
 
     def _put(self, edit: Edit, name: str, module: str, kind: str, part: StoredTensor) -> None:
         slot = kind.removeprefix("base_layer.").replace("embedding_", "")
         other, placed = self._placed.setdefault((name, slot), (module, part))
         if not placed.same_bytes(part):
-            if self._names.are_shared(other, module):
+            if self.names.are_shared(other, module):
                 what = f"the adapter changes '{other}' and '{module}' apart, which are one tensor in the base"
                 raise CheckpointError(what, where=self._where, fix="train one of them only, as `layers_to_transform` of PEFT's config says")
             raise CheckpointError(f"the adapter gives '{name}' twice, with different values", where=self._where, fix=COPY_AGAIN)
         match kind:
             case "lora_A" | "lora_embedding_A":
                 edit.down = part
-                edit.scale = self._scale(module, rank=part.spec.shape[0] if part.spec.shape else 0)
+                edit.scale = self.scale(module, rank=part.spec.shape[0] if part.spec.shape else 0)
                 edit.transpose = kind == "lora_embedding_A"
             case "lora_B" | "lora_embedding_B":
                 edit.up = part
             case "lora_B.bias":
                 edit.add = part
-                edit.scale = self._scale(module, rank=None)
+                edit.scale = self.scale(module, rank=None)
             case "lora_magnitude_vector":
                 edit.magnitude = part
             case "token_adapter.trainable_tokens_delta":
@@ -220,7 +233,7 @@ class _Parts:
 
     def check(self, faults: Faults) -> None:
         """Find edits that do not fit, once all parts are placed; drop edits that change nothing."""
-        parameters = self._parameters.edits(self._scale, faults)
+        parameters = self._parameters.edits(self.scale, faults) | self.joined
         for name in sorted(parameters.keys() & self.edits.keys())[:3]:
             faults.add(f"the adapter changes '{name}' twice, in two ways", where=self._where, fix=MERGE_FIRST)
         self.edits |= parameters
@@ -236,7 +249,7 @@ class _Parts:
             for misfit in edit.misfits(own.spec.shape, tokens=name in self._base.token_tensors):
                 faults.add(f"the adapter changes '{name}' {misfit}", where=self._where, fix=OTHER_BASE)
         placed = {*self._placed, *((name, "lora_A") for name in parameters)}
-        for what, fix in Promises(self._config, self._base, self._names, self._is_all).broken(self._modules, placed):
+        for what, fix in Promises(self._config, self._base, self.names, self._is_all).broken(self._modules, placed):
             faults.add(what, where=self._where, fix=fix)
         if self._base.is_tied and not self._head_follows():
             what = f"the adapter trains the head apart from the embedding '{self._base.embedding}', to which the base ties it"
@@ -263,7 +276,7 @@ class _Parts:
             for kind, part in self._head.items()
         )
 
-    def _scale(self, module: str, rank: int | None) -> float:
+    def scale(self, module: str, rank: int | None) -> float:
         """alpha / r, or alpha / sqrt(r) for rsLoRA, with the patterns of the config, matched as PEFT does."""
 
         def pattern(key: str, otherwise: str) -> Any:
@@ -307,7 +320,7 @@ def _whole_name(expression: str) -> str:
     return rf"(.*\.)?({expression})$"
 
 
-def _is_transpose(part: StoredTensor, factor: StoredTensor | FactorOfExperts) -> bool:
+def _is_transpose(part: StoredTensor, factor: Factor) -> bool:
     """Whether two stored factors are each other's transpose; for files that are still on the hub, the shapes decide."""
     if part.spec.shape != factor.spec.shape[::-1]:
         return False

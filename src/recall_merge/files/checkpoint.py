@@ -130,9 +130,8 @@ def open_checkpoint(folder: Path, remote: Mapping[str, RemoteFile] = MappingProx
 
     Raises CheckpointError with every fault found: missing, damaged or pickled weights, a bad index, quantised weights, unknown layers.
     """
-    if not (folder / "config.json").exists() and (adapters := sorted(folder.glob("*/adapter_config.json"))):
-        what = f"this folder is no model; its subfolder '{adapters[0].parent.name}' is an adapter"
-        raise CheckpointError(what, where=folder, fix=f"give the folder of the adapter itself: {adapters[0].parent}")
+    if not (folder / "config.json").exists() or not any(map(_may_be_weights, files_in(folder, remote))):
+        check_below(folder)
     if not (folder / "config.json").exists() and not (folder / "adapter_config.json").exists() and (folder / ADAPTER).exists():
         raise CheckpointError("there is no adapter_config.json beside the adapter's weights", where=folder, fix=WHOLE_ADAPTER)
     faults, config, stored = Faults(), {}, {}
@@ -171,6 +170,20 @@ def open_checkpoint(folder: Path, remote: Mapping[str, RemoteFile] = MappingProx
     checkpoint = _without_tied_head(Checkpoint(folder, config, stored, layers))
     _ = checkpoint.embedding  # config and weights must agree on the vocabulary
     return checkpoint
+
+
+def check_below(folder: Path) -> None:
+    """Raises CheckpointError if subfolders are adapters, as trainers leave them; it names the last of their checkpoints."""
+    adapters = [config.parent for config in folder.glob("*/adapter_config.json")]
+    steps = {below: int(match[1]) for below in adapters if (match := re.fullmatch(r"checkpoint-(\d+)", below.name))}
+    if adapters:
+        last = max(sorted(adapters), key=lambda below: steps.get(below, -1))
+        what = f"this folder is no model; its subfolder '{last.name}' is an adapter"
+        raise CheckpointError(what, where=folder, fix=f"give the folder of the adapter itself: {last}")
+
+
+def _may_be_weights(name: str) -> bool:
+    return name.endswith((".safetensors", *PICKLES, *OTHER_FORMATS)) and not name.startswith(NO_WEIGHTS)
 
 
 def _is_packed(name: str, spec: TensorSpec) -> bool:
@@ -218,7 +231,7 @@ def weight_files(folder: Path, present: Collection[str], where: object) -> list[
     if shards := sorted(name for name in present if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)):
         fix = f"copy {INDEX} too; without it nobody knows whether all shards are here"
         raise CheckpointError(f"there are shards ({shards[0]}, ...) but no index of them", where=where, fix=fix)
-    pickles = sorted(name for name in present if name.endswith(PICKLES) and not name.startswith(NO_WEIGHTS))
+    pickles = sorted(name for name in present if name.endswith(PICKLES) and _may_be_weights(name))
     if pickles:
         what = f"the weights are pickled ({', '.join(pickles[:3])}); loading a pickle runs code, so it is never done here"
         fix = "convert them where you trust them: AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)"

@@ -22,7 +22,10 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 TOKENIZER = "tokenizer_config.json"
 OURS = ("README.md", "config.json", "record.json", "stats.json", "weights.png")  # what every result has of its own
 WEIGHTS = (".safetensors", ".index.json", *PICKLES, *OTHER_FORMATS)
-LEFT_BY_TRAINERS = (*NO_WEIGHTS, "trainer_state", "all_results", "train_results", "eval_results", "events.out", "zero_to_fp32")
+LEFT_BY_TRAINERS = (
+    *NO_WEIGHTS, "trainer_state", "all_results", "train_results", "eval_results", "predict_results", "events.out", "zero_to_fp32",
+    "trainer_log", "running_log", "debug.log", "training_loss", "training_eval", "llamaboard_config", "tokens_state", "value_head",
+)  # fmt: skip
 
 
 def write_companions(

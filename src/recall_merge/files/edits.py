@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 from recall_merge.files.safetensors import StoredTensor, TensorSpec
@@ -57,13 +58,50 @@ class FactorOfExperts:
         return factor.mT if self.turned else factor
 
 
+@dataclass(frozen=True)
+class JoinedFactors:
+    """A or B of several products that change the rows of one tensor in turn: A's (r, in) below one another, B's (out, r) down the diagonal.
+
+    With a number of experts E, of E such tensors at once: (E, r, in) and (E, out, r), or E = 1 for what all share.
+    """
+
+    parts: tuple[StoredTensor, ...]
+    is_b: bool
+    experts: int | None = None
+
+    @property
+    def remote(self) -> Any:
+        return self.parts[0].remote
+
+    @property
+    def spec(self) -> TensorSpec:
+        heights, widths = zip(*(part.spec.shape[-2:] for part in self.parts), strict=True)
+        lead = () if self.experts is None else (self.experts,)
+        return TensorSpec(self.parts[0].spec.dtype, (*lead, sum(heights), sum(widths) if self.is_b else widths[0]))
+
+    def read(self) -> Tensor:
+        import torch
+
+        parts = [part.read() for part in self.parts]
+        joined = torch.zeros(self.spec.shape, dtype=reduce(torch.promote_types, (part.dtype for part in parts)))
+        row = column = 0
+        for part in parts:
+            height, width = part.shape[-2:]
+            joined[..., row : row + height, column : column + width] = part
+            row, column = row + height, column + width if self.is_b else 0
+        return joined
+
+
+Factor = StoredTensor | FactorOfExperts | JoinedFactors
+
+
 @dataclass
 class Edit:
     """A change of one tensor: replace it, add a low-rank product, rescale, set rows, add."""
 
     replace: StoredTensor | None = None
-    up: StoredTensor | FactorOfExperts | None = None  # B (o, r), or (E, o, r) of E experts
-    down: StoredTensor | FactorOfExperts | None = None  # A (r, i), or (E, r, i)
+    up: Factor | None = None  # B (o, r), or (E, o, r) of E experts
+    down: Factor | None = None  # A (r, i), or (E, r, i)
     scale: float = 1.0  # alpha / r, or alpha / sqrt(r)
     transpose: bool = False  # the base stores this tensor as (in, out), or it is an embedding
     magnitude: StoredTensor | None = None
@@ -72,7 +110,7 @@ class Edit:
     add: StoredTensor | None = None
 
     @property
-    def parts(self) -> list[StoredTensor | FactorOfExperts]:
+    def parts(self) -> list[Factor]:
         return [part for part in (self.replace, self.up, self.down, self.magnitude, self.rows, self.add) if part is not None]
 
     @property

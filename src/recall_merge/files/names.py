@@ -20,7 +20,9 @@ from recall_merge.files.checkpoint import HEADS, Checkpoint
 from recall_merge.files.resolved_config import BUILD_LOCK, config_object
 from recall_merge.runtime.quiet import quiet
 
-WRAPPERS = re.compile(r"(^|\.)_orig_mod(?=\.)|^(?:module\.)+")  # torch.compile's, and DistributedDataParallel's
+WRAPPERS = re.compile(  # those of torch.compile, activation checkpointing and FSDP; and DistributedDataParallel's
+    r"(^|\.)(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)(?=\.)|^(?:module\.)+"
+)
 PEFT = re.compile(r"^(?:base_model\.model\.)+")
 Place = tuple[str, str]
 """A parameter in memory; and the name of the part, where several tensors of the files make one parameter."""

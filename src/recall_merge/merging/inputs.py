@@ -63,7 +63,8 @@ def check_adapter_base(expert: str, adapter: Adapter, base: Checkpoint, base_ref
     if same_base:
         return
     named, revision = adapter.config.get("base_model_name_or_path"), adapter.config.get("revision")
-    where, fix = adapter.folder / CONFIG, "set `same_base: true` on the expert if it is the same model under another name"
+    where = adapter.folder / CONFIG
+    fix = "set `same_base: true` on the expert (`recall learn`: --same-base) if it is the same model under another name"
     if not isinstance(named, str) or not named:
         raise CheckpointError(f"the adapter '{expert}' does not say which model it was trained on", where=where, fix=fix)
     theirs, ours = meaning(named, revision), meaning(base_reference)
