@@ -23,7 +23,7 @@ def demo(
 ) -> None:
     """Run the whole loop on a small real model, in minutes.
 
-    It trains experts, compares their hidden states, merges them, and scores the result. With --small it takes two or three minutes, and its
+    It trains experts, compares their hidden states, merges them, and scores the result. With --small it takes few rows, and its
     scores are no result.
 
     Example: recall demo

@@ -81,7 +81,7 @@ TASKS = {  # name: kind and metric
 }
 MERGES = {"uniform": "linear", "recall": "recall", "aligned": "aligned"}  # name of the folder, and method
 SHOWN = "aligned"  # the merge whose answers are shown
-SMALL = {"train": 24, "test": 10}  # rows of each task in the small demo: two or three minutes on two cores
+SMALL = {"train": 24, "test": 10}  # rows of each task in the small demo: a few minutes on two cores
 SETTINGS = TrainSettings(rank=16, alpha=32, learning_rate=8e-4, epochs=2, batch_size=8, dtype="bfloat16")  # minutes on two cores
 
 
