@@ -99,7 +99,10 @@ def demo(
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> DemoResult:
-    """Run the demo in `folder`, or the small one in its folder `small`. Raises MissingExtra without the small model; RecallError where something of the user's is in the way."""
+    """Run the demo in `folder`, or the small one in its folder `small`.
+
+    Raises MissingExtra without the small model; RecallError where something of the user's is in the way.
+    """
     progress, workers, reused = progress or Silent(), cores(), []
     folder = folder / "small" if small else folder
     tasks = demo_tasks() if tasks is None else tuple(tasks)
