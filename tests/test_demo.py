@@ -59,6 +59,19 @@ def test_it_runs_and_then_keeps_what_it_has(small):
     assert weights.read_bytes() != data
 
 
+def test_the_small_demo_takes_the_first_rows_and_leaves_the_whole_one_alone(small, monkeypatch):
+    folder, tasks = small
+    monkeypatch.setattr(module, "SMALL", {"train": 4, "test": 2})
+    shutil.copytree(folder / "base", folder / "small" / "base")
+    before = set(folder.iterdir())
+    found = demo(folder, tasks=tasks, small=True)
+    assert set(folder.iterdir()) == before
+    assert found.merged.path == folder / "small" / "aligned"
+    assert {score.n for row in found.scores.values() for score in row.values()} == {2}
+    for task in tasks:
+        assert (folder / "small" / "rows" / task.name / "train.jsonl").read_text() == "".join(task.train.read_text().splitlines(True)[:4])
+
+
 def test_the_rows_that_ship_are_there():
     tasks = demo_tasks()
     assert len(tasks) >= 3

@@ -360,7 +360,8 @@ def test_an_argument_that_may_do_more_than_train_is_allowed_by_name_alone(base, 
 def test_every_argument_of_trl_is_open_or_may_do_more_or_is_ours():
     """A new version's arguments are closed until somebody has read what they do; no open one reads like those that leave the machine."""
     names = {field.name for field in fields(SFTConfig) if field.init}
-    assert OPEN | FIXED.keys() | SETTING_OF.keys() <= names
+    younger = {"activation_checkpointing", "activation_checkpointing_kwargs"}  # since transformers 5.23
+    assert (OPEN - younger) | FIXED.keys() | SETTING_OF.keys() <= names
     words = r"hub|report|trackio|project|run_name|deepspeed|fsdp|config|remote|compile|liger|dir|path|log_level|debug|backend|plugin|kernel"
     assert not [name for name in OPEN if re.search(words, name)]
 

@@ -163,7 +163,7 @@ def test_a_workspace_of_a_newer_version_is_left_alone(ws, command):
     before = tree(broken(ws, format=3, something="new"))
     with pytest.raises(WorkspaceError, match="newer version of recall-merge: its format is 3, this version knows 2") as error:
         command(ws)
-    assert "pip install --upgrade recall-merge" in str(error.value)
+    assert "install the version of recall-merge that wrote it, or a newer one" in str(error.value)
     assert tree(ws) == before
 
 

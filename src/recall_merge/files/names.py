@@ -3,7 +3,7 @@
 Versions of transformers have stored the same module under different names, and its loader knows them all. It is asked only where names do
 not match, or tensors are cast. The public `from_pretrained` needs the weights, so this uses private parts of transformers 5.23, which
 tests/test_dependencies.py checks: `conversion_mapping.get_model_conversion_mapping`, `PreTrainedModel._get_dtype_plan` and `_from_config`,
-`core_model_loading.rename_source_key`, `apply_renamings`, `build_glob_alternation`, `dot_natural_key` and its operations on tensors.
+`core_model_loading.rename_source_key`, `build_glob_alternation`, `dot_natural_key` and its operations on tensors.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ class InMemory:
 
     def place(self, stored: str) -> Place:
         """Where a tensor of a file goes, as `from_pretrained` finds it."""
-        from transformers.core_model_loading import apply_renamings, rename_source_key
+        from transformers.core_model_loading import rename_source_key
 
         name, converter = rename_source_key(stored, self._renamings, self._converters, self._prefix, self._state)
         if name not in self._state and stored in self._state:
             name, converter = stored, None
-        return name, "" if converter is None else apply_renamings(stored, self._renamings)
+        return name, "" if converter is None else rename_source_key(stored, self._renamings, [])[0]
 
     def is_transposed(self, parameter: str) -> bool:
         """Whether a parameter holds the matrices of several experts as (in, out), by what its module says."""
@@ -66,9 +66,9 @@ class InMemory:
 
     def made_of(self, stored: Iterable[str]) -> tuple[list[list[str]], Any]:
         """The converter that makes a parameter of tensors of the files, if any; and these in its order, by its patterns."""
-        from transformers.core_model_loading import apply_renamings, dot_natural_key
+        from transformers.core_model_loading import dot_natural_key, rename_source_key
 
-        renamed = {name: apply_renamings(name, self._renamings) for name in sorted(stored, key=dot_natural_key)}
+        renamed = {name: rename_source_key(name, self._renamings, [])[0] for name in sorted(stored, key=dot_natural_key)}
         matches = [(rule, name, rule.rename_source_key(renamed[name])[1]) for name in renamed for rule in self._converters]
         if (converter := next((rule for rule, _, pattern in matches if pattern is not None), None)) is None:
             return [list(renamed)], None
