@@ -15,7 +15,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -79,19 +79,24 @@ def make_tokenizer(*, template: bool = False) -> Any:
     return tokenizer
 
 
+CACHES = ("cache", "past_key_values")  # since transformers 5.24, and before
+
+
 def forced(tokenizer: Any, texts: list[str]) -> Any:
     """A real model that, wherever what it reads begins one of the texts, goes on with that text, and then ends."""
     model = make_model(vocab_size=len(tokenizer), max_position_embeddings=4096)
     plans = [[*tokenizer(text, add_special_tokens=False)["input_ids"], 2] for text in texts]
     forward = model.forward
 
-    def says(input_ids: Any = None, past_key_values: Any = None, **kwargs: Any) -> Any:
-        before = getattr(past_key_values, "read", [[]])
-        out = forward(input_ids=input_ids, past_key_values=past_key_values, **kwargs)
+    @wraps(forward)
+    def says(input_ids: Any = None, **kwargs: Any) -> Any:
+        given = next((kwargs[name] for name in CACHES if kwargs.get(name) is not None), None)
+        before = getattr(given, "read", [[]])
+        out = forward(input_ids=input_ids, **kwargs)
         before = before * len(input_ids) if len(before) == 1 else before
         rows = [old + new for old, new in zip(before, input_ids.tolist(), strict=True)]
-        if out.past_key_values is not None:
-            out.past_key_values.read = rows
+        for written in (out[name] for name in CACHES if name in out):
+            written.read = rows
         for number, ids in enumerate(rows):
             padding = next(i for i, token in enumerate(ids) if token)
             for position in range(out.logits.shape[1]):

@@ -40,6 +40,7 @@ from recall_merge.runtime.quiet import quiet
 Tokens = list[int]
 Request = tuple[Any, Tokens, Tokens]  # lm-eval's request, the tokens of the context and of the continuation
 Answer = tuple[float, bool]  # log-likelihood of the continuation, and whether greedy decoding would write it
+CACHES = ("cache", "past_key_values")  # what a model calls its cache, from transformers 5.24 on and before; there it knows both
 HFLM: Any = lm_eval.models.huggingface.HFLM
 
 
@@ -125,10 +126,11 @@ class LocalModel(HFLM):
         shared = log_softmax(out.logits[:, -keep:].float(), dim=-1)  # (B, keep, V), of the positions p - keep .. p - 1
         own = shared[:0]
         if longer:
-            out.past_key_values.batch_repeat_interleave(len(longer))
+            name = next(name for name in CACHES if name in out)
+            out[name].batch_repeat_interleave(len(longer))
             # padding is on the right, after all that is scored, so causal attention never sees it
             tails, _, _ = padded([batch[0].tails[n] for n in longer], self.device)
-            logits = self._forward(tails, past_key_values=out.past_key_values).logits
+            logits = self._forward(tails, **{name: out[name]}).logits
             own = log_softmax(logits.float(), dim=-1)  # (R, t, V), from p on
         for row, group in enumerate(batch):
             for n in group.numbers:
