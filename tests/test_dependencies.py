@@ -32,18 +32,19 @@ def test_a_range_has_two_ends_and_holds_the_version_that_is_tested(requirement):
     assert operators >= ({">="} if requirement.name in CALENDAR else {">=", "<"})
 
 
+HOST = {"IPython"}  # that a notebook's kernel brings, where alone it is imported
 EXTRA_OF_ROOM = {"training": "train", "evaluation": "eval", "report": "report", "runtime": "cluster"}
 
 
 def imported(file: Path) -> set[str]:
-    """The packages that a module imports, wherever in it, but the standard library and this package."""
+    """The packages that a module imports, wherever in it, but the standard library, this package and its host."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
             found.add(str(node.module).partition(".")[0])
-    return found - sys.stdlib_module_names - {"recall_merge"}
+    return found - sys.stdlib_module_names - {"recall_merge"} - HOST
 
 
 def declared(extra: str | None) -> set[str]:
