@@ -205,7 +205,7 @@ def read_results(folder: Path) -> Results:
         fix = "write it again: recall bench SCENARIO.yaml --summary"
         unknown = {name: [""] for name, kind in types.items() if kind == "float64"}  # elsewhere 'nan' may be a method's name
         try:
-            table = pandas.read_csv(path, dtype=types, keep_default_na=False, na_values=unknown, float_precision="round_trip")
+            table = pandas.read_csv(path, dtype=types, keep_default_na=False, na_values=unknown)
         except (OSError, ValueError) as error:
             raise DataError(f"this table cannot be read: {error}", where=path, fix=fix) from error
         if missing := sorted(types.keys() - {*table, *COSTS}):
